@@ -1,0 +1,30 @@
+"""Comp-LoRA for CLIP: low-rank updates in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
+
+from complora_kernels.adapter import (
+    adapter_parameters,
+    check_gradients,
+    disable_adapter,
+    merge_adapter,
+    print_trainable_parameters,
+    subspace_report,
+    unmerge_adapter,
+)
+from complora_kernels.apply import apply_complora
+from complora_kernels.config import CompLoRAConfig
+from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompLoRAConfig",
+    "CompLoRALinear",
+    "CompLoRAMultiheadAttention",
+    "adapter_parameters",
+    "apply_complora",
+    "check_gradients",
+    "disable_adapter",
+    "merge_adapter",
+    "print_trainable_parameters",
+    "subspace_report",
+    "unmerge_adapter",
+]

@@ -1,0 +1,160 @@
+"""`apply_complora`: finds the targets, builds every adapted module, and only then swaps them in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS, CompLoRAConfig
+from complora_kernels.integrations import open_clip
+from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
+from complora_kernels.modules.attention import recognise_causal_mask
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Target(NamedTuple):
+    """A module to adapt."""
+
+    path: str
+    module: nn.Module
+
+
+def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = True) -> Model:
+    """Adapts `model` in place and freezes everything but the new factors; its outputs are unchanged before training.
+
+    The targets become `CompLoRALinear`, `CompLoRAMultiheadAttention` or `CompLoRAAttention`, which share the original
+    parameters under their old names. Each adapted weight is decomposed once (0.1 to 0.5 s for a [768, 768] weight on two
+    cores; weights seen before come from a cache).
+
+    Args:
+        model: an open_clip model, or any model when `config.target_modules` is a regular expression.
+        config: what to adapt and how.
+        progress: show a progress bar on stderr once the work has taken two seconds.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is adapted already, a target matched nothing or cannot be adapted, a layer index is out of
+            range, k exceeds a weight, or a weight holds NaN. The model is then as it was.
+    """
+    if any(isinstance(module, CompLoRALayer) for module in model.modules()):
+        raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
+    targets = find_targets(model, config)
+    adapted: dict[int, CompLoRALayer] = {}
+    with tqdm(targets, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
+        for path, module in bar:
+            adapted[id(module)] = _adapt(path, module, config)
+
+    _swap(model, adapted)
+    model.requires_grad_(False)
+    for layer in adapted.values():
+        for name in layer.weights:
+            for factor in layer.factors(name):
+                factor.requires_grad_(True)
+    for mask in _square_masks(model):
+        recognise_causal_mask(mask)
+    return model
+
+
+def find_targets(model: nn.Module, config: CompLoRAConfig) -> list[Target]:
+    """The modules that `config` selects in `model`, each once.
+
+    Raises:
+        ValueError: as `apply_complora`.
+    """
+    if isinstance(config.target_modules, str):
+        return _matching_linears(model, config.target_modules)
+    blocks = list(open_clip.residual_blocks(model))
+    targets = []
+    for tower in config.towers:
+        in_tower = [block for block in blocks if block.tower == tower]
+        if not in_tower:
+            raise ValueError(
+                f"towers={config.towers!r} matched nothing in the {tower} tower: {open_clip.describe_tower(model, tower)}. "
+                'Choose other towers, or name nn.Linear modules by a regular expression, target_modules=r"..."'
+            )
+        layers = {block.layer for block in in_tower}
+        missing = sorted(set(config.layers or ()) - layers)
+        if missing and config.layers is not None:
+            raise ValueError(
+                f"layers={config.layers!r}, expected indices of the {tower} tower's blocks, 0 to {max(layers)}: "
+                f"there is no {missing}"
+            )
+        for block in in_tower:
+            if config.layers is None or block.layer in config.layers:
+                targets += _block_targets(block, config.target_modules)
+    return list({id(target.module): target for target in targets}.values())
+
+
+def _block_targets(block: open_clip.Block, names: tuple[str, ...]) -> Iterator[Target]:
+    if any(name in ATTENTION_TARGETS for name in names):
+        path = f"{block.path}.attn"
+        open_clip.check_attention(path, block.module.get_submodule("attn"))
+        yield Target(path, block.module.get_submodule("attn"))
+    for name, child in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True):
+        if name in names:
+            yield Target(f"{block.path}.{child}", block.module.get_submodule(child))
+
+
+def _matching_linears(model: nn.Module, pattern: str) -> list[Target]:
+    linears = [(path, module) for path, module in model.named_modules() if path and isinstance(module, nn.Linear)]
+    targets = [Target(path, module) for path, module in linears if re.fullmatch(pattern, path)]
+    if not targets:
+        known = ", ".join(path for path, _ in linears[:8]) + (", ..." if len(linears) > 8 else "")
+        raise ValueError(
+            f"target_modules={pattern!r} matched no nn.Linear by its whole name, expected a match among: {known or 'none'}"
+        )
+    for path, _ in targets:
+        parent = model.get_submodule(path.rpartition(".")[0])
+        # These read `.weight` of their children and never call them.
+        if isinstance(parent, nn.MultiheadAttention) or type(parent).__name__ == "AttentionPool2d":
+            raise ValueError(
+                f"target_modules={pattern!r} matched {path}, which its parent, a {type(parent).__name__}, uses without "
+                "calling it: an adapter there would have no effect. Expected a module that is called "
+                '(in residual blocks, target_modules=("o",) adapts the output projection)'
+            )
+    return targets
+
+
+def _adapt(path: str, module: nn.Module, config: CompLoRAConfig) -> CompLoRALayer:
+    try:
+        if isinstance(module, nn.MultiheadAttention):
+            return CompLoRAMultiheadAttention.from_attention(module, config, path=path)
+        if CompLoRAAttention.recognises(module):
+            return CompLoRAAttention.from_attention(module, config, path=path)
+        assert isinstance(module, nn.Linear), path
+        return CompLoRALinear.from_linear(module, config, path=path)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _swap(model: nn.Module, adapted: dict[int, CompLoRALayer]) -> None:
+    """Replaces each module wherever it is a child, so that shared modules stay shared."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # named_children() would leave out a module's second name
+            if id(child) in adapted:
+                setattr(parent, name, adapted[id(child)])
+
+
+def _square_masks(model: nn.Module) -> Iterator[Tensor]:
+    for name, buffer in model.named_buffers():
+        if "mask" in name and buffer.dim() == 2 and buffer.shape[0] == buffer.shape[1] and not buffer.is_meta:
+            yield buffer
+
+
+def adapted_layers(model: nn.Module) -> dict[str, CompLoRALayer]:
+    """The adapted modules of `model` by their paths.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, CompLoRALayer)}
+    if not layers:
+        raise ValueError("model has no Comp-LoRA adapter, expected one: call apply_complora or load_adapter first")
+    return layers

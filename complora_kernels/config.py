@@ -1,0 +1,178 @@
+"""`CompLoRAConfig`: what is adapted, how strongly, and which subspace of each weight is protected."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Sides = Literal["output", "input", "both", "none"]
+SubspaceSource = Literal["weight", "random"]
+
+ATTENTION_TARGETS = ("q", "k", "v", "o")
+MLP_TARGETS = ("fc1", "fc2")
+TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+TOWERS = ("image", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompLoRAConfig:
+    """How `apply_complora` adapts a model; fields are named as in PEFT's `LoraConfig` where it has them.
+
+    An adapted layer computes `y = x W^T + b + scaling · (drop(x) Ã^T) B̃^T` with `Ã = A P_in` and `B̃ = P_out B`,
+    where `P_out = I - U_k U_k^T` and `P_in = I - V_k V_k^T` remove the top-k singular directions of `W`
+    (Comp-LoRA, arXiv 2501.15040). The paper's own `k`, rank and layers are not public: choose them for your task.
+
+    Args:
+        r: rank of the update, at least 1.
+        lora_alpha: `scaling = lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        lora_dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        sides: "output" projects B (the default formula of the package), "input" projects A, "both" projects the two
+            as the paper's figure does, "none" is plain LoRA.
+        subspace_k: number of protected directions, 0 <= k <= min(out, in).
+        subspace_energy: share in (0, 1]; k is the smallest number of directions that holds this share of Σσ².
+        subspace_ratio: share in [0, 1]; k = round(ratio · min(out, in)).
+            Exactly one of the three sizes is given, none of them with `sides="none"`.
+        subspace_source: "weight" protects the principal directions of the weight, "random" as many random ones:
+            the control that tells whether the singular vectors matter.
+        subspace_seed: chooses the random directions of `subspace_source="random"`.
+        target_modules: any of q k v o fc1 fc2 in the residual blocks of the towers, or one regular expression that
+            must match a whole module name; it then selects `nn.Linear` modules of any model.
+        towers: "image", "text" or both. Not used with a regular expression.
+        layers: indices of the residual blocks to adapt in each tower; None adapts all.
+
+    Raises:
+        ValueError: a field is out of its range; the message names the field, its value and what was expected.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    sides: Sides = "output"
+    subspace_k: int | None = None
+    subspace_energy: float | None = None
+    subspace_ratio: float | None = None
+    subspace_source: SubspaceSource = "weight"
+    subspace_seed: int = 0
+    target_modules: tuple[str, ...] | str = ("q", "k", "v")
+    towers: tuple[str, ...] = ("image", "text")
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.r) and self.r >= 1, "r", self.r, "an integer of at least 1")
+        _require(
+            _is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf,
+            "lora_alpha",
+            self.lora_alpha,
+            "a positive number",
+        )
+        _require(
+            _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+            "lora_dropout",
+            self.lora_dropout,
+            "a probability in [0, 1)",
+        )
+        _require(self.sides in get_args(Sides), "sides", self.sides, f"one of {', '.join(get_args(Sides))}")
+        _require(
+            self.subspace_source in get_args(SubspaceSource),
+            "subspace_source",
+            self.subspace_source,
+            f"one of {', '.join(get_args(SubspaceSource))}",
+        )
+        _require(_is_int(self.subspace_seed), "subspace_seed", self.subspace_seed, "an integer")
+        self._check_subspace_size()
+        self._check_selection()
+
+    def _check_subspace_size(self) -> None:
+        given = {name: value for name, value in self.subspace_size.items() if value is not None}
+        if self.sides == "none":
+            _require(not given, "sides", "none", f"no subspace size, because plain LoRA protects nothing; got {given}")
+            return
+        _require(
+            len(given) == 1,
+            "subspace_k, subspace_energy, subspace_ratio",
+            given or None,
+            f'exactly one of the three with sides="{self.sides}"',
+        )
+        check_subspace_size(**self.subspace_size, prefix="subspace_")
+
+    def _check_selection(self) -> None:
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules={self.target_modules!r} is not a regular expression: {error}"
+                ) from None
+            _require(self.layers is None, "layers", self.layers, "None when target_modules is a regular expression")
+        else:
+            object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules, TARGETS))
+        object.__setattr__(self, "towers", _names("towers", self.towers, TOWERS))
+        if self.layers is not None:
+            layers = _tuple(self.layers)
+            valid = bool(layers) and all(_is_int(layer) and layer >= 0 for layer in layers)
+            _require(valid, "layers", self.layers, "None or non-negative block indices")
+            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+
+    @property
+    def subspace_size(self) -> dict[str, Any]:
+        """The three sizes under the names that `principal_basis` takes: `k`, `energy`, `ratio`."""
+        return {"k": self.subspace_k, "energy": self.subspace_energy, "ratio": self.subspace_ratio}
+
+    @property
+    def scaling(self) -> float:
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them (tuples become lists)."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> CompLoRAConfig:
+        """The inverse of `to_dict`; an unknown field is an error that names it."""
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        _require(not unknown, "CompLoRAConfig fields", unknown, "fields that this version knows")
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        return cls(**values)
+
+
+def check_subspace_size(*, k: int | None, energy: float | None, ratio: float | None, prefix: str = "") -> None:
+    """Raises ValueError unless the one size that is given lies in its range (k's upper end needs the weight)."""
+    if k is not None:
+        _require(_is_int(k) and k >= 0, f"{prefix}k", k, "an integer of at least 0")
+    if energy is not None:
+        _require(_is_number(energy) and 0 < energy <= 1, f"{prefix}energy", energy, "a share in (0, 1]")
+    if ratio is not None:
+        _require(_is_number(ratio) and 0 <= ratio <= 1, f"{prefix}ratio", ratio, "a share in [0, 1]")
+
+
+def _names(field: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+    values = _tuple(values)
+    unknown = [value for value in values if value not in known]
+    _require(bool(values) and not unknown, field, unknown or values, f"a selection of {', '.join(known)}")
+    return tuple(name for name in known if name in values)
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    """The values as a tuple; one that stands alone becomes a tuple of one."""
+    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}, expected {expected}")

@@ -1,0 +1,74 @@
+"""Dropout without a stored mask: a forward pass keeps one seed, and whoever needs the mask draws it again.
+
+Both steps are registered operations, so that `torch.compile` neither looks into them nor merges two draws into one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("complora", "FRAGMENT")
+_LIBRARY.define("dropout_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_LIBRARY.define("dropout_mask(Tensor x, Tensor seed, float p) -> Tensor")
+
+
+def dropout_seed(
+    x: Tensor,  # [..., K]
+) -> Tensor:  # [1], int64, on the host
+    """A fresh seed from the default generator of `x`'s device.
+
+    It follows `torch.manual_seed` and `torch.cuda.manual_seed`. The seed stays on the host. On a GPU it comes from the generator's seed and offset, which are host numbers too, so
+    nothing waits for the device.
+    """
+    return torch.ops.complora.dropout_seed(x)
+
+
+def dropout_mask(
+    x: Tensor,  # [..., K]
+    seed: Tensor,  # [1]
+    p: float,
+) -> Tensor:  # [..., K], bool
+    """True where an element of `x` is kept, with probability 1 - p; the same for equal seed, shape and device type."""
+    return torch.ops.complora.dropout_mask(x, seed, p)
+
+
+def drop(
+    x: Tensor,  # [..., K]
+    mask: Tensor,  # [..., K], bool
+    p: float,
+) -> Tensor:  # [..., K]
+    """`m ∘ x` with `m = mask / (1 - p)`; the factor is applied in float32 to half-precision values, as torch does."""
+    return (x * mask).mul_(1 / (1 - p))
+
+
+def _draw_seed(x: Tensor) -> Tensor:
+    if x.device.type != "cuda":
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    index = torch.cuda.current_device() if x.device.index is None else x.device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # offsets count in fours
+    # Neighbouring offsets must give unrelated streams: spread them over the keys (the golden-ratio multiplier of
+    # Knuth's multiplicative hashing) instead of starting the same stream four numbers later.
+    key = (generator.initial_seed() * 0x9E3779B97F4A7C15 + offset * 0xD1B54A32D192ED03) % (2**63)
+    return torch.tensor([key], dtype=torch.int64)
+
+
+def _draw_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+
+
+_LIBRARY.impl("dropout_seed", _draw_seed, "CompositeExplicitAutograd")
+_LIBRARY.impl("dropout_mask", _draw_mask, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("complora::dropout_seed", lib=_LIBRARY)
+def _fake_seed(_x: Tensor) -> Tensor:
+    return torch.empty((1,), dtype=torch.int64)
+
+
+@torch.library.register_fake("complora::dropout_mask", lib=_LIBRARY)
+def _fake_mask(x: Tensor, _seed: Tensor, _p: float) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)

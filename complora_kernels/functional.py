@@ -1,0 +1,250 @@
+"""What is computed: the operations with their formulas, the checks of their arguments and the choice of a backend.
+
+Notation: `W` [out, in] is a frozen weight, `A` [r, in] and `B` [out, r] are the factors, `P_out = I - U_k U_k^T` and
+`P_in = I - V_k V_k^T` project onto the complement of W's top-k left and right singular vectors (Comp-LoRA, arXiv
+2501.15040). Folding the projections into the factors, `(x A^T)(P B)^T` instead of `((x A^T) B^T) P`, is exact and costs
+4·r·d·k operations whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from complora_kernels import backends, reference
+from complora_kernels.autograd import FoldFactorsFunction, PackedLoRALinearFunction, ProjectComplementFunction
+from complora_kernels.dropout import drop, dropout_mask, dropout_seed
+from complora_kernels.subspace import check_orthonormal
+
+__all__ = ["complora_linear", "fold_factors", "lora_linear", "packed_lora_linear", "project_complement"]
+
+
+def project_complement(
+    factor: Tensor,  # [..., d]
+    basis: Tensor,  # [d, k]
+    *,
+    basis_kind: str = "principal",
+    backend: str | None = None,
+) -> Tensor:  # [..., d]
+    """Removes the protected directions from the last dimension of `factor`.
+
+    `factor (I - U U^T)` for a principal basis U [d, k], `factor U U^T` for a complement basis U [d, d - k]; computed in
+    float32, or float64 when `factor` is. Differentiable in `factor`, any number of times.
+
+    Raises:
+        ValueError: shapes that do not fit, columns that are not orthonormal, or an unknown `basis_kind`.
+    """
+    _check_basis(basis, basis_kind, factor.shape[-1], "basis")
+    if backends.resolve(backend) == "reference":
+        return reference.project_complement(factor, basis, basis_kind=basis_kind)
+    return ProjectComplementFunction.apply(factor, basis, basis_kind)
+
+
+def fold_factors(
+    lora_As: Sequence[Tensor],  # each [r, in]
+    lora_Bs: Sequence[Tensor],  # each [out, r]
+    output_bases: Sequence[Tensor | None],  # each [out, k]; None leaves B as it is
+    input_bases: Sequence[Tensor | None],  # each [in, k]; None leaves A as it is
+    *,
+    output_basis_kinds: str | Sequence[str] = "principal",
+    input_basis_kinds: str | Sequence[str] = "principal",
+    scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The factors of ordinary LoRA layers: `Ã = A P_in` and `scaling · B̃ = scaling · P_out B` for a list of layers.
+
+    One autograd node for the whole list. Projections run in float32, or float64 when the factors are;
+    `dtype` is what the results are cast to afterwards, None keeps that of the factors. Pass the scaling here or to `lora_linear`, not to
+    both.
+
+    Raises:
+        ValueError: lists of different lengths, shapes that do not fit, columns that are not orthonormal, an unknown kind.
+    """
+    layers = len(lora_As)
+    output_kinds = [output_basis_kinds] * layers if isinstance(output_basis_kinds, str) else list(output_basis_kinds)
+    input_kinds = [input_basis_kinds] * layers if isinstance(input_basis_kinds, str) else list(input_basis_kinds)
+    lengths = [len(part) for part in (lora_As, lora_Bs, output_bases, input_bases, output_kinds, input_kinds)]
+    if set(lengths) != {layers} or layers == 0:
+        raise ValueError(f"lora_As, lora_Bs, bases and kinds have lengths {lengths}, expected equal ones of at least 1")
+    for A, B, output_basis, input_basis, output_kind, input_kind in zip(
+        lora_As, lora_Bs, output_bases, input_bases, output_kinds, input_kinds
+    ):
+        _check_factors(A, B, "lora_A", "lora_B")
+        _check_basis(output_basis, output_kind, B.shape[0], "output_basis")
+        _check_basis(input_basis, input_kind, A.shape[1], "input_basis")
+    if backends.resolve(backend) == "reference":
+        return reference.fold_factors(
+            lora_As,
+            lora_Bs,
+            output_bases,
+            input_bases,
+            output_basis_kinds=output_kinds,
+            input_basis_kinds=input_kinds,
+            scaling=scaling,
+            dtype=dtype,
+        )
+    folded = FoldFactorsFunction.apply(
+        input_bases, input_kinds, output_bases, output_kinds, scaling, dtype, *lora_As, *lora_Bs
+    )
+    return list(folded[:layers]), list(folded[layers:])
+
+
+def packed_lora_linear(
+    x: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
+    folded_As: Sequence[Tensor],  # each [r, in]
+    folded_Bs: Sequence[Tensor],  # each [stop - start, r]
+    rows: Sequence[tuple[int, int]],
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Tensor:  # [..., out]
+    """One product with several adapters: `y = x W^T + b`, plus `(drop(x) Ã_i^T) B̃_i^T` in rows `start <= n < stop` of i.
+
+    This is how attention computes q, k and v, whose weights are stacked in one [3d, d] parameter. Each adapter draws a
+    dropout mask of its own. Otherwise as `lora_linear`, with one (start, stop) for each adapter.
+    """
+    adapters = len(rows)
+    if adapters == 0 or len(folded_As) != adapters or len(folded_Bs) != adapters:
+        raise ValueError(
+            f"folded_As, folded_Bs, rows have lengths {len(folded_As)}, {len(folded_Bs)}, {adapters}, "
+            "expected equal ones of at least 1"
+        )
+    _check_base(x, weight, bias)
+    for A, B, (start, stop) in zip(folded_As, folded_Bs, rows):
+        _check_factors(A, B, "folded_A", "folded_B")
+        if not (0 <= start <= stop <= weight.shape[0]) or (B.shape[0], A.shape[1]) != (stop - start, weight.shape[1]):
+            raise ValueError(
+                f"folded_A {tuple(A.shape)}, folded_B {tuple(B.shape)} and rows ({start}, {stop}) do not fit a weight of "
+                f"shape {tuple(weight.shape)}: expected [r, in], [stop - start, r] and 0 <= start <= stop <= out"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
+
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    As, Bs = [A.to(dtype) for A in folded_As], [B.to(dtype) for B in folded_Bs]
+    seeds = [dropout_seed(x) for _ in rows] if training and dropout_p > 0 else []
+    if backends.resolve(backend) == "reference":
+        masks = [drop(torch.ones_like(x), dropout_mask(x, seed, dropout_p), dropout_p) for seed in seeds] or None
+        return reference.packed_lora_linear(x, weight, bias, As, Bs, rows, dropout_masks=masks)
+    return PackedLoRALinearFunction.apply(x, weight, bias, tuple(rows), dropout_p, *seeds, *As, *Bs)
+
+
+def lora_linear(
+    x: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
+    folded_A: Tensor,  # [r, in]
+    folded_B: Tensor,  # [out, r]
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Tensor:  # [..., out]
+    """`y = x W^T + b + scaling · (drop(x) Ã^T) B̃^T`: a frozen linear layer with a LoRA update (Hu et al., 2106.09685).
+
+    Computed in the dtype of `x`, or in autocast's where that is on; `weight` and `bias` are frozen, gradients flow to `x`
+    and the factors where they are asked for:
+
+        dX = dY W + m ∘ (g Ã)    dÃ = g^T drop(x)    dB̃ = scaling · dY^T h    g = scaling · dY B̃    h = drop(x) Ã^T
+
+    Of the activations, x and h [M, r] are saved. With `training` and `dropout_p` > 0 the mask m is drawn from the default
+    generator of x's device and drawn again in the backward pass. In half precision the rank-r term is added before the
+    one rounding of y.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a weight or bias that requires a gradient, dropout_p outside [0, 1).
+    """
+    scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
+    rows = [(0, weight.shape[0])]
+    return packed_lora_linear(
+        x, weight, bias, [folded_A], [scaled_B], rows, dropout_p=dropout_p, training=training, backend=backend
+    )
+
+
+def complora_linear(
+    x: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
+    lora_A: Tensor,  # [r, in]
+    lora_B: Tensor,  # [out, r]
+    *,
+    output_basis: Tensor | None = None,  # [out, k]
+    input_basis: Tensor | None = None,  # [in, k]
+    output_basis_kind: str = "principal",
+    input_basis_kind: str = "principal",
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Tensor:  # [..., out]
+    """`y = x W^T + b + scaling · (drop(x) (A P_in)^T) (P_out B)^T`: a Comp-LoRA layer (arXiv 2501.15040).
+
+    With an output basis U this is `x·W + ((x·A)·B)·P_perp` of the paper's notation, and no output coordinate along U ever
+    changes. A basis has orthonormal columns; "principal" means it spans the protected directions [d, k], "complement"
+    that it spans the rest [d, d - k]. Without a basis the side is not projected.
+
+    Equivalent to `fold_factors` followed by `lora_linear`, whose docstring has the gradients; those of the factors are
+    projected again, `dA = dÃ P_in` and `dB = P_out dB̃`, in the dtype of the factors.
+
+    Raises:
+        ValueError: as `fold_factors` and `lora_linear`.
+    """
+    (folded_A,), (scaled_B,) = fold_factors(
+        [lora_A],
+        [lora_B],
+        [output_basis],
+        [input_basis],
+        output_basis_kinds=output_basis_kind,
+        input_basis_kinds=input_basis_kind,
+        scaling=scaling,
+        dtype=compute_dtype(x),
+        backend=backend,
+    )
+    return lora_linear(x, weight, bias, folded_A, scaled_B, dropout_p=dropout_p, training=training, backend=backend)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in: autocast's where it is on (it leaves float64 alone), else that of `x`."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}, expected [..., in] and [out, in]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)}, expected [out] with out={weight.shape[0]}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}.requires_grad=True, expected a frozen {name}: it gets no gradient here")
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}, outside autocast")
+
+
+def _check_factors(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] < 1:
+        raise ValueError(
+            f"{name_A} {tuple(A.shape)} and {name_B} {tuple(B.shape)}, expected [r, in] and [out, r] with r >= 1"
+        )
+
+
+def _check_basis(basis: Tensor | None, kind: str, d: int, name: str) -> None:
+    if kind not in ("principal", "complement"):
+        raise ValueError(f"{name}_kind={kind!r}, expected 'principal' or 'complement'")
+    if basis is None:
+        return
+    if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
+        raise ValueError(f"{name} has shape {tuple(basis.shape)}, expected [{d}, k] with k <= {d}")
+    check_orthonormal(basis, name)

@@ -1,0 +1,1 @@
+"""The only files that know a model library: each finds the parts of its models that can be adapted."""

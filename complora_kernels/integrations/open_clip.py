@@ -1,0 +1,63 @@
+"""Finds q, k, v, o, fc1 and fc2 in open_clip's models, by what the modules have and not by their version.
+
+A residual block has `attn`, `mlp.c_fc` and `mlp.c_proj`; the image tower is what lies below `visual`, the text tower what lies
+in `transformer` or `text`. This covers ViT CLIP models (quickgelu or not), `CustomTextCLIP`, and the towers of OpenAI's package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from complora_kernels.modules.attention import CompLoRAAttention, CompLoRAMultiheadAttention
+
+
+class Block(NamedTuple):
+    """A residual block of a tower."""
+
+    path: str
+    module: nn.Module
+    tower: str  # "image" or "text"
+    layer: int
+
+
+def residual_blocks(model: nn.Module) -> Iterator[Block]:
+    """The residual blocks of the image and the text tower."""
+    for path, module in model.named_modules():
+        tower = _tower(path)
+        mlp = getattr(module, "mlp", None)
+        if tower and hasattr(module, "attn") and hasattr(mlp, "c_fc") and hasattr(mlp, "c_proj"):
+            yield Block(path, module, tower, int(path.rpartition(".")[2]))
+
+
+def check_attention(path: str, attention: nn.Module) -> None:
+    """Raises ValueError unless the attention of a residual block is of a kind that can be adapted."""
+    known = isinstance(attention, (nn.MultiheadAttention, CompLoRAMultiheadAttention, CompLoRAAttention))
+    if not known and not CompLoRAAttention.recognises(attention):
+        raise ValueError(
+            f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: expected "
+            "nn.MultiheadAttention or the attention of open_clip 4"
+        )
+
+
+def describe_tower(model: nn.Module, tower: str) -> str:
+    """Why a tower without residual blocks cannot be adapted, in words."""
+    if tower == "image":
+        visual = getattr(model, "visual", None)
+        if visual is None:
+            return "the model has no image tower `visual`"
+        if hasattr(visual, "attnpool"):
+            return (
+                f"visual is a {type(visual).__name__} and its attention pool visual.attnpool "
+                f"({type(visual.attnpool).__name__}) uses q_proj, k_proj and v_proj without calling them, so an adapter "
+                "there would have no effect"
+            )
+        return f"visual is a {type(visual).__name__} without residual blocks (attn, mlp.c_fc, mlp.c_proj)"
+    return "the model has no text tower `transformer` or `text` with residual blocks (attn, mlp.c_fc, mlp.c_proj)"
+
+
+def _tower(path: str) -> str | None:
+    first = path.partition(".")[0]
+    return {"visual": "image", "transformer": "text", "text": "text"}.get(first)

@@ -1,0 +1,265 @@
+"""What every adapted layer has: factors, bases, and the ways to switch, merge and measure its update.
+
+A layer adapts one or more weights. Each has a name ("" in a linear layer; q, k, v, o in attention) and is a block of rows
+of one of the layer's parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from complora_kernels import functional, subspace
+from complora_kernels.config import CompLoRAConfig
+
+Layer = TypeVar("Layer", bound="CompLoRALayer")
+
+
+PROJECTED_SIDES: dict[str, tuple[subspace.Side, ...]] = {
+    "output": ("output",),
+    "input": ("input",),
+    "both": ("output", "input"),
+    "none": (),
+}
+
+
+class WeightRows(NamedTuple):
+    """Where an adapted weight [out, in] lives: rows `start <= n < stop` of a parameter of the layer."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+class Float32State(nn.Module):
+    """A module whose own `lora_*` parameters and bases stay float32 or wider when `.half()` or `.to()` converts the rest."""
+
+    def _own_float32_state(self) -> Iterator[Tensor]:
+        for name, tensor in [*self._parameters.items(), *self._buffers.items()]:
+            if tensor is not None and (name.startswith("lora_") or "_basis" in name):
+                yield tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = list(self._own_float32_state())
+        kept_ids = {id(tensor) for tensor in kept} | {id(tensor.grad) for tensor in kept if tensor.grad is not None}
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if id(tensor) in kept_ids and converted.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(converted.device)
+            return converted
+
+        return super()._apply(convert, recurse)
+
+
+class Factors(Float32State):
+    """The factors of one kind of an attention layer: parameters `q`, `k`, `v`, `o`, as many as are adapted."""
+
+    def __init__(self, factors: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, factor in factors.items():
+            self.register_parameter(name, factor)
+
+    def _own_float32_state(self) -> Iterator[Tensor]:
+        return self.parameters(recurse=False)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if any(key.startswith(prefix) for key in state_dict):  # a plain model's checkpoint has no factors: keep ours
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class CompLoRALayer(Float32State):
+    """The adapter part of `CompLoRALinear` and the attention modules; use those.
+
+    Attributes:
+        config: the `CompLoRAConfig` that the layer was made with.
+        weights: where each adapted weight lives.
+        disabled: True inside `disable_adapter`: the layer computes its frozen part alone.
+        merged: True between `merge` and `unmerge`.
+    """
+
+    config: CompLoRAConfig
+    weights: dict[str, WeightRows]
+    disabled: bool
+    merged: bool
+
+    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The raw factors `A` [r, in] and `B` [out, r] of one adapted weight."""
+        raise NotImplementedError
+
+    def base_weight(self, name: str) -> Tensor:  # [out, in]
+        """The frozen weight of one adapter, a view."""
+        parameter, start, stop = self.weights[name]
+        return self.get_parameter(parameter)[start:stop]
+
+    def original_weight(self, name: str) -> Tensor:  # [out, in]
+        """The frozen weight of one adapter as it was before merging."""
+        parameter, start, stop = self.weights[name]
+        return self.get_buffer(_original_name(parameter))[start:stop] if self.merged else self.base_weight(name)
+
+    def basis(self, name: str, side: subspace.Side) -> subspace.Basis | None:
+        """The basis that projects one side of one adapted weight; None where the side is not projected."""
+        known = self._bases.get((name, side))
+        return None if known is None else known._replace(matrix=self.get_buffer(_basis_name(name, side)))
+
+    def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis) -> None:
+        """Replaces the basis of one side of one adapted weight."""
+        self.register_buffer(_basis_name(name, side), basis.matrix, persistent=False)
+        self._bases[name, side] = basis._replace(matrix=torch.empty(0))
+
+    def folded_factors(
+        self, names: tuple[str, ...], dtype: torch.dtype | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, differentiable, cast to `dtype` at the end."""
+        As, Bs = zip(*(self.factors(name) for name in names), strict=True)
+        outputs, inputs = ([self.basis(name, side) for name in names] for side in ("output", "input"))
+        return functional.fold_factors(
+            As,
+            Bs,
+            [basis and basis.matrix for basis in outputs],
+            [basis and basis.matrix for basis in inputs],
+            output_basis_kinds=[basis.kind if basis else "principal" for basis in outputs],
+            input_basis_kinds=[basis.kind if basis else "principal" for basis in inputs],
+            scaling=self.config.scaling,
+            dtype=dtype,
+        )
+
+    @torch.no_grad()
+    def get_delta_weight(self, name: str = "") -> Tensor:  # [out, in]
+        """`ΔW = scaling · B̃ Ã` in the factors' dtype."""
+        (A,), (B,) = self.folded_factors((name,))
+        return B @ A
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """The parameters that adapters live in with `ΔW` added in float32 or wider and rounded once; nothing is changed.
+
+        Raises:
+            ValueError: the update holds NaN or infinite values.
+        """
+        merged: dict[str, Tensor] = {}
+        for name, (parameter, start, stop) in self.weights.items():
+            target = merged.setdefault(parameter, self.get_parameter(parameter).detach().clone())
+            delta = self.get_delta_weight(name)
+            if not torch.isfinite(delta).all():
+                raise ValueError(f"the update of {parameter}[{start}:{stop}] holds NaN or infinite values, expected finite")
+            target[start:stop] = (target[start:stop].to(delta.dtype) + delta).to(target.dtype)
+        return merged
+
+    @torch.no_grad()
+    def merge(self, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes `merged_weights()` into the parameters and keeps the originals for `unmerge`."""
+        if self.merged:
+            raise RuntimeError("the adapter is merged already; unmerge it first")
+        for parameter, weight in (self.merged_weights() if weights is None else weights).items():
+            original = self.get_parameter(parameter)
+            self.register_buffer(_original_name(parameter), original.detach().clone(), persistent=False)
+            original.copy_(weight)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the original weights back, bit for bit."""
+        if not self.merged:
+            raise RuntimeError("the adapter is not merged; merge it first")
+        for parameter in {rows.parameter for rows in self.weights.values()}:
+            self.get_parameter(parameter).copy_(self.get_buffer(_original_name(parameter)))
+            delattr(self, _original_name(parameter))
+        self.merged = False
+
+    @property
+    def active(self) -> bool:
+        """Whether the forward pass adds the low-rank term (not while merged or disabled)."""
+        return not (self.merged or self.disabled)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.merged:
+            error_msgs.append(f"{prefix.rstrip('.')} is merged, expected an unmerged adapter: call unmerge_adapter first")
+            return
+        arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
+        if own_factors.isdisjoint(state_dict):  # a plain model's checkpoint has no factors: keep ours
+            missing_keys[:] = [key for key in missing_keys if key not in own_factors]
+
+    def update_bases(self) -> None:
+        """Computes the bases of every weight whose values changed since they were last computed."""
+        for name in self.weights:
+            weight = self.base_weight(name)
+            seen = subspace.fingerprint(weight)
+            if self._basis_of.get(name) == seen:
+                continue
+            label = f"{self._path}.{name}" if name else self._path
+            for side in PROJECTED_SIDES[self.config.sides]:
+                self.set_basis(name, side, subspace.projection_basis(weight, self.config, side, label))
+            self._basis_of[name] = seen
+
+    def _init_adapter(self, config: CompLoRAConfig, weights: dict[str, WeightRows], path: str) -> None:
+        """Common to the `from_...` constructors, once the frozen parameters are in place."""
+        self.config = config
+        self.weights = weights
+        self.disabled = False
+        self.merged = False
+        self._path = path
+        self._bases: dict[tuple[str, str], subspace.Basis] = {}
+        self._basis_of: dict[str, str] = {}
+        for name, (parameter, start, stop) in weights.items():
+            label = ".".join(part for part in (path, parameter) if part)
+            subspace.check_weight(self.base_weight(name), f"{label}[{start}:{stop}]")
+        self.update_bases()
+        self.register_load_state_dict_post_hook(_update_bases_after_load)
+
+    def _new_factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A Kaiming-uniform as in `nn.Linear`, B zero: the update starts at nothing."""
+        weight = self.base_weight(name)  # [out, in]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        A = torch.empty(self.config.r, weight.shape[1], dtype=dtype, device=weight.device)  # [r, in]
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        B = torch.zeros(weight.shape[0], self.config.r, dtype=dtype, device=weight.device)  # [out, r]
+        return nn.Parameter(A), nn.Parameter(B)
+
+
+def clone_as(module: nn.Module, cls: type[Layer]) -> Layer:
+    """A module of class `cls` that shares the parameters, submodules, hooks and attributes of `module`."""
+    clone = cls.__new__(cls)
+    shared = (dict, set, list)
+    clone.__dict__.update(
+        {name: value.copy() if isinstance(value, shared) else value for name, value in module.__dict__.items()}
+    )
+    return clone
+
+
+def require_floating(module: nn.Module, path: str, *parameters: Tensor | None) -> None:
+    """Raises ValueError for a quantised base."""
+    for parameter in parameters:
+        if parameter is not None and not parameter.is_floating_point():
+            raise ValueError(
+                f"{path or type(module).__name__} holds {parameter.dtype} weights, expected floating-point ones: "
+                "a quantised base cannot be adapted"
+            )
+
+
+def _update_bases_after_load(module: CompLoRALayer, _: Any) -> None:
+    module.update_bases()
+
+
+def _basis_name(name: str, side: str) -> str:
+    return f"{side}_basis_{name}" if name else f"{side}_basis"
+
+
+def _original_name(parameter: str) -> str:
+    return f"unmerged_{parameter.replace('.', '_')}"

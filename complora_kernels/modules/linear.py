@@ -1,0 +1,62 @@
+"""`CompLoRALinear`: `nn.Linear` with a low-rank update in the complement of its principal subspace."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from complora_kernels import functional
+from complora_kernels.config import CompLoRAConfig
+from complora_kernels.modules.layer import CompLoRALayer, WeightRows, clone_as, require_floating
+
+
+class CompLoRALinear(CompLoRALayer, nn.Linear):
+    """`y = x W^T + b + scaling · (drop(x) (A P_in)^T) (P_out B)^T` (Comp-LoRA, arXiv 2501.15040).
+
+    A `nn.Linear` with the same `weight` and `bias`, the parameters `lora_A` [r, in] and `lora_B` [out, r] (float32 or
+    wider), and bases that are computed from the weight and are not in the state dict. Make it with `from_linear`.
+    See also the base class.
+    """
+
+    lora_A: nn.Parameter  # [r, in]
+    lora_B: nn.Parameter  # [out, r]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: CompLoRAConfig, *, path: str = "") -> CompLoRALinear:
+        """Adapts `linear`: the result shares its parameters and hooks; `linear` stays as it was.
+
+        Args:
+            linear: a plain floating-point `nn.Linear`.
+            config: rank, scaling, dropout and subspace; its selection of modules is not looked at.
+            path: the name of the module in its model, for messages and for random subspaces.
+
+        Raises:
+            ValueError: a quantised base, NaN in the weight, k above min(out, in).
+            TypeError: not a plain `nn.Linear`: subclasses may compute something else.
+        """
+        if type(linear) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+            raise TypeError(f"{path or 'linear'} is a {type(linear).__name__}, expected a plain nn.Linear")
+        require_floating(linear, path, linear.weight)
+        layer = clone_as(linear, cls)
+        layer._init_adapter(config, {"": WeightRows("weight", 0, linear.out_features)}, path)
+        layer.lora_A, layer.lora_B = layer._new_factors("")
+        return layer
+
+    def factors(self, name: str = "") -> tuple[nn.Parameter, nn.Parameter]:
+        """The raw factors `A` [r, in] and `B` [out, r]."""
+        return self.lora_A, self.lora_B
+
+    def forward(
+        self,
+        input: Tensor,  # [..., in]
+    ) -> Tensor:  # [..., out]
+        if not self.active:
+            return F.linear(input, self.weight, self.bias)
+        (folded_A,), (scaled_B,) = self.folded_factors(("",), functional.compute_dtype(input))
+        return functional.lora_linear(
+            input, self.weight, self.bias, folded_A, scaled_B, dropout_p=self.config.lora_dropout, training=self.training
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.config.r}, sides={self.config.sides}"

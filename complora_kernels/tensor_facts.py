@@ -1,0 +1,40 @@
+"""Facts about tensors that are expensive to read, remembered for as long as the tensor lives unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Fact = TypeVar("Fact")
+
+
+class TensorFacts(Generic[Fact]):
+    """A weak dictionary from a tensor, at its present version, to a fact about its values."""
+
+    def __init__(self) -> None:
+        self._facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Tensor -> (version, fact)
+
+    def get(self, tensor: Tensor) -> Fact | None:
+        """The remembered fact, or None when there is none or the tensor was written to since."""
+        if tensor not in self._facts:
+            return None
+        version, fact = self._facts[tensor]
+        return fact if version == _version(tensor) else None
+
+    def set(self, tensor: Tensor, fact: Fact) -> Fact:
+        """Remembers `fact` for the tensor's present version and returns it."""
+        self._facts[tensor] = (_version(tensor), fact)
+        return fact
+
+    def get_or_compute(self, tensor: Tensor, compute: Callable[[Tensor], Fact]) -> Fact:
+        """The remembered fact, computed now when it is not known."""
+        fact = self.get(tensor)
+        return self.set(tensor, compute(tensor)) if fact is None else fact
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors carry no version counter and reject in-place writes outside inference mode.
+    return -1 if tensor.is_inference() else tensor._version
