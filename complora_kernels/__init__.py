@@ -10,7 +10,9 @@ from complora_kernels.adapter import (
     unmerge_adapter,
 )
 from complora_kernels.apply import apply_complora
+from complora_kernels.checkpoint import load_adapter, save_adapter
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.interchange import export_peft, import_clip_lora
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
 
 __version__ = "0.1.0"
@@ -23,8 +25,12 @@ __all__ = [
     "apply_complora",
     "check_gradients",
     "disable_adapter",
+    "export_peft",
+    "import_clip_lora",
+    "load_adapter",
     "merge_adapter",
     "print_trainable_parameters",
+    "save_adapter",
     "subspace_report",
     "unmerge_adapter",
 ]

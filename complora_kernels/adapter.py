@@ -1,8 +1,9 @@
-"""What one does with an adapted model: its parameters, its gradients, its report, and switching, merging and copying it."""
+"""What one does with an adapted model: its parameters, its gradients, its report; switching, merging and copying it."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,9 +26,9 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The factors with their names in the state dict, such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
     for path, layer in adapted_layers(model).items():
-        for name, parameter in layer.named_parameters(prefix=path):
-            if name[len(path) + 1 :].startswith(("lora_A", "lora_B")):
-                yield name, parameter
+        for name, parameter in layer.named_parameters():
+            if name.startswith(("lora_A", "lora_B")):
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -38,7 +39,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Raises RuntimeError naming each adapter that the last backward pass gave no gradient; call it after the first one.
+    """Raises RuntimeError naming each adapter that the last backward pass gave no gradient; call it after the first.
 
     An adapter whose weight the model reads without calling its module is silently ignored; this finds it. A gradient
     that is zero counts as one: A's is zero in the first step, because B still is.
@@ -46,8 +47,8 @@ def check_gradients(model: nn.Module) -> None:
     missing = [name for name, parameter in named_adapter_parameters(model) if parameter.grad is None]
     if missing:
         raise RuntimeError(
-            f"no gradient reached {', '.join(missing)}: expected one for every adapter after a backward pass. Is its tower "
-            "part of the loss, and was the model neither merged nor disabled?"
+            f"no gradient reached {', '.join(missing)}: expected one for every adapter after a backward pass. "
+            "Is its tower part of the loss, and was the model neither merged nor disabled?"
         )
 
 
@@ -100,11 +101,13 @@ def merge_adapter(model: nn.Module) -> None:
     dict is that of a plain model with the update inside, plus the factors.
 
     Raises:
-        ValueError: `model` has no adapter, or an update holds NaN or infinite values; no weight is then changed.
+        ValueError: `model` has no adapter, an update holds NaN or infinite values, or an adapted weight is tied to that
+            of another module, which would change with it; no weight is then changed.
         RuntimeError: merged already.
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=False)
+    _require_untied(model, layers)
     merged = {}
     for path, layer in layers.items():
         try:
@@ -149,7 +152,9 @@ def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     own = raw_adapter_state(model)
     differing = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
     if differing:
-        raise ValueError(f"state differs from the model's adapter in {', '.join(differing)}, expected the same names and shapes")
+        raise ValueError(
+            f"state differs from the model's adapter in {', '.join(differing)}, expected the same names and shapes"
+        )
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
@@ -178,6 +183,14 @@ def _project(delta: Tensor, basis: Tensor, kind: str, side: str) -> Tensor:
     """`P ΔW` on the output side, `ΔW P` on the input side."""
     inside = basis @ (basis.mT @ delta) if side == "output" else (delta @ basis) @ basis.mT  # [out, in]
     return delta - inside if kind == "principal" else inside
+
+
+def _require_untied(model: nn.Module, layers: dict[str, CompLoRALayer]) -> None:
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    parameters = {(path, rows.parameter) for path, layer in layers.items() for rows in layer.weights.values()}
+    tied = [f"{path}.{name}" for path, name in sorted(parameters) if uses[id(layers[path].get_parameter(name))] > 1]
+    if tied:
+        raise ValueError(f"{', '.join(tied)}: tied to a parameter of another module, expected weights of their own")
 
 
 def _require_state(layers: dict[str, CompLoRALayer], *, merged: bool) -> None:

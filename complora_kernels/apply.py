@@ -28,8 +28,8 @@ def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = Tru
     """Adapts `model` in place and freezes everything but the new factors; its outputs are unchanged before training.
 
     The targets become `CompLoRALinear`, `CompLoRAMultiheadAttention` or `CompLoRAAttention`, which share the original
-    parameters under their old names. Each adapted weight is decomposed once (0.1 to 0.5 s for a [768, 768] weight on two
-    cores; weights seen before come from a cache).
+    parameters under their old names. Each adapted weight is decomposed once (0.1 to 0.5 s for a [768, 768] weight on
+    two cores; weights seen before come from a cache).
 
     Args:
         model: an open_clip model, or any model when `config.target_modules` is a regular expression.
@@ -76,7 +76,8 @@ def find_targets(model: nn.Module, config: CompLoRAConfig) -> list[Target]:
         in_tower = [block for block in blocks if block.tower == tower]
         if not in_tower:
             raise ValueError(
-                f"towers={config.towers!r} matched nothing in the {tower} tower: {open_clip.describe_tower(model, tower)}. "
+                f"towers={config.towers!r} matched nothing in the {tower} tower: "
+                f"{open_clip.describe_tower(model, tower)}. "
                 'Choose other towers, or name nn.Linear modules by a regular expression, target_modules=r"..."'
             )
         layers = {block.layer for block in in_tower}
@@ -108,12 +109,14 @@ def _matching_linears(model: nn.Module, pattern: str) -> list[Target]:
     if not targets:
         known = ", ".join(path for path, _ in linears[:8]) + (", ..." if len(linears) > 8 else "")
         raise ValueError(
-            f"target_modules={pattern!r} matched no nn.Linear by its whole name, expected a match among: {known or 'none'}"
+            f"target_modules={pattern!r} matched no nn.Linear by its whole name, "
+            f"expected a match among: {known or 'none'}"
         )
     for path, _ in targets:
         parent = model.get_submodule(path.rpartition(".")[0])
-        # These read `.weight` of their children and never call them.
-        if isinstance(parent, nn.MultiheadAttention) or type(parent).__name__ == "AttentionPool2d":
+        # These read `.weight` of their children instead of calling them; the encoder layer does so in evaluation.
+        reads = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        if reads or type(parent).__name__ == "AttentionPool2d":
             raise ValueError(
                 f"target_modules={pattern!r} matched {path}, which its parent, a {type(parent).__name__}, uses without "
                 "calling it: an adapter there would have no effect. Expected a module that is called "
@@ -128,8 +131,9 @@ def _adapt(path: str, module: nn.Module, config: CompLoRAConfig) -> CompLoRALaye
             return CompLoRAMultiheadAttention.from_attention(module, config, path=path)
         if CompLoRAAttention.recognises(module):
             return CompLoRAAttention.from_attention(module, config, path=path)
-        assert isinstance(module, nn.Linear), path
-        return CompLoRALinear.from_linear(module, config, path=path)
+        if isinstance(module, nn.Linear):
+            return CompLoRALinear.from_linear(module, config, path=path)
+        raise TypeError(f"{path} is a {type(module).__name__}, expected a plain nn.Linear")
     except TypeError as error:
         raise ValueError(str(error)) from None
 

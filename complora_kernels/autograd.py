@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,10 @@ class FoldFactorsFunction(torch.autograd.Function):
                 _project(B.mT, basis, kind).mT.mul(scaling).to(dtype or B.dtype)  # s · P_out B, [out, r]
                 for B, basis, kind in zip(factors[layers:], output_bases, output_kinds, strict=True)
             ]
-        return (*folded_As, *scaled_Bs)
+        folded = (*folded_As, *scaled_Bs)
+        frozen = (not needed for needed in ctx.needs_input_grad[6:])
+        ctx.mark_non_differentiable(*itertools.compress(folded, frozen))  # or layers would compute gradients for them
+        return folded
 
     @staticmethod
     @once_differentiable

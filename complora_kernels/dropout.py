@@ -1,16 +1,18 @@
 """Dropout without a stored mask: a forward pass keeps one seed, and whoever needs the mask draws it again.
 
-Both steps are registered operations, so that `torch.compile` neither looks into them nor merges two draws into one.
+Both steps are registered operations, which `torch.compile` takes as they are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("complora", "FRAGMENT")
 _LIBRARY.define("dropout_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-_LIBRARY.define("dropout_mask(Tensor x, Tensor seed, float p) -> Tensor")
+_LIBRARY.define("dropout_mask(Tensor like, SymInt[] shape, Tensor seed, float p) -> Tensor")
 
 
 def dropout_seed(
@@ -18,19 +20,24 @@ def dropout_seed(
 ) -> Tensor:  # [1], int64, on the host
     """A fresh seed from the default generator of `x`'s device.
 
-    It follows `torch.manual_seed` and `torch.cuda.manual_seed`. The seed stays on the host. On a GPU it comes from the generator's seed and offset, which are host numbers too, so
-    nothing waits for the device.
+    It follows `torch.manual_seed` and `torch.cuda.manual_seed`. The seed stays on the host. On a GPU it comes from the
+    generator's seed and offset, which are host numbers too, so nothing waits for the device.
     """
     return torch.ops.complora.dropout_seed(x)
 
 
 def dropout_mask(
-    x: Tensor,  # [..., K]
+    like: Tensor,
+    shape: Sequence[int],
     seed: Tensor,  # [1]
     p: float,
-) -> Tensor:  # [..., K], bool
-    """True where an element of `x` is kept, with probability 1 - p; the same for equal seed, shape and device type."""
-    return torch.ops.complora.dropout_mask(x, seed, p)
+) -> Tensor:  # of that shape, bool
+    """True where an element is kept, with probability 1 - p; the same for equal seed, shape and device type.
+
+    `like` gives the device. A backward pass hands in the gradient it was given: were it the activation, as in the
+    forward pass, `torch.compile` would see one and the same mask and keep it from one pass to the other.
+    """
+    return torch.ops.complora.dropout_mask(like, shape, seed, p)
 
 
 def drop(
@@ -55,9 +62,9 @@ def _draw_seed(x: Tensor) -> Tensor:
     return torch.tensor([key], dtype=torch.int64)
 
 
-def _draw_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+def _draw_mask(like: Tensor, shape: Sequence[int], seed: Tensor, p: float) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    return torch.empty(shape, dtype=torch.bool, device=like.device).bernoulli_(1 - p, generator=generator)
 
 
 _LIBRARY.impl("dropout_seed", _draw_seed, "CompositeExplicitAutograd")
@@ -70,5 +77,5 @@ def _fake_seed(_x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("complora::dropout_mask", lib=_LIBRARY)
-def _fake_mask(x: Tensor, _seed: Tensor, _p: float) -> Tensor:
-    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+def _fake_mask(like: Tensor, shape: Sequence[int], _seed: Tensor, _p: float) -> Tensor:
+    return torch.empty(shape, dtype=torch.bool, device=like.device)

@@ -1,8 +1,8 @@
 """The torch backend: folded factors on torch's own products.
 
 The base product carries any number of adapters side by side ("packed": q, k and v share one); a plain layer has one.
-In float32 the rank-r term is added to the base product (`addmm`). In half precision a second rounding would lose most of
-a small adapter, so base and rank-r term are one product, `[x | h] [W | B̃]^T` (`concat`).
+In float32 the rank-r term is added to the base product (`addmm`). In half precision a second rounding would lose most
+of a small adapter, so base and rank-r term are one product, `[x | h] [W | B̃]^T` (`concat`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def packed_lora_linear_fwd(
     """`y = x W^T + b + h B̃^T` in the rows of each adapter, and `h = drop(x) Ã^T`, all adapters side by side."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
     if seeds:
-        masks = (dropout_mask(flat, seed, dropout_p) for seed in seeds)  # each [M, K], gone before the next is drawn
+        masks = (
+            dropout_mask(flat, flat.shape, seed, dropout_p) for seed in seeds
+        )  # each [M, K], gone before the next is drawn
         h = torch.cat([drop(flat, mask, dropout_p) @ A.mT for A, mask in zip(As, masks, strict=True)], 1)  # [M, R]
     else:
         h = flat @ _stack(As).mT  # [M, R]
@@ -87,7 +89,7 @@ def packed_lora_linear_bwd(
     if seeds:
         dX = dY @ weight if needs_x else None
         for i, (A, g, seed) in enumerate(zip(As, gs, seeds, strict=True)):
-            mask = dropout_mask(flat, seed, dropout_p)  # [M, K], drawn once for both gradients
+            mask = dropout_mask(dY, flat.shape, seed, dropout_p)  # [M, K], drawn once for both gradients
             if needs_A:
                 dAs[i] = g.mT @ drop(flat, mask, dropout_p)
             if dX is not None:

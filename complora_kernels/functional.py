@@ -56,12 +56,13 @@ def fold_factors(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The factors of ordinary LoRA layers: `Ã = A P_in` and `scaling · B̃ = scaling · P_out B` for a list of layers.
 
-    One autograd node for the whole list. Projections run in float32, or float64 when the factors are;
-    `dtype` is what the results are cast to afterwards, None keeps that of the factors. Pass the scaling here or to `lora_linear`, not to
-    both.
+    One autograd node for the whole list. Projections run in float32, or float64 when the factors are; `dtype` is what
+    the results are cast to afterwards, None keeps that of the factors. Pass the scaling here or to `lora_linear`, not
+    to both.
 
     Raises:
-        ValueError: lists of different lengths, shapes that do not fit, columns that are not orthonormal, an unknown kind.
+        ValueError: lists of different lengths, shapes that do not fit, columns that are not orthonormal, or an unknown
+            kind.
     """
     layers = len(lora_As)
     output_kinds = [output_basis_kinds] * layers if isinstance(output_basis_kinds, str) else list(output_basis_kinds)
@@ -70,7 +71,7 @@ def fold_factors(
     if set(lengths) != {layers} or layers == 0:
         raise ValueError(f"lora_As, lora_Bs, bases and kinds have lengths {lengths}, expected equal ones of at least 1")
     for A, B, output_basis, input_basis, output_kind, input_kind in zip(
-        lora_As, lora_Bs, output_bases, input_bases, output_kinds, input_kinds
+        lora_As, lora_Bs, output_bases, input_bases, output_kinds, input_kinds, strict=True
     ):
         _check_factors(A, B, "lora_A", "lora_B")
         _check_basis(output_basis, output_kind, B.shape[0], "output_basis")
@@ -104,10 +105,11 @@ def packed_lora_linear(
     training: bool = True,
     backend: str | None = None,
 ) -> Tensor:  # [..., out]
-    """One product with several adapters: `y = x W^T + b`, plus `(drop(x) Ã_i^T) B̃_i^T` in rows `start <= n < stop` of i.
+    """One product with several adapters: `y = x W^T + b`, plus `(drop(x) Ã_i^T) B̃_i^T` in the rows of adapter i.
 
-    This is how attention computes q, k and v, whose weights are stacked in one [3d, d] parameter. Each adapter draws a
-    dropout mask of its own. Otherwise as `lora_linear`, with one (start, stop) for each adapter.
+    `rows` holds its (start, stop), rows `start <= n < stop` of the weight. This is how attention computes q, k and v,
+    whose weights are stacked in one [3d, d] parameter. Each adapter draws a dropout mask of its own. Otherwise as
+    `lora_linear`.
     """
     adapters = len(rows)
     if adapters == 0 or len(folded_As) != adapters or len(folded_Bs) != adapters:
@@ -116,12 +118,12 @@ def packed_lora_linear(
             "expected equal ones of at least 1"
         )
     _check_base(x, weight, bias)
-    for A, B, (start, stop) in zip(folded_As, folded_Bs, rows):
+    for A, B, (start, stop) in zip(folded_As, folded_Bs, rows, strict=True):
         _check_factors(A, B, "folded_A", "folded_B")
         if not (0 <= start <= stop <= weight.shape[0]) or (B.shape[0], A.shape[1]) != (stop - start, weight.shape[1]):
             raise ValueError(
-                f"folded_A {tuple(A.shape)}, folded_B {tuple(B.shape)} and rows ({start}, {stop}) do not fit a weight of "
-                f"shape {tuple(weight.shape)}: expected [r, in], [stop - start, r] and 0 <= start <= stop <= out"
+                f"folded_A {tuple(A.shape)}, folded_B {tuple(B.shape)} and rows ({start}, {stop}) do not fit a weight "
+                f"of shape {tuple(weight.shape)}: expected [r, in], [stop - start, r] and 0 <= start <= stop <= out"
             )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
@@ -132,7 +134,9 @@ def packed_lora_linear(
     As, Bs = [A.to(dtype) for A in folded_As], [B.to(dtype) for B in folded_Bs]
     seeds = [dropout_seed(x) for _ in rows] if training and dropout_p > 0 else []
     if backends.resolve(backend) == "reference":
-        masks = [drop(torch.ones_like(x), dropout_mask(x, seed, dropout_p), dropout_p) for seed in seeds] or None
+        masks = [
+            drop(torch.ones_like(x), dropout_mask(x, x.shape, seed, dropout_p), dropout_p) for seed in seeds
+        ] or None
         return reference.packed_lora_linear(x, weight, bias, As, Bs, rows, dropout_masks=masks)
     return PackedLoRALinearFunction.apply(x, weight, bias, tuple(rows), dropout_p, *seeds, *As, *Bs)
 
@@ -151,17 +155,18 @@ def lora_linear(
 ) -> Tensor:  # [..., out]
     """`y = x W^T + b + scaling · (drop(x) Ã^T) B̃^T`: a frozen linear layer with a LoRA update (Hu et al., 2106.09685).
 
-    Computed in the dtype of `x`, or in autocast's where that is on; `weight` and `bias` are frozen, gradients flow to `x`
-    and the factors where they are asked for:
+    Computed in the dtype of `x`, or in autocast's where that is on; `weight` and `bias` are frozen, gradients flow to
+    `x` and the factors where they are asked for:
 
         dX = dY W + m ∘ (g Ã)    dÃ = g^T drop(x)    dB̃ = scaling · dY^T h    g = scaling · dY B̃    h = drop(x) Ã^T
 
-    Of the activations, x and h [M, r] are saved. With `training` and `dropout_p` > 0 the mask m is drawn from the default
-    generator of x's device and drawn again in the backward pass. In half precision the rank-r term is added before the
-    one rounding of y.
+    Of the activations, x and h [M, r] are saved. With `training` and `dropout_p` > 0 the mask m is drawn from the
+    default generator of x's device and drawn again in the backward pass. In half precision the rank-r term is added
+    before the one rounding of y.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a weight or bias that requires a gradient, dropout_p outside [0, 1).
+        ValueError: shapes or dtypes that do not fit, a weight or bias that requires a gradient, or dropout_p outside
+            [0, 1).
     """
     scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
     rows = [(0, weight.shape[0])]
@@ -188,12 +193,12 @@ def complora_linear(
 ) -> Tensor:  # [..., out]
     """`y = x W^T + b + scaling · (drop(x) (A P_in)^T) (P_out B)^T`: a Comp-LoRA layer (arXiv 2501.15040).
 
-    With an output basis U this is `x·W + ((x·A)·B)·P_perp` of the paper's notation, and no output coordinate along U ever
-    changes. A basis has orthonormal columns; "principal" means it spans the protected directions [d, k], "complement"
-    that it spans the rest [d, d - k]. Without a basis the side is not projected.
+    With an output basis U this is `x·W + ((x·A)·B)·P_perp` of the paper's notation, and no output coordinate along U
+    ever changes. A basis has orthonormal columns; "principal" means it spans the protected directions [d, k],
+    "complement" that it spans the rest [d, d - k]. Without a basis the side is not projected.
 
     Equivalent to `fold_factors` followed by `lora_linear`, whose docstring has the gradients; those of the factors are
-    projected again, `dA = dÃ P_in` and `dB = P_out dB̃`, in the dtype of the factors.
+    projected again, `dA = dÃ P_in` and `dB = P_out dB̃`, in float32, or float64 when the factors are.
 
     Raises:
         ValueError: as `fold_factors` and `lora_linear`.
@@ -213,7 +218,7 @@ def complora_linear(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer computes in: autocast's where it is on (it leaves float64 alone), else that of `x`."""
+    """The dtype of the product: autocast's where it is on (it leaves float64 alone), else that of `x`."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

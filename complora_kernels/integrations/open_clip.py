@@ -1,7 +1,8 @@
 """Finds q, k, v, o, fc1 and fc2 in open_clip's models, by what the modules have and not by their version.
 
-A residual block has `attn`, `mlp.c_fc` and `mlp.c_proj`; the image tower is what lies below `visual`, the text tower what lies
-in `transformer` or `text`. This covers ViT CLIP models (quickgelu or not), `CustomTextCLIP`, and the towers of OpenAI's package.
+A residual block has `attn`, `mlp.c_fc` and `mlp.c_proj`; the image tower is what lies below `visual`, the text tower
+what lies in `transformer` or `text`. This covers ViT CLIP models (quickgelu or not), `CustomTextCLIP`, and the towers
+of OpenAI's package.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def check_attention(path: str, attention: nn.Module) -> None:
     known = isinstance(attention, (nn.MultiheadAttention, CompLoRAMultiheadAttention, CompLoRAAttention))
     if not known and not CompLoRAAttention.recognises(attention):
         raise ValueError(
-            f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: expected "
-            "nn.MultiheadAttention or the attention of open_clip 4"
+            f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: "
+            "expected nn.MultiheadAttention or the attention of open_clip 4"
         )
 
 
@@ -51,8 +52,8 @@ def describe_tower(model: nn.Module, tower: str) -> str:
         if hasattr(visual, "attnpool"):
             return (
                 f"visual is a {type(visual).__name__} and its attention pool visual.attnpool "
-                f"({type(visual.attnpool).__name__}) uses q_proj, k_proj and v_proj without calling them, so an adapter "
-                "there would have no effect"
+                f"({type(visual.attnpool).__name__}) uses q_proj, k_proj and v_proj without calling them, so an "
+                "adapter there would have no effect"
             )
         return f"visual is a {type(visual).__name__} without residual blocks (attn, mlp.c_fc, mlp.c_proj)"
     return "the model has no text tower `transformer` or `text` with residual blocks (attn, mlp.c_fc, mlp.c_proj)"

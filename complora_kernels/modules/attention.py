@@ -1,4 +1,4 @@
-"""Attention with adapters on q, k, v and o: one product for q, k and v, torch's fused attention, unchanged parameter names."""
+"""Attention with adapters on q, k, v and o: one product for q, k, v, torch's fused attention, unchanged names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from complora_kernels import functional
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
-from complora_kernels.modules.layer import CompLoRALayer, Factors, WeightRows, clone_as, require_floating
+from complora_kernels.modules.layer import CompLoRALayer, Factors, WeightRows, clone_as, require_plain
 from complora_kernels.tensor_facts import TensorFacts
 
 
 class CompLoRAAttentionLayer(CompLoRALayer):
-    """The projections that both attention modules share; `in_proj_weight` [3d, d] and `out_proj` stay what they were."""
+    """The projections of both attention modules; `in_proj_weight` [3d, d] and `out_proj` stay what they were."""
 
     in_proj_weight: nn.Parameter  # [3d, d]
     in_proj_bias: nn.Parameter | None  # [3d]
@@ -44,11 +44,11 @@ class CompLoRAAttentionLayer(CompLoRALayer):
                 f"target_modules={config.target_modules!r} selects nothing in {path or 'the attention'}, "
                 f"expected some of {', '.join(ATTENTION_TARGETS)}"
             )
-        require_floating(self, path, self.in_proj_weight, self.out_proj.weight)
+        require_plain(self, path or "attention", self.in_proj_weight, self.out_proj.weight)
         self._init_adapter(config, {name: rows[name] for name in names}, path)
         factors = {name: self._new_factors(name) for name in names}
-        self.lora_A = Factors({name: A for name, (A, _) in factors.items()})
-        self.lora_B = Factors({name: B for name, (_, B) in factors.items()})
+        self.lora_A = Factors({name: A for name, (A, _) in factors.items()}).train(self.training)
+        self.lora_B = Factors({name: B for name, (_, B) in factors.items()}).train(self.training)
 
     def _project_qkv(
         self,
@@ -83,9 +83,11 @@ class CompLoRAAttentionLayer(CompLoRALayer):
         self,
         x: Tensor,  # [..., d]
     ) -> Tensor:  # [..., d]
-        adapted = ("o",) if "o" in self.weights else ()
-        rows = [(0, self.out_proj.out_features)]
-        return self._packed_linear(x, self.out_proj.weight, self.out_proj.bias, adapted, rows)
+        if "o" not in self.weights:
+            return self.out_proj(x)
+        return self._packed_linear(
+            x, self.out_proj.weight, self.out_proj.bias, ("o",), [(0, self.out_proj.out_features)]
+        )
 
     def _packed_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, ...], rows: list[tuple[int, int]]
@@ -98,7 +100,8 @@ class CompLoRAAttentionLayer(CompLoRALayer):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()} r={self.config.r}, sides={self.config.sides}, adapters={', '.join(self.weights)}"
+        adapters = ", ".join(self.weights)
+        return f"{super().extra_repr()} r={self.config.r}, sides={self.config.sides}, adapters={adapters}"
 
 
 class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
@@ -120,8 +123,8 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
             path: the name of the module in its model, for messages and for random subspaces.
 
         Raises:
-            ValueError: `kdim` or `vdim` differ from `embed_dim`, `bias_k` or `add_zero_attn` is in use, a quantised base,
-                NaN in a weight, k above d, or no target among q, k, v, o.
+            ValueError: `kdim` or `vdim` differ from `embed_dim`, `bias_k` or `add_zero_attn` is in use, a quantised or
+                pruned base, NaN in a weight, k above d, or no target among q, k, v, o.
             TypeError: not a plain `nn.MultiheadAttention`.
         """
         label = path or "attention"
@@ -135,9 +138,10 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
             raise ValueError(f"{label} uses bias_k/bias_v or add_zero_attn, expected neither")
         layer = clone_as(attention, cls)
         layer._adapt(config, path)
+        layer._qkv_same_embed_dim = False  # else nn.TransformerEncoderLayer reads the weights past this module
         return layer
 
-    def forward(  # noqa: PLR0913 (the signature of the base class)
+    def forward(
         self,
         query: Tensor,  # [N, L, d] if batch_first, else [L, N, d]; or [L, d]
         key: Tensor,
@@ -175,10 +179,11 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
 
 
 class CompLoRAAttention(CompLoRAAttentionLayer):
-    """The attention of open_clip 4, called `attn(x, k_x, v_x, attn_mask)` and returning a tensor, with adapters on q, k, v, o.
+    """The attention of open_clip 4, which is called `attn(x, k_x, v_x, attn_mask)`, with adapters on q, k, v, o.
 
     It is recognised by what it has: `in_proj_weight` [3d, d], `out_proj`, `num_heads`, optional norms of q and k
-    (`ln_q`, `ln_k`) and of the result (`ln_inner`), `head_scale`, `attn_drop`, `out_drop`. Make it with `from_attention`.
+    (`ln_q`, `ln_k`) and of the result (`ln_inner`), `head_scale`, `attn_drop`, `out_drop`. It returns a tensor. Make it
+    with `from_attention`.
     """
 
     scale: float
@@ -231,12 +236,9 @@ class CompLoRAAttention(CompLoRAAttentionLayer):
         q, k = self.ln_q(q), self.ln_k(k)  # [N, heads, L or S, d / heads]
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.reshape(q.shape[0], self.num_heads, q.shape[-2], k.shape[-2])
-        causal = (
-            attn_mask is not None
-            and attn_mask.is_floating_point()
-            and _is_causal(attn_mask, q.shape[-2], k.shape[-2])
-        )
+        causal = False
         if attn_mask is not None and attn_mask.is_floating_point():
+            causal = _is_causal(attn_mask, q.shape[-2], k.shape[-2])
             attn_mask = attn_mask.to(q.dtype)
         mixed = F.scaled_dot_product_attention(
             q,
@@ -258,10 +260,6 @@ _SEEN_ONCE = "seen once"
 
 def recognise_causal_mask(mask: Tensor) -> bool:
     """Reads whether a square mask [L, L] is causal and remembers it until the tensor is written to."""
-    return _CAUSAL.get_or_compute(mask, _read_causal) if _CAUSAL.get(mask) is not _SEEN_ONCE else _learn(mask)
-
-
-def _learn(mask: Tensor) -> bool:
     return _CAUSAL.set(mask, _read_causal(mask))
 
 
@@ -269,24 +267,27 @@ def _is_causal(mask: Tensor, L: int, S: int) -> bool:
     """Whether `mask` is known to be the causal mask of L queries and S keys.
 
     Models keep one mask and pass it, or its leading [L, L] corner, at every call. The kept tensor is known from
-    `recognise_causal_mask`; moved to another device it is a new tensor, and is read once when it comes by a second time.
-    Tensors that are made anew for every call are never read on a device: they take the general path.
+    `recognise_causal_mask`; moved to another device it is a new tensor, and is read once when it comes by a second
+    time. Tensors that are made anew for every call are never read on a device: they take the general path. So do
+    learned ones, whose gradient would be lost.
     """
-    if torch.compiler.is_compiling() or mask.dim() != 2 or L != S or mask.shape != (L, S):
+    if torch.compiler.is_compiling() or mask.requires_grad or L != S or mask.shape != (L, S):
         return False
     kept = mask if mask._base is None else mask._base
     is_corner = kept.dim() == 2 and mask.stride() == kept.stride() and mask.storage_offset() == kept.storage_offset()
-    if not is_corner or kept.shape[0] != kept.shape[1]:
+    if not is_corner or kept.shape[0] != kept.shape[1] or kept.is_inference():  # a write to the last would go unseen
         return False
     known = _CAUSAL.get(kept)
     if known is None and kept.device.type != "cpu":
         _CAUSAL.set(kept, _SEEN_ONCE)
         return False
-    return known if isinstance(known, bool) else _learn(kept)
+    return known if isinstance(known, bool) else recognise_causal_mask(kept)
 
 
 def _read_causal(mask: Tensor) -> bool:
     """-inf (or True) above the diagonal, 0 (or False) elsewhere."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return False
     future = torch.ones_like(mask, dtype=torch.bool).triu(1)
     expected = future if mask.dtype == torch.bool else torch.zeros_like(mask).masked_fill_(future, float("-inf"))
     return torch.equal(mask, expected)
@@ -320,6 +321,8 @@ def _additive_mask(
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    if not mask.is_floating_point():
+        raise ValueError(f"mask has dtype {mask.dtype}, expected torch.bool or a floating-point dtype")
     return mask.to(dtype)
 
 

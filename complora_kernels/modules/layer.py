@@ -1,7 +1,7 @@
 """What every adapted layer has: factors, bases, and the ways to switch, merge and measure its update.
 
-A layer adapts one or more weights. Each has a name ("" in a linear layer; q, k, v, o in attention) and is a block of rows
-of one of the layer's parameters.
+A layer adapts one or more weights. Each has a name ("" in a linear layer; q, k, v, o in attention) and is a block of
+rows of one of the layer's parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from complora_kernels.config import CompLoRAConfig
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 
-
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PROJECTED_SIDES: dict[str, tuple[subspace.Side, ...]] = {
     "output": ("output",),
     "input": ("input",),
@@ -36,7 +36,7 @@ class WeightRows(NamedTuple):
 
 
 class Float32State(nn.Module):
-    """A module whose own `lora_*` parameters and bases stay float32 or wider when `.half()` or `.to()` converts the rest."""
+    """A module whose own `lora_*` parameters and bases stay float32 or wider when `.half()` converts the rest."""
 
     def _own_float32_state(self) -> Iterator[Tensor]:
         for name, tensor in [*self._parameters.items(), *self._buffers.items()]:
@@ -67,9 +67,7 @@ class Factors(Float32State):
     def _own_float32_state(self) -> Iterator[Tensor]:
         return self.parameters(recurse=False)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # a plain model's checkpoint has no factors: keep ours
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -132,12 +130,13 @@ class CompLoRALayer(Float32State):
 
     @torch.no_grad()
     def get_delta_weight(self, name: str = "") -> Tensor:  # [out, in]
-        """`ΔW = scaling · B̃ Ã` in the factors' dtype."""
+        """`ΔW = scaling · B̃ Ã` in the factors' dtype, under autocast too."""
         (A,), (B,) = self.folded_factors((name,))
-        return B @ A
+        with torch.autocast(B.device.type, enabled=False):
+            return B @ A
 
     def merged_weights(self) -> dict[str, Tensor]:
-        """The parameters that adapters live in with `ΔW` added in float32 or wider and rounded once; nothing is changed.
+        """The parameters that adapters live in, `ΔW` added in float32 or wider and rounded once; nothing is changed.
 
         Raises:
             ValueError: the update holds NaN or infinite values.
@@ -147,8 +146,10 @@ class CompLoRALayer(Float32State):
             target = merged.setdefault(parameter, self.get_parameter(parameter).detach().clone())
             delta = self.get_delta_weight(name)
             if not torch.isfinite(delta).all():
-                raise ValueError(f"the update of {parameter}[{start}:{stop}] holds NaN or infinite values, expected finite")
-            target[start:stop] = (target[start:stop].to(delta.dtype) + delta).to(target.dtype)
+                raise ValueError(
+                    f"the update of {parameter}[{start}:{stop}] holds NaN or infinite values, expected finite ones"
+                )
+            target[start:stop] = target[start:stop] + delta  # in the wider of the two dtypes, rounded on assignment
         return merged
 
     @torch.no_grad()
@@ -188,7 +189,8 @@ class CompLoRALayer(Float32State):
         error_msgs: list[str],
     ) -> None:
         if self.merged:
-            error_msgs.append(f"{prefix.rstrip('.')} is merged, expected an unmerged adapter: call unmerge_adapter first")
+            path = prefix.rstrip(".")
+            error_msgs.append(f"{path} is merged, expected an unmerged adapter: call unmerge_adapter first")
             return
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -200,10 +202,11 @@ class CompLoRALayer(Float32State):
         """Computes the bases of every weight whose values changed since they were last computed."""
         for name in self.weights:
             weight = self.base_weight(name)
+            label = ".".join(part for part in (self._path, name) if part)
+            subspace.check_weight(weight, label or "weight")
             seen = subspace.fingerprint(weight)
             if self._basis_of.get(name) == seen:
                 continue
-            label = f"{self._path}.{name}" if name else self._path
             for side in PROJECTED_SIDES[self.config.sides]:
                 self.set_basis(name, side, subspace.projection_basis(weight, self.config, side, label))
             self._basis_of[name] = seen
@@ -217,9 +220,6 @@ class CompLoRALayer(Float32State):
         self._path = path
         self._bases: dict[tuple[str, str], subspace.Basis] = {}
         self._basis_of: dict[str, str] = {}
-        for name, (parameter, start, stop) in weights.items():
-            label = ".".join(part for part in (path, parameter) if part)
-            subspace.check_weight(self.base_weight(name), f"{label}[{start}:{stop}]")
         self.update_bases()
         self.register_load_state_dict_post_hook(_update_bases_after_load)
 
@@ -236,19 +236,26 @@ class CompLoRALayer(Float32State):
 def clone_as(module: nn.Module, cls: type[Layer]) -> Layer:
     """A module of class `cls` that shares the parameters, submodules, hooks and attributes of `module`."""
     clone = cls.__new__(cls)
-    shared = (dict, set, list)
-    clone.__dict__.update(
-        {name: value.copy() if isinstance(value, shared) else value for name, value in module.__dict__.items()}
-    )
+    clone.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_load_state_dict_post_hooks"):
+        clone.__dict__[name] = module.__dict__[name].copy()  # what the adapter adds, `module` must not have
+    clone.__dict__.pop("_compiled_call_impl", None)  # left by module.compile(): it calls `module`
     return clone
 
 
-def require_floating(module: nn.Module, path: str, *parameters: Tensor | None) -> None:
-    """Raises ValueError for a quantised base."""
-    for parameter in parameters:
-        if parameter is not None and not parameter.is_floating_point():
+def require_plain(module: nn.Module, label: str, *weights: Any) -> None:
+    """Raises ValueError for a quantised base, a weight that is computed by a hook, or a forward method put on top.
+
+    The adapter would drop the second two without a word.
+    """
+    if "forward" in vars(module):
+        raise ValueError(f"{label} has a forward method of its own, expected that of {type(module).__name__}")
+    for weight in weights:
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(f"{label} has a weight of type {type(weight).__name__}, expected a parameter (pruned?)")
+        if weight.dtype not in FLOATING:
             raise ValueError(
-                f"{path or type(module).__name__} holds {parameter.dtype} weights, expected floating-point ones: "
+                f"{label} holds {weight.dtype} weights, expected floating-point ones: "
                 "a quantised base cannot be adapted"
             )
 

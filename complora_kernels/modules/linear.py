@@ -8,7 +8,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.modules.layer import CompLoRALayer, WeightRows, clone_as, require_floating
+from complora_kernels.modules.layer import CompLoRALayer, WeightRows, clone_as, require_plain
 
 
 class CompLoRALinear(CompLoRALayer, nn.Linear):
@@ -27,17 +27,18 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         """Adapts `linear`: the result shares its parameters and hooks; `linear` stays as it was.
 
         Args:
-            linear: a plain floating-point `nn.Linear`.
+            linear: a plain floating-point `nn.Linear`. Freeze it before use (`apply_complora` does): the weight and the
+                bias get no gradient, and one that asks for it is an error in the forward pass.
             config: rank, scaling, dropout and subspace; its selection of modules is not looked at.
             path: the name of the module in its model, for messages and for random subspaces.
 
         Raises:
-            ValueError: a quantised base, NaN in the weight, k above min(out, in).
+            ValueError: a quantised or pruned base, NaN in the weight, k above min(out, in).
             TypeError: not a plain `nn.Linear`: subclasses may compute something else.
         """
         if type(linear) not in (nn.Linear, NonDynamicallyQuantizableLinear):
             raise TypeError(f"{path or 'linear'} is a {type(linear).__name__}, expected a plain nn.Linear")
-        require_floating(linear, path, linear.weight)
+        require_plain(linear, path or "linear", linear.weight)
         layer = clone_as(linear, cls)
         layer._init_adapter(config, {"": WeightRows("weight", 0, linear.out_features)}, path)
         layer.lora_A, layer.lora_B = layer._new_factors("")
@@ -54,8 +55,9 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         if not self.active:
             return F.linear(input, self.weight, self.bias)
         (folded_A,), (scaled_B,) = self.folded_factors(("",), functional.compute_dtype(input))
+        dropout_p = self.config.lora_dropout
         return functional.lora_linear(
-            input, self.weight, self.bias, folded_A, scaled_B, dropout_p=self.config.lora_dropout, training=self.training
+            input, self.weight, self.bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training
         )
 
     def extra_repr(self) -> str:

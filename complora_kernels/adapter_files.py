@@ -1,0 +1,216 @@
+"""The two files of an adapter, `adapter_config.json` and `adapter_model.safetensors`: their form and their replacement.
+
+The weights file is the adapter: its metadata repeats the configuration and holds a digest of everything. It moves into
+place last, in one step, so whenever a process is killed `read_adapter` finds the old adapter or the new one. The
+configuration file says the same to PEFT and to people. When it does not, that is an error (edited) or a warning (left
+over from a save that was killed between the two moves).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from complora_kernels.config import CompLoRAConfig
+from complora_kernels.subspace import fingerprint
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+
+
+def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) -> dict[str, Any]:
+    """The fields of PEFT's `LoraConfig` for an adapter on exactly the named modules."""
+    fields = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": module_pattern(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    return fields | changes
+
+
+def module_pattern(modules: Iterable[str]) -> str:
+    """A regular expression for these modules alone: PEFT reads a list as endings, and a name can end another's."""
+    return "|".join(re.escape(module) for module in modules)
+
+
+def peft_key(module: str, factor: str) -> str:
+    """The name under which PEFT stores `lora_A` or `lora_B` of a module."""
+    return ".".join(part for part in ("base_model.model", module, factor, "weight") if part)
+
+
+@contextlib.contextmanager
+def replaced_adapter(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder inside `directory`; what the block writes there replaces the adapter in `directory` when it ends.
+
+    Other files in `directory` stay. A block or a move that fails leaves everything as it was.
+
+    Raises:
+        OSError: `directory` cannot be made or written to; the block is then not entered.
+    """
+    target = Path(directory)
+    is_new = not target.exists()
+    staging = target / f".saving-{secrets.token_hex(4)}"
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"directory={str(target)!r}, expected a folder that can be written to ({error})") from error
+    try:
+        yield staging
+        _move_adapter(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not any(target.iterdir()):
+            target.rmdir()
+
+
+def write_files(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes the two files into `folder` and forces them to the disk."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry of metadata: safetensors writes several in random order, and equal adapters should be equal files.
+    contents = {
+        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+        WEIGHTS_FILE: save(tensors, metadata=metadata or {"format": "pt"}),
+    }
+    for name, content in contents.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes an adapter that `read_adapter` can verify; `config["complora"]` is what only this package reads."""
+    config = _with_digest(config, _digest(config, tensors))
+    write_files(folder, config, tensors, metadata={"adapter_config": json.dumps(config)})
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors that `write_adapter` wrote.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file is truncated or was changed, was not written by `save_adapter`, or by a newer version of it.
+    """
+    config_path, weights_path = (Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE))
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, expected the two files that save_adapter writes")
+    config, tensors = _read_weights(weights_path)
+    _check_config_file(config_path, config)
+    return config, tensors
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:  # safetensors passes on whatever a broken header makes its parser and torch raise
+        raise ValueError(f"{path} is truncated or damaged, expected a whole safetensors file ({error})") from error
+    if "adapter_config" not in metadata:
+        raise ValueError(
+            f"{path} has no adapter_config in its metadata, expected a file that save_adapter wrote (what export_peft "
+            "writes is for PEFT)"
+        )
+    try:
+        config = json.loads(metadata["adapter_config"])
+        version, digest = config["complora"]["format_version"], config["complora"]["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, expected metadata as save_adapter wrote them ({error!r})") from error
+    if digest != _digest(config, tensors):
+        raise ValueError(f"{path} does not match its digest, expected it as save_adapter wrote it")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version={version}, expected at most {FORMAT_VERSION}: it was written by the newer "
+            f"complora_kernels {config['complora']['package_version']}"
+        )
+    return config, tensors
+
+
+def _check_config_file(path: Path, expected: dict[str, Any]) -> None:
+    """The file may say more than `save_adapter` wrote, such as the name of the base model, but nothing else."""
+    try:
+        written = json.loads(path.read_bytes())
+        written_digest = written["complora"]["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, expected JSON as save_adapter wrote it ({error!r})") from error
+    if written_digest != expected["complora"]["digest"]:
+        warnings.warn(
+            f"{path} belongs to other weights than the {WEIGHTS_FILE} beside it, as after a save that was cut short; "
+            "the configuration inside the weights file is used",
+            stacklevel=4,
+        )
+        return
+    changed = [name for name, value in expected.items() if name not in written or written[name] != value]
+    if changed:
+        raise ValueError(
+            f"{path} differs in {', '.join(changed)} from the configuration that the weights were saved with, expected "
+            "it as save_adapter wrote it: a changed configuration needs a new adapter"
+        )
+
+
+def _move_adapter(staging: Path, target: Path) -> None:
+    """Moves the configuration, then the weights; a failure in between puts the old configuration back."""
+    config = target / CONFIG_FILE
+    previous = config.read_bytes() if config.exists() else None
+    os.replace(staging / CONFIG_FILE, config)
+    try:
+        os.replace(staging / WEIGHTS_FILE, target / WEIGHTS_FILE)
+    except BaseException:
+        if previous is None:
+            config.unlink()
+        else:
+            (staging / CONFIG_FILE).write_bytes(previous)
+            os.replace(staging / CONFIG_FILE, config)
+        raise
+    _sync_directory(target)
+
+
+def _sync_directory(path: Path) -> None:
+    """Forces the new names in a folder to the disk, where the system can do that."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _with_digest(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
+    return config | {"complora": config["complora"] | {"digest": digest}}
+
+
+def _digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of the configuration, whatever digest it holds, and of every name, shape, dtype and bit of the tensors."""
+    parts = [
+        json.dumps(_with_digest(config, None)),
+        *(f"{name}={fingerprint(tensors[name])}" for name in sorted(tensors)),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

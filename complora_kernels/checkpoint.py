@@ -1,0 +1,314 @@
+"""`save_adapter` and `load_adapter`: an adapter as two files that any LoRA implementation understands.
+
+What is saved are the folded factors `Ã = A P_in` and `B̃ = P_out B`, without the scaling: an ordinary LoRA of the same
+function. Raw factors under the same names would load elsewhere and silently compute something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from complora_kernels import base_weights, functional, subspace
+from complora_kernels.adapter_files import (
+    FORMAT_VERSION,
+    WEIGHTS_FILE,
+    module_pattern,
+    peft_fields,
+    peft_key,
+    read_adapter,
+    replaced_adapter,
+    write_adapter,
+)
+from complora_kernels.apply import adapted_layers, apply_complora
+from complora_kernels.config import CompLoRAConfig
+from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
+
+Model = TypeVar("Model", bound=nn.Module)
+FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by module: Ã [r, in] and B̃ [out, r]
+
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+
+
+class AdaptedWeight(NamedTuple):
+    """One adapted weight of a layer: "" in a linear layer, q, k, v or o in attention."""
+
+    layer: CompLoRALayer
+    name: str
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` into `directory`, which is made if needed.
+
+    The factors are saved folded, in their own dtype (float32), as PEFT's `base_model.model.<path>.lora_A.weight`; in
+    attention the path ends in q_proj, k_proj, v_proj or out_proj, whatever the library. Stock PEFT reads the adapter
+    where modules of these names are called; for `nn.MultiheadAttention` use `export_peft`. A merged model is saved as
+    if it were not.
+
+    An adapter that is there already is replaced as a whole: both files are written and synced beside it, then moved
+    into place, configuration first and weights last. A call that fails leaves the old one. A process that is killed
+    between the two moves leaves the old weights, which `load_adapter` still loads, with a warning about the
+    configuration file; PEFT would not notice.
+
+    Raises:
+        OSError: `directory` cannot be written to.
+        ValueError: `model` has no adapter, its layers differ in configuration, or a factor holds NaN or infinity.
+    """
+    layers = adapted_layers(model)
+    config = common_config(layers)
+    weights = adapted_weights(layers)
+    with replaced_adapter(directory) as staging:
+        factors = folded_factors(weights)
+        write_adapter(staging, _adapter_config(config, weights), factor_tensors(factors))
+
+
+def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:
+    """Loads what `save_adapter` wrote; a plain model is adapted first, with the configuration of the adapter.
+
+    The model then computes exactly the saved update, also when its weights are a half-precision copy of those that the
+    adapter was trained on: bases computed from rounded weights are turned until they leave the factors as they are.
+    Everything is checked before the model is changed, and if anything fails it stays as it was.
+
+    Args:
+        model: plain, or adapted with the same configuration and not merged.
+        directory: written by `save_adapter`.
+        progress: show a progress bar while weights are decomposed, as `apply_complora`.
+
+    Returns:
+        The same model. Its raw factors are now the saved ones, trainable.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or was changed; the adapter is for another configuration, rank, set of layers or
+            model, or was trained on other base weights; or it holds NaN or infinite values.
+        RuntimeError: the adapter in the model is merged.
+    """
+    saved, tensors = read_adapter(directory)
+    config = CompLoRAConfig.from_dict(saved["complora"]["config"])
+    weights = weights_to_fill(model, config)
+    factors = _to_factors(tensors, weights)
+    check_factors(factors, weights)
+    _check_base_weights(saved["complora"]["base_weights"], weights)
+    return fill_adapter(model, config, factors, progress=progress)
+
+
+def common_config(layers: dict[str, CompLoRALayer]) -> CompLoRAConfig:
+    """The one configuration of all layers.
+
+    Raises:
+        ValueError: they differ.
+    """
+    (first, layer), *others = layers.items()
+    for path, other in others:
+        if other.config != layer.config:
+            raise ValueError(
+                f"{first} and {path} differ in configuration ({_differences(layer.config, other.config)}), expected "
+                "one for the whole model, as apply_complora gives"
+            )
+    return layer.config
+
+
+def adapted_weights(layers: dict[str, CompLoRALayer]) -> dict[str, AdaptedWeight]:
+    """Every adapted weight by the name that files use: the layer's path, in attention with the projection's name."""
+    return {
+        f"{path}.{PROJECTIONS[name]}" if name else path: AdaptedWeight(layer, name)
+        for path, layer in layers.items()
+        for name in layer.weights
+    }
+
+
+@torch.no_grad()
+def folded_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
+    """`Ã` [r, in] and `B̃` [out, r] of each weight, without the scaling.
+
+    Raises:
+        ValueError: one holds NaN or infinite values.
+    """
+    folded = {}
+    for path, (layer, name) in weights.items():
+        A, B = layer.factors(name)
+        folded[path] = (_project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT)
+    _check_finite(folded)
+    return folded
+
+
+def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
+    """The factors under the names of the weights file."""
+    return {
+        peft_key(path, factor): tensor
+        for path, pair in factors.items()
+        for factor, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
+
+
+def weights_to_fill(model: nn.Module, config: CompLoRAConfig) -> dict[str, AdaptedWeight]:
+    """The adapted weights of `model`, or those that `config` would give a plain one, which stays plain.
+
+    Raises:
+        ValueError: `config` is not that of the adapted model, or does not fit the plain one.
+        RuntimeError: the adapter in the model is merged.
+    """
+    if not is_adapted(model):
+        return adapted_weights(_layers_without_bases(model, config))
+    layers = adapted_layers(model)
+    merged = [path for path, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"{', '.join(merged)}: merged, expected an unmerged adapter: call unmerge_adapter first")
+    own = common_config(layers)
+    if own != config:
+        raise ValueError(
+            f"the model is adapted with another configuration than the file: {_differences(own, config)} "
+            "(model, file); expected the same one, or a plain model"
+        )
+    return adapted_weights(layers)
+
+
+def check_names(label: str, given: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises ValueError that lists what is missing and what is unexpected."""
+    missing, unexpected = set(expected) - set(given), set(given) - set(expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"{label} does not fit the model: missing {_listed(missing)}, unexpected {_listed(unexpected)}; "
+            "expected an adapter of the same rank, layer set and model"
+        )
+
+
+def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight]) -> None:
+    """Raises ValueError unless the pair of each weight is finite and has the right shapes."""
+    for path, (layer, name) in weights.items():
+        shapes = tuple(tuple(factor.shape) for factor in factors[path])
+        expected = tuple(tuple(factor.shape) for factor in layer.factors(name))
+        if shapes != expected:
+            raise ValueError(
+                f"{path} has factors A and B of shapes {shapes[0]} and {shapes[1]}, expected {expected[0]} and "
+                f"{expected[1]}: the adapter is for another rank or model"
+            )
+    _check_finite(factors)
+
+
+@torch.no_grad()
+def fill_adapter(model: Model, config: CompLoRAConfig, factors: FactorPairs, *, progress: bool) -> Model:
+    """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted."""
+    restore = _remember_modules(model)
+    try:
+        if not is_adapted(model):
+            apply_complora(model, config, progress=progress)
+        weights = adapted_weights(adapted_layers(model))
+        bases: dict[tuple[str, subspace.Side], subspace.Basis] = {
+            (path, side): _aligned_basis(weight, side, factors[path])
+            for path, weight in weights.items()
+            for side in PROJECTED_SIDES[config.sides]
+        }
+    except BaseException:
+        restore()
+        raise
+    for (path, side), basis in bases.items():
+        layer, name = weights[path]
+        layer.set_basis(name, side, basis)
+    for path, (layer, name) in weights.items():
+        for parameter, factor in zip(layer.factors(name), factors[path], strict=True):
+            parameter.copy_(factor)
+    return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` holds an adapted layer."""
+    return any(isinstance(module, CompLoRALayer) for module in model.modules())
+
+
+def _adapter_config(config: CompLoRAConfig, weights: dict[str, AdaptedWeight]) -> dict[str, Any]:
+    from complora_kernels import __version__
+
+    attention = [path for path, (_, name) in weights.items() if name]
+    # Where q_proj, k_proj, v_proj are no modules PEFT drops their factors without a word, but warns of this pattern.
+    patterns = {"rank_pattern": {module_pattern(attention): config.r}} if attention else {}
+    return peft_fields(config, weights, **patterns) | {
+        "complora": {
+            "format_version": FORMAT_VERSION,
+            "package_version": __version__,
+            "config": config.to_dict(),
+            "base_weights": {
+                path: base_weights.describe(layer.original_weight(name)) for path, (layer, name) in weights.items()
+            },
+        }
+    }
+
+
+def _to_factors(tensors: dict[str, Tensor], weights: Iterable[str]) -> FactorPairs:
+    keys = {path: (peft_key(path, "lora_A"), peft_key(path, "lora_B")) for path in weights}
+    check_names(WEIGHTS_FILE, tensors, {key for pair in keys.values() for key in pair})
+    return {path: (tensors[A], tensors[B]) for path, (A, B) in keys.items()}
+
+
+def _project(factor: Tensor, basis: subspace.Basis | None) -> Tensor:
+    if basis is None:
+        return factor.detach()
+    return functional.project_complement(factor, basis.matrix, basis_kind=basis.kind)
+
+
+def _aligned_basis(weight: AdaptedWeight, side: subspace.Side, factors: tuple[Tensor, Tensor]) -> subspace.Basis:
+    basis = weight.layer.basis(weight.name, side)
+    assert basis is not None
+    A, B = factors
+    factor = B.mT if side == "output" else A  # [r, d]
+    return basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))
+
+
+def _layers_without_bases(model: nn.Module, config: CompLoRAConfig) -> dict[str, CompLoRALayer]:
+    """The layers that `config` would make of a plain model, which stays plain; nothing is decomposed."""
+    no_size: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
+    plain_lora = dataclasses.replace(config, sides="none", **no_size)
+    restore = _remember_modules(model)
+    try:
+        return adapted_layers(apply_complora(model, plain_lora, progress=False))
+    except ValueError as error:
+        raise ValueError(f"the adapter does not fit the model: {error}") from error
+    finally:
+        restore()
+
+
+def _remember_modules(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the model's modules, and which parameters are trained, back to what they are now."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for module, modules in children:
+            module._modules.update(modules)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
+
+
+def _check_finite(factors: FactorPairs) -> None:
+    for path, pair in factors.items():
+        if not all(torch.isfinite(factor).all() for factor in pair):
+            raise ValueError(f"the update of {path} holds NaN or infinite values, expected finite ones")
+
+
+def _check_base_weights(saved: dict[str, base_weights.Description], weights: dict[str, AdaptedWeight]) -> None:
+    """Raises ValueError naming the first weight that is not the one that the adapter was trained on."""
+    for path, (layer, name) in weights.items():
+        apart = base_weights.relative_distance(base_weights.describe(layer.original_weight(name)), saved[path])
+        if not apart <= base_weights.TOLERANCE:
+            raise ValueError(
+                f"this adapter was trained on other base weights: {path} is about {apart:.2g} |W| away from what it "
+                f"was then, expected at most {base_weights.TOLERANCE} (half-precision copies are within 0.004)"
+            )
+
+
+def _differences(first: CompLoRAConfig, second: CompLoRAConfig) -> str:
+    a, b = first.to_dict(), second.to_dict()
+    return ", ".join(f"{name}={a[name]!r} and {b[name]!r}" for name in a if a[name] != b[name])
+
+
+def _listed(names: Iterable[str], limit: int = 4) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"

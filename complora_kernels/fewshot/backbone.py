@@ -1,0 +1,167 @@
+"""The pretrained CLIP that runs start from: the bundled one, or any of open_clip's with a file or a tag."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.factory import parse_model_name
+from open_clip.pretrained import list_pretrained_tags_by_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+from complora_kernels.fewshot import glyphs
+from complora_kernels.fewshot.config import GLYPHS
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A CLIP with what turns texts and images into its inputs."""
+
+    model: Any  # open_clip.CLIP or another model of open_clip with encode_image and encode_text
+    tokenize: Callable[[list[str]], Tensor]  # N texts -> int64 [N, L]
+    preprocess: Callable[[Tensor], Tensor]  # uint8 [N, 3, H, W] -> float32 [N, 3, S, S], normalised
+    device: torch.device
+
+
+def load_backbone(
+    model: str, pretrained: str | None = None, activation: str = "auto", device: str | torch.device = "cpu"
+) -> Backbone:
+    """Load a CLIP in eval mode and float32. The arguments are those of `check_backbone`, which is called first."""
+    check_backbone(model, pretrained, activation)
+    device = torch.device(device)
+    if model == GLYPHS:
+        folder = glyphs.ASSETS if pretrained is None else Path(pretrained)
+        return Backbone(*glyphs.load_glyph_clip(device, folder=folder), device=device)
+    quick_gelu = _wants_quick_gelu(model, activation)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        if pretrained is not None and _is_torchscript(Path(pretrained)):
+            pretrained = _unpack_torchscript(Path(pretrained), Path(folder))
+        clip = open_clip.create_model(
+            model,
+            pretrained,
+            device=device,
+            force_quick_gelu=quick_gelu,  # this one can only switch it on, the next one also off
+            quick_gelu=quick_gelu,
+            require_pretrained=True,
+        )
+    return Backbone(clip.eval(), open_clip.get_tokenizer(model), _preprocessing(clip), device)
+
+
+def check_backbone(model: str, pretrained: str | None = None, activation: str = "auto") -> None:
+    """Find out what would fail in `load_backbone`, without loading anything.
+
+    Args:
+        model: "glyphs" or a model name of open_clip.
+        pretrained: a file with weights, or a tag of open_clip; for "glyphs" a folder written by `pretrain-glyphs`, or
+            None for the bundled weights; None for names that bring their weights (`hf-hub:`, `local-dir:`).
+        activation: "gelu", "quick-gelu", or "auto" for what the model's name says.
+
+    Raises:
+        FileNotFoundError: `pretrained` is neither a file nor a tag.
+        ValueError: an unknown name, or weights known to be trained with the other activation.
+    """
+    if model == GLYPHS:
+        _check_glyphs(pretrained, activation)
+        return
+    schema, name = parse_model_name(model)
+    if schema is not None:
+        if pretrained is not None:
+            raise ValueError(f"--pretrained {pretrained}: --model {model} brings its own weights, expected none")
+        return
+    if open_clip.get_model_config(name) is None:
+        names = ", ".join([GLYPHS, *open_clip.list_models()])
+        raise ValueError(f"--model {model}: expected one of {names}")
+    if pretrained is None:
+        raise ValueError(f"--pretrained: --model {model} needs a file with weights or one of {_tags(name)}")
+    if not open_clip.get_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        raise FileNotFoundError(f"--pretrained {pretrained}: neither an existing file nor one of {_tags(name)}")
+    trained_with, source = _trained_with_quick_gelu(name, pretrained)
+    if trained_with is not None and trained_with != _wants_quick_gelu(model, activation):
+        right, wrong = _activation_name(trained_with), _activation_name(not trained_with)
+        raise ValueError(
+            f"--model {model} --activation {activation} --pretrained {pretrained}: the weights were trained with {right} "
+            f"(says {source}) and would run with {wrong}; expected --activation {right}, or a model name that says so"
+        )
+
+
+def _check_glyphs(folder: str | None, activation: str) -> None:
+    if activation != "auto":
+        raise ValueError(f"--activation {activation}: expected auto with --model {GLYPHS}, which brings its own")
+    if folder is not None and not (Path(folder) / glyphs.WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"--pretrained {folder}: expected a folder written by `complora pretrain-glyphs`")
+
+
+def _tags(name: str) -> str:
+    return ", ".join(list_pretrained_tags_by_model(name)) or "no tags (this model has none)"
+
+
+def _activation_name(quick_gelu: bool) -> str:
+    return "quick-gelu" if quick_gelu else "gelu"
+
+
+def _wants_quick_gelu(model: str, activation: str) -> bool:
+    if activation != "auto":
+        return activation == "quick-gelu"
+    return bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+
+
+def _trained_with_quick_gelu(name: str, pretrained: str) -> tuple[bool | None, str]:
+    """Whether the weights were trained with QuickGELU, None when nothing tells, and what told it."""
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if tag:
+        return bool(tag.get("quick_gelu", False)), "open_clip's table of pretrained weights"
+    path = Path(pretrained)
+    described = path.parent / "open_clip_config.json"
+    if described.is_file():
+        model_config = json.loads(described.read_text()).get("model_cfg", {})
+        return bool(model_config.get("quick_gelu", False)), str(described)
+    if _is_torchscript(path):
+        return True, "its TorchScript format, in which OpenAI published its models"
+    for tag in list_pretrained_tags_by_model(name):
+        known = open_clip.get_pretrained_cfg(name, tag)
+        if Path(known.get("url", "")).name == path.name:
+            return bool(known.get("quick_gelu", False)), f"its file name, that of open_clip's tag {tag}"
+    return None, ""
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in entry for entry in archive.namelist())
+
+
+def _unpack_torchscript(path: Path, folder: Path) -> str:
+    """Write the weights of one of OpenAI's archives into a file of a format that open_clip's loader reads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of TorchScript: these archives are older
+        weights = torch.jit.load(path, map_location="cpu").state_dict()
+    not_weights = ("input_resolution", "context_length", "vocab_size")
+    unpacked = folder / "weights.safetensors"
+    save_file({name: weight.contiguous() for name, weight in weights.items() if name not in not_weights}, unpacked)
+    return str(unpacked)
+
+
+def _preprocessing(clip: Any) -> Callable[[Tensor], Tensor]:
+    """Resize, scale to [0, 1] and normalise as the weights expect it."""
+    expected = open_clip.get_model_preprocess_cfg(clip)
+    size = expected["size"]
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    mean, std = (torch.tensor(expected[name])[:, None, None] for name in ("mean", "std"))
+
+    def preprocess(images: Tensor) -> Tensor:
+        pixels = F.interpolate(images.float() / 255, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        return (pixels - mean.to(pixels)) / std.to(pixels)
+
+    return preprocess

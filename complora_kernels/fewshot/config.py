@@ -1,0 +1,237 @@
+"""Every option of `complora train`, the presets, and what is wrong with values that cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from complora_kernels.config import CompLoRAConfig
+
+Method = Literal["lora", "output", "input", "both", "random", "random-both"]
+Preset = Literal["glyphs", "glyphs-full", "clip-lora"]
+
+GLYPHS = "glyphs"
+"""The name of the bundled model among open_clip's."""
+
+# What each method's name means to `CompLoRAConfig`.
+METHODS: dict[Method, dict[str, Any]] = {
+    "lora": {"sides": "none"},
+    "output": {"sides": "output"},
+    "input": {"sides": "input"},
+    "both": {"sides": "both"},
+    "random": {"sides": "output", "subspace_source": "random"},
+    "random-both": {"sides": "both", "subspace_source": "random"},
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Adapt a CLIP to handwritten digits with few examples, and measure what it learns and what it forgets.
+
+    One run for each method, number of shots, learning rate and seed; every run starts from the same pretrained model.
+    The new task is scikit-learn's scanned digits, the retained one is the zero-shot naming of the 26 letters.
+    The same command on the same output folder goes on where it was stopped.
+    """
+
+    preset: Preset
+    """Where the defaults come from.
+    glyphs: a small demonstration. glyphs-full: the whole front over ten seeds.
+    clip-lora: the recipe of CLIP-LoRA (arXiv 2405.18541), chosen when --model is not the bundled one.
+    The Comp-LoRA paper's own rank, subspace size and layers are not public: no preset claims to be the paper's."""
+
+    model: str = GLYPHS
+    """The small CLIP that comes with the package (glyphs), or any model name of open_clip, such as ViT-B-16."""
+    pretrained: str | None = None
+    """Weights for --model: a file, or one of open_clip's tags, which is downloaded.
+    For glyphs: a folder written by pretrain-glyphs; None: the weights that come with the package."""
+    activation: Literal["auto", "gelu", "quick-gelu"] = "auto"
+    """The MLPs' activation; auto: what --model says, -quickgelu or not.
+    Weights that are known to be trained with the other one are refused."""
+
+    methods: tuple[Method, ...] = ("lora", "output", "both", "random")
+    """LoRA, and Comp-LoRA with the output side of each weight protected, the input side, or both.
+    random and random-both protect as many random directions: the controls for output and both.
+    The zero-shot model is always measured."""
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Training images per class; smaller draws are part of the larger ones of the same seed."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed draws other training images, first factors, batches and random subspaces."""
+    learning_rates: tuple[float, ...] = (2e-4,)
+    """Peak learning rates of AdamW."""
+
+    r: int = 2
+    """Rank of the update."""
+    lora_alpha: float = 1.0
+    """Strength of the update; see --use-rslora."""
+    use_rslora: bool = True
+    """Scale the update by lora_alpha / sqrt(r), otherwise by lora_alpha / r."""
+    lora_dropout: float = 0.25
+    """Dropout on the adapter's input."""
+    subspace_k: int | None = None
+    """Protect this many directions of every weight."""
+    subspace_energy: float | None = None
+    """Protect the fewest directions that hold this share of the squared singular values."""
+    subspace_ratio: float | None = None
+    """Protect this share of the smaller dimension. With none of the three given: 0.5.
+    The paper's choice is not public."""
+    target_modules: tuple[str, ...] = ("q", "k", "v")
+    """Any of q k v o fc1 fc2."""
+    towers: tuple[Literal["image", "text"], ...] = ("image", "text")
+    """Which encoders are adapted."""
+
+    steps: int | None = None
+    """Optimizer steps of a run, whatever its shots; None: --steps-per-shot for each shot."""
+    steps_per_shot: int = 500
+    """Optimizer steps for each shot, when --steps is None."""
+    batch_size: int = 32
+    """Images per step, at most the whole training set."""
+    weight_decay: float = 1e-2
+    """Weight decay of AdamW."""
+    final_learning_rate: float = 1e-6
+    """Where the cosine schedule ends."""
+
+    template: str = "a photo of a {}."
+    """The prompt; {} stands for the class name, such as "digit seven" or "letter q"."""
+    max_test_images: int | None = None
+    """Measure on at most this many images of each test set, chosen at random; None: on all."""
+    test_batch_size: int = 256
+    """Images per forward pass when measuring."""
+
+    output: Path = Path("runs/clip-lora")
+    """Folder for the results; created when needed."""
+    device: str = "auto"
+    """cpu, cuda, or auto: CUDA where there is one."""
+    workers: int | None = None
+    """Processes that share the runs; None: one per core for the bundled model, otherwise one."""
+    threads: int | None = None
+    """CPU threads of each process; None: one for the bundled model, otherwise torch's own number.
+    Another number may round differently."""
+    checkpoint_every: int = 100
+    """Steps between the checkpoints from which a killed run goes on."""
+    log_every: int = 10
+    """Steps between the lines of a run's log.jsonl."""
+    save_adapters: bool = True
+    """Keep the trained adapter of every run."""
+
+    def adapter(self, method: Method, seed: int) -> CompLoRAConfig:
+        """How `method` adapts the model; `seed` chooses the random subspace of the controls."""
+        sizes = {name: getattr(self, name) for name in ("subspace_k", "subspace_energy", "subspace_ratio")}
+        if all(size is None for size in sizes.values()):
+            sizes["subspace_ratio"] = 0.5
+        shared = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "towers")
+        return CompLoRAConfig(
+            **{name: getattr(self, name) for name in shared},
+            **({} if method == "lora" else {**sizes, "subspace_seed": seed}),
+            **METHODS[method],
+        )
+
+    def steps_for(self, shots: int) -> int:
+        """Optimizer steps of a run with `shots` images per class."""
+        return self.steps_per_shot * shots if self.steps is None else self.steps
+
+    def runs(self) -> list[Run]:
+        """The grid, in the order in which it is worked off: seed by seed, so that a stopped one is balanced."""
+        return [
+            Run(method, shots, learning_rate, seed)
+            for seed in self.seeds
+            for shots in self.shots
+            for learning_rate in self.learning_rates
+            for method in self.methods
+        ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid."""
+
+    method: Method
+    shots: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's name and folder, such as `output-4shot-lr0.003-seed0`."""
+        return f"{self.method}-{self.shots}shot-lr{self.learning_rate}-seed{self.seed}"
+
+
+_GLYPH_RECIPE = {
+    "model": GLYPHS,
+    "template": "a drawing of the {}.",
+    "r": 8,
+    "lora_alpha": 8.0,
+    "use_rslora": False,
+    "lora_dropout": 0.0,
+    "steps": 200,
+}
+
+PRESETS: dict[Preset, TrainConfig] = {
+    "clip-lora": TrainConfig("clip-lora"),
+    "glyphs": TrainConfig(
+        "glyphs",
+        **_GLYPH_RECIPE,
+        shots=(1, 4, 16),
+        seeds=(0, 1),
+        learning_rates=(1e-3, 3e-3, 1e-2),
+        output=Path("runs/glyphs"),
+    ),
+    "glyphs-full": TrainConfig(
+        "glyphs-full",
+        **_GLYPH_RECIPE,
+        seeds=tuple(range(10)),
+        learning_rates=(5e-4, 1e-3, 3e-3, 1e-2, 2e-2),
+        output=Path("runs/glyphs-full"),
+        save_adapters=False,
+    ),
+}
+
+# Options that change how a run is worked off, not what comes out.
+_LOGISTICS = ("output", "workers", "checkpoint_every", "log_every", "save_adapters")
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The options that determine the results, as JSON knows them (tuples become lists)."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _LOGISTICS}
+    return json.loads(json.dumps(options))
+
+
+def check(config: TrainConfig) -> None:
+    """Raise a ValueError that names the option, its value and what was expected, for values that cannot work."""
+    for name in ("methods", "shots", "seeds", "learning_rates"):
+        values = getattr(config, name)
+        _require(len(values) > 0, name, values, "at least one value")
+        _require(len(set(values)) == len(values), name, values, "every value once")
+    for method in config.methods:
+        _require(method in METHODS, "methods", method, f"any of {', '.join(METHODS)}")
+    for shots in config.shots:
+        _require(shots >= 1, "shots", shots, "at least 1")
+    for seed in config.seeds:
+        _require(seed >= 0, "seeds", seed, "at least 0")
+    for learning_rate in config.learning_rates:
+        _require(learning_rate > 0, "learning_rates", learning_rate, "more than 0")
+    positive = ("steps", "steps_per_shot", "batch_size", "max_test_images", "test_batch_size", "workers", "threads")
+    for name in (*positive, "checkpoint_every", "log_every"):
+        value = getattr(config, name)
+        _require(value is None or value >= 1, name, value, "at least 1")
+    _require(config.weight_decay >= 0, "weight_decay", config.weight_decay, "at least 0")
+    _require(config.final_learning_rate >= 0, "final_learning_rate", config.final_learning_rate, "at least 0")
+    _require(config.template.count("{}") == 1, "template", config.template, "one {} for the class name")
+    for method in config.methods:
+        config.adapter(method, config.seeds[0])
+
+
+def _require(holds: bool, option: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{option.replace('_', '-')} {value}: expected {expected}")
+
+
+def preset_for(preset: str | None, model: str | None) -> Preset:
+    """The preset asked for, or the one that suits the model when none was."""
+    if preset is None:
+        return "glyphs" if model in (None, GLYPHS) else "clip-lora"
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset}: expected one of {', '.join(get_args(Preset))}")
+    return preset

@@ -1,0 +1,40 @@
+"""What every test starts from: fixed seeds, no decomposition known, and memory that reads as NaN until written to."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from complora_kernels import subspace
+
+# Read when cuBLAS is first used: with it, products on a GPU are allowed in torch's deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The tests' tensors are small: a second thread costs more than it brings, many times more on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, or the largest integer, as torch's deterministic mode fills it: a gap shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache() -> None:
+    subspace.clear_cache()

@@ -1,0 +1,54 @@
+"""A CLIP of a few thousand weights with random values, and two small data sets, for tests of the few-shot program."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+from complora_kernels.fewshot.backbone import Backbone
+from complora_kernels.fewshot.config import PRESETS, TrainConfig
+from complora_kernels.fewshot.datasets import Dataset
+from complora_kernels.fewshot.evaluate import Task
+from complora_kernels.fewshot.recipe import Setting
+
+CLASSES = ("red", "green", "blue")
+
+
+def config(output: Path, **options) -> TrainConfig:
+    """The options of a run of a few steps."""
+    few = {"shots": (2,), "seeds": (0,), "learning_rates": (1e-2,), "methods": ("both",), "steps": 6, "r": 2}
+    machine = {
+        "save_adapters": False,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "workers": 1,
+        "output": output,
+        "batch_size": 4,
+    }
+    return dataclasses.replace(PRESETS["glyphs"], **{**few, **machine, **options})
+
+
+def setting() -> Setting:
+    """Colours to learn, and the same colours, darker, to keep."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vision = CLIPVisionCfg(image_size=16, patch_size=8, width=32, layers=2, head_width=16)
+        model = CLIP(16, vision, CLIPTextCfg(context_length=8, vocab_size=40, width=32, heads=2, layers=1)).eval()
+        noise = torch.randint(0, 60, (30, 3, 16, 16), dtype=torch.uint8)
+    backbone = Backbone(model, tokenize, lambda images: images.float() / 255 - 0.5, torch.device("cpu"))
+    labels = torch.arange(30) % 3
+    bright, dark = noise.clone(), noise.clone()
+    bright[torch.arange(30), labels] += 150
+    dark[torch.arange(30), labels] += 60
+    tasks = (Dataset("bright", bright, labels, CLASSES), Dataset("dark", dark, labels, CLASSES))
+    return Setting(backbone, *(Task(dataset, backbone, "a {}") for dataset in tasks))
+
+
+def tokenize(texts: list[str]) -> torch.Tensor:
+    """Letters a to z as 1 to 26, after a 30 and before a 39, where the features are read."""
+    tokens = torch.zeros(len(texts), 8, dtype=torch.long)
+    for row, text in zip(tokens, texts, strict=True):
+        letters = [ord(letter) - 96 for letter in text.replace(" ", "")][:6]
+        row[: len(letters) + 2] = torch.tensor([30, *letters, 39])
+    return tokens

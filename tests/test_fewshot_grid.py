@@ -1,0 +1,269 @@
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import fewshot_standin as standin
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import complora_kernels as ck
+from complora_kernels.fewshot import grid
+from complora_kernels.fewshot.__main__ import main, parse
+from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
+from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
+from complora_kernels.fewshot.recipe import CHECKPOINT, train
+
+CONSOLE = Console(file=io.StringIO())
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs in this process on the stand-in; the list tells which runs were trained."""
+    names = []
+
+    def counted(config, run, *rest):
+        names.append(run.name)
+        return train(config, run, *rest)
+
+    monkeypatch.setattr(grid, "load_setting", lambda config: standin.setting())
+    monkeypatch.setattr(grid, "train", counted)
+    return names
+
+
+def test_every_cell_of_the_grid_is_trained_once(tmp_path, trained):
+    config = standin.config(
+        tmp_path / "out", methods=("lora", "both"), shots=(1, 2), seeds=(0, 3), learning_rates=(1e-3, 1e-2), steps=2
+    )
+    results = grid.run_grid(config, CONSOLE)
+    cells = {(r["method"], r["shots"], r["seed"], r["learning_rate"]) for r in results}
+    assert len(results) == len(cells) == len(trained) == 16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["shots"] == [1, 2]
+    assert not list(tmp_path.rglob(CHECKPOINT))
+    assert all((tmp_path / "out" / "runs" / name / "log.jsonl").exists() for name in trained)
+
+
+def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, trained, monkeypatch):
+    config = standin.config(tmp_path / "out", methods=("lora", "output", "both"), lora_dropout=0.2)
+    whole = standin.config(tmp_path / "whole", methods=config.methods, lora_dropout=0.2)
+    expected = grid.run_grid(whole, CONSOLE)
+    trained.clear()
+
+    step = grid.GridProgress.step
+
+    def interrupt(self, run, done, loss):
+        if (run.method, done) == ("output", 5):
+            raise KeyboardInterrupt
+        step(self, run, done, loss)
+
+    monkeypatch.setattr(grid.GridProgress, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        grid.run_grid(config, CONSOLE)
+    assert [r["method"] for r in read_json_lines(tmp_path / "out" / "results.jsonl")] == ["lora"]
+    monkeypatch.setattr(grid.GridProgress, "step", step)
+    trained.clear()
+    found = grid.run_grid(config, CONSOLE)
+    assert [name.split("-")[0] for name in trained] == ["output", "both"]
+    for result in expected + found:
+        del result["seconds"]
+    assert found == expected
+    trained.clear()
+    assert len(grid.run_grid(config, CONSOLE)) == 3
+    assert trained == []
+
+
+def test_trained_adapter_is_saved_and_computes_the_measured_accuracy(tmp_path, trained):
+    config = standin.config(tmp_path / "out", save_adapters=True, steps=20)
+    (result,) = grid.run_grid(config, CONSOLE)
+    setting = standin.setting()
+    model = ck.load_adapter(setting.backbone.model, tmp_path / "out" / "runs" / result["run"] / "adapter").eval()
+    assert setting.kept.accuracy(model, torch.arange(30)) == result["kept"]
+
+
+def test_folder_with_results_of_other_options_is_refused(tmp_path, trained):
+    grid.run_grid(standin.config(tmp_path, steps=2), CONSOLE)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"--r was 2, now 4; --shots was \[2\], now \[2, 3\]"):
+        grid.run_grid(standin.config(tmp_path, steps=2, shots=(2, 3), r=4), CONSOLE)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    grid.run_grid(standin.config(tmp_path, steps=2, workers=2, checkpoint_every=7), CONSOLE)  # these change no result
+
+
+def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(grid, "train", lambda config, run, *rest: 1 / 0 if run.method == "both" else train(config, run, *rest))
+    with pytest.raises(ZeroDivisionError):
+        grid.run_grid(standin.config(tmp_path, methods=("lora", "both"), steps=2), CONSOLE)
+    assert [r["method"] for r in read_json_lines(tmp_path / "results.jsonl")] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shots": (0,)}, r"--shots 0: expected at least 1"),
+        ({"shots": ()}, r"--shots \(\): expected at least one value"),
+        ({"seeds": (1, 1)}, r"--seeds \(1, 1\): expected every value once"),
+        ({"seeds": (-1,)}, r"--seeds -1: expected at least 0"),
+        ({"methods": ("lora", "dora")}, r"--methods dora: expected any of lora, output"),
+        ({"learning_rates": (0.0,)}, r"--learning-rates 0.0: expected more than 0"),
+        ({"learning_rates": (float("nan"),)}, r"--learning-rates nan"),
+        ({"steps": 0}, r"--steps 0: expected at least 1"),
+        ({"workers": 0}, r"--workers 0: expected at least 1"),
+        ({"checkpoint_every": 0}, r"--checkpoint-every 0"),
+        ({"template": "a photo"}, r"--template a photo: expected one \{\}"),
+        ({"r": 0}, r"r=0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout=1.0"),
+        ({"subspace_k": 3, "subspace_ratio": 0.5}, r"subspace_k"),
+        ({"subspace_energy": 1.5}, r"subspace_energy"),
+        ({"target_modules": ("query",)}, r"target_modules"),
+        ({"shots": (200,)}, r"shots=200: class \d has 1\d\d images"),
+        ({"device": "quantum"}, r"--device quantum: expected cpu, cuda or auto"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        grid.prepare(standin.config(tmp_path / "out", **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_are_valid():
+    for config in PRESETS.values():
+        check(config)
+    recipe = PRESETS["clip-lora"]  # CLIP-LoRA's: r 2, alpha 1, rsLoRA, dropout 0.25, 500 steps a shot
+    adapter = recipe.adapter("lora", 0)
+    assert (adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.lora_dropout) == (2, 1, True, 0.25)
+    assert recipe.steps_for(16) == 8000
+    assert adapter.target_modules == ("q", "k", "v")
+    assert set(adapter.towers) == {"image", "text"}
+
+
+def test_methods_differ_in_the_subspace_alone():
+    config = PRESETS["glyphs"]
+    output, random = config.adapter("output", 3), config.adapter("random", 3)
+    assert (output.sides, output.subspace_source, output.subspace_ratio) == ("output", "weight", 0.5)
+    assert (random.sides, random.subspace_source, random.subspace_seed) == ("output", "random", 3)
+    assert config.adapter("random-both", 3).sides == config.adapter("both", 3).sides == "both"
+    assert config.adapter("lora", 3).sides == "none"
+
+
+def test_unwritable_output_folder_is_an_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["train", "--output", str(tmp_path / "file" / "out")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_options_of_the_command_line(tmp_path):
+    config = parse(["train", "--shots", "1", "4", "--no-save-adapters", "--output", str(tmp_path)])
+    assert isinstance(config, TrainConfig)
+    assert (config.preset, config.shots, config.save_adapters) == ("glyphs", (1, 4), False)
+    config = parse(["train", "--model", "ViT-B-16", "--pretrained", "weights.pt", "--steps", "2"])
+    assert isinstance(config, TrainConfig)
+    assert (config.preset, config.r, config.steps, config.lora_dropout) == ("clip-lora", 2, 2, 0.25)
+    config = parse(["train", "--preset", "glyphs-full"])
+    assert config == PRESETS["glyphs-full"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--shot", "1"], "--shot"),
+        (["train", "--methods", "dora"], "dora"),
+        (["train", "--shots", "many"], "many"),
+        (["fly"], "fly"),
+        ([], "train"),
+    ],
+)
+def test_unreadable_command_lines_end_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "full"], "--preset full: expected one of glyphs, glyphs-full, clip-lora"),
+        (["train", "--shots", "0"], "--shots 0: expected at least 1"),
+        (["report", "nowhere"], "nowhere: expected a folder"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for name in PRESETS["glyphs"].__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in shown
+    assert "The paper's choice is not public" in shown
+
+
+def test_lines_cut_short_by_a_crash_are_dropped(tmp_path):
+    path = tmp_path / "results.jsonl"
+    assert read_json_lines(path) == []
+    append_json_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b')
+    assert read_json_lines(path) == [{"a": 1}]
+    append_json_line(path, {"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
+    # Two worker processes on the bundled model: a kill, then Ctrl-C, then to the end in this process.
+    arguments = "--shots 1 --seeds 0 --learning-rates 0.003 --methods lora output both --max-test-images 20 --steps 60"
+    options = [*arguments.split(), "--lora-dropout", "0.1", "--checkpoint-every", "10", "--no-save-adapters"]
+    folder = tmp_path / "stopped"
+    command = ["train", *options, "--output", str(folder), "--workers"]
+
+    def start() -> subprocess.Popen[str]:
+        line = [sys.executable, "-m", "complora_kernels.fewshot", *command, "2"]
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started = time.time()
+        while not any(path.stat().st_mtime > started for path in folder.rglob(CHECKPOINT)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        return process
+
+    process = start()
+    process.kill()  # the parent alone: its workers notice and end
+    process.communicate()  # returns when the last of them has closed the pipes
+    process = start()
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert "The same command goes on from the last checkpoints: complora train --shots 1" in error
+    assert "Traceback" not in error
+
+    stopped, whole = (parse([*command, "1"]), parse(["train", *options, "--output", str(tmp_path / "whole")]))
+    assert isinstance(stopped, TrainConfig)
+    assert isinstance(whole, TrainConfig)
+    found, expected = grid.run_grid(stopped, CONSOLE), grid.run_grid(dataclasses.replace(whole, workers=1), CONSOLE)
+    for result in found + expected:
+        del result["seconds"]
+    assert sorted(found, key=lambda result: result["run"]) == sorted(expected, key=lambda result: result["run"])
+    assert len(found) == 3

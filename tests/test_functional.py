@@ -1,0 +1,773 @@
+"""The operations: accuracy of every output and gradient, what is computed and saved, autograd's uses, and refusals."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_as_accurate_as_reference, random_basis
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from complora_kernels import reference
+from complora_kernels.dropout import dropout_mask, dropout_seed
+from complora_kernels.functional import (
+    complora_linear,
+    fold_factors,
+    lora_linear,
+    packed_lora_linear,
+    project_complement,
+)
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALF)
+LEAVES = ("x", "lora_A", "lora_B")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The arguments of `complora_linear`, and the gradient that its output receives."""
+
+    x: Tensor  # [..., in]
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    lora_A: Tensor  # [r, in]
+    lora_B: Tensor  # [out, r]
+    output_basis: Tensor | None  # [out, k]
+    input_basis: Tensor | None  # [in, k]
+    dY: Tensor  # [..., out]
+    output_basis_kind: str = "principal"
+    input_basis_kind: str = "principal"
+    scaling: float = 0.5
+
+    def double(self) -> Layer:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.double() for name, value in values.items() if isinstance(value, Tensor)})
+
+    def arguments(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "dY"}
+
+
+def make_layer(
+    *,
+    batch: tuple[int, ...] = (7,),
+    out: int = 24,
+    in_: int = 16,
+    r: int = 3,
+    k_out: int | None = 5,
+    k_in: int | None = 4,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    **others: Any,
+) -> Layer:
+    """A random layer; the factors are float32 parameters, or float64, whatever the dtype of the rest."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return Layer(
+        x=torch.randn(*batch, in_).to(dtype),
+        weight=(torch.randn(out, in_) / in_**0.5).to(dtype),
+        bias=torch.randn(out).to(dtype) if bias else None,
+        lora_A=torch.randn(r, in_, dtype=wide) / in_**0.5,
+        lora_B=torch.randn(out, r, dtype=wide),
+        output_basis=None if k_out is None else random_basis(out, k_out, wide),
+        input_basis=None if k_in is None else random_basis(in_, k_in, wide),
+        dY=torch.randn(*batch, out).to(dtype),
+        **others,
+    )
+
+
+def results(
+    function: Callable[..., Tensor], layer: Layer, wanted: Sequence[str] = LEAVES, **options: Any
+) -> dict[str, Tensor]:
+    """The output `y` and the gradients `dx`, `dlora_A`, `dlora_B` of the wanted arguments."""
+    leaves = {name: getattr(layer, name).detach().requires_grad_() for name in wanted}
+    y = function(**{**layer.arguments(), **leaves}, **options)
+    gradients = torch.autograd.grad(y, tuple(leaves.values()), layer.dY)
+    return {"y": y.detach(), **{f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}}
+
+
+def next_masks(like: Tensor, dropout_p: float, *, adapters: int = 1) -> list[Tensor] | None:
+    """What the next call will draw, m = mask / (1 - p) in float64; test_dropout.py says what these draws must be."""
+    if dropout_p == 0:
+        return None
+    state = torch.get_rng_state()
+    masks = [dropout_mask(like, like.shape, dropout_seed(like), dropout_p) for _ in range(adapters)]
+    torch.set_rng_state(state)
+    return [mask.double() / (1 - dropout_p) for mask in masks]
+
+
+def assert_accurate(
+    ours: Sequence[dict[str, Tensor]], same_dtype: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]]
+) -> None:
+    """The accuracy rule for each name, over the results of several layers of the same shapes."""
+    for name in ours[0]:
+        a, b, c = (torch.stack([result[name] for result in part]) for part in (ours, same_dtype, exact))
+        assert_as_accurate_as_reference(a, b, c, name)
+
+
+def check_complora_linear(layers: Sequence[Layer], dropout_p: float = 0.0) -> None:
+    ours, same_dtype, exact = [], [], []
+    for layer in layers:
+        (m,) = next_masks(layer.x, dropout_p) or [None]
+        ours.append(results(complora_linear, layer, dropout_p=dropout_p))
+        cast = None if m is None else m.to(layer.x.dtype)
+        same_dtype.append(results(reference.complora_linear, layer, dropout_mask=cast))
+        exact.append(results(reference.complora_linear, layer.double(), dropout_mask=m))
+    assert_accurate(ours, same_dtype, exact)
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """A tensor of the same shape, of other memory layout."""
+    if layout == "strided":
+        return torch.stack([tensor, tensor + 1], -1)[..., 0]
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.mT.contiguous().mT
+    if layout == "expanded" and tensor.dim() > 1:
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+BATCHES = ((), (1,), (0,), (63,), (2, 0), (3, 5), (1, 137), (2, 3, 4), (5, 1, 2))
+SIZES = (1, 8, 63, 137)
+KINDS = ("principal", "complement")
+LAYOUTS = ("contiguous", "strided", "transposed", "expanded")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_complora_linear(dtype, data):
+    def draw(*values: Any) -> Any:
+        return data.draw(st.sampled_from(values))
+
+    def draw_basis(d: int) -> tuple[int | None, str]:
+        kind = draw(*KINDS)
+        # A principal basis wider than d / 2 is never stored: what it leaves of a factor is mostly rounding.
+        return draw(None, 0, d // 6, d // 2, *([d] if kind == "complement" else [])), kind
+
+    out, in_ = draw(*SIZES), draw(*SIZES)
+    (k_out, output_kind), (k_in, input_kind) = draw_basis(out), draw_basis(in_)
+    drawn = {
+        "batch": draw(*BATCHES),
+        "out": out,
+        "in_": in_,
+        "r": draw(1, 2, 7, 16, 33),
+        "k_out": k_out,
+        "k_in": k_in,
+        "output_basis_kind": output_kind,
+        "input_basis_kind": input_kind,
+        "bias": draw(True, False),
+        "scaling": draw(1.0, 0.25, 2**0.5),
+    }
+    layout_x, layout_dY, dropout_p = draw(*LAYOUTS), draw(*LAYOUTS), draw(0.0, 0.0, 0.25)
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    layers = []
+    for _ in range(1 if dtype == torch.float64 else 8):  # one element may round well or badly by chance
+        layer = make_layer(dtype=dtype, **drawn)
+        layers.append(replace(layer, x=laid_out(layer.x, layout_x), dY=laid_out(layer.dY, layout_dY)))
+    check_complora_linear(layers, dropout_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_every_direction_protected_nothing_is_learned(dtype):
+    layer = make_layer(batch=(63,), k_out=24, k_in=0, dtype=dtype)
+    frozen = F.linear(layer.x, layer.weight, layer.bias)
+    empty = replace(layer, output_basis=random_basis(24, 0), output_basis_kind="complement")
+    ours = results(complora_linear, empty)
+    assert torch.equal(ours["y"], frozen)
+    assert not ours["dlora_A"].any()
+    assert not ours["dlora_B"].any()
+    ours = results(complora_linear, layer)  # I - U U^T, which is zero up to the rounding of U and of the product
+    assert (ours["y"] - frozen).norm() <= 1e-5 * frozen.norm()
+    assert ours["dlora_A"].norm() <= 1e-5 * layer.dY.norm()
+    assert ours["dlora_B"].norm() <= 1e-5 * layer.dY.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_lora_linear(dtype, dropout_p):
+    layer = make_layer(batch=(63,), r=5, k_out=None, k_in=None, dtype=dtype, scaling=3.0)
+    (m,) = next_masks(layer.x, dropout_p) or [None]
+
+    def ours(x, weight, bias, lora_A, lora_B, *, scaling, **_):
+        folded_A, folded_B = lora_A.to(dtype), lora_B.to(dtype)
+        return lora_linear(x, weight, bias, folded_A, folded_B, scaling=scaling, dropout_p=dropout_p)
+
+    def plain(x, weight, bias, lora_A, lora_B, *, scaling, mask, **_):
+        folded_A, folded_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return reference.lora_linear(x, weight, bias, folded_A, folded_B, scaling=scaling, dropout_mask=mask)
+
+    rounded = replace(layer, lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype))
+    cast = None if m is None else m.to(dtype)
+    assert_accurate(
+        [results(ours, rounded)], [results(plain, rounded, mask=cast)], [results(plain, rounded.double(), mask=m)]
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(0, 8), (8, 16), (16, 24)],  # q, k, v
+        [(0, 8), (16, 24)],  # q, v
+        [(16, 24), (0, 8)],  # in any order
+        [(3, 4), (4, 21)],
+        [(0, 24), (5, 12)],  # overlapping: the updates add up
+        [(7, 7), (0, 1)],  # of no rows at all
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_lora_linear(dtype, dropout_p, rows):
+    layer = make_layer(batch=(9, 7), dtype=dtype)
+    As = [torch.randn(2 + i, 16).to(dtype) for i in range(len(rows))]  # unequal ranks
+    Bs = [torch.randn(stop - start, 2 + i).to(dtype) for i, (start, stop) in enumerate(rows)]
+    masks = next_masks(layer.x, dropout_p, adapters=len(rows))
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+        frozen = (layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (layer.x, *As, *Bs)]
+        x, *factors = leaves
+        y = function(x, *frozen, factors[: len(rows)], factors[len(rows) :], rows, **options)
+        gradients = torch.autograd.grad(y, leaves, layer.dY.to(dtype))
+        names = ["dx", *(f"dA{i}" for i in range(len(rows))), *(f"dB{i}" for i in range(len(rows)))]
+        return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+    cast = None if masks is None else [m.to(dtype) for m in masks]
+    ours = run(packed_lora_linear, dtype, dropout_p=dropout_p)
+    same_dtype = run(reference.packed_lora_linear, dtype, dropout_masks=cast)
+    assert_accurate([ours], [same_dtype], [run(reference.packed_lora_linear, torch.float64, dropout_masks=masks)])
+
+
+@pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_fold_factors(dtype, factor_dtype):
+    shapes = [(24, 16, 3), (16, 40, 1), (33, 17, 7), (8, 8, 2)]  # out, in, r of four layers
+    As = [torch.randn(r, in_).to(factor_dtype) for _, in_, r in shapes]
+    Bs = [torch.randn(out, r).to(factor_dtype) for out, _, r in shapes]
+    bases = {
+        "output_bases": [random_basis(24, 5), None, random_basis(33, 20), random_basis(8, 0)],
+        "input_bases": [None, random_basis(40, 9), random_basis(17, 4), random_basis(8, 8)],
+        "output_basis_kinds": ["principal", "principal", "complement", "principal"],
+        "input_basis_kinds": ["principal", "complement", "principal", "complement"],
+    }
+    grads = [torch.randn_like(factor, dtype=dtype) for factor in (*As, *Bs)]
+
+    def run(function: Callable[..., Any], wide: torch.dtype | None = None) -> dict[str, Tensor]:
+        leaves = [factor.to(wide or factor_dtype, copy=True).requires_grad_() for factor in (*As, *Bs)]
+        folded = function(leaves[:4], leaves[4:], **bases, scaling=1.7, dtype=wide or dtype)
+        outputs = [*folded[0], *folded[1]]
+        gradients = torch.autograd.grad(outputs, leaves, [grad.to(wide) for grad in grads] if wide else grads)
+        named = {"folded": outputs, "gradient": gradients}
+        return {f"{name} {i}": tensor.detach() for name, part in named.items() for i, tensor in enumerate(part)}
+
+    assert_accurate([run(fold_factors)], [run(reference.fold_factors)], [run(reference.fold_factors, torch.float64)])
+
+
+def test_fold_factors_takes_one_kind_for_all_layers():
+    A, B, U = torch.randn(2, 9), torch.randn(9, 2), random_basis(9, 4)
+    together = fold_factors([A, A], [B, B], [U, U], [U, U], output_basis_kinds="complement", scaling=2.0)
+    alone = fold_factors([A], [B], [U], [U], output_basis_kinds=["complement"], input_basis_kinds=["principal"])
+    assert all(torch.equal(folded, alone[0][0]) for folded in together[0])
+    assert all(torch.equal(folded, 2 * alone[1][0]) for folded in together[1])
+
+
+def test_fold_factors_is_one_node_and_gives_unused_layers_no_gradient():
+    factors = [torch.randn(*shape, requires_grad=True) for shape in ((2, 9), (2, 9), (9, 2), (9, 2))]
+    U = random_basis(9, 4)
+    (A, unused), (B, _) = fold_factors(factors[:2], factors[2:], [U, U], [U, U])
+    assert A.grad_fn is unused.grad_fn is B.grad_fn
+    (A.sum() + B.sum()).backward()
+    assert [factor.grad is None for factor in factors] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (0, 24), (2, 3, 24)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_project_complement(dtype, kind, shape):
+    basis = random_basis(24, 7, torch.promote_types(dtype, torch.float32))
+    factor, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        leaf = factor.to(dtype, copy=True).requires_grad_()
+        projected = function(leaf, basis.to(torch.promote_types(dtype, basis.dtype)), basis_kind=kind)
+        return {"projected": projected.detach(), "gradient": torch.autograd.grad(projected, leaf, grad.to(dtype))[0]}
+
+    exact = run(reference.project_complement, torch.float64)
+    assert_accurate([run(project_complement, dtype)], [run(reference.project_complement, dtype)], [exact])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_project_complement_gradients_of_gradients(kind):
+    basis = random_basis(9, 4, torch.float64)
+    factor = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+
+    def cubed(factor: Tensor) -> Tensor:  # a projection alone is linear: its second derivative would be zero
+        return project_complement(factor, basis, basis_kind=kind) ** 3
+
+    assert torch.autograd.gradcheck(cubed, (factor,))
+    assert torch.autograd.gradgradcheck(cubed, (factor,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_complora_linear_gradcheck(kind):
+    layer = make_layer(batch=(2, 3), out=6, in_=5, r=2, k_out=2, k_in=1, dtype=torch.float64).arguments()
+    layer |= {"output_basis_kind": kind, "input_basis_kind": kind}
+    leaves = [layer.pop(name).requires_grad_() for name in LEAVES]
+    assert torch.autograd.gradcheck(lambda x, A, B: complora_linear(x, lora_A=A, lora_B=B, **layer), leaves)
+
+
+def test_packed_lora_linear_gradcheck():
+    layer = make_layer(batch=(4,), out=6, in_=5, dtype=torch.float64)
+    factors = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5), (1, 5), (3, 2), (2, 1))]
+    leaves = [tensor.requires_grad_() for tensor in (layer.x, *factors)]
+
+    def function(x: Tensor, A0: Tensor, A1: Tensor, B0: Tensor, B1: Tensor) -> Tensor:
+        return packed_lora_linear(x, layer.weight, layer.bias, [A0, A1], [B0, B1], [(0, 3), (4, 6)])
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_complora_linear_refuses_second_derivatives():
+    layer = make_layer()
+    x = layer.x.requires_grad_()
+    y = complora_linear(**layer.arguments())
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(("k", "kind"), [(0, "principal"), (4, "principal"), (4, "complement"), (12, "complement")])
+@pytest.mark.parametrize(("out", "in_"), [(12, 12), (12, 20), (20, 12)])
+def test_protected_directions_stay(out, in_, k, kind):
+    """`U_k^T W' = U_k^T W` with the output side projected, and `W' V_k = W V_k` too with both."""
+    weight = torch.randn(out, in_, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(weight)  # [out, out], [in, in]
+    V = Vh.mT
+    columns = slice(k, None) if kind == "complement" else slice(0, k)
+    A, B = torch.randn(3, in_, dtype=torch.float64), torch.randn(out, 3, dtype=torch.float64)
+
+    def adapted(**bases: Any) -> Tensor:  # W' [out, in]
+        identity = torch.eye(in_, dtype=torch.float64)
+        kinds: dict[str, Any] = {f"{name}_kind": kind for name in bases}
+        return complora_linear(identity, weight, None, A, B, **bases, **kinds, scaling=0.3).T
+
+    output = {"output_basis": U[:, columns].contiguous()}
+    both = {**output, "input_basis": V[:, columns].contiguous()}
+    one_sided, two_sided = adapted(**output), adapted(**both)
+    # float64 rounding of products of norm about ten
+    assert torch.allclose(U[:, :k].T @ one_sided, U[:, :k].T @ weight, rtol=0, atol=1e-12)
+    assert torch.allclose(U[:, :k].T @ two_sided, U[:, :k].T @ weight, rtol=0, atol=1e-12)
+    assert torch.allclose(two_sided @ V[:, :k], weight @ V[:, :k], rtol=0, atol=1e-12)
+    if 0 < k < out:  # one side alone lets the other change
+        assert (one_sided @ V[:, :k] - weight @ V[:, :k]).norm() > 0.1
+    if k < min(out, in_):  # and something is learned
+        assert (two_sided - weight).norm() > 0.1
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("k", "kind"), [(1, "principal"), (384, "principal"), (600, "complement")])
+def test_folded_factor_keeps_out_of_the_protected_directions(k, kind, factor_dtype):
+    """`|U_k^T B̃| <= 1e-5 |B|` before the cast to the compute dtype, which is the design's bound for float32."""
+    vectors = random_basis(768, 768)
+    protected = vectors[:, :k]
+    basis = protected if kind == "principal" else vectors[:, k:]
+    B = torch.randn(768, 16).to(factor_dtype)
+    arguments = {"output_basis_kinds": kind, "scaling": 1.0, "dtype": torch.float32}
+    _, (folded,) = fold_factors([torch.randn(16, 8)], [B], [basis.contiguous()], [None], **arguments)
+    inside = protected.double().T @ folded.double()
+    assert inside.norm() <= 1e-5 * B.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [w for n in (1, 2) for w in itertools.combinations(LEAVES, n)], ids="-".join)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_any_subset_of_gradients_is_the_same(wanted, dropout_p, dtype):
+    layer = make_layer(dtype=dtype)
+    torch.manual_seed(1)
+    every = results(complora_linear, layer, dropout_p=dropout_p)
+    torch.manual_seed(1)
+    some = results(complora_linear, layer, wanted, dropout_p=dropout_p)
+    assert some.keys() == {"y", *(f"d{name}" for name in wanted)}
+    assert all(torch.equal(tensor, every[name]) for name, tensor in some.items())
+
+
+class Recorder(TorchDispatchMode):
+    """What is computed below autograd: the products, the shapes of all results, and which memory is still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[int, int, int]] = []  # [m, k] times [k, n]
+        self.shapes: list[torch.Size] = []
+        self._storages: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        assert name not in ("bmm", "baddbmm", "matmul", "linear", "mv", "dot"), f"{name} is not counted"
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.products.append((*left.shape, right.shape[1]))
+        given = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = StorageWeakRef(tensor.untyped_storage())
+            if storage not in given:  # not a view
+                self.shapes.append(tensor.shape)
+                self._storages[storage] = tensor.untyped_storage().nbytes()
+        return result
+
+    @property
+    def multiplications(self) -> int:
+        return sum(m * k * n for m, k, n in self.products)
+
+    def live_bytes(self, *excluded: Tensor) -> int:
+        known = {StorageWeakRef(tensor.untyped_storage()) for tensor in excluded}
+        return sum(size for ref, size in self._storages.items() if ref not in known and not ref.expired())
+
+
+M, IN, OUT, R, K_OUT, K_IN = 20, 64, 65, 2, 5, 3  # no two alike; M·out < in², so that a [d, d] result stands out
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("wanted", [w for n in range(4) for w in itertools.combinations(LEAVES, n)], ids="-".join)
+def test_multiplications(wanted, dropout_p):
+    """Forward `M·in·out + M·r·(in + out) + 2·r·(k_in·in + k_out·out)`; of backward what is asked for, and no more."""
+    layer = make_layer(batch=(4, 5), out=OUT, in_=IN, r=R, k_out=K_OUT, k_in=K_IN)
+    base, h, update = M * IN * OUT, M * IN * R, M * OUT * R
+    fold_A, fold_B = 2 * R * K_IN * IN, 2 * R * K_OUT * OUT
+    forward = base + h + update + fold_A + fold_B
+    backward = {"x": base + h, "lora_A": h + fold_A, "lora_B": update + fold_B}  # dX; dÃ, dA; dB̃, dB
+    needs_g = "x" in wanted or "lora_A" in wanted  # g = dY B̃, once for both
+    complora_linear(**layer.arguments())  # the bases are looked at once, and no more
+    with Recorder() as recorder:
+        if wanted:
+            results(complora_linear, layer, wanted, dropout_p=dropout_p)
+        else:
+            complora_linear(**layer.arguments(), dropout_p=dropout_p)
+    assert recorder.multiplications == forward + sum(backward[name] for name in wanted) + update * needs_g
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_square_product_and_no_projected_activation(dtype, dropout_p):
+    layer = make_layer(batch=(M,), out=OUT, in_=IN, r=R, k_out=K_OUT, k_in=K_IN, dtype=dtype)
+    complora_linear(**layer.arguments())  # looks at the bases
+    with Recorder() as recorder:
+        results(complora_linear, layer, dropout_p=dropout_p)
+    assert all(m * n < IN * IN for m, _, n in recorder.products)
+    assert not {(M, K_OUT), (M, K_IN)} & {(m, n) for m, _, n in recorder.products}
+    if dtype == torch.float32:  # in half precision `[W | B̃]` is a copy of the weight
+        assert all(shape.numel() < IN * IN for shape in recorder.shapes)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_x_and_h_of_the_activations_are_saved(dtype, dropout_p):
+    layer = make_layer(batch=(4, 5), out=OUT, in_=IN, r=R, k_out=K_OUT, k_in=K_IN, dtype=dtype)
+    for name in LEAVES:
+        getattr(layer, name).requires_grad_()
+    saved: dict[StorageWeakRef, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = complora_linear(**layer.arguments(), dropout_p=dropout_p)
+    h_bytes = M * R * dtype.itemsize
+    folded_bytes = (IN + OUT) * R * dtype.itemsize
+    seed_bytes = 8 if dropout_p else 0
+    assert sum(saved.values()) == layer.x.nbytes + layer.weight.nbytes + h_bytes + folded_bytes + seed_bytes
+    # Nor does anything else that the forward pass computed stay alive, saved by autograd or not.
+    assert recorder.live_bytes(y) == h_bytes + folded_bytes + seed_bytes
+
+
+def test_nothing_is_saved_without_a_gradient_to_compute():
+    layer = make_layer()
+    with Recorder() as recorder:
+        y = complora_linear(**layer.arguments(), dropout_p=0.5)
+    assert not y.requires_grad
+    assert recorder.live_bytes(y) == 0
+    layer.x.requires_grad_()
+    with torch.no_grad():
+        assert complora_linear(**layer.arguments()).grad_fn is None
+    with torch.inference_mode():
+        assert complora_linear(**layer.arguments()).is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_used_twice_in_one_graph(dtype):
+    layer = make_layer(out=16, in_=16, dtype=dtype)
+
+    def twice(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, **others: function(function(x, **others).tanh(), **others)
+
+    layers = [layer, layer.double()]
+    same_dtype, exact = (results(twice(reference.complora_linear), each) for each in layers)
+    assert_accurate([results(twice(complora_linear), layer)], [same_dtype], [exact])
+
+
+def test_gradients_accumulate():
+    layer = make_layer()
+    leaves = [getattr(layer, name).requires_grad_() for name in LEAVES]
+    complora_linear(**layer.arguments()).backward(layer.dY)
+    first = [leaf.grad.clone() for leaf in leaves]
+    complora_linear(**layer.arguments()).backward(layer.dY)
+    assert all(torch.equal(leaf.grad, 2 * grad) for leaf, grad in zip(leaves, first, strict=True))
+
+
+def test_two_runs_are_equal_to_the_bit():
+    layer = make_layer(batch=(200,), out=137, in_=63)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(results(complora_linear, layer, dropout_p=0.25))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_stay_as_they_were(dtype):
+    layer = make_layer(dtype=dtype)
+    before = {name: value.clone() for name, value in layer.arguments().items() if isinstance(value, Tensor)}
+    results(complora_linear, layer, dropout_p=0.25)
+    assert all(torch.equal(value, getattr(layer, name)) for name, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [(), (7,), (2, 3)], ids=str)
+def test_the_result_may_be_written_to(batch, dtype):
+    """As that of `nn.Linear`, before an `nn.ReLU(inplace=True)`."""
+    layer = make_layer(batch=batch, dtype=dtype)
+    in_place = results(lambda **arguments: complora_linear(**arguments).relu_(), layer)
+    out_of_place = results(lambda **arguments: complora_linear(**arguments).relu(), layer)
+    assert all(torch.equal(in_place[name], out_of_place[name]) for name in in_place)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_autocast(dtype, backward_inside, dropout_p):
+    """Exactly what it computes from inputs cast by hand; gradients in the dtype of what they belong to."""
+    layer = make_layer(batch=(5, 63))
+    by_hand = replace(layer, **{name: getattr(layer, name).to(dtype) for name in ("x", "weight", "bias", "dY")})
+    torch.manual_seed(1)
+    expected = results(complora_linear, by_hand, dropout_p=dropout_p)
+
+    torch.manual_seed(1)
+    leaves = [getattr(layer, name).requires_grad_() for name in LEAVES]
+    with torch.autocast("cpu", dtype=dtype):
+        y = complora_linear(**layer.arguments(), dropout_p=dropout_p)
+        if backward_inside:
+            y.backward(by_hand.dY)
+    if not backward_inside:
+        y.backward(by_hand.dY)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected["y"])
+    for name, leaf in zip(LEAVES, leaves, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        assert torch.equal(leaf.grad, expected[f"d{name}"].float())
+
+
+def test_autocast_leaves_float64_alone():
+    layer = make_layer(dtype=torch.float64)
+    expected = complora_linear(**layer.arguments())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(complora_linear(**layer.arguments()), expected)
+
+
+def test_projections_stay_float32_under_autocast():
+    factor, basis = torch.randn(4, 64, requires_grad=True), random_basis(64, 16)
+    expected = project_complement(factor, basis)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), factor)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected = project_complement(factor, basis)
+        assert torch.equal(projected, expected)
+        assert torch.equal(torch.autograd.grad(projected.square().sum(), factor)[0], gradient)
+        (A,), (B,) = fold_factors([factor], [factor.T], [basis], [basis])
+        assert torch.equal(A, expected)
+        assert torch.equal(B, expected.T)
+
+
+@pytest.mark.parametrize(("ratio", "addmm_share"), [(1e-4, (0.0, 0.2)), (1e-3, (0.3, 0.7)), (1e-2, (0.95, 1.05))])
+def test_a_small_adapter_is_realised_in_bfloat16(ratio, addmm_share):
+    """`<y - x W^T, x ΔW^T> / |x ΔW^T|²` is 1.00 ± 0.05 for `|ΔW| / |W|` down to 1e-4.
+
+    Adding the update to a finished bfloat16 product, as `addmm` does, loses what is below half a unit in its last
+    place: measured beside it, so that this test is seen to tell the two apart. Over 2²¹ outputs the rounding of y moves
+    the share at 1e-4 by 0.008 (one standard deviation).
+    """
+    layer = make_layer(batch=(2048,), out=1024, in_=64, r=4, bias=False, k_in=None, dtype=torch.bfloat16)
+    assert layer.output_basis is not None
+    U, B = layer.output_basis.double(), layer.lora_B.double()
+    delta = (B - U @ (U.T @ B)) @ layer.lora_A.double()  # ΔW, before scaling
+    scaling = float(ratio * layer.weight.double().norm() / delta.norm())
+    x, W = layer.x.double(), layer.weight.double()
+    base, update = x @ W.T, scaling * x @ delta.T
+    assert update.numel() >= 2**21
+
+    def share(y: Tensor) -> float:
+        return float(((y.double() - base) * update).sum() / update.square().sum())
+
+    y = complora_linear(**replace(layer, scaling=scaling).arguments())
+    assert share(y) == pytest.approx(1, abs=0.05)
+
+    (A,), (scaled_B,) = fold_factors(
+        [layer.lora_A], [layer.lora_B], [layer.output_basis], [None], scaling=scaling, dtype=torch.bfloat16
+    )
+    twice_rounded = torch.addmm(F.linear(layer.x, layer.weight), layer.x @ A.T, scaled_B.T)
+    low, high = addmm_share
+    assert low <= share(twice_rounded) <= high
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compile(dtype):
+    """Traced whole, forward and backward; `aot_eager` needs no compiler. Then with another batch size."""
+    compiled = torch.compile(complora_linear, fullgraph=True, backend="aot_eager")
+    saved: set[torch.dtype] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(tensor.dtype)
+        return tensor
+
+    try:
+        for batch in (7, 9):
+            layer = make_layer(batch=(batch,), dtype=dtype)
+            torch.manual_seed(1)
+            expected = results(complora_linear, layer, dropout_p=0.25)
+            torch.manual_seed(1)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                ours = results(compiled, layer, dropout_p=0.25)
+            assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    finally:
+        torch.compiler.reset()
+    assert torch.int64 in saved  # the seed
+    assert torch.bool not in saved  # and not the mask
+
+
+def test_the_reference_backend_draws_the_same_masks(monkeypatch):
+    layer = make_layer(dtype=torch.float64)
+    torch.manual_seed(1)
+    ours = results(complora_linear, layer, dropout_p=0.25)
+    torch.manual_seed(1)
+    truth = results(complora_linear, layer, dropout_p=0.25, backend="reference")
+    assert_accurate([ours], [truth], [truth])
+    monkeypatch.setenv("COMPLORA_BACKEND", "reference")
+    torch.manual_seed(1)
+    chosen = results(complora_linear, layer, dropout_p=0.25)
+    assert all(torch.equal(chosen[name], truth[name]) for name in truth)
+    layer.lora_A.requires_grad_()
+    assert "LoRALinearFunction" not in str(complora_linear(**layer.arguments()).grad_fn)
+    assert "LoRALinearFunction" in str(complora_linear(**layer.arguments(), backend="torch").grad_fn)
+
+
+U = random_basis(24, 5)
+V = random_basis(16, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"output_basis": 2 * U}, "output_basis of shape (24, 5) does not have orthonormal columns: expected"),
+        ({"input_basis": V + 1e-3}, "input_basis of shape (16, 4) does not have orthonormal columns: expected"),
+        ({"output_basis": U * torch.nan}, "output_basis of shape (24, 5) does not have orthonormal columns: expected"),
+        ({"output_basis": U.bfloat16()}, "output_basis of shape (24, 5) does not have orthonormal columns: expected"),
+        ({"output_basis": V}, "output_basis has shape (16, 4), expected [24, k] with k <= 24"),
+        ({"input_basis": U}, "input_basis has shape (24, 5), expected [16, k] with k <= 16"),
+        ({"input_basis": torch.eye(16, 17)}, "input_basis has shape (16, 17), expected [16, k] with k <= 16"),
+        ({"output_basis": U[:, 0]}, "output_basis has shape (24,), expected [24, k]"),
+        ({"output_basis_kind": "top"}, "output_basis_kind='top', expected 'principal' or 'complement'"),
+        ({"input_basis_kind": "top"}, "input_basis_kind='top', expected 'principal' or 'complement'"),
+        ({"lora_A": torch.ones(0, 16), "lora_B": torch.ones(24, 0)}, "lora_A (0, 16) and lora_B (24, 0), expected"),
+        ({"lora_A": torch.ones(2, 16)}, "lora_A (2, 16) and lora_B (24, 3), expected [r, in] and [out, r] with r >= 1"),
+        ({"lora_B": torch.ones(3)}, "lora_A (3, 16) and lora_B (3,), expected [r, in] and [out, r] with r >= 1"),
+        ({"x": torch.ones(7, 15)}, "x (7, 15) and weight (24, 16), expected [..., in] and [out, in]"),
+        ({"x": torch.tensor(1.0)}, "x () and weight (24, 16), expected [..., in] and [out, in]"),
+        ({"weight": torch.ones(24)}, "x (7, 16) and weight (24,), expected [..., in] and [out, in]"),
+        (
+            {"weight": torch.ones(25, 16), "bias": None},
+            "folded_B (24, 3) and rows (0, 25) do not fit a weight of shape (25,",
+        ),
+        ({"bias": torch.ones(16)}, "bias (16,), expected [out] with out=24"),
+        ({"weight": torch.ones(24, 16, requires_grad=True)}, "weight.requires_grad=True, expected a frozen weight"),
+        ({"bias": torch.ones(24, requires_grad=True)}, "bias.requires_grad=True, expected a frozen bias"),
+        ({"weight": torch.ones(24, 16).half()}, "weight has dtype torch.float16, expected that of x, torch.float32"),
+        ({"bias": torch.ones(24).double()}, "bias has dtype torch.float64, expected that of x, torch.float32"),
+        ({"dropout_p": 1.0}, "dropout_p=1.0, expected a probability in [0, 1)"),
+        ({"dropout_p": -0.1}, "dropout_p=-0.1, expected a probability in [0, 1)"),
+        ({"dropout_p": float("nan")}, "dropout_p=nan, expected a probability in [0, 1)"),
+        ({"backend": "cublas"}, "backend='cublas', expected one of"),
+    ],
+)
+def test_complora_linear_refuses(changed, message):
+    layer = make_layer()
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        complora_linear(**{**layer.arguments(), "dropout_p": 0.5, **changed})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_trainable_weight_is_fine_where_no_gradient_is_recorded():
+    layer = make_layer()
+    layer.weight.requires_grad_()
+    with torch.no_grad():
+        complora_linear(**layer.arguments())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_As": []}, "lora_As, lora_Bs, bases and kinds have lengths [0, 1, 1, 1, 0, 0], expected equal ones"),
+        ({"lora_Bs": [torch.ones(9, 2)] * 2}, "have lengths [1, 2, 1, 1, 1, 1], expected equal ones of at least 1"),
+        ({"output_bases": []}, "have lengths [1, 1, 0, 1, 1, 1], expected equal ones of at least 1"),
+        (
+            {"input_basis_kinds": ["principal"] * 3},
+            "have lengths [1, 1, 1, 1, 1, 3], expected equal ones of at least 1",
+        ),
+        ({"input_basis_kinds": ["top"]}, "input_basis_kind='top', expected 'principal' or 'complement'"),
+        ({"output_bases": [torch.ones(9, 2)]}, "output_basis of shape (9, 2) does not have orthonormal columns"),
+    ],
+)
+def test_fold_factors_refuses(changed, message):
+    arguments = {"lora_As": [torch.ones(2, 8)], "lora_Bs": [torch.ones(9, 2)], "output_bases": [None]}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fold_factors(**{**arguments, "input_bases": [None], **changed})
+
+
+@pytest.mark.parametrize(
+    ("As", "Bs", "rows", "message"),
+    [
+        ([], [], [], "folded_As, folded_Bs, rows have lengths 0, 0, 0, expected equal ones of at least 1"),
+        ([(2, 16)], [(8, 2)], [(0, 8), (8, 16)], "folded_As, folded_Bs, rows have lengths 1, 1, 2, expected equal"),
+        ([(2, 16)], [(8, 2)], [(0, 9)], "rows (0, 9) do not fit a weight of shape (24, 16): expected [r, in], [stop -"),
+        ([(2, 16)], [(8, 2)], [(20, 28)], "rows (20, 28) do not fit a weight of shape (24, 16)"),
+        ([(2, 16)], [(8, 2)], [(-8, 0)], "rows (-8, 0) do not fit a weight of shape (24, 16)"),
+        ([(2, 15)], [(8, 2)], [(0, 8)], "folded_A (2, 15), folded_B (8, 2) and rows (0, 8) do not fit a weight"),
+        ([(2, 16)], [(8, 3)], [(0, 8)], "folded_A (2, 16) and folded_B (8, 3), expected [r, in] and [out, r]"),
+    ],
+)
+def test_packed_lora_linear_refuses(As, Bs, rows, message):
+    folded_As, folded_Bs = ([torch.ones(shape) for shape in part] for part in (As, Bs))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        packed_lora_linear(torch.ones(7, 16), torch.ones(24, 16), None, folded_As, folded_Bs, rows)
+
+
+@pytest.mark.parametrize(
+    ("factor", "basis", "kind", "message"),
+    [
+        (torch.ones(3, 23), U, "principal", "basis has shape (24, 5), expected [23, k] with k <= 23"),
+        (torch.ones(3, 24), U, "rest", "basis_kind='rest', expected 'principal' or 'complement'"),
+        (torch.ones(3, 24), -3 * U, "principal", "basis of shape (24, 5) does not have orthonormal columns"),
+    ],
+)
+def test_project_complement_refuses(factor, basis, kind, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        project_complement(factor, basis, basis_kind=kind)

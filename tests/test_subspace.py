@@ -1,0 +1,347 @@
+"""Which directions are protected: bases against weights with known singular vectors, sizes, the cache, and refusals."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import random_basis
+from torch import Tensor
+
+from complora_kernels import subspace
+from complora_kernels.config import CompLoRAConfig
+from complora_kernels.functional import project_complement
+from complora_kernels.subspace import align_basis, complement_basis, principal_basis, projection_basis
+
+SIDES: tuple[subspace.Side, ...] = ("output", "input")
+
+
+def known_weight(out: int, in_: int, *, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`W = U diag(σ) V^T` in float64 with σ = m, m - 1, ..., 1; those beyond `rank` are zero."""
+    m = min(out, in_)
+    U, V = random_basis(out, m, torch.float64), random_basis(in_, m, torch.float64)
+    sigma = torch.arange(m, 0, -1, dtype=torch.float64)
+    sigma[m if rank is None else rank :] = 0
+    return U * sigma @ V.T, U, sigma, V
+
+
+def projector(basis: Tensor) -> Tensor:  # [d, d], which no sign or rotation of the columns changes
+    return basis.double() @ basis.double().T
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(projector(a) - projector(b)))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(out=st.sampled_from([1, 5, 12, 33]), in_=st.sampled_from([1, 7, 12, 33]), data=st.data())
+def test_bases_span_the_known_singular_vectors(out, in_, data):
+    k = data.draw(st.integers(0, min(out, in_)))
+    weight, U, _, V = known_weight(out, in_)
+    for side, vectors, d in zip(SIDES, (U, V), (out, in_), strict=True):
+        principal = principal_basis(weight, k=k, side=side)
+        complement = complement_basis(weight, k=k, side=side)
+        assert principal.shape == (d, k)
+        assert complement.shape == (d, d - k)
+        assert principal.dtype == complement.dtype == torch.float64
+        assert principal.is_contiguous()
+        assert complement.is_contiguous()
+        # The gaps between singular values are 1 and the largest is 33: float64 rounding, with room.
+        assert distance(principal, vectors[:, :k]) < 1e-12
+        both = torch.cat([principal, complement], 1)  # [d, d]: orthonormal, so the complement is what is left
+        assert torch.allclose(both.T @ both, torch.eye(d, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bases_are_float32_or_wider(dtype):
+    weight = known_weight(20, 12)[0].to(dtype)
+    basis = principal_basis(weight, k=5)
+    assert basis.dtype == torch.float32
+    exact = torch.linalg.svd(weight.double()).U[:, :5]
+    assert distance(basis, exact) < 1e-5  # float32 rounding over gaps of 1 below a norm of 12
+
+
+@pytest.mark.parametrize(
+    ("energy", "k"),
+    # σ² = 16, 9, 4, 1 of 30: the shares of the first 1, 2, 3, 4 are 0.533, 0.833, 0.967, 1.
+    [(0.01, 1), (0.53, 1), (0.54, 2), (0.83, 2), (0.84, 3), (0.96, 3), (0.97, 4), (1.0, 4)],
+)
+def test_energy_is_the_smallest_k_that_holds_the_share(energy, k):
+    weight = known_weight(4, 6)[0]
+    assert principal_basis(weight, energy=energy).shape == (4, k)
+    assert complement_basis(weight, energy=energy, side="input").shape == (6, 6 - k)
+
+
+def test_energy_held_exactly_needs_no_further_direction():
+    weight = torch.diag(torch.tensor([2.0, 2.0, 2.0, 2.0]))  # shares 1/4, 1/2, ... without rounding
+    assert [principal_basis(weight, energy=share).shape[1] for share in (0.25, 0.5, 0.75, 1.0)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("ratio", "k"), [(0.0, 0), (0.1, 1), (0.24, 2), (0.5, 5), (0.96, 10), (1.0, 10)])
+def test_ratio_is_of_the_smaller_dimension(ratio, k):
+    weight = known_weight(30, 10)[0]
+    assert principal_basis(weight, ratio=ratio).shape == (30, k)
+    assert principal_basis(weight, ratio=ratio, side="input").shape == (10, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rank_deficient_weight(dtype):
+    weight, U, _, V = known_weight(20, 15, rank=3)
+    weight = weight.to(dtype)
+    assert principal_basis(weight, energy=1.0).shape == (20, 3)
+    assert distance(principal_basis(weight, k=3), U[:, :3]) < 1e-5
+    assert distance(principal_basis(weight, k=3, side="input"), V[:, :3]) < 1e-5
+    beyond = principal_basis(weight, k=7)  # any four more directions
+    assert torch.allclose(beyond.T @ beyond, torch.eye(7, dtype=dtype), atol=1e-5)
+    assert torch.allclose(projector(beyond) @ U[:, :3], U[:, :3], atol=1e-5)
+
+
+def test_zero_weight_protects_nothing_by_energy():
+    assert principal_basis(torch.zeros(6, 4), energy=0.9).shape == (6, 0)
+    basis = projection_basis(torch.zeros(6, 4), CompLoRAConfig(subspace_energy=0.9), "output")
+    assert (basis.k, basis.energy, basis.matrix.shape) == (0, 0.0, (6, 0))
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    ("k", "kind", "columns"), [(0, "principal", 0), (6, "principal", 6), (7, "complement", 5), (12, "complement", 0)]
+)
+def test_the_narrower_basis_is_stored(side, k, kind, columns):
+    weight, U, sigma, V = known_weight(12, 12)
+    basis = projection_basis(weight.float(), CompLoRAConfig(subspace_k=k), side)
+    assert (basis.kind, basis.k, basis.matrix.shape) == (kind, k, (12, columns))
+    assert basis.matrix.dtype == torch.float32
+    assert basis.energy == pytest.approx(float(sigma[:k].square().sum() / sigma.square().sum()), abs=1e-6)
+    factor = torch.randn(3, 12)
+    protected = (U if side == "output" else V)[:, :k].float()
+    expected = factor - factor @ protected @ protected.T
+    projected = project_complement(factor, basis.matrix, basis_kind=basis.kind)
+    assert torch.allclose(projected, expected, atol=1e-5)  # float32 rounding
+
+
+@pytest.mark.parametrize(("out", "in_"), [(40, 8), (8, 40)])
+def test_the_narrower_basis_of_a_rectangular_weight(out, in_):
+    weight = known_weight(out, in_)[0]
+    for side, d in zip(SIDES, (out, in_), strict=True):
+        basis = projection_basis(weight, CompLoRAConfig(subspace_k=8), side)
+        narrow, columns = ("principal", 8) if d == 40 else ("complement", 0)
+        assert (basis.kind, basis.matrix.shape) == (narrow, (d, columns))
+
+
+def test_random_directions_are_reproducible_and_of_their_own():
+    weight = known_weight(60, 40)[0].float()
+
+    def basis(name: str = "a", side: subspace.Side = "output", seed: int = 0) -> subspace.Basis:
+        config = CompLoRAConfig(subspace_k=10, subspace_source="random", subspace_seed=seed)
+        return projection_basis(weight, config, side, name)
+
+    first = basis()
+    torch.manual_seed(99)  # the directions belong to the configuration, not to the state of the generator
+    subspace.clear_cache()
+    assert torch.equal(first.matrix, basis().matrix)
+    assert torch.allclose(first.matrix.T @ first.matrix, torch.eye(10), atol=1e-5)
+    weight_basis = principal_basis(weight, k=10)
+    # Unrelated spaces of 10 in 60 dimensions have |P - Q|² = 2·10·(1 - 10/60) on average, 4.08².
+    for other in (basis("b").matrix, basis(seed=1).matrix, weight_basis):
+        assert distance(first.matrix, other) > 3
+    assert basis(side="input").matrix.shape == (40, 10)
+    # A random direction holds the average share, 1/60 each, not the largest.
+    assert first.energy == pytest.approx(10 / 60, abs=0.1)
+
+
+def test_drawing_random_directions_leaves_the_default_generator_alone():
+    weight = known_weight(9, 7)[0]
+    before = torch.get_rng_state()
+    projection_basis(weight, CompLoRAConfig(subspace_k=2, subspace_source="random"), "output", "name")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weight_and_its_gradient_stay_as_they_were():
+    weight = torch.nn.Parameter(known_weight(9, 7)[0])
+    before = weight.detach().clone()
+    basis = projection_basis(weight, CompLoRAConfig(subspace_k=3), "output").matrix
+    assert torch.equal(weight, before)
+    assert not basis.requires_grad
+    assert weight.grad is None
+
+
+def test_strided_weights():
+    weight = known_weight(12, 9)[0]
+    spread = torch.zeros(24, 9, dtype=torch.float64)
+    spread[::2] = weight
+    assert distance(principal_basis(spread[::2], k=4), principal_basis(weight, k=4)) < 1e-12
+    assert distance(principal_basis(weight.T, k=4), principal_basis(weight, k=4, side="input")) < 1e-12
+
+
+@pytest.fixture
+def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the weights that were decomposed."""
+    shapes: list[torch.Size] = []
+    svd = torch.linalg.svd
+
+    def counting(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        shapes.append(matrix.shape)
+        return svd(matrix, full_matrices=full_matrices)
+
+    monkeypatch.setattr(torch.linalg, "svd", counting)
+    return shapes
+
+
+def test_a_weight_is_decomposed_once(decompositions):
+    weight = known_weight(12, 9)[0].float()
+    assert not subspace.is_cached(weight)
+    for k in (2, 5):
+        for side in SIDES:
+            principal_basis(weight, k=k, side=side)
+            complement_basis(weight.clone(), k=k, side=side)
+    assert subspace.is_cached(weight)
+    assert len(decompositions) == 1
+    subspace.clear_cache()
+    assert not subspace.is_cached(weight)
+
+
+def test_a_changed_weight_is_decomposed_again(decompositions):
+    weight = known_weight(12, 9)[0].float()
+    before = principal_basis(weight, k=3)
+    weight[0, 0] += 5
+    assert not subspace.is_cached(weight)
+    assert distance(principal_basis(weight, k=3), before) > 1e-2
+    assert len(decompositions) == 2
+
+
+@pytest.mark.parametrize("k", [0, 3, 12])
+@pytest.mark.parametrize("basis_of", [principal_basis, complement_basis])
+@pytest.mark.parametrize("side", SIDES)
+def test_writing_to_a_basis_does_not_reach_the_cache(side, basis_of, k):
+    weight = known_weight(12, 12)[0].float()
+    basis = basis_of(weight, k=k, side=side)
+    before = basis.clone()
+    basis.zero_()
+    assert torch.equal(basis_of(weight, k=k, side=side), before)
+
+
+def test_the_cache_is_bounded(monkeypatch):
+    weights = [known_weight(8, 8)[0] for _ in range(3)]
+    one = (8 * 8 + 8 + 8 * 8) * 8  # bytes of U, S and V in float64
+    monkeypatch.setattr(subspace, "CACHE_BYTES", 2 * one)
+    for weight in (*weights[:2], weights[0], weights[2]):  # the second is the one not used for longest
+        principal_basis(weight, k=1)
+    assert [subspace.is_cached(weight) for weight in weights] == [True, False, True]
+    monkeypatch.setattr(subspace, "CACHE_BYTES", 0)  # the newest is kept whatever its size
+    principal_basis(weights[1], k=1)
+    assert [subspace.is_cached(weight) for weight in weights] == [False, True, False]
+
+
+def test_fingerprint_sees_every_bit_the_shape_and_the_dtype():
+    weight = known_weight(6, 4)[0].float()
+    seen = {subspace.fingerprint(weight)}
+    for index in range(weight.numel()):
+        changed = weight.clone()
+        changed.view(-1)[index] = torch.nextafter(changed.view(-1)[index], torch.tensor(9.0))
+        seen.add(subspace.fingerprint(changed))
+    seen |= {subspace.fingerprint(weight.view(4, 6)), subspace.fingerprint(weight.view(torch.int32))}
+    assert len(seen) == 1 + 24 + 2
+    assert subspace.fingerprint(weight.T.contiguous().T) == subspace.fingerprint(weight)
+    assert subspace.fingerprint(weight.bfloat16()) != subspace.fingerprint(weight.half())
+    assert subspace.fingerprint(torch.empty(0, 4)) != subspace.fingerprint(torch.empty(4, 0))
+
+
+def test_bases_from_inference_mode_can_be_trained_with():
+    weight = known_weight(8, 8)[0].float()
+    with torch.inference_mode():
+        principal_basis(weight, k=8)
+    basis = principal_basis(weight, k=8)[:, :3].contiguous()
+    factor = torch.randn(2, 8, requires_grad=True)
+    project_complement(factor, basis).sum().backward()
+    assert factor.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({}, "k, energy, ratio=None, expected exactly one of the three"),
+        ({"k": 2, "ratio": 0.5}, "k, energy, ratio={'k': 2, 'ratio': 0.5}, expected exactly one of the three"),
+        ({"k": -1}, "k=-1, expected an integer of at least 0"),
+        ({"k": 2.0}, "k=2.0, expected an integer of at least 0"),
+        ({"k": 8}, "k=8, expected at most min(out, in)=7 for weight of shape (9, 7)"),
+        ({"energy": 0.0}, "energy=0.0, expected a share in (0, 1]"),
+        ({"energy": 1.5}, "energy=1.5, expected a share in (0, 1]"),
+        ({"ratio": -0.5}, "ratio=-0.5, expected a share in [0, 1]"),
+        ({"ratio": 2.0}, "ratio=2.0, expected a share in [0, 1]"),
+        ({"k": 2, "side": "left"}, "side='left', expected 'output' or 'input'"),
+    ],
+)
+@pytest.mark.parametrize("basis_of", [principal_basis, complement_basis])
+def test_refuses_a_size_or_side(basis_of, size, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        basis_of(torch.randn(9, 7), **size)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.randn(3, 4).fill_diagonal_(torch.nan), "weight of shape (3, 4) holds NaN or infinite values"),
+        (torch.randn(3, 4).fill_diagonal_(torch.inf), "weight of shape (3, 4) holds NaN or infinite values"),
+        (torch.randn(3, 4, 5), "weight has shape (3, 4, 5), dtype torch.float32"),
+        (torch.randn(3), "weight has shape (3,), dtype torch.float32"),
+        (torch.ones(3, 4, dtype=torch.int8), "weight has shape (3, 4), dtype torch.int8"),
+        (torch.randn(3, 4, device="meta"), "weight has shape (3, 4), dtype torch.float32 and device meta"),
+    ],
+)
+def test_refuses_a_weight(weight, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}.*expected"):
+        principal_basis(weight, k=1)
+    assert not subspace._SPECTRA
+
+
+def test_check_orthonormal_looks_again_after_a_write():
+    basis = random_basis(10, 3)
+    subspace.check_orthonormal(basis, "U")
+    basis[0, 0] += 0.1
+    with pytest.raises(
+        ValueError, match=r"^U of shape \(10, 3\) does not have orthonormal columns: expected U\^T U = I"
+    ):
+        subspace.check_orthonormal(basis, "U")
+
+
+def test_check_orthonormal_ignores_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        subspace.check_orthonormal(random_basis(64, 16), "U")
+
+
+@pytest.mark.parametrize("kind", ["principal", "complement"])
+@pytest.mark.parametrize("noise", [1e-3, 1e-5])
+def test_align_basis_keeps_the_factor(kind, noise):
+    basis = random_basis(40, 10)
+    factor = project_complement(torch.randn(3, 40), basis, basis_kind=kind)
+    other = torch.linalg.qr(basis + noise * torch.randn(40, 10) / 40**0.5).Q  # as from a half-precision copy
+    unaligned = project_complement(factor, other, basis_kind=kind)
+    assert (unaligned - factor).norm() > 1e-6 * factor.norm()
+    aligned = align_basis(other, factor, kind=kind)
+    subspace.check_orthonormal(aligned, "aligned")
+    assert aligned.shape == other.shape
+    projected = project_complement(factor, aligned, basis_kind=kind)
+    assert (projected - factor).norm() <= 2e-6 * factor.norm()  # float32 rounding of two short products
+    assert distance(aligned, other) < 2 * noise * 10**0.5  # turned no further than the noise had turned it
+
+
+def test_align_basis_leaves_a_fitting_basis_alone():
+    basis = random_basis(40, 10)
+    factor = project_complement(torch.randn(3, 40), basis)
+    assert align_basis(basis, factor, kind="principal") is basis
+    assert align_basis(basis, torch.zeros(3, 40), kind="principal") is basis
+    empty = basis[:, :0]
+    assert align_basis(empty, factor, kind="complement") is empty
+
+
+def test_align_basis_with_less_room_than_rows():
+    basis = random_basis(12, 4)
+    factor = project_complement(torch.randn(6, 12), basis, basis_kind="complement")  # rank 4
+    factor += 1e-4 * torch.randn(6, 12)  # and by rounding 6
+    aligned = align_basis(basis, factor, kind="complement")
+    assert aligned.shape == (12, 4)
+    subspace.check_orthonormal(aligned, "aligned")
+    assert (project_complement(factor, aligned, basis_kind="complement") - factor).norm() < 1e-3 * factor.norm()
