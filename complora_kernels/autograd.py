@@ -22,7 +22,7 @@ class ProjectComplementFunction(torch.autograd.Function):
         ctx.save_for_backward(basis)
         ctx.basis_kind = basis_kind
         with _without_autocast(factor):
-            return _project(factor, basis, basis_kind).to(factor.dtype)
+            return _cast(_project(factor, basis, basis_kind), factor.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -54,11 +54,11 @@ class FoldFactorsFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a layer that was not used gets no gradient, rather than zeros
         with _without_autocast(factors[0]):
             folded_As = [
-                _project(A, basis, kind).to(dtype or A.dtype)  # Ã = A P_in, [r, in]
+                _cast(_project(A, basis, kind), dtype or A.dtype)  # Ã = A P_in, [r, in]
                 for A, basis, kind in zip(factors[:layers], input_bases, input_kinds, strict=True)
             ]
             scaled_Bs = [
-                _project(B.mT, basis, kind).mT.mul(scaling).to(dtype or B.dtype)  # s · P_out B, [out, r]
+                _cast(_project(B.mT, basis, kind).mT.mul(scaling), dtype or B.dtype)  # s · P_out B, [out, r]
                 for B, basis, kind in zip(factors[layers:], output_bases, output_kinds, strict=True)
             ]
         folded = (*folded_As, *scaled_Bs)
@@ -132,6 +132,11 @@ def _project(factor: Tensor, basis: Tensor | None, kind: str) -> Tensor:
     """The projection in float32, or float64 when the factor is: in half precision it would leave the complement."""
     wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
     return wide if basis is None else eager.project_complement(wide, basis, kind)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, but not to its own: torch.compile of torch 2.11 loses the gradient of such an output."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

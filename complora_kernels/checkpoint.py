@@ -52,8 +52,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     An adapter that is there already is replaced as a whole: both files are written and synced beside it, then moved
     into place, configuration first and weights last. A call that fails leaves the old one. A process that is killed
-    between the two moves leaves the old weights, which `load_adapter` still loads, with a warning about the
-    configuration file; PEFT would not notice.
+    leaves the old one or the new one, and a folder `.saving-…` to delete. Between the two moves it leaves old weights
+    beside a new configuration: `load_adapter` then loads the old adapter, with a warning; PEFT would not notice.
 
     Raises:
         OSError: `directory` cannot be written to.

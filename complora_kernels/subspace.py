@@ -237,6 +237,6 @@ def _energy_within(weight: Tensor, spectrum: Spectrum, protected: Tensor, side: 
 
 
 def _is_orthonormal(basis: Tensor) -> bool:
-    wide = basis.detach().double()  # autocast and TF32, which would see 1e-3 where there is none, leave float64 alone
-    identity = torch.eye(basis.shape[1], dtype=wide.dtype, device=wide.device)
+    wide = basis.detach().cpu().double()  # not every device has float64, which autocast and TF32 leave alone
+    identity = torch.eye(basis.shape[1], dtype=torch.float64)
     return bool((wide.mT @ wide - identity).abs().max() <= 1e-4) if basis.shape[1] else True

@@ -1,23 +1,25 @@
 import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import fewshot_standin as standin
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 import complora_kernels as ck
 from complora_kernels.fewshot import grid
 from complora_kernels.fewshot.__main__ import main, parse
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
 from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
+from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT, train
 
 CONSOLE = Console(file=io.StringIO())
@@ -96,7 +98,9 @@ def test_folder_with_results_of_other_options_is_refused(tmp_path, trained):
 
 
 def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch):
-    monkeypatch.setattr(grid, "train", lambda config, run, *rest: 1 / 0 if run.method == "both" else train(config, run, *rest))
+    monkeypatch.setattr(
+        grid, "train", lambda config, run, *rest: 1 / 0 if run.method == "both" else train(config, run, *rest)
+    )
     with pytest.raises(ZeroDivisionError):
         grid.run_grid(standin.config(tmp_path, methods=("lora", "both"), steps=2), CONSOLE)
     assert [r["method"] for r in read_json_lines(tmp_path / "results.jsonl")] == ["lora"]
@@ -231,9 +235,31 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_tells_runs_loss_and_time_left(tmp_path, terminal, monkeypatch):
+    shown = io.StringIO()
+    config = standin.config(tmp_path, methods=("lora", "both"))
+    first, second = config.runs()
+    clock = itertools.count(0, 40)  # a look at the clock every 40 seconds
+    monkeypatch.setattr("complora_kernels.fewshot.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    console = Console(file=shown, force_terminal=terminal, width=120)
+    with GridProgress(config, [first, second], finished=1, console=console) as progress:
+        progress.step(first, 3, 0.125)
+        progress.finish(first, {"new": 0.5, "kept": 0.75})
+        progress.step(second, 1, 2.0)
+    text = shown.getvalue()
+    assert "2/3 lora-2shot-lr0.01-seed0: new 50.0%, kept 75.0%" in text
+    if terminal:
+        assert "2 of 3 runs" in text
+        assert "both-2shot-lr0.01-seed0  loss 2.000" in text
+    else:
+        assert "lora-2shot-lr0.01-seed0: step 3 of 6, loss 0.125; 6 min left" in text  # 120 s for 3 of 12 steps
+        assert "\x1b" not in text
+
+
 def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
     # Two worker processes on the bundled model: a kill, then Ctrl-C, then to the end in this process.
-    arguments = "--shots 1 --seeds 0 --learning-rates 0.003 --methods lora output both --max-test-images 20 --steps 60"
+    arguments = "--shots 1 --seeds 0 --learning-rates 0.003 --methods lora output both --max-test-images 20 --steps 30"
     options = [*arguments.split(), "--lora-dropout", "0.1", "--checkpoint-every", "10", "--no-save-adapters"]
     folder = tmp_path / "stopped"
     command = ["train", *options, "--output", str(folder), "--workers"]
@@ -251,10 +277,10 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
 
     process = start()
     process.kill()  # the parent alone: its workers notice and end
-    process.communicate()  # returns when the last of them has closed the pipes
+    process.communicate(timeout=120)  # returns when the last of them has closed the pipes
     process = start()
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate()
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "The same command goes on from the last checkpoints: complora train --shots 1" in error
     assert "Traceback" not in error

@@ -137,6 +137,15 @@ def test_runs_of_one_seed_start_from_the_same_factors_and_see_the_same_batches(t
         assert found_losses == pytest.approx(expected_losses, rel=1e-5)
 
 
+def test_run_that_diverges_says_where(tmp_path):
+    setting = standin.setting()
+    setting.backbone.model.logit_scale.data.fill_(1e9)  # exp overflows
+    with pytest.raises(
+        FloatingPointError, match=r"both-2shot-lr0.01-seed0: the loss is nan in step 0 at learning rate 0.01"
+    ):
+        train(standin.config(tmp_path), RUN, setting, tmp_path / "run")
+
+
 def test_learning_rate_follows_torchs_cosine():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=3e-3)

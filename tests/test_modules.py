@@ -466,6 +466,16 @@ def test_hooks_of_the_output_projection_that_open_clip_4_calls_survive():
     assert seen == ["called"]
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_functional_call_gives_it_other_factors(name):
+    layer, x = adapt(PLAIN[name]()), torch.randn(N, L, D)
+    other = randomise(copy.deepcopy(layer))
+    factors = {key: value.detach().clone() for key, value in other.named_parameters() if "lora_" in key}
+    arguments = (x, x, x) if name == "attention" else (x,)
+    called = torch.func.functional_call(layer, factors, arguments)
+    torch.testing.assert_close(called[0] if name == "attention" else called, example(other, x))
+
+
 def test_an_encoder_layer_does_not_read_the_weights_past_the_adapter():
     """In evaluation `nn.TransformerEncoderLayer` hands its attention's weights to one fused operation."""
     encoder: Any = nn.TransformerEncoderLayer(D, 2, 4 * D, batch_first=True).requires_grad_(False).eval()

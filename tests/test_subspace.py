@@ -297,6 +297,16 @@ def test_refuses_a_weight(weight, message):
     assert not subspace._SPECTRA
 
 
+def test_projection_basis_names_the_weight():
+    config = CompLoRAConfig(subspace_k=8)
+    with pytest.raises(
+        ValueError, match=r"^k=8, expected at most min\(out, in\)=7 for resblocks.0.attn.q of shape \(9, 7\)$"
+    ):
+        projection_basis(torch.randn(9, 7), config, "output", "resblocks.0.attn.q")
+    with pytest.raises(ValueError, match=r"^resblocks.0.attn.q of shape \(9, 9\) holds NaN"):
+        projection_basis(torch.full((9, 9), torch.nan), config, "output", "resblocks.0.attn.q")
+
+
 def test_check_orthonormal_looks_again_after_a_write():
     basis = random_basis(10, 3)
     subspace.check_orthonormal(basis, "U")

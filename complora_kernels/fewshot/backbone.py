@@ -90,8 +90,9 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
     if trained_with is not None and trained_with != _wants_quick_gelu(model, activation):
         right, wrong = _activation_name(trained_with), _activation_name(not trained_with)
         raise ValueError(
-            f"--model {model} --activation {activation} --pretrained {pretrained}: the weights were trained with {right} "
-            f"(says {source}) and would run with {wrong}; expected --activation {right}, or a model name that says so"
+            f"--model {model} --activation {activation} --pretrained {pretrained}: the weights were trained with "
+            f"{right} (says {source}) and would run with {wrong}; expected --activation {right}, or a model name "
+            "that says so"
         )
 
 
@@ -145,7 +146,7 @@ def _is_torchscript(path: Path) -> bool:
 def _unpack_torchscript(path: Path, folder: Path) -> str:
     """Write the weights of one of OpenAI's archives into a file of a format that open_clip's loader reads."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of TorchScript: these archives are older
+        warnings.filterwarnings("ignore", message=".*torch.jit")  # deprecated, as these archives are
         weights = torch.jit.load(path, map_location="cpu").state_dict()
     not_weights = ("input_resolution", "context_length", "vocab_size")
     unpacked = folder / "weights.safetensors"

@@ -165,7 +165,7 @@ _GLYPH_RECIPE = {
     "lora_alpha": 8.0,
     "use_rslora": False,
     "lora_dropout": 0.0,
-    "steps": 200,
+    "steps": 100,
 }
 
 PRESETS: dict[Preset, TrainConfig] = {
@@ -175,14 +175,14 @@ PRESETS: dict[Preset, TrainConfig] = {
         **_GLYPH_RECIPE,
         shots=(1, 4, 16),
         seeds=(0, 1),
-        learning_rates=(1e-3, 3e-3, 1e-2),
+        learning_rates=(3e-3, 1e-2, 2e-2),
         output=Path("runs/glyphs"),
     ),
     "glyphs-full": TrainConfig(
         "glyphs-full",
         **_GLYPH_RECIPE,
         seeds=tuple(range(10)),
-        learning_rates=(5e-4, 1e-3, 3e-3, 1e-2, 2e-2),
+        learning_rates=(1e-3, 3e-3, 1e-2, 2e-2),
         output=Path("runs/glyphs-full"),
         save_adapters=False,
     ),

@@ -12,7 +12,7 @@ from typing import Any
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, force it to the disk, and move it into place."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -1,7 +1,7 @@
 """Is more kept at the same new-task accuracy? Fronts over learning rates, compared pair by pair over seeds.
 
-A method's front for one seed is the line through its points (new-task accuracy, retained accuracy), one for each
-learning rate, in the order of the learning rates. It is read only between measured points.
+A method's front for one seed is the line through (new-task accuracy, retained accuracy) of the zero-shot model, which
+is learning rate 0, and of each learning rate in ascending order.
 """
 
 from __future__ import annotations
@@ -64,26 +64,43 @@ def paired(differences: Sequence[float]) -> Paired:
 
 
 def retention_differences(results: Results, method: str, rival: str, shots: int) -> dict[int, float]:
-    """For each seed, how much more `method` keeps than `rival`, averaged over the new-task accuracies both reach.
+    """For each seed, how much more `method` keeps than `rival`, averaged over equal new-task accuracies.
 
-    Seeds whose fronts share no range are left out.
+    The range goes from the zero-shot accuracy to the highest that both reach. Seeds with fewer than two learning rates,
+    and those on which one of the two learns nothing, are left out.
     """
     differences = {}
     for seed in sorted({result["seed"] for result in results}):
-        fronts = [_front(results, name, shots, seed) for name in (method, rival)]
-        if any(len(new) < 2 for new, _ in fronts):
+        cells = [
+            [r for r in results if (r["method"], r["shots"], r["seed"]) == (m, shots, seed)] for m in (method, rival)
+        ]
+        if any(len(rates) < 2 for rates in cells):
             continue
-        low = max(new.min() for new, _ in fronts)
-        high = min(new.max() for new, _ in fronts)
+        (our_new, our_kept), (their_new, their_kept) = (_front(rates) for rates in cells)
+        low, high = our_new[0], min(our_new.max(), their_new.max())
         if low < high:
             levels = np.linspace(low, high, _LEVELS)
-            ours, theirs = (kept_at(new, kept, levels) for new, kept in fronts)
-            differences[seed] = float((ours - theirs).mean())
+            difference = kept_at(our_new, our_kept, levels) - kept_at(their_new, their_kept, levels)
+            differences[seed] = float(np.trapezoid(difference, levels) / (high - low))
     return differences
 
 
-def _front(results: Results, method: str, shots: int, seed: int) -> tuple[Array, Array]:
-    cells = [r for r in results if (r["method"], r["shots"], r["seed"]) == (method, shots, seed)]
-    cells.sort(key=lambda result: result["learning_rate"])
-    new, kept = (np.array([cell[name] for cell in cells], dtype=np.float64) for name in ("new", "kept"))
-    return new, kept
+def _front(cells: Results) -> tuple[Array, Array]:
+    ascending = sorted(cells, key=lambda cell: cell["learning_rate"])
+    new = [cells[0]["zero_shot_new"], *(cell["new"] for cell in ascending)]
+    kept = [cells[0]["zero_shot_kept"], *(cell["kept"] for cell in ascending)]
+    return np.array(new), np.array(kept)
+
+
+def differences_at_rate(results: Results, method: str, rival: str, learning_rate: float, name: str) -> list[float]:
+    """For each seed, by how much `method` exceeds `rival` in the accuracy `name`, averaged over the shots of both."""
+
+    def accuracies(method: str) -> dict[tuple[int, int], float]:
+        runs = [r for r in results if (r["method"], r["learning_rate"]) == (method, learning_rate)]
+        return {(r["seed"], r["shots"]): r[name] for r in runs}
+
+    ours, theirs = accuracies(method), accuracies(rival)
+    by_seed: dict[int, list[float]] = {}
+    for cell in ours.keys() & theirs.keys():
+        by_seed.setdefault(cell[0], []).append(ours[cell] - theirs[cell])
+    return [float(np.mean(values)) for values in by_seed.values()]

@@ -73,6 +73,10 @@ def train(
 
     Returns:
         The run's line in results.jsonl: accuracies are shares of 1.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+        RuntimeError: an adapter got no gradient in the first step.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +118,11 @@ def train(
             class_features = model.encode_text(setting.new.tokens, normalize=True)  # [C, D]
         logits = logit_scale * image_features @ class_features.T  # [B, C]
         loss = F.cross_entropy(logits, labels[batch])
+        if not loss.isfinite():
+            rate = optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"{run.name}: the loss is {loss.item()} in step {step} at learning rate {rate:.2g}"
+            )
         optimizer.zero_grad()
         loss.backward()
         if step == first_step:

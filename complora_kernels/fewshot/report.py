@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
@@ -35,13 +36,13 @@ def report(folder: Path, console: Console) -> None:
 
 def terminal_table(summary: Summary) -> Table:
     """Methods and learning rates down, shots across; in each cell the new-task accuracy above the retained one."""
-    table = Table(title=_title(summary), caption="above: new task (digits); below: retained (letters)")
-    for column in ("method", "learning rate"):
-        table.add_column(column)
+    table = Table(title=_title(summary), caption="above: new task (digits); below: retained (letters)", box=HORIZONTALS)
+    table.add_column("method", no_wrap=True)
+    table.add_column("rate", no_wrap=True)
     for shots in summary.shots:
-        table.add_column(_shots(shots), justify="right")
+        table.add_column(_shots(shots), justify="right", no_wrap=True)
     for method, rate, cells in _rows(summary):
-        texts = [f"{_percent(cell.new)}\n{_percent(cell.kept)}" if cell else "" for cell in cells]
+        texts = [f"{_percent(cell.new)}\n{_percent(cell.kept)}".replace(" ", "") if cell else "" for cell in cells]
         last_of_method = rate in (None, summary.learning_rates[-1])
         table.add_row(method, "" if rate is None else f"{rate:g}", *texts, end_section=last_of_method)
     return table
@@ -62,34 +63,44 @@ def markdown(summary: Summary) -> str:
         _markdown_table(head, body),
     ]
     if summary.comparisons:
-        head = ["more kept at equal new-task accuracy, points", *map(_shots, summary.shots), "all shots"]
-        body = [
-            [
-                f"{comparison.method} - {comparison.rival}",
-                *(_interval(comparison.by_shots.get(shots)) for shots in summary.shots),
-                _interval(comparison.overall),
-            ]
-            for comparison in summary.comparisons
-        ]
-        parts += [
-            "",
-            "Retained accuracy of one method less that of another, averaged over the range of new-task accuracies that",
-            "both reach (fronts interpolated between neighbouring learning rates), paired by seed: mean, 95% interval",
-            "(Student's t), seeds with a gain.",
-            "",
-            _markdown_table(head, body),
-            "",
-            *(f"- {sentence(comparison)}" for comparison in summary.comparisons),
-        ]
+        parts += ["", *_comparisons(summary)]
     return "\n".join(parts) + "\n"
+
+
+def _comparisons(summary: Summary) -> Iterator[str]:
+    yield "Differences paired by seed: mean, 95% interval (Student's t), seeds with a gain."
+    yield ""
+    yield "Points more kept at equal new-task accuracy: fronts from the zero-shot model over the learning rates,"
+    yield "interpolated between neighbours, averaged from the zero-shot accuracy to the highest that both reach."
+    yield ""
+    head = ["equal new-task accuracy", *map(_shots, summary.shots), "all shots"]
+    body = []
+    for comparison in summary.comparisons:
+        name = f"{comparison.method} - {comparison.rival}"
+        by_shots = [_interval(comparison.by_shots.get(shots)) for shots in summary.shots]
+        body.append([name, *by_shots, _interval(comparison.overall)])
+    yield _markdown_table(head, body)
+    yield ""
+    yield from (f"- {sentence(comparison)}" for comparison in summary.comparisons)
+    yield ""
+    yield "Points gained at equal learning rate, averaged over shots."
+    yield ""
+    head = ["equal learning rate", *(f"{rate:g}" for rate in summary.learning_rates)]
+    body = []
+    for comparison in summary.comparisons:
+        name = f"{comparison.method} - {comparison.rival}"
+        pairs = [comparison.by_rate.get(rate, (None, None)) for rate in summary.learning_rates]
+        for task, by_rate in zip(("new", "retained"), zip(*pairs, strict=True), strict=True):
+            body.append([f"{name}, {task}", *map(_interval, by_rate)])
+    yield _markdown_table(head, body)
 
 
 def sentence(comparison: Comparison) -> str:
     """The comparison over all numbers of shots in one sentence."""
-    method, rival, _, overall = comparison
-    if overall is None:
-        return f"{method} and {rival}: no seed has fronts that overlap at every number of shots."
-    mean, low, high, wins, seeds = overall
+    method, rival = comparison.method, comparison.rival
+    if comparison.overall is None:
+        return f"{method} and {rival}: no seed has two learning rates or more at every number of shots."
+    mean, low, high, wins, seeds = comparison.overall
     points = round(100 * mean, 1)
     difference = f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than" if points else "as much as"
     text = f"At equal new-task accuracy, {method} keeps {difference} {rival}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from complora_kernels.fewshot.config import METHODS
-from complora_kernels.fewshot.front import Paired, paired, retention_differences
+from complora_kernels.fewshot.front import Paired, Results, differences_at_rate, paired, retention_differences
 
 # Who is compared with whom: every side with plain LoRA, and with the random subspaces that control for it.
 _COMPARISONS = (
@@ -37,12 +37,13 @@ class Cell(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """How much more `method` keeps than `rival` at equal new-task accuracy."""
+    """How `method` differs from `rival`, paired by seed."""
 
     method: str
     rival: str
-    by_shots: dict[int, Paired]
+    by_shots: dict[int, Paired]  # in what is kept at equal new-task accuracy
     overall: Paired | None  # of each seed's mean over the numbers of shots; None without a seed that has them all
+    by_rate: dict[float, tuple[Paired, Paired]]  # in new-task and in retained accuracy at equal learning rate
 
 
 class Summary:
@@ -59,10 +60,10 @@ class Summary:
         cells: by method, learning rate and shots; those that have no result are missing.
         zero_shot: the pretrained model, by shots, because the test set is what the shots leave.
         relative_updates: mean |ΔW| / |W|, by method and learning rate.
-        comparisons: at equal new-task accuracy, where two learning rates or more draw a front.
+        comparisons: those of `_COMPARISONS` whose two methods are there.
     """
 
-    def __init__(self, results: Sequence[Mapping[str, Any]]):
+    def __init__(self, results: Results):
         self.methods = [method for method in METHODS if any(r["method"] == method for r in results)]
         self.learning_rates: list[float] = sorted({r["learning_rate"] for r in results})
         self.shots: list[int] = sorted({r["shots"] for r in results})
@@ -85,9 +86,9 @@ class Summary:
             runs = list({r["seed"]: r for r in where(shots=shots)}.values())
             self.zero_shot[shots] = Cell(_spread(runs, "zero_shot_new"), _spread(runs, "zero_shot_kept"))
         self.comparisons = [
-            comparison
+            _compare(results, method, rival, self.shots, self.learning_rates)
             for method, rival in _COMPARISONS
-            if {method, rival} <= set(self.methods) and (comparison := _compare(results, method, rival, self.shots))
+            if {method, rival} <= set(self.methods)
         ]
 
 
@@ -96,11 +97,17 @@ def _spread(runs: Iterable[Mapping[str, Any]], name: str) -> Spread:
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"))
 
 
-def _compare(results: Sequence[Mapping[str, Any]], method: str, rival: str, shots: list[int]) -> Comparison | None:
-    differences = {n: retention_differences(results, method, rival, n) for n in shots}
-    by_shots = {n: paired(list(by_seed.values())) for n, by_seed in differences.items() if by_seed}
-    if not by_shots:
-        return None
-    complete = set.intersection(*(set(by_seed) for by_seed in differences.values()))
-    means = [float(np.mean([by_seed[seed] for by_seed in differences.values()])) for seed in sorted(complete)]
-    return Comparison(method, rival, by_shots, paired(means) if means else None)
+def _compare(results: Results, method: str, rival: str, shots: list[int], rates: list[float]) -> Comparison:
+    by_seed = {n: retention_differences(results, method, rival, n) for n in shots}
+    complete = sorted(set.intersection(*(set(differences) for differences in by_seed.values())))
+    means = [float(np.mean([by_seed[n][seed] for n in shots])) for seed in complete]
+    at_rate = {
+        rate: [differences_at_rate(results, method, rival, rate, name) for name in ("new", "kept")] for rate in rates
+    }
+    return Comparison(
+        method,
+        rival,
+        {n: paired(list(differences.values())) for n, differences in by_seed.items() if differences},
+        paired(means) if means else None,
+        {rate: (paired(new), paired(kept)) for rate, (new, kept) in at_rate.items() if new},
+    )

@@ -27,7 +27,7 @@ class CompLoRAAttentionLayer(CompLoRALayer):
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, d] and `B` [d, r] of q, k, v or o."""
-        return self.lora_A.get_parameter(name), self.lora_B.get_parameter(name)
+        return getattr(self.lora_A, name), getattr(self.lora_B, name)  # get_parameter refuses functional_call's tensors
 
     def _adapt(self, config: CompLoRAConfig, path: str) -> None:
         d = self.in_proj_weight.shape[1]

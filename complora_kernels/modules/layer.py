@@ -103,13 +103,13 @@ class CompLoRALayer(Float32State):
 
     def basis(self, name: str, side: subspace.Side) -> subspace.Basis | None:
         """The basis that projects one side of one adapted weight; None where the side is not projected."""
-        known = self._bases.get((name, side))
-        return None if known is None else known._replace(matrix=self.get_buffer(_basis_name(name, side)))
+        about = self._about_bases.get((name, side))
+        return None if about is None else subspace.Basis(self.get_buffer(_basis_name(name, side)), *about)
 
     def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis) -> None:
         """Replaces the basis of one side of one adapted weight."""
         self.register_buffer(_basis_name(name, side), basis.matrix, persistent=False)
-        self._bases[name, side] = basis._replace(matrix=torch.empty(0))
+        self._about_bases[name, side] = (basis.kind, basis.k, basis.energy)
 
     def folded_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
@@ -218,7 +218,7 @@ class CompLoRALayer(Float32State):
         self.disabled = False
         self.merged = False
         self._path = path
-        self._bases: dict[tuple[str, str], subspace.Basis] = {}
+        self._about_bases: dict[tuple[str, str], tuple[subspace.BasisKind, int, float]] = {}
         self._basis_of: dict[str, str] = {}
         self.update_bases()
         self.register_load_state_dict_post_hook(_update_bases_after_load)
