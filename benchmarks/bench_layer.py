@@ -1,13 +1,13 @@
 """How fast is one adapted layer, forward and backward, against other ways to compute it?
 
-`python -m pytest benchmarks` (or `make bench`). Every rival starts from the same weights and factors and is checked before it
-is timed.
+`make bench` runs it. Every rival starts from the same weights and factors and is checked before it is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import pytest
@@ -92,8 +92,9 @@ def peft_linear(layer: Layer) -> Callable[[], Tensor]:
     """PEFT's LoRA layer around the same weight and factors: plain LoRA, it projects nothing."""
     base = nn.Linear(layer.weight.shape[1], layer.weight.shape[0])
     base.weight, base.bias = nn.Parameter(layer.weight, False), nn.Parameter(layer.bias, False)
-    config = peft.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=["base"])
-    wrapped = peft.get_peft_model(nn.ModuleDict({"base": base}), config).base_model.model["base"]
+    config = peft.LoraConfig(r=RANK, lora_alpha=round(SCALING * RANK), target_modules=["base"])
+    wrapped = peft.get_peft_model(nn.ModuleDict({"base": base}), config).get_submodule("base_model.model.base")
+    assert isinstance(wrapped, peft.tuners.lora.Linear)
     wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight = layer.A, layer.B
     return lambda: wrapped(layer.x)
 
@@ -112,19 +113,21 @@ def test_forward_backward(benchmark, rounds, record, inputs, outputs):
     layer = make_layer(inputs, outputs)
     forwards = {name: make(layer) for name, (make, _) in RIVALS.items()}
     check(layer, forwards)
-    steps = {name: (lambda forward=forward: layer.step(forward)) for name, forward in forwards.items()}
+    steps = {name: partial(layer.step, forward) for name, forward in forwards.items()}
     for name, timing in time_interleaved(steps, ours=OURS, rounds=rounds).items():
         low, ratio, high = timing.spread()
-        record({
-            "shape": f"{inputs}->{outputs} M={TOKENS} r={RANK} k={K}",
-            "rival": name,
-            "median_s": sorted(timing.seconds)[rounds // 2],
-            "ratio": ratio,
-            "ratio_p20": low,
-            "ratio_p80": high,
-            "rounds": rounds,
-            "remark": RIVALS[name][1],
-        })
+        record(
+            {
+                "shape": f"{inputs}->{outputs} M={TOKENS} r={RANK} k={K}",
+                "rival": name,
+                "median_s": sorted(timing.seconds)[rounds // 2],
+                "ratio": ratio,
+                "ratio_p20": low,
+                "ratio_p80": high,
+                "rounds": rounds,
+                "remark": RIVALS[name][1],
+            }
+        )
     benchmark.pedantic(steps[OURS], rounds=3)
 
 

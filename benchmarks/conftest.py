@@ -6,16 +6,19 @@ import importlib.metadata
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import cpuinfo
 import pytest
 import torch
 
-ROWS = pytest.StashKey[list[dict[str, object]]]()
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="write the comparisons and the machine they were made on to this JSON file")
+    parser.addoption(
+        "--results", type=Path, help="write the comparisons and the machine they were made on to this JSON file"
+    )
     parser.addoption("--rounds", type=int, default=20, help="paired repeats of every comparison")
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch")
 
@@ -26,8 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> int:
-    torch.set_num_threads(request.config.getoption("--threads"))
-    return request.config.getoption("--rounds")
+    options = request.config.option
+    torch.set_num_threads(options.threads)
+    return options.rounds
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             f"{row['shape']:<24} {row['rival']:<34} {1e3 * row['median_s']:8.1f} ms   "
             f"{row['ratio']:5.2f}x  [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]   {row['remark']}"
         )
-    path = config.getoption("--results")
+    path = config.option.results
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

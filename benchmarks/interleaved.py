@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -21,11 +21,11 @@ class Timing:
         return fifths[0], statistics.median(self.ratios), fifths[3]
 
 
-def time_interleaved(steps: dict[str, Callable[[], object]], *, ours: str, rounds: int) -> dict[str, Timing]:
+def time_interleaved(steps: Mapping[str, Callable[[], object]], *, ours: str, rounds: int) -> dict[str, Timing]:
     """Runs every step once per round, in alternating order (ABBA), after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        for name in list(steps) if number % 2 else reversed(steps):
+        for name in list(steps)[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
             steps[name]()
             elapsed = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Comp-LoRA for CLIP: low-rank updates in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
+"""Comp-LoRA for CLIP: LoRA in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
 
 from complora_kernels.adapter import (
     adapter_parameters,
