@@ -143,7 +143,8 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         version, digest = config["complora"]["format_version"], config["complora"]["digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, expected metadata as save_adapter wrote them ({error!r})") from error
-    if digest != _digest(config, tensors):
+    # The text too: a digit changed beyond what a float can hold would otherwise pass.
+    if digest != _digest(config, tensors) or json.dumps(config) != metadata["adapter_config"]:
         raise ValueError(f"{path} does not match its digest, expected it as save_adapter wrote it")
     if version > FORMAT_VERSION:
         raise ValueError(

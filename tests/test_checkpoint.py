@@ -322,9 +322,8 @@ def test_every_flipped_bit_is_found(tmp_path):
         flipped = bytearray(content)
         flipped[position] ^= 1 << (position % 8)
         (tmp_path / WEIGHTS_FILE).write_bytes(flipped)
-        if flipped.lower() != content.lower():  # 1e-05 may become 1E-05, the same number
-            with pytest.raises(ValueError, match=WEIGHTS_FILE):
-                read_adapter(tmp_path)
+        with pytest.raises(ValueError, match=WEIGHTS_FILE):
+            read_adapter(tmp_path)
     assert_refused(tmp_path, WEIGHTS_FILE)
 
 

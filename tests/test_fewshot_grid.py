@@ -21,6 +21,7 @@ from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
 from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
 from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT, train
+from complora_kernels.fewshot.sampler import draw_shots
 
 CONSOLE = Console(file=io.StringIO())
 
@@ -81,11 +82,12 @@ def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, tr
 
 
 def test_trained_adapter_is_saved_and_computes_the_measured_accuracy(tmp_path, trained):
-    config = standin.config(tmp_path / "out", save_adapters=True, steps=20)
+    config = standin.config(tmp_path / "out", save_adapters=True, steps=20, lora_dropout=0.8)
     (result,) = grid.run_grid(config, CONSOLE)
     setting = standin.setting()
     model = ck.load_adapter(setting.backbone.model, tmp_path / "out" / "runs" / result["run"] / "adapter").eval()
     assert setting.kept.accuracy(model, torch.arange(30)) == result["kept"]
+    assert setting.new.accuracy(model, draw_shots(setting.new.dataset.labels, 2, 0)[1]) == result["new"]
 
 
 def test_folder_with_results_of_other_options_is_refused(tmp_path, trained):

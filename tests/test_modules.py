@@ -260,8 +260,10 @@ def test_attention_4_drops_where_the_plain_one_does():
         results.append(module(x))
     torch.testing.assert_close(*results)
     assert (results[0] == 0).any()
-    no_drop = adapt(attention_4(attn_drop=0.9)).double()
-    assert not torch.equal(no_drop(x), no_drop.eval()(x))
+    plain = attention_4(attn_drop=0.9).double()
+    dropping = adapt(plain)
+    assert not torch.allclose(dropping(x), plain.eval()(x))
+    torch.testing.assert_close(dropping.eval()(x), plain.eval()(x))
 
 
 @pytest.mark.parametrize("k", [5, 9])
@@ -483,7 +485,7 @@ def test_an_encoder_layer_does_not_read_the_weights_past_the_adapter():
     x = torch.randn(N, L, D)
     with torch.no_grad():
         fused = encoder(x)
-    torch.testing.assert_close(fused, encoder(x))
+    torch.testing.assert_close(fused, encoder(x.requires_grad_()))  # with gradients torch calls the modules
 
 
 def test_a_module_compiled_before_it_was_adapted():

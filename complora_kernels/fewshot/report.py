@@ -36,7 +36,12 @@ def report(folder: Path, console: Console) -> None:
 
 def terminal_table(summary: Summary) -> Table:
     """Methods and learning rates down, shots across; in each cell the new-task accuracy above the retained one."""
-    table = Table(title=_title(summary), caption="above: new task (digits); below: retained (letters)", box=HORIZONTALS)
+    table = Table(
+        title=_title(summary),
+        caption="above: new task (digits); below: retained (letters)",
+        box=HORIZONTALS,
+        pad_edge=False,
+    )
     table.add_column("method", no_wrap=True)
     table.add_column("rate", no_wrap=True)
     for shots in summary.shots:
