@@ -12,11 +12,11 @@ ARGS ?=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.installed  ## adapt a small CLIP to handwritten digits: a table and a figure in runs/demo, about three minutes
-	.venv/bin/complora train --output runs/demo $(ARGS)
+demo: .venv/.installed  ## adapt a small CLIP to handwritten digits: a table and figures in runs/glyphs, about three minutes
+	.venv/bin/complora train $(ARGS)
 
-full: .venv/.installed  ## the whole front of the README, in runs/full; goes on where it was stopped
-	.venv/bin/complora train --preset glyphs-full --output runs/full $(ARGS)
+full: .venv/.installed  ## the whole front of the README in runs/glyphs-full, about an hour; goes on where it was stopped
+	.venv/bin/complora train --preset glyphs-full $(ARGS)
 
 test: .venv/.installed  ## run the tests
 	.venv/bin/python -m pytest $(ARGS)

@@ -20,15 +20,17 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Raises:
         ValueError: `model` has no adapter.
     """
-    return (parameter for _, parameter in named_adapter_parameters(model))
+    return iter([parameter for _, parameter in named_adapter_parameters(model)])
 
 
-def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The factors with their names in the state dict, such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
-    for path, layer in adapted_layers(model).items():
-        for name, parameter in layer.named_parameters():
-            if name.startswith(("lora_A", "lora_B")):
-                yield f"{path}.{name}" if path else name, parameter
+    return [
+        (f"{path}.{name}" if path else name, parameter)
+        for path, layer in adapted_layers(model).items()
+        for name, parameter in layer.named_parameters()
+        if name.startswith(("lora_A", "lora_B"))
+    ]
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

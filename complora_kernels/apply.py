@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS, CompLoRAConfig
+from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
 from complora_kernels.modules.attention import recognise_causal_mask
@@ -89,18 +89,8 @@ def find_targets(model: nn.Module, config: CompLoRAConfig) -> list[Target]:
             )
         for block in in_tower:
             if config.layers is None or block.layer in config.layers:
-                targets += _block_targets(block, config.target_modules)
+                targets += [Target(path, part) for path, part in open_clip.parts(block, config.target_modules)]
     return list({id(target.module): target for target in targets}.values())
-
-
-def _block_targets(block: open_clip.Block, names: tuple[str, ...]) -> Iterator[Target]:
-    if any(name in ATTENTION_TARGETS for name in names):
-        path = f"{block.path}.attn"
-        open_clip.check_attention(path, block.module.get_submodule("attn"))
-        yield Target(path, block.module.get_submodule("attn"))
-    for name, child in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True):
-        if name in names:
-            yield Target(f"{block.path}.{child}", block.module.get_submodule(child))
 
 
 def _matching_linears(model: nn.Module, pattern: str) -> list[Target]:

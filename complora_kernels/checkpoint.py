@@ -27,6 +27,7 @@ from complora_kernels.adapter_files import (
 )
 from complora_kernels.apply import adapted_layers, apply_complora
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.integrations import open_clip
 from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +65,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     weights = adapted_weights(layers)
     with replaced_adapter(directory) as staging:
         factors = folded_factors(weights)
-        write_adapter(staging, _adapter_config(config, weights), factor_tensors(factors))
+        described = _adapter_config(config, weights, open_clip.activations(model))
+        write_adapter(staging, described, factor_tensors(factors))
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:
@@ -94,6 +96,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
     factors = _to_factors(tensors, weights)
     check_factors(factors, weights)
     _check_base_weights(saved["complora"]["base_weights"], weights)
+    _check_activations(saved["complora"]["activations"], open_clip.activations(model))
     return fill_adapter(model, config, factors, progress=progress)
 
 
@@ -221,7 +224,9 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, CompLoRALayer) for module in model.modules())
 
 
-def _adapter_config(config: CompLoRAConfig, weights: dict[str, AdaptedWeight]) -> dict[str, Any]:
+def _adapter_config(
+    config: CompLoRAConfig, weights: dict[str, AdaptedWeight], activations: dict[str, str]
+) -> dict[str, Any]:
     from complora_kernels import __version__
 
     attention = [path for path, (_, name) in weights.items() if name]
@@ -232,6 +237,7 @@ def _adapter_config(config: CompLoRAConfig, weights: dict[str, AdaptedWeight]) -
             "format_version": FORMAT_VERSION,
             "package_version": __version__,
             "config": config.to_dict(),
+            "activations": activations,
             "base_weights": {
                 path: base_weights.describe(layer.original_weight(name)) for path, (layer, name) in weights.items()
             },
@@ -301,6 +307,14 @@ def _check_base_weights(saved: dict[str, base_weights.Description], weights: dic
                 f"this adapter was trained on other base weights: {path} is about {apart:.2g} |W| away from what it "
                 f"was then, expected at most {base_weights.TOLERANCE} (half-precision copies are within 0.004)"
             )
+
+
+def _check_activations(saved: dict[str, str], own: dict[str, str]) -> None:
+    """Raises ValueError where the model computes another function of the same weights."""
+    if saved != own:
+        raise ValueError(
+            f"this adapter was trained with MLP activations {saved}, expected a model with them, got {own}"
+        )
 
 
 def _differences(first: CompLoRAConfig, second: CompLoRAConfig) -> str:

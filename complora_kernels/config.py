@@ -24,7 +24,7 @@ class CompLoRAConfig:
 
     An adapted layer computes `y = x W^T + b + scaling · (drop(x) Ã^T) B̃^T` with `Ã = A P_in` and `B̃ = P_out B`,
     where `P_out = I - U_k U_k^T` and `P_in = I - V_k V_k^T` remove the top-k singular directions of `W`
-    (Comp-LoRA, arXiv 2501.15040). The paper's own `k`, rank and layers are not public: choose them for your task.
+    (Comp-LoRA, arXiv 2501.15040). The paper's own `k`, rank and layers are not known to us: choose them for your task.
 
     Args:
         r: rank of the update, at least 1.

@@ -168,6 +168,7 @@ def lora_linear(
         ValueError: shapes or dtypes that do not fit, a weight or bias that requires a gradient, or dropout_p outside
             [0, 1).
     """
+    _check_fits(folded_A, folded_B, weight, "folded_A", "folded_B")
     scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
     rows = [(0, weight.shape[0])]
     return packed_lora_linear(
@@ -203,6 +204,7 @@ def complora_linear(
     Raises:
         ValueError: as `fold_factors` and `lora_linear`.
     """
+    _check_fits(lora_A, lora_B, weight, "lora_A", "lora_B")
     (folded_A,), (scaled_B,) = fold_factors(
         [lora_A],
         [lora_B],
@@ -245,6 +247,14 @@ def _check_factors(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
         )
 
 
+def _check_fits(A: Tensor, B: Tensor, weight: Tensor, name_A: str, name_B: str) -> None:
+    if A.dim() == B.dim() == weight.dim() == 2 and (B.shape[0], A.shape[1]) != weight.shape:
+        raise ValueError(
+            f"{name_A} {tuple(A.shape)} and {name_B} {tuple(B.shape)} do not fit weight {tuple(weight.shape)}, "
+            "expected [r, in] and [out, r] for [out, in]"
+        )
+
+
 def _check_basis(basis: Tensor | None, kind: str, d: int, name: str) -> None:
     if kind not in ("principal", "complement"):
         raise ValueError(f"{name}_kind={kind!r}, expected 'principal' or 'complement'")
@@ -252,4 +262,6 @@ def _check_basis(basis: Tensor | None, kind: str, d: int, name: str) -> None:
         return
     if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
         raise ValueError(f"{name} has shape {tuple(basis.shape)}, expected [{d}, k] with k <= {d}")
+    if not basis.is_floating_point():
+        raise ValueError(f"{name} has dtype {basis.dtype}, expected a floating-point one")
     check_orthonormal(basis, name)

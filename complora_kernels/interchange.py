@@ -163,9 +163,13 @@ def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"{path} does not exist, expected CLIP-LoRA's lora_weights.pt") from None
     except Exception as error:  # a damaged file, or one with more than tensors in it, fails in many ways
-        raise ValueError(f"{path} cannot be read as tensors, expected CLIP-LoRA's lora_weights.pt ({error})") from error
+        # Without torch's own words: they advise to load the file unsafely.
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain values, expected CLIP-LoRA's lora_weights.pt "
+            f"({type(error).__name__})"
+        ) from None
     try:
         metadata = {name: saved["metadata"][name] for name in ("r", "alpha", "encoder", "params", "position")}
         weights = {

@@ -82,7 +82,7 @@ def projection_basis(weight: Tensor, config: CompLoRAConfig, side: Side, name: s
     `name` (the weight's path) and `config.subspace_seed` choose the directions of `subspace_source="random"`, so that
     an adapter finds the same ones when it is loaded again.
     """
-    spectrum, k = _decompose(weight, **config.subspace_size, name=name or "weight")
+    spectrum, k = _decompose(weight, **config.subspace_size, name=name or "weight", prefix="subspace_")
     vectors = _side_vectors(spectrum, side)  # [d, min(out, in)]
     if config.subspace_source == "random":
         vectors = _random_vectors(vectors, seed=zlib.crc32(f"{config.subspace_seed}/{name}/{side}".encode()))
@@ -167,7 +167,7 @@ def _spectrum(weight: Tensor) -> Spectrum:
 
 
 def _decompose(
-    weight: Tensor, k: int | None, energy: float | None, ratio: float | None, name: str = "weight"
+    weight: Tensor, k: int | None, energy: float | None, ratio: float | None, name: str = "weight", prefix: str = ""
 ) -> tuple[Spectrum, int]:
     check_weight(weight, name)
     sizes: dict[str, Any] = {"k": k, "energy": energy, "ratio": ratio}
@@ -177,7 +177,9 @@ def _decompose(
     check_subspace_size(**sizes)
     smaller = min(weight.shape)
     if k is not None and k > smaller:
-        raise ValueError(f"k={k}, expected at most min(out, in)={smaller} for {name} of shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"{prefix}k={k}, expected at most min(out, in)={smaller} for {name} of shape {tuple(weight.shape)}"
+        )
     spectrum = _spectrum(weight)
     if ratio is not None:
         k = round(ratio * smaller)

@@ -418,3 +418,8 @@ def test_a_raw_state_that_does_not_fit_changes_nothing():
             load_raw_adapter_state(model, state)
     now = raw_adapter_state(model)
     assert all(torch.equal(now[key], value) for key, value in before.items())
+
+
+def test_parameters_of_a_plain_model_are_refused_at_the_call():
+    with pytest.raises(ValueError, match="no Comp-LoRA adapter"):
+        ck.adapter_parameters(nn.Linear(2, 2))

@@ -353,6 +353,13 @@ def test_an_adapter_of_a_newer_version(tmp_path, monkeypatch):
     assert_refused(tmp_path, "format_version=2, expected at most 1: it was written by the newer complora_kernels")
 
 
+def test_another_activation(tmp_path):
+    saved(tmp_path)
+    other = small_clip(quick_gelu=True)
+    other.load_state_dict(small_clip().state_dict())
+    assert_refused(tmp_path, r"trained with MLP activations .*'GELU'.* got .*'QuickGELU'", other)
+
+
 def test_other_base_weights(tmp_path):
     saved(tmp_path)
     first = "visual.transformer.resblocks.0.attn.q_proj"

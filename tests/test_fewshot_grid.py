@@ -42,7 +42,7 @@ def trained(monkeypatch):
 
 def test_every_cell_of_the_grid_is_trained_once(tmp_path, trained):
     config = standin.config(
-        tmp_path / "out", methods=("lora", "both"), shots=(1, 2), seeds=(0, 3), learning_rates=(1e-3, 1e-2), steps=2
+        tmp_path / "out", methods=("lora", "both"), shots=(1, 2), seeds=(0, 3), learning_rates=(1e-3, 1e-2), steps=3
     )
     results = grid.run_grid(config, CONSOLE)
     cells = {(r["method"], r["shots"], r["seed"], r["learning_rate"]) for r in results}
@@ -210,10 +210,10 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])
     assert exit_.value.code == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())  # as if no line were broken
     for name in PRESETS["glyphs"].__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in shown
-    assert "The paper's choice is not public" in shown
+    assert "The paper's choice is not known" in shown
 
 
 def test_lines_cut_short_by_a_crash_are_dropped(tmp_path):
@@ -295,3 +295,28 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
         del result["seconds"]
     assert sorted(found, key=lambda result: result["run"]) == sorted(expected, key=lambda result: result["run"])
     assert len(found) == 3
+
+
+def test_a_size_that_fits_no_weight_ends_with_1_and_does_not_occupy_the_folder(tmp_path, capsys):
+    command = ["train", "--shots", "1", "--seeds", "0", "--methods", "output", "--learning-rates", "0.01"]
+    command += ["--steps", "1", "--max-test-images", "8", "--workers", "1", "--output", str(tmp_path / "out")]
+    assert main([*command, "--subspace-k", "999"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: subspace_k=999, expected at most min(out, in)=128")
+    assert main([*command, "--subspace-k", "64"]) == 0
+
+
+def test_checkpoints_of_other_options_occupy_the_folder(tmp_path):
+    config = standin.config(tmp_path)
+    grid.prepare(config)
+    checkpoint = tmp_path / "runs" / config.runs()[0].name / CHECKPOINT
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    with pytest.raises(ValueError, match="holds results of other options"):
+        grid.prepare(dataclasses.replace(config, r=3))
+
+
+def test_pretraining_into_an_unwritable_folder_ends_with_2(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["pretrain-glyphs", "--output", str(tmp_path / "file" / "below")]) == 2
+    assert "expected a folder that can be written to" in capsys.readouterr().err

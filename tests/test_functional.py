@@ -694,7 +694,7 @@ V = random_basis(16, 4)
         ({"weight": torch.ones(24)}, "x (7, 16) and weight (24,), expected [..., in] and [out, in]"),
         (
             {"weight": torch.ones(25, 16), "bias": None},
-            "folded_B (24, 3) and rows (0, 25) do not fit a weight of shape (25,",
+            "lora_A (3, 16) and lora_B (24, 3) do not fit weight (25, 16)",
         ),
         ({"bias": torch.ones(16)}, "bias (16,), expected [out] with out=24"),
         ({"weight": torch.ones(24, 16, requires_grad=True)}, "weight.requires_grad=True, expected a frozen weight"),
@@ -771,3 +771,16 @@ def test_packed_lora_linear_refuses(As, Bs, rows, message):
 def test_project_complement_refuses(factor, basis, kind, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         project_complement(factor, basis, basis_kind=kind)
+
+
+def test_factors_that_do_not_fit_the_weight_are_named_as_the_caller_named_them():
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    with pytest.raises(ValueError, match=r"lora_A \(2, 6\) and lora_B \(4, 2\) do not fit weight \(4, 5\)"):
+        complora_linear(x, weight, None, torch.randn(2, 6), torch.randn(4, 2))
+    with pytest.raises(ValueError, match=r"folded_A \(2, 5\) and folded_B \(3, 2\) do not fit weight \(4, 5\)"):
+        lora_linear(x, weight, None, torch.randn(2, 5), torch.randn(3, 2))
+
+
+def test_a_basis_of_integers_is_refused():
+    with pytest.raises(ValueError, match="basis has dtype torch.int64, expected a floating-point one"):
+        project_complement(torch.randn(2, 4), torch.eye(4, dtype=torch.int64))

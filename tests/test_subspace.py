@@ -300,7 +300,7 @@ def test_refuses_a_weight(weight, message):
 def test_projection_basis_names_the_weight():
     config = CompLoRAConfig(subspace_k=8)
     with pytest.raises(
-        ValueError, match=r"^k=8, expected at most min\(out, in\)=7 for resblocks.0.attn.q of shape \(9, 7\)$"
+        ValueError, match=r"^subspace_k=8, expected at most min\(out, in\)=7 for resblocks.0.attn.q of shape \(9, 7\)$"
     ):
         projection_basis(torch.randn(9, 7), config, "output", "resblocks.0.attn.q")
     with pytest.raises(ValueError, match=r"^resblocks.0.attn.q of shape \(9, 9\) holds NaN"):

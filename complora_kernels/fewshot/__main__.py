@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
-from complora_kernels.fewshot.files import read_json_lines
+from complora_kernels.fewshot.files import check_writable, read_json_lines
 from complora_kernels.fewshot.grid import prepare, run_grid
 from complora_kernels.fewshot.pretrain import PretrainConfig, pretrain
 from complora_kernels.fewshot.report import report
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C.
+        The exit code: 0, 1 when a run fails, 2 for bad input, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console()
@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parse(arguments)
         if isinstance(command, TrainConfig):
             prepare(command)
-        elif isinstance(command, ReportConfig):
+        elif isinstance(command, PretrainConfig):
+            check_writable(command.output)
+        else:
             report(command.folder, console)
             return 0
     except (ValueError, OSError) as error:
@@ -62,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return 130
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

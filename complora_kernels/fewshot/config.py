@@ -40,7 +40,7 @@ class TrainConfig:
     """Where the defaults come from.
     glyphs: a small demonstration. glyphs-full: the whole front over ten seeds.
     clip-lora: the recipe of CLIP-LoRA (arXiv 2405.18541), chosen when --model is not the bundled one.
-    The Comp-LoRA paper's own rank, subspace size and layers are not public: no preset claims to be the paper's."""
+    The Comp-LoRA paper's own rank, subspace size and layers are not known to us: no preset claims to be the paper's."""
 
     model: str = GLYPHS
     """The small CLIP that comes with the package (glyphs), or any model name of open_clip, such as ViT-B-16."""
@@ -76,7 +76,7 @@ class TrainConfig:
     """Protect the fewest directions that hold this share of the squared singular values."""
     subspace_ratio: float | None = None
     """Protect this share of the smaller dimension. With none of the three given: 0.5.
-    The paper's choice is not public."""
+    The paper's choice is not known to us."""
     target_modules: tuple[str, ...] = ("q", "k", "v")
     """Any of q k v o fc1 fc2."""
     towers: tuple[Literal["image", "text"], ...] = ("image", "text")

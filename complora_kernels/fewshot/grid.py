@@ -45,11 +45,11 @@ def prepare(config: TrainConfig) -> None:
         raise ValueError(f"--device {config.device}: expected cpu, because torch finds no CUDA device")
     draw_shots(datasets.digits().labels, max(config.shots), seed=0)
     described = config.output / "config.json"
-    if described.exists():
+    begun = (config.output / "results.jsonl").exists() or any(config.output.glob(f"runs/*/{CHECKPOINT}"))
+    if described.exists() and begun:
         _check_same(json.loads(described.read_text()), options.to_json(config), config.output)
     check_writable(config.output)
-    if not described.exists():
-        write_atomically(described, json.dumps(options.to_json(config), indent=2) + "\n")
+    write_atomically(described, json.dumps(options.to_json(config), indent=2) + "\n")
 
 
 def _check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:

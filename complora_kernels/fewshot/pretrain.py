@@ -1,6 +1,6 @@
 """Trains the bundled small CLIP from random weights on rendered characters: `complora pretrain-glyphs`.
 
-The defaults of `PretrainConfig` made the weights in `assets/`. Two cores need about ten minutes. The same seed and
+The defaults of `PretrainConfig` made the weights in `assets/`, on two cores in fifteen minutes. The same seed and
 number of threads give the same weights, bit for bit, on the same machine.
 """
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS
 from complora_kernels.modules.attention import CompLoRAAttention, CompLoRAMultiheadAttention
 
 
@@ -31,6 +32,30 @@ def residual_blocks(model: nn.Module) -> Iterator[Block]:
         mlp = getattr(module, "mlp", None)
         if tower and hasattr(module, "attn") and hasattr(mlp, "c_fc") and hasattr(mlp, "c_proj"):
             yield Block(path, module, tower, int(path.rpartition(".")[2]))
+
+
+def parts(block: Block, targets: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a block that some of q, k, v, o, fc1, fc2 name, with their paths.
+
+    Raises:
+        ValueError: the attention is of a kind that cannot be adapted.
+    """
+    names = ["attn"] if any(target in ATTENTION_TARGETS for target in targets) else []
+    names += [name for target, name in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True) if target in targets]
+    for name in names:
+        module = block.module.get_submodule(name)
+        if name == "attn":
+            check_attention(f"{block.path}.{name}", module)
+        yield f"{block.path}.{name}", module
+
+
+def activations(model: nn.Module) -> dict[str, str]:
+    """The class of each tower's MLP activation: weights trained with QuickGELU compute something else with GELU."""
+    return {
+        block.tower: type(activation).__name__
+        for block in residual_blocks(model)
+        if (activation := getattr(block.module.get_submodule("mlp"), "gelu", None)) is not None
+    }
 
 
 def check_attention(path: str, attention: nn.Module) -> None:
