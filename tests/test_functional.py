@@ -782,5 +782,5 @@ def test_factors_that_do_not_fit_the_weight_are_named_as_the_caller_named_them()
 
 
 def test_a_basis_of_integers_is_refused():
-    with pytest.raises(ValueError, match="basis has dtype torch.int64, expected a floating-point one"):
+    with pytest.raises(ValueError, match=r"basis has dtype .*, expected a floating-point one"):
         project_complement(torch.randn(2, 4), torch.eye(4, dtype=torch.int64))

@@ -181,6 +181,7 @@ PRESETS: dict[Preset, TrainConfig] = {
     "glyphs-full": TrainConfig(
         "glyphs-full",
         **_GLYPH_RECIPE,
+        methods=("lora", "output", "both", "random", "random-both"),
         seeds=tuple(range(10)),
         learning_rates=(1e-3, 3e-3, 1e-2, 2e-2),
         output=Path("runs/glyphs-full"),
