@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+import matplotlib
 import open_clip
 import pytest
 import torch
@@ -298,3 +299,13 @@ def test_pretrain_config_names_what_is_wrong(setting):
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         pretrain.PretrainConfig(**setting)
+
+
+def test_a_matplotlib_without_the_late_font_draws_the_same_pictures(tmp_path, monkeypatch):
+    fields = render.distance_fields(render.LATE_FONT)
+    monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
+    render.distance_fields.cache_clear()
+    assert torch.equal(render.distance_fields(render.LATE_FONT), fields)
+    with pytest.raises(ValueError, match="expected a font that matplotlib ships"):
+        render.distance_fields("cmr10")
+    render.distance_fields.cache_clear()

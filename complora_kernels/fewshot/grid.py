@@ -73,11 +73,11 @@ def run_grid(config: TrainConfig, console: Console) -> list[dict[str, Any]]:
     prepare(config)
     results_file = config.output / "results.jsonl"
     finished = {result["run"] for result in read_json_lines(results_file)}
-    todo = [run for run in config.runs() if run.name not in finished]
-    if todo:
+    remaining = [run for run in config.runs() if run.name not in finished]
+    if remaining:
         with (
-            GridProgress(config, todo, len(finished), console) as progress,
-            closing(_work_off(config, todo, progress)) as done,
+            GridProgress(config, remaining, len(finished), console) as progress,
+            closing(_work_off(config, remaining, progress)) as done,
         ):
             for run, result in done:
                 append_json_line(results_file, result)

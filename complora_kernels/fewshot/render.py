@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -25,6 +26,10 @@ TRAINING_FONTS = (
     "cmr10", "cmb10", "cmti10",
 )  # fmt: skip
 HELD_OUT_FONTS = ("DejaVuSansMono-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralBol", "cmss10", "cmtt10")
+
+# matplotlib ships this one from 3.11 on, which Python 3.10 does not have: there its fields come from the package.
+LATE_FONT = "cmti10"
+LATE_FONT_FIELDS = Path(__file__).parents[1] / "assets" / f"{LATE_FONT}.safetensors"
 
 FOREGROUNDS = {
     "red": (235, 50, 50),
@@ -68,6 +73,8 @@ def distance_fields(font: str) -> Tensor:
     from scipy.ndimage import distance_transform_edt
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+    if not path.is_file() and font == LATE_FONT:
+        return load_file(LATE_FONT_FIELDS)["distance_fields"]
     if not path.is_file():
         raise ValueError(f"font={font!r}: expected a font that matplotlib ships, but {path} does not exist")
     face = ImageFont.truetype(str(path), 2 * _RENDER_SIZE, layout_engine=ImageFont.Layout.BASIC)
