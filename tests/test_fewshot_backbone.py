@@ -171,3 +171,8 @@ def test_train_command_runs_on_a_model_of_open_clip(tiny, capsys):
     assert json.loads((output / "config.json").read_text())["template"] == "a photo of a {}."
     assert (output / "runs" / result["run"] / "adapter" / "adapter_model.safetensors").exists()
     assert "retained (letters)" in capsys.readouterr().out
+
+
+def test_a_model_that_brings_its_weights_brings_its_activation():
+    with pytest.raises(ValueError, match="--activation gelu: expected auto with --model local-dir:somewhere"):
+        check_backbone("local-dir:somewhere", None, "gelu")

@@ -78,6 +78,8 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
     if schema is not None:
         if pretrained is not None:
             raise ValueError(f"--pretrained {pretrained}: --model {model} brings its own weights, expected none")
+        if activation != "auto":
+            raise ValueError(f"--activation {activation}: expected auto with --model {model}, which brings its own")
         return
     if open_clip.get_model_config(name) is None:
         names = ", ".join([GLYPHS, *open_clip.list_models()])
