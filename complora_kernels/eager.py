@@ -46,9 +46,8 @@ def packed_lora_linear_fwd(
     """`y = x W^T + b + h B̃^T` in the rows of each adapter, and `h = drop(x) Ã^T`, all adapters side by side."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
     if seeds:
-        masks = (
-            dropout_mask(flat, flat.shape, seed, dropout_p) for seed in seeds
-        )  # each [M, K], gone before the next is drawn
+        # A generator: each mask [M, K] is gone before the next is drawn.
+        masks = (dropout_mask(flat, flat.shape, seed, dropout_p) for seed in seeds)
         h = torch.cat([drop(flat, mask, dropout_p) @ A.mT for A, mask in zip(As, masks, strict=True)], 1)  # [M, R]
     else:
         h = flat @ _stack(As).mT  # [M, R]

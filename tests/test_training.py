@@ -74,6 +74,7 @@ def test_every_loss_and_parameter_agrees_with_the_reference(make, dropout, monke
     trained = named_factors(ours)
     torch.testing.assert_close(trained, named_factors(reference))
     assert losses[-1] < 0.8 * losses[0]
+    # Every factor moved by more than rounding does: the runs agree on training, not on standing still.
     assert all(not torch.allclose(trained[name], value, atol=1e-3) for name, value in initial.items())
 
 
