@@ -13,6 +13,7 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
 from complora_kernels.modules.attention import recognise_causal_mask
+from complora_kernels.modules.tower import fold_once
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,6 +60,8 @@ def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = Tru
                 factor.requires_grad_(True)
     for mask in _square_masks(model):
         recognise_causal_mask(mask)
+    for tower in (*open_clip.tower_modules(model), model):
+        fold_once(tower)
     return model
 
 

@@ -279,13 +279,16 @@ def _layers_without_bases(model: nn.Module, config: CompLoRAConfig) -> dict[str,
 
 
 def _remember_modules(model: nn.Module) -> Callable[[], None]:
-    """A function that puts the model's modules, and which parameters are trained, back to what they are now."""
-    children = [(module, dict(module._modules)) for module in model.modules()]
+    """A function that puts the modules, their hooks, and which parameters are trained, back to what they are now."""
+    kinds = ("_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+    tables = [getattr(module, kind) for module in model.modules() for kind in kinds]
+    before = [table.copy() for table in tables]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore() -> None:
-        for module, modules in children:
-            module._modules.update(modules)
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 

@@ -35,10 +35,11 @@ class Unchanged:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def _parts(self) -> tuple[list[Any], list[Any]]:
+    def _parts(self) -> tuple[list[Any], list[Any], list[Any]]:
         modules = [(name, type(module), id(module)) for name, module in self.model.named_modules()]
+        hooks = [(*module._forward_pre_hooks, *module._forward_hooks) for module in self.model.modules()]
         parameters = [(name, id(value), value.requires_grad) for name, value in self.model.named_parameters()]
-        return modules, parameters
+        return modules, hooks, parameters
 
     def __enter__(self) -> None:
         self.parts = self._parts()

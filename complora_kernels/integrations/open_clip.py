@@ -34,6 +34,11 @@ def residual_blocks(model: nn.Module) -> Iterator[Block]:
             yield Block(path, module, tower, int(path.rpartition(".")[2]))
 
 
+def tower_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that run a tower when they are called."""
+    return [model.get_submodule(path) for path in dict.fromkeys(_root(block.path) for block in residual_blocks(model))]
+
+
 def parts(block: Block, targets: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a block that some of q, k, v, o, fc1, fc2 name, with their paths.
 
@@ -85,5 +90,8 @@ def describe_tower(model: nn.Module, tower: str) -> str:
 
 
 def _tower(path: str) -> str | None:
-    first = path.partition(".")[0]
-    return {"visual": "image", "transformer": "text", "text": "text"}.get(first)
+    return {"visual": "image", "transformer": "text", "text": "text"}.get(_root(path))
+
+
+def _root(path: str) -> str:
+    return path.partition(".")[0]

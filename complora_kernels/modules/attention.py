@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from complora_kernels import functional
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer, Factors, WeightRows, clone_as, require_plain
+from complora_kernels.modules.tower import folded_factors
 from complora_kernels.tensor_facts import TensorFacts
 
 
@@ -94,7 +95,7 @@ class CompLoRAAttentionLayer(CompLoRALayer):
     ) -> Tensor:
         if not names or not self.active:
             return F.linear(x, weight, bias)
-        folded_As, scaled_Bs = self.folded_factors(names, functional.compute_dtype(x))
+        folded_As, scaled_Bs = folded_factors(self, names, functional.compute_dtype(x))
         return functional.packed_lora_linear(
             x, weight, bias, folded_As, scaled_Bs, rows, dropout_p=self.config.lora_dropout, training=self.training
         )

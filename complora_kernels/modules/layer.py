@@ -6,8 +6,9 @@ rows of one of the layer's parameters.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -33,6 +34,17 @@ class WeightRows(NamedTuple):
     parameter: str
     start: int
     stop: int
+
+
+class FoldInputs(NamedTuple):
+    """The raw factors of one adapted weight and the bases that project them, in the order of `fold_factors`."""
+
+    A: Tensor  # [r, in]
+    B: Tensor  # [out, r]
+    output_basis: Tensor | None  # [out, k]
+    input_basis: Tensor | None  # [in, k]
+    output_kind: str
+    input_kind: str
 
 
 class Float32State(nn.Module):
@@ -91,6 +103,10 @@ class CompLoRALayer(Float32State):
         """The raw factors `A` [r, in] and `B` [out, r] of one adapted weight."""
         raise NotImplementedError
 
+    def frozen_parameter(self, name: str) -> Tensor:  # [>= out, in]
+        """The parameter that holds the frozen weight of one adapter, or what `functional_call` has put in its place."""
+        return functools.reduce(getattr, self.weights[name].parameter.split("."), self)
+
     def base_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter, a view."""
         parameter, start, stop = self.weights[name]
@@ -115,17 +131,19 @@ class CompLoRALayer(Float32State):
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, differentiable, cast to `dtype` at the end."""
-        As, Bs = zip(*(self.factors(name) for name in names), strict=True)
-        outputs, inputs = ([self.basis(name, side) for name in names] for side in ("output", "input"))
-        return functional.fold_factors(
-            As,
-            Bs,
-            [basis and basis.matrix for basis in outputs],
-            [basis and basis.matrix for basis in inputs],
-            output_basis_kinds=[basis.kind if basis else "principal" for basis in outputs],
-            input_basis_kinds=[basis.kind if basis else "principal" for basis in inputs],
-            scaling=self.config.scaling,
-            dtype=dtype,
+        return fold([self.fold_inputs(name) for name in names], self.config.scaling, dtype)
+
+    def fold_inputs(self, name: str) -> FoldInputs:
+        """What the folded factors of one adapted weight are computed from."""
+        A, B = self.factors(name)
+        on_output, on_input = self.basis(name, "output"), self.basis(name, "input")
+        return FoldInputs(
+            A,
+            B,
+            on_output and on_output.matrix,
+            on_input and on_input.matrix,
+            on_output.kind if on_output else "principal",
+            on_input.kind if on_input else "principal",
         )
 
     @torch.no_grad()
@@ -231,6 +249,21 @@ class CompLoRALayer(Float32State):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         B = torch.zeros(weight.shape[0], self.config.r, dtype=dtype, device=weight.device)  # [out, r]
         return nn.Parameter(A), nn.Parameter(B)
+
+
+def fold(inputs: Sequence[FoldInputs], scaling: float, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
+    """`functional.fold_factors` of any adapted weights that share a scaling."""
+    As, Bs, output_bases, input_bases, output_kinds, input_kinds = zip(*inputs, strict=True)
+    return functional.fold_factors(
+        As,
+        Bs,
+        output_bases,
+        input_bases,
+        output_basis_kinds=output_kinds,
+        input_basis_kinds=input_kinds,
+        scaling=scaling,
+        dtype=dtype,
+    )
 
 
 def clone_as(module: nn.Module, cls: type[Layer]) -> Layer:

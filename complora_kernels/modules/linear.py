@@ -9,6 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer, WeightRows, clone_as, require_plain
+from complora_kernels.modules.tower import folded_factors
 
 
 class CompLoRALinear(CompLoRALayer, nn.Linear):
@@ -54,7 +55,7 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
     ) -> Tensor:  # [..., out]
         if not self.active:
             return F.linear(input, self.weight, self.bias)
-        (folded_A,), (scaled_B,) = self.folded_factors(("",), functional.compute_dtype(input))
+        (folded_A,), (scaled_B,) = folded_factors(self, ("",), functional.compute_dtype(input))
         dropout_p = self.config.lora_dropout
         return functional.lora_linear(
             input, self.weight, self.bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training
