@@ -1,4 +1,4 @@
-"""Thin autograd Functions of the torch backend: what is saved, what is recomputed, which gradients are asked for."""
+"""Thin autograd Functions: what is saved, what is recomputed, which gradients are asked for; of either backend."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from complora_kernels import eager
+from complora_kernels import eager, ops
+
+BACKENDS = {"torch": eager, "triton": ops}  # each operation under one name, with the same arguments
 
 
 class ProjectComplementFunction(torch.autograd.Function):
     """`factor P`. P is symmetric, so the backward pass is the same projection of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, factor: Tensor, basis: Tensor, basis_kind: str) -> Tensor:
+    def forward(ctx: Any, factor: Tensor, basis: Tensor, basis_kind: str, backend: str) -> Tensor:
         ctx.save_for_backward(basis)
-        ctx.basis_kind = basis_kind
+        ctx.basis_kind, ctx.backend = basis_kind, backend
         with _without_autocast(factor):
-            return _cast(_project(factor, basis, basis_kind), factor.dtype)
+            return BACKENDS[backend].project_complement(factor, basis, basis_kind)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (basis,) = ctx.saved_tensors
-        return ProjectComplementFunction.apply(grad, basis, ctx.basis_kind), None, None
+        return ProjectComplementFunction.apply(grad, basis, ctx.basis_kind, ctx.backend), None, None, None
 
 
 class FoldFactorsFunction(torch.autograd.Function):
     """`Ã = A P_in` and `scaling · P_out B` for all layers of one call, cast to the compute dtype, or back to their own.
 
-    The arguments after `dtype` are all As, then all Bs; the results come in the same order. Only the bases are saved.
+    The arguments after `backend` are all As, then all Bs; the results come in the same order. Only the bases are saved.
     """
 
     @staticmethod
@@ -45,52 +47,44 @@ class FoldFactorsFunction(torch.autograd.Function):
         output_kinds: Sequence[str],
         scaling: float,
         dtype: torch.dtype | None,
+        backend: str,
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
-        layers = len(input_bases)
-        ctx.projections = (input_bases, input_kinds, output_bases, output_kinds)
-        ctx.scaling = scaling
+        ctx.bases, ctx.kinds = (*input_bases, *output_bases), (*input_kinds, *output_kinds)
+        ctx.scaling, ctx.backend = scaling, backend
         ctx.dtypes = [factor.dtype for factor in factors]
         ctx.set_materialize_grads(False)  # a layer that was not used gets no gradient, rather than zeros
+        output_side = [i >= len(input_bases) for i in range(len(factors))]
+        dtypes = [dtype or factor.dtype for factor in factors]
         with _without_autocast(factors[0]):
-            folded_As = [
-                _cast(_project(A, basis, kind), dtype or A.dtype)  # Ã = A P_in, [r, in]
-                for A, basis, kind in zip(factors[:layers], input_bases, input_kinds, strict=True)
-            ]
-            scaled_Bs = [
-                _cast(_project(B.mT, basis, kind).mT.mul(scaling), dtype or B.dtype)  # s · P_out B, [out, r]
-                for B, basis, kind in zip(factors[layers:], output_bases, output_kinds, strict=True)
-            ]
-        folded = (*folded_As, *scaled_Bs)
-        frozen = (not needed for needed in ctx.needs_input_grad[6:])
+            folded = BACKENDS[backend].fold_factors(factors, ctx.bases, ctx.kinds, output_side, scaling, dtypes)
+        frozen = (not needed for needed in ctx.needs_input_grad[7:])
         ctx.mark_non_differentiable(*itertools.compress(folded, frozen))  # or layers would compute gradients for them
-        return folded
+        return tuple(folded)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        input_bases, input_kinds, output_bases, output_kinds = ctx.projections
-        layers = len(input_bases)
-        needed = ctx.needs_input_grad[6:]
+        """`dA = dÃ P_in` and `dB = P_out (s · d(sB̃))`, the operation that folded the factors."""
+        needed = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[7 + i]]
         result: list[Tensor | None] = [None] * len(grads)
-        bases, kinds = (*input_bases, *output_bases), (*input_kinds, *output_kinds)
-        for i, (grad, basis, kind) in enumerate(zip(grads, bases, kinds, strict=True)):
-            if grad is None or not needed[i]:
-                continue
-            with _without_autocast(grad):
-                grad = grad.to(torch.promote_types(ctx.dtypes[i], grad.dtype))
-                if i < layers:
-                    projected = _project(grad, basis, kind)  # dA = dÃ P_in
-                else:
-                    projected = _project(grad.mT, basis, kind).mT.mul(ctx.scaling)  # dB = P_out (s · d(sB̃))
-                result[i] = projected.to(ctx.dtypes[i])
-        return (None,) * 6 + tuple(result)
+        if needed:
+            wanted: list[Any] = [grads[i] for i in needed]
+            bases, kinds, dtypes = ([part[i] for i in needed] for part in (ctx.bases, ctx.kinds, ctx.dtypes))
+            output_side = [i >= len(grads) // 2 for i in needed]
+            with _without_autocast(wanted[0]):
+                projected = BACKENDS[ctx.backend].fold_factors_bwd(
+                    wanted, bases, kinds, output_side, ctx.scaling, dtypes
+                )
+            for i, gradient in zip(needed, projected, strict=True):
+                result[i] = gradient
+        return (None,) * 7 + tuple(result)
 
 
 class PackedLoRALinearFunction(torch.autograd.Function):
     """`y = x W^T + b + (drop(x) Ã^T) B̃^T` per adapter; of the activations it saves x and h = drop(x) Ã^T.
 
-    The arguments after `dropout_p` are the seeds (one per adapter, none without dropout), all Ãs, all B̃s.
+    The arguments after `backend` are the seeds (none without dropout), all Ãs, all B̃s.
     """
 
     @staticmethod
@@ -101,13 +95,18 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         rows: eager.Rows,
         dropout_p: float,
+        save_h: bool,
+        precision: str,
+        backend: str,
         *seeds_and_factors: Tensor,
     ) -> Tensor:
         seeds, As, Bs = _unpack(seeds_and_factors, len(rows))
         with _without_autocast(x):
-            y, h = eager.packed_lora_linear_fwd(x, weight, bias, As, Bs, rows, dropout_p, seeds)
+            y, h = BACKENDS[backend].packed_lora_linear_fwd(
+                x, weight, bias, As, Bs, rows, dropout_p, seeds, save_h=save_h, precision=precision
+            )
         ctx.save_for_backward(x, h, weight, *seeds_and_factors)
-        ctx.rows, ctx.dropout_p = rows, dropout_p
+        ctx.rows, ctx.dropout_p, ctx.precision, ctx.backend = rows, dropout_p, precision, backend
         return y
 
     @staticmethod
@@ -116,27 +115,18 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         x, h, weight, *seeds_and_factors = ctx.saved_tensors
         seeds, As, Bs = _unpack(seeds_and_factors, len(ctx.rows))
         needed = ctx.needs_input_grad
-        first_A = 5 + len(seeds)
+        first_A = 8 + len(seeds)
         needs = (needed[0], any(needed[first_A : first_A + len(As)]), any(needed[first_A + len(As) :]))
         with _without_autocast(dY):
-            dX, dAs, dBs = eager.packed_lora_linear_bwd(dY, x, h, weight, As, Bs, ctx.rows, ctx.dropout_p, seeds, needs)
-        return (dX, None, None, None, None, *[None] * len(seeds), *dAs, *dBs)
+            dX, dAs, dBs = BACKENDS[ctx.backend].packed_lora_linear_bwd(
+                dY, x, h, weight, As, Bs, ctx.rows, ctx.dropout_p, seeds, needs, precision=ctx.precision
+            )
+        return (dX, *[None] * (7 + len(seeds)), *dAs, *dBs)
 
 
 def _unpack(tensors: Sequence[Tensor], adapters: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     seeds = len(tensors) - 2 * adapters
     return tensors[:seeds], tensors[seeds : seeds + adapters], tensors[seeds + adapters :]
-
-
-def _project(factor: Tensor, basis: Tensor | None, kind: str) -> Tensor:
-    """The projection in float32, or float64 when the factor is: in half precision it would leave the complement."""
-    wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
-    return wide if basis is None else eager.project_complement(wide, basis, kind)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, but not to its own: torch.compile of torch 2.11 loses the gradient of such an output."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -1,8 +1,8 @@
 """The torch backend: folded factors on torch's own products.
 
 The base product carries any number of adapters side by side ("packed": q, k and v share one); a plain layer has one.
-In float32 the rank-r term is added to the base product (`addmm`). In half precision a second rounding would lose most
-of a small adapter, so base and rank-r term are one product, `[x | h] [W | B̃]^T` (`concat`).
+`plans` says how the rank-r term joins it: added to the base product (`addmm`, in float32), as one product
+`[x | h] [W | B̃]^T` (`concat`, where a second rounding would lose most of a small adapter), or in the weight (`merge`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from complora_kernels import plans
 from complora_kernels.dropout import drop, dropout_mask
 
 Rows = Sequence[tuple[int, int]]
@@ -22,43 +23,67 @@ def project_complement(
     basis: Tensor,  # [d, k]
     basis_kind: str,
 ) -> Tensor:
-    """`factor (I - U U^T)` or `factor U U^T`, with 4·r·d·k operations and no [d, d] product."""
-    rows = factor.reshape(-1, factor.shape[-1])  # [R, d]
-    basis = basis.to(factor.dtype)
-    coordinates = rows @ basis  # [R, k]
-    if basis_kind == "principal":
-        projected = torch.addmm(rows, coordinates, basis.mT, alpha=-1)  # [R, d]
-    else:
-        projected = coordinates @ basis.mT  # [R, d]
-    return _unflatten(projected, factor.shape)
+    """`factor (I - U U^T)` or `factor U U^T`, in float32 or wider: in half precision it would leave the complement."""
+    return _cast(_projected(factor, basis, basis_kind), factor.dtype)
+
+
+def fold_factors(
+    factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]
+    bases: Sequence[Tensor | None],  # each [d, k]
+    kinds: Sequence[str],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:  # in the shapes of the factors
+    """`A P_in` and, of the output side, `scaling · P_out B`."""
+    folded = []
+    for factor, basis, kind, output, dtype in zip(factors, bases, kinds, output_side, dtypes, strict=True):
+        factor = factor.to(torch.promote_types(factor.dtype, dtype))
+        if output:
+            folded.append(_cast(_projected(factor.mT, basis, kind).mT.mul(scaling), dtype))  # s · P_out B, [out, r]
+        else:
+            folded.append(_cast(_projected(factor, basis, kind), dtype))  # Ã = A P_in, [r, in]
+    return folded
+
+
+fold_factors_bwd = fold_factors  # P is symmetric
 
 
 def packed_lora_linear_fwd(
     x: Tensor,  # [..., K]
-    weight: Tensor,  # [N, K]
+    weight: Tensor,  # [N, K], as it is kept: under autocast in a wider dtype than x
     bias: Tensor | None,  # [N]
-    As: Sequence[Tensor],  # each [r, K]
+    As: Sequence[Tensor],  # each [r, K], in the dtype of x
     Bs: Sequence[Tensor],  # each [rows, r]
     rows: Rows,
     dropout_p: float,
     seeds: Sequence[Tensor],  # each [1]; none without dropout
-) -> tuple[Tensor, Tensor]:  # y [..., N], h [M, R] with R = Σ r
+    *,
+    save_h: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:  # y [..., N], h [M, R] with R = Σ r, or [0, R] unless it is saved
     """`y = x W^T + b + h B̃^T` in the rows of each adapter, and `h = drop(x) Ã^T`, all adapters side by side."""
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    plan = _plan(flat, weight, As, seeds, precision)
+    bias = None if bias is None else bias.to(x.dtype)
     if seeds:
         # A generator: each mask [M, K] is gone before the next is drawn.
         masks = (dropout_mask(flat, flat.shape, seed, dropout_p) for seed in seeds)
         h = torch.cat([drop(flat, mask, dropout_p) @ A.mT for A, mask in zip(As, masks, strict=True)], 1)  # [M, R]
-    else:
+    elif save_h or plan != "merge":
         h = flat @ _stack(As).mT  # [M, R]
-    if _rounds_twice(x):
-        wide = torch.cat([weight, _block_diagonal(Bs, rows, weight)], 1)  # [N, K + R]
+    else:
+        h = flat.new_empty(0, sum(len(A) for A in As))
+    if plan == "merge":
+        y = torch.nn.functional.linear(flat, _merged(weight, As, Bs, rows, x.dtype), bias)  # x (W + ΔW)^T + b
+    elif plan == "concat":
+        wide = torch.cat([weight.to(x.dtype), block_diagonal(Bs, [start for start, _ in rows], len(weight))], 1)
         y = torch.nn.functional.linear(torch.cat([flat, h], 1), wide, bias)  # [x | h] [W | B̃]^T + b
     else:
-        y = torch.nn.functional.linear(flat, weight, bias)  # [M, N]
+        y = torch.nn.functional.linear(flat, weight.to(x.dtype), bias)  # [M, N]
         for h_i, B, (start, stop) in zip(_split(h, As), Bs, rows, strict=True):
             y[:, start:stop].addmm_(h_i, B.mT)
-    return _unflatten(y, [*x.shape[:-1], weight.shape[0]]), h
+    return unflatten(y, [*x.shape[:-1], weight.shape[0]]), h if save_h else h.new_empty(0, h.shape[1])
 
 
 def packed_lora_linear_bwd(
@@ -72,6 +97,8 @@ def packed_lora_linear_bwd(
     dropout_p: float,
     seeds: Sequence[Tensor],  # each [1]
     needs: tuple[bool, bool, bool],
+    *,
+    precision: str,
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """`g = dY B̃`, `dX = dY W + m ∘ (g Ã)`, `dÃ = g^T drop(x)`, `dB̃ = dY^T h`; `needs` says which of dX, dÃ, dB̃."""
     needs_x, needs_A, needs_B = needs
@@ -82,34 +109,92 @@ def packed_lora_linear_bwd(
     dX = None
     if needs_B:
         dBs = [dY[:, start:stop].mT @ h_i for h_i, (start, stop) in zip(_split(h, As), rows, strict=True)]  # [rows, r]
-    if not (needs_x or needs_A):
-        return dX, dAs, dBs
+    plan = _plan(flat, weight, As, seeds, precision)
+    if needs_x and plan == "merge":
+        dX = dY @ _merged(weight, As, Bs, rows, x.dtype)  # dY (W + ΔW)
+    if not (needs_A or (needs_x and dX is None)):
+        return None if dX is None else dX.view(x.shape), dAs, dBs
     gs = [dY[:, start:stop] @ B for B, (start, stop) in zip(Bs, rows, strict=True)]  # each [M, r]
     if seeds:
-        dX = dY @ weight if needs_x else None
+        wide = (
+            torch.promote_types(x.dtype, torch.float32) if plan == "concat" else x.dtype
+        )  # summed before one rounding
+        dX = dY.to(wide) @ weight.to(x.dtype).to(wide) if needs_x else None
         for i, (A, g, seed) in enumerate(zip(As, gs, seeds, strict=True)):
             mask = dropout_mask(dY, flat.shape, seed, dropout_p)  # [M, K], drawn once for both gradients
             if needs_A:
                 dAs[i] = g.mT @ drop(flat, mask, dropout_p)
             if dX is not None:
-                dX += drop(g @ A, mask, dropout_p)
+                dX += drop(g.to(wide) @ A.to(wide), mask, dropout_p)
+        dX = None if dX is None else dX.to(x.dtype)
     else:
         g, A = torch.cat(gs, 1) if len(gs) > 1 else gs[0], _stack(As)  # [M, R], [R, K]
         if needs_A:
             dAs = list(torch.split(g.mT @ flat, [A_i.shape[0] for A_i in As]))
-        if needs_x and _rounds_twice(x):
-            dX = torch.cat([dY, g], 1) @ torch.cat([weight, A])  # [dY | g] [W ; Ã]
-        elif needs_x:
-            dX = torch.addmm(dY @ weight, g, A)
+        if needs_x and plan == "concat":
+            dX = torch.cat([dY, g], 1) @ torch.cat([weight.to(x.dtype), A])  # [dY | g] [W ; Ã]
+        elif needs_x and plan == "addmm":
+            dX = torch.addmm(dY @ weight.to(x.dtype), g, A)
     return None if dX is None else dX.view(x.shape), dAs, dBs
 
 
-def _rounds_twice(x: Tensor) -> bool:
-    """Whether adding to a finished product would lose a small adapter below half a unit in the last place."""
-    return x.dtype in (torch.bfloat16, torch.float16)
+def block_diagonal(
+    Bs: Sequence[Tensor],  # each [rows, r]
+    starts: Sequence[int],
+    N: int,
+) -> Tensor:  # [N, R]
+    """Each adapter's B̃ in its own rows and columns."""
+    if len(Bs) == 1 and len(Bs[0]) == N:
+        return Bs[0]
+    blocks = Bs[0].new_zeros(N, sum(B.shape[1] for B in Bs))
+    column = 0
+    for B, start in zip(Bs, starts, strict=True):
+        blocks[start : start + len(B), column : column + B.shape[1]] = B
+        column += B.shape[1]
+    return blocks
 
 
-def _unflatten(result: Tensor, shape: Sequence[int]) -> Tensor:
+def _plan(x: Tensor, weight: Tensor, As: Sequence[Tensor], seeds: Sequence[Tensor], precision: str) -> str:
+    rank = max(len(A) for A in As)
+    problem = plans.problem(
+        x, weight, backend="torch", rank=rank, adapters=len(As), dtype=x.dtype, dropout=len(seeds) > 0
+    )
+    return plans.choose(problem, precision).name
+
+
+def _merged(
+    weight: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], rows: Rows, dtype: torch.dtype
+) -> Tensor:  # [N, K]
+    """`W + B̃ Ã` in the rows of each adapter, added in float32 or wider and rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.to(wide, copy=True)
+    for A, B, (start, stop) in zip(As, Bs, rows, strict=True):
+        merged[start:stop].addmm_(B.to(wide), A.to(wide))
+    return merged.to(dtype)
+
+
+def _projected(factor: Tensor, basis: Tensor | None, kind: str) -> Tensor:
+    """`factor P` in float32, or float64 when the factor is, with 4·r·d·k operations and no [d, d] product.
+
+    Where torch is allowed TF32, these products use it.
+    """
+    factor = factor.to(torch.promote_types(factor.dtype, torch.float32))
+    if basis is None:
+        return factor
+    rows = factor.reshape(-1, factor.shape[-1])  # [R, d]
+    basis = basis.to(factor.dtype)
+    coordinates = rows @ basis  # [R, k]
+    if kind == "complement":
+        return unflatten(coordinates @ basis.mT, factor.shape)
+    return unflatten(torch.addmm(rows, coordinates, basis.mT, alpha=-1), factor.shape)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, but not to its own: torch.compile of torch 2.11 loses the gradient of such an output."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def unflatten(result: Tensor, shape: Sequence[int]) -> Tensor:
     """`result.view(shape)`, but no view to autograd, which forbids writing to one that a custom Function returns."""
     return torch.ops.aten._unsafe_view(result, list(shape))
 
@@ -120,15 +205,3 @@ def _stack(As: Sequence[Tensor]) -> Tensor:
 
 def _split(h: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch.split(h, [A.shape[0] for A in As], 1)  # each [M, r]
-
-
-def _block_diagonal(Bs: Sequence[Tensor], rows: Rows, weight: Tensor) -> Tensor:
-    """Each adapter's B̃ in its own rows and columns of [N, R]."""
-    if len(Bs) == 1 and Bs[0].shape[0] == weight.shape[0]:
-        return Bs[0]
-    blocks = weight.new_zeros(weight.shape[0], sum(B.shape[1] for B in Bs))
-    column = 0
-    for B, (start, stop) in zip(Bs, rows, strict=True):
-        blocks[start:stop, column : column + B.shape[1]] = B
-        column += B.shape[1]
-    return blocks

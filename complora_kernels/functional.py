@@ -13,10 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from complora_kernels import backends, reference
+from complora_kernels import backends, ops, reference
 from complora_kernels.autograd import FoldFactorsFunction, PackedLoRALinearFunction, ProjectComplementFunction
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed
+from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["complora_linear", "fold_factors", "lora_linear", "packed_lora_linear", "project_complement"]
 
@@ -36,10 +39,11 @@ def project_complement(
     Raises:
         ValueError: shapes that do not fit, columns that are not orthonormal, or an unknown `basis_kind`.
     """
-    _check_basis(basis, basis_kind, factor.shape[-1], "basis")
-    if backends.resolve(backend) == "reference":
+    _check_basis(basis, basis_kind, factor.shape[-1], "basis", factor.device)
+    name = backends.resolve(backend, "project_complement", lambda name: _unserved(name, "factor", [factor], [basis]))
+    if name == "reference":
         return reference.project_complement(factor, basis, basis_kind=basis_kind)
-    return ProjectComplementFunction.apply(factor, basis, basis_kind)
+    return ProjectComplementFunction.apply(factor, basis, basis_kind, name)
 
 
 def fold_factors(
@@ -58,7 +62,7 @@ def fold_factors(
 
     One autograd node for the whole list. Projections run in float32, or float64 when the factors are; `dtype` is what
     the results are cast to afterwards, None keeps that of the factors. Pass the scaling here or to `lora_linear`, not
-    to both.
+    to both. The results are not to be written to: they may be parts of one tensor.
 
     Raises:
         ValueError: lists of different lengths, shapes that do not fit, columns that are not orthonormal, or an unknown
@@ -74,9 +78,13 @@ def fold_factors(
         lora_As, lora_Bs, output_bases, input_bases, output_kinds, input_kinds, strict=True
     ):
         _check_factors(A, B, "lora_A", "lora_B")
-        _check_basis(output_basis, output_kind, B.shape[0], "output_basis")
-        _check_basis(input_basis, input_kind, A.shape[1], "input_basis")
-    if backends.resolve(backend) == "reference":
+        _check_basis(output_basis, output_kind, B.shape[0], "output_basis", B.device)
+        _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
+    factors, bases = [*lora_As, *lora_Bs], [*input_bases, *output_bases]
+    name = backends.resolve(
+        backend, "fold_factors", lambda name: _unserved(name, "lora_As, lora_Bs", factors, bases, dtype)
+    )
+    if name == "reference":
         return reference.fold_factors(
             lora_As,
             lora_Bs,
@@ -88,7 +96,7 @@ def fold_factors(
             dtype=dtype,
         )
     folded = FoldFactorsFunction.apply(
-        input_bases, input_kinds, output_bases, output_kinds, scaling, dtype, *lora_As, *lora_Bs
+        input_bases, input_kinds, output_bases, output_kinds, scaling, dtype, name, *factors
     )
     return list(folded[:layers]), list(folded[layers:])
 
@@ -103,6 +111,7 @@ def packed_lora_linear(
     *,
     dropout_p: float = 0.0,
     training: bool = True,
+    precision: str = "exact",
     backend: str | None = None,
 ) -> Tensor:  # [..., out]
     """One product with several adapters: `y = x W^T + b`, plus `(drop(x) Ã_i^T) B̃_i^T` in the rows of adapter i.
@@ -120,6 +129,8 @@ def packed_lora_linear(
     _check_base(x, weight, bias)
     for A, B, (start, stop) in zip(folded_As, folded_Bs, rows, strict=True):
         _check_factors(A, B, "folded_A", "folded_B")
+        _check_device(A, "folded_A", x.device)
+        _check_device(B, "folded_B", x.device)
         if not (0 <= start <= stop <= weight.shape[0]) or (B.shape[0], A.shape[1]) != (stop - start, weight.shape[1]):
             raise ValueError(
                 f"folded_A {tuple(A.shape)}, folded_B {tuple(B.shape)} and rows ({start}, {stop}) do not fit a weight "
@@ -128,17 +139,29 @@ def packed_lora_linear(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
 
+    if precision not in ("exact", "fast"):
+        raise ValueError(f"precision={precision!r}, expected 'exact' or 'fast'")
+
     dtype = compute_dtype(x)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    x = x.to(dtype)
     As, Bs = [A.to(dtype) for A in folded_As], [B.to(dtype) for B in folded_Bs]
-    seeds = [dropout_seed(x) for _ in rows] if training and dropout_p > 0 else []
-    if backends.resolve(backend) == "reference":
+    name = backends.resolve(backend, "packed_lora_linear", lambda name: _unserved_rows(name, x, As, rows, len(weight)))
+    dropping = training and dropout_p > 0
+    if name == "triton":
+        seeds = [ops.philox_seed(x)] if dropping else []
+    else:
+        seeds = [dropout_seed(x) for _ in rows] if dropping else []
+    if name == "reference":
         masks = [
             drop(torch.ones_like(x), dropout_mask(x, x.shape, seed, dropout_p), dropout_p) for seed in seeds
         ] or None
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         return reference.packed_lora_linear(x, weight, bias, As, Bs, rows, dropout_masks=masks)
-    return PackedLoRALinearFunction.apply(x, weight, bias, tuple(rows), dropout_p, *seeds, *As, *Bs)
+    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
+    dropout_p = dropout_p if dropping else 0.0
+    return PackedLoRALinearFunction.apply(
+        x, weight, bias, tuple(rows), dropout_p, save_h, precision, name, *seeds, *As, *Bs
+    )
 
 
 def lora_linear(
@@ -151,6 +174,7 @@ def lora_linear(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
+    precision: str = "exact",
     backend: str | None = None,
 ) -> Tensor:  # [..., out]
     """`y = x W^T + b + scaling · (drop(x) Ã^T) B̃^T`: a frozen linear layer with a LoRA update (Hu et al., 2106.09685).
@@ -162,17 +186,28 @@ def lora_linear(
 
     Of the activations, x and h [M, r] are saved. With `training` and `dropout_p` > 0 the mask m is drawn from the
     default generator of x's device and drawn again in the backward pass. In half precision the rank-r term is added
-    before the one rounding of y.
+    before the one rounding of y; `precision="fast"` allows plans that round twice (`plans`), which lose most of an
+    update below half a unit in the last place of y.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a weight or bias that requires a gradient, or dropout_p outside
-            [0, 1).
+        ValueError: shapes, dtypes or devices that do not fit, a weight or bias that requires a gradient, dropout_p
+            outside [0, 1), or another precision.
+        RuntimeError: a backend that was asked for by name does not serve the arguments.
     """
     _check_fits(folded_A, folded_B, weight, "folded_A", "folded_B")
     scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
     rows = [(0, weight.shape[0])]
     return packed_lora_linear(
-        x, weight, bias, [folded_A], [scaled_B], rows, dropout_p=dropout_p, training=training, backend=backend
+        x,
+        weight,
+        bias,
+        [folded_A],
+        [scaled_B],
+        rows,
+        dropout_p=dropout_p,
+        training=training,
+        precision=precision,
+        backend=backend,
     )
 
 
@@ -190,6 +225,7 @@ def complora_linear(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
+    precision: str = "exact",
     backend: str | None = None,
 ) -> Tensor:  # [..., out]
     """`y = x W^T + b + scaling · (drop(x) (A P_in)^T) (P_out B)^T`: a Comp-LoRA layer (arXiv 2501.15040).
@@ -216,7 +252,17 @@ def complora_linear(
         dtype=compute_dtype(x),
         backend=backend,
     )
-    return lora_linear(x, weight, bias, folded_A, scaled_B, dropout_p=dropout_p, training=training, backend=backend)
+    return lora_linear(
+        x,
+        weight,
+        bias,
+        folded_A,
+        scaled_B,
+        dropout_p=dropout_p,
+        training=training,
+        precision=precision,
+        backend=backend,
+    )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -229,6 +275,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}, expected [..., in] and [out, in]")
+    if weight.shape[1] == 0:
+        raise ValueError(f"weight {tuple(weight.shape)}, expected [out, in] with in >= 1")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)}, expected [out] with out={weight.shape[0]}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -236,6 +284,7 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen {name}: it gets no gradient here")
+        _check_device(tensor, name, x.device)
         if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}, outside autocast")
 
@@ -255,13 +304,64 @@ def _check_fits(A: Tensor, B: Tensor, weight: Tensor, name_A: str, name_B: str) 
         )
 
 
-def _check_basis(basis: Tensor | None, kind: str, d: int, name: str) -> None:
+def _unserved(
+    backend: str,
+    name: str,
+    tensors: Sequence[Tensor],
+    bases: Sequence[Tensor | None] = (),
+    dtype: torch.dtype | None = None,
+) -> str | None:
+    """Why the kernels of a backend do not serve these arguments, or None. The other backends serve all."""
+    if backend != "triton":
+        return None
+    device = "cpu" if backends.interpreted() else "cuda"
+    for tensor in tensors:
+        if tensor.device.type != device:
+            return f"{name}: on {tensor.device}, the kernels run on {device} devices"
+        if tensor.device != tensors[0].device:
+            return f"{name}: on {tensor.device} and {tensors[0].device}, one launch runs on one device"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"{name}: dtype {tensor.dtype}, the kernels serve {', '.join(map(str, KERNEL_DTYPES))}"
+    if device == "cuda" and (reason := backends.too_old(tensors[0].device.index)) is not None:
+        return reason
+    if dtype is not None and dtype not in KERNEL_DTYPES:
+        return f"dtype={dtype}, the kernels serve {', '.join(map(str, KERNEL_DTYPES))}"
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        return f"{name}: several dtypes, the kernels serve one"
+    for basis in bases:
+        if basis is not None and basis.dtype != torch.float32:
+            return f"a basis has dtype {basis.dtype}, the kernels serve torch.float32"
+    return None
+
+
+def _unserved_rows(
+    backend: str, x: Tensor, folded_As: Sequence[Tensor], rows: Sequence[tuple[int, int]], N: int
+) -> str | None:
+    """As `_unserved`, of a product and its adapters."""
+    reason = _unserved(backend, "x", [x])
+    if reason is not None or backend != "triton":
+        return reason
+    ranks = [len(A) for A in folded_As]
+    if len(set(ranks)) > 1:
+        return f"the adapters have ranks {ranks}, the kernels serve equal ones"
+    if row_blocks(rows, N) is None:
+        return f"rows={list(rows)} are not distinct ones of at most {MAX_BLOCKS} equal blocks of the weight's rows"
+    return None
+
+
+def _check_device(tensor: Tensor, name: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def _check_basis(basis: Tensor | None, kind: str, d: int, name: str, device: torch.device) -> None:
     if kind not in ("principal", "complement"):
         raise ValueError(f"{name}_kind={kind!r}, expected 'principal' or 'complement'")
     if basis is None:
         return
     if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
         raise ValueError(f"{name} has shape {tuple(basis.shape)}, expected [{d}, k] with k <= {d}")
+    _check_device(basis, name, device)
     if not basis.is_floating_point():
         raise ValueError(f"{name} has dtype {basis.dtype}, expected a floating-point one")
     check_orthonormal(basis, name)

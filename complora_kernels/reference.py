@@ -111,5 +111,34 @@ def complora_linear(
     return lora_linear(x, weight, bias, folded_A, folded_B, dropout_mask=dropout_mask)
 
 
+def keep_mask(
+    seed: int,
+    adapter: int,
+    shape: tuple[int, int],
+    p: float,
+) -> Tensor:  # [M, K], bool; True is kept
+    """The dropout mask that the Triton kernels draw for one adapter, and `kernels.dropout` describes."""
+    M, K = shape
+    bits = 8 if (256 * p).is_integer() else 16
+    lanes = 32 // bits  # of a word
+    column, row = torch.arange(-(-K // (4 * lanes))).expand(M, -1), torch.arange(M).unsqueeze(1)
+    counter = [column, row.expand_as(column), torch.full_like(column, adapter), torch.zeros_like(column)]
+    words = torch.stack(philox4x32(counter, seed, rounds=7), -1).flatten(1)  # [M, 4 · columns]
+    values = (words.unsqueeze(-1) >> (bits * torch.arange(lanes))) & (2**bits - 1)
+    return values.flatten(1)[:, :K] >= min(round(p * 2**bits), 2**bits - 1)
+
+
+def philox4x32(counter: Sequence[Tensor], key: int, rounds: int) -> list[Tensor]:
+    """Philox4x32 (Salmon et al., SC 2011): four 32-bit words in int64 tensors, under a 64-bit key."""
+    low = 2**32 - 1
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & low, (key >> 32) & low
+    for _ in range(rounds):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits, of which `>>` and `& low` take the halves
+        c0, c1, c2, c3 = (second >> 32 & low) ^ c1 ^ k0, second & low, (first >> 32 & low) ^ c3 ^ k1, first & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [c0, c1, c2, c3]
+
+
 def _wide(factor: Tensor) -> Tensor:
     return factor.to(torch.promote_types(factor.dtype, torch.float32))

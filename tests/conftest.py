@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from triton_device import HOW
 
 from complora_kernels import subspace
 
 # Read when cuBLAS is first used: with it, products on a GPU are allowed in torch's deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# No file is there: the shipped plans run, not those that somebody measured on this machine.
+os.environ["COMPLORA_PLANS"] = str(Path(__file__).with_name("plans.json"))
+
+
+def pytest_report_header() -> str:
+    return f"Triton kernels: {HOW}"
 
 
 @pytest.fixture(autouse=True, scope="session")

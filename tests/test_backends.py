@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+import torch
 
-from complora_kernels import backends
+from complora_kernels import backends, plans
+from complora_kernels.backends.__main__ import main
 
 
 @pytest.fixture(autouse=True)
-def unset_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, where nothing was asked for and nothing said."""
     monkeypatch.delenv("COMPLORA_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_gpu_unavailable", lambda: "there is no GPU")
+    monkeypatch.setattr(backends, "_said", set())
+
+
+@pytest.fixture
+def gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a GPU."""
+    monkeypatch.setattr(backends, "_gpu_unavailable", lambda: None)
+
+
+def serves_all_but(*names: str) -> Callable[[str], str | None]:
+    return lambda name: f"{name} has no thumbs" if name in names else None
 
 
 @pytest.fixture
@@ -42,10 +60,10 @@ def test_environment_chooses_and_the_argument_wins(monkeypatch):
 
 
 def test_unknown_name_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"^backend='cuda', expected one of auto, torch, reference$"):
+    with pytest.raises(ValueError, match=r"^backend='cuda', expected one of auto, triton, torch, reference$"):
         backends.resolve("cuda")
     monkeypatch.setenv("COMPLORA_BACKEND", "tritn")
-    with pytest.raises(ValueError, match=r"^COMPLORA_BACKEND='tritn', expected one of auto, torch, reference$"):
+    with pytest.raises(ValueError, match=r"^COMPLORA_BACKEND='tritn', expected one of auto, triton, torch, reference$"):
         backends.resolve()
 
 
@@ -58,19 +76,110 @@ def test_forced_where_it_cannot_run_is_an_error_with_the_reason(monkeypatch):
         backends.resolve()
 
 
+@pytest.mark.usefixtures("gpu")
+def test_kernels_come_first_where_there_is_a_gpu():
+    assert backends.resolve() == backends.resolve("triton") == "triton"
+
+
+def test_kernels_without_a_gpu_are_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match=r"^backend='triton' cannot run here: there is no GPU$"):
+        backends.resolve("triton")
+
+
+def test_interpreted_kernels_run_when_they_are_asked_for_by_name_alone(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.resolve() == backends.resolve("auto") == "torch"
+    assert backends.resolve("triton") == "triton"
+    monkeypatch.setenv("COMPLORA_BACKEND", "triton")
+    assert backends.resolve() == "triton"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_without_triton_are_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(backends, "_missing", lambda package: package == "triton")
+    assert backends.resolve() == "torch"
+    for variable in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", variable)
+        with pytest.raises(RuntimeError, match=r"^backend='triton' cannot run here: triton is not installed$"):
+            backends.resolve("triton")
+
+
+@pytest.mark.parametrize(
+    ("available", "hip", "capability", "reason"),
+    [
+        (False, None, (9, 0), "there is no CUDA GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"),
+        (True, "6.2", (9, 4), "there is no CUDA GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"),
+        (True, None, (7, 5), "the GPU has compute capability 7.5, expected at least 8.0"),
+        (True, None, (8, 0), None),
+        (True, None, (10, 0), None),
+    ],
+)
+def test_gpus_that_the_kernels_run_on(available, hip, capability, reason, monkeypatch):
+    monkeypatch.undo()  # the fixtures' GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    backends.too_old.cache_clear()
+    assert backends._gpu_unavailable.__wrapped__() == reason
+
+
+@pytest.mark.usefixtures("gpu")
+def test_default_passes_over_what_does_not_serve_the_arguments_and_says_so_once(caplog):
+    for _ in range(2):
+        assert backends.resolve("auto", "juggle", serves_all_but("triton")) == "torch"
+        assert backends.resolve(None, "juggle", serves_all_but()) == "triton"
+    message = "juggle does not run on the triton backend: triton has no thumbs"
+    assert caplog.record_tuples == [("complora_kernels", logging.WARNING, message)]
+    caplog.clear()
+    assert backends.resolve(None, "fold", serves_all_but("triton")) == "torch"  # another operation is news
+    assert caplog.messages == ["fold does not run on the triton backend: triton has no thumbs"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_forced_where_it_does_not_serve_the_arguments_is_an_error_with_the_reason(monkeypatch, caplog):
+    with pytest.raises(RuntimeError, match=r"^backend='triton' does not serve juggle: triton has no thumbs$"):
+        backends.resolve("triton", "juggle", serves_all_but("triton"))
+    monkeypatch.setenv("COMPLORA_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"^COMPLORA_BACKEND='triton' does not serve juggle: triton has no thumbs$"):
+        backends.resolve(None, "juggle", serves_all_but("triton"))
+    assert backends.resolve("torch", "juggle", serves_all_but("triton")) == "torch"
+    assert not caplog.messages
+
+
+def table(output: str) -> dict[str, str]:
+    """What follows each name, up to the column of purposes; the plans follow after a blank line."""
+    rows, chosen = output.split("\n\n")
+    assert chosen.splitlines() == ["plans", *plans.describe()]
+    return {row.split()[0]: row[11:].split("  ")[0] for row in rows.splitlines()}
+
+
 @pytest.mark.usefixtures("broken_backend")
 def test_table(capsys, monkeypatch):
     monkeypatch.setenv("COMPLORA_BACKEND", "reference")
-    backends.main()
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert {name: rest.split("  ")[0] for name, rest in lines} == {
+    main()
+    assert table(capsys.readouterr().out) == {
+        "triton": "unavailable",
         "torch": "available",
         "reference": "in use",
-        "abacus": "unavailable: there are no beads beads on wires",
+        "abacus": "unavailable",
     }
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    main()
+    assert table(capsys.readouterr().out)["triton"] == "available by name"
+
+
+@pytest.mark.usefixtures("broken_backend")
+def test_table_of_a_backend_that_cannot_be_had(capsys, monkeypatch):
+    monkeypatch.setenv("COMPLORA_BACKEND", "abacus")
+    with pytest.raises(SystemExit, match="COMPLORA_BACKEND='abacus' cannot run here: there are no beads"):
+        main()
+    output = capsys.readouterr().out
+    assert "in use" not in table(output).values()
+    assert "beads on wires: there are no beads" in output
 
 
 def test_table_from_the_command_line():
     command = [sys.executable, "-m", "complora_kernels.backends"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [line.split()[0] for line in result.stdout.splitlines()] == list(backends.BACKENDS)
+    assert list(table(result.stdout)) == list(backends.BACKENDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from numerics import random_basis
+from test_dropout import SIGMAS, assert_unrelated
 from torch import Tensor
 
 from complora_kernels import reference
@@ -98,3 +99,62 @@ def test_projection_is_float32_for_half_precision_factors_and_under_autocast():
     assert torch.equal(
         reference.project_complement(half, basis), reference.project_complement(half.float(), basis).bfloat16()
     )
+
+
+ZEROS, ONES = "00000000 " * 4, "ffffffff " * 4
+PI = "243f6a88 85a308d3 13198a2e 03707344"  # and the key a4093822 299f31d0, the digits of π that follow
+
+
+@pytest.mark.parametrize(
+    ("rounds", "counter", "key", "expected"),
+    [
+        (7, ZEROS, 0, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        (7, ONES, 2**64 - 1, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        (10, ZEROS, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (10, ONES, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (10, PI, 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox4x32_gives_the_known_answers_of_random123(rounds, counter, key, expected):
+    words = reference.philox4x32([torch.tensor(int(word, 16)) for word in counter.split()], key, rounds)
+    assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+SEED = 2**62 + 12345  # above 32 bits
+
+
+@pytest.mark.parametrize("p", [2**-16, 0.01, 0.1, 0.25, 0.5, 0.9, 0.999])
+def test_keep_mask_rate(p):
+    keep = reference.keep_mask(SEED, 0, (1000, 77), p).double()
+    deviation = SIGMAS * (p * (1 - p) / keep.numel()) ** 0.5
+    assert keep.mean().item() == pytest.approx(1 - p, abs=deviation + 2**-17)  # p itself is rounded to 2^-16
+    # Nor does a row or a column have a rate of its own: χ² / n, with room for small p
+    if p >= 0.1:
+        for dim in (0, 1):
+            size = keep.shape[dim]
+            spread = (keep.sum(dim) - size * (1 - p)).square().mean().item() / (size * p * (1 - p))
+            assert spread == pytest.approx(1, abs=SIGMAS * (2 * keep.shape[dim] / keep.numel()) ** 0.5 + 0.1)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+def test_keep_masks_of_adapters_and_seeds_are_unrelated(p):
+    shape = (1000, 77)
+    masks = [reference.keep_mask(SEED, adapter, shape, p) for adapter in range(3)]
+    masks += [reference.keep_mask(seed, 0, shape, p) for seed in (SEED + 1, SEED + 2**32, 0, 2**63 - 1)]
+    for i, first in enumerate(masks):
+        for second in masks[:i]:
+            assert_unrelated(first, second, p)
+    for mask in masks[:2]:  # nor is one, or another, moved by a few lanes, words, rows
+        for shift in (1, 4, 8, 16, 77, 80):
+            assert_unrelated(mask.flatten()[shift:], masks[0].flatten()[:-shift], p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25])
+def test_keep_mask_of_a_part_is_a_part_of_the_mask(p):
+    whole = reference.keep_mask(SEED, 1, (50, 77), p)
+    assert torch.equal(reference.keep_mask(SEED, 1, (31, 33), p), whole[:31, :33])
+
+
+def test_keep_mask_close_to_zero_and_one():
+    assert reference.keep_mask(SEED, 0, (100, 64), 1e-9).all()
+    assert reference.keep_mask(SEED, 0, (100, 64), 1 - 2**-53).double().mean() <= 10 * 2**-16  # expected: 2^-16

@@ -1,0 +1,83 @@
+"""What all launches share: how operands are laid out, which chip they run on, and what the interpreter needs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from complora_kernels.kernels.dropout import keep_mask
+
+# Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were first imported). It cannot multiply
+# bfloat16 and truncates float32 to bfloat16, so there the kernels compute in float32 and torch rounds what they store.
+INTERPRETED = not isinstance(keep_mask, triton.JITFunction)
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether kernels must widen operands of this dtype."""
+    return INTERPRETED and dtype.itemsize == 2
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for what a kernel stores, to be handed to `rounded` afterwards."""
+    return torch.empty(shape, dtype=torch.float32 if upcast(dtype) else dtype, device=device)
+
+
+def rounded(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a kernel stored, in the dtype that was asked for; on a GPU it is in that dtype already."""
+    return stored.to(dtype)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """TF32 for float32 products only where torch itself would use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one contiguous tensor; without a copy where they lie one after the other."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.contiguous().unsqueeze(0)
+    neighbours = (
+        t.is_contiguous()
+        and t.data_ptr() == first.data_ptr() + i * first.nbytes
+        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for i, t in enumerate(tensors)
+    )
+    if all(neighbours):
+        return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack(list(tensors))
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether its rows, or its columns, are contiguous and start on 16 bytes: loads then take 16 bytes at a time."""
+    step, row = sorted(matrix.stride())
+    return step == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+@functools.lru_cache
+def capability(index: int) -> int:
+    """The chip of a CUDA device: 90 for compute capability 9.0."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def chip(device: torch.device) -> int:
+    """The chip that tiles are chosen for; 0 in the interpreter, where small tiles reach all the edges."""
+    if INTERPRETED:
+        return 0
+    return capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device: makes that the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The next power of two, between two of them."""
+    return min(max(triton.next_power_of_2(n), low), high)

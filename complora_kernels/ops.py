@@ -1,0 +1,315 @@
+"""The triton backend: operations registered with their fakes, each by the plan of its problem.
+
+Each computes what its namesake in `eager` does. torch.compile takes them as they are; the autograd Functions outside
+say what is saved. Plans other than `fused` leave the large products to torch. The first call imports Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from complora_kernels import plans
+from complora_kernels.eager import Rows, block_diagonal, unflatten
+from complora_kernels.kernels.blocks import Blocks, row_blocks
+
+_LIBRARY = torch.library.Library("complora", "FRAGMENT")
+_LIBRARY.define("philox_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_LIBRARY.define(
+    "packed_lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] As, Tensor[] Bs, int[] starts, "
+    "float dropout_p, Tensor? seed, bool save_h, str precision) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "packed_lora_linear_bwd(Tensor dY, Tensor x, Tensor h, Tensor weight, Tensor[] As, Tensor[] Bs, int[] starts, "
+    "float dropout_p, Tensor? seed, bool[] needs, str precision) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "fold_factors(Tensor[] factors, Tensor?[] bases, bool[] complement, bool[] output_side, float scaling, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+def philox_seed(
+    x: Tensor,  # [..., K]
+) -> Tensor:  # [1], int64, on the device of x
+    """A fresh key for the kernels' dropout masks, from the default generator of `x`'s device.
+
+    It stays on the device: nothing waits for it, and a CUDA graph that draws it draws another one at each replay.
+    """
+    return torch.ops.complora.philox_seed(x)
+
+
+def packed_lora_linear_fwd(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K], as it is kept: under autocast in a wider dtype than x
+    bias: Tensor | None,  # [N]
+    As: Sequence[Tensor],  # each [r, K], in the dtype of x
+    Bs: Sequence[Tensor],  # each [D, r]
+    rows: Rows,
+    dropout_p: float,
+    seeds: Sequence[Tensor],  # one [1], or none without dropout
+    *,
+    save_h: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:  # y [..., N], h [M, P r], or [0, P r] unless it is saved
+    """`y = x W^T + b + h_p B̃_p^T` in the rows of adapter p, and `h_p = drop_p(x) Ã_p^T`."""
+    starts, seed = [start for start, _ in rows], seeds[0] if seeds else None
+    return torch.ops.complora.packed_lora_linear_fwd(
+        x, weight, bias, As, Bs, starts, dropout_p, seed, save_h, precision
+    )
+
+
+def packed_lora_linear_bwd(
+    dY: Tensor,  # [..., N]
+    x: Tensor,  # [..., K]
+    h: Tensor,  # [M, P r]
+    weight: Tensor,  # [N, K]
+    As: Sequence[Tensor],  # each [r, K]
+    Bs: Sequence[Tensor],  # each [D, r]
+    rows: Rows,
+    dropout_p: float,
+    seeds: Sequence[Tensor],
+    needs: tuple[bool, bool, bool],
+    *,
+    precision: str,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """`g_p = dY_p B̃_p`, `dX = dY W + Σ_p m_p ∘ (g_p Ã_p)`, `dÃ_p = g_p^T drop_p(x)`, `dB̃_p = dY_p^T h_p`.
+
+    `needs` says which of dX, dÃ, dB̃ are computed.
+    """
+    starts, seed = [start for start, _ in rows], seeds[0] if seeds else None
+    dX, dA, dB = torch.ops.complora.packed_lora_linear_bwd(
+        dY, x, h, weight, As, Bs, starts, dropout_p, seed, needs, precision
+    )
+    needs_x, needs_A, needs_B = needs
+    nothing: list[Tensor | None] = [None] * len(As)
+    return dX if needs_x else None, dA.unbind() if needs_A else nothing, dB.unbind() if needs_B else nothing
+
+
+def project_complement(
+    factor: Tensor,  # [..., d]
+    basis: Tensor,  # [d, k]
+    basis_kind: str,
+) -> Tensor:
+    """`factor (I - U U^T)` or `factor U U^T`, in float32."""
+    rows = factor.reshape(-1, factor.shape[-1])  # [R, d]
+    (projected,) = fold_factors([rows], [basis], [basis_kind], [False], 1.0, [factor.dtype])
+    return unflatten(projected, factor.shape)
+
+
+def fold_factors(
+    factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]; all of one dtype
+    bases: Sequence[Tensor | None],  # each [d, k], float32
+    kinds: Sequence[str],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtypes: Sequence[torch.dtype],  # all the same
+) -> list[Tensor]:  # in the shapes of the factors, parts of one tensor
+    """`A P_in` and, of the output side, `scaling · P_out B`: all factors of all layers in one launch."""
+    complement = [kind == "complement" for kind in kinds]
+    flat = torch.ops.complora.fold_factors(factors, bases, complement, output_side, scaling, dtypes[0])
+    return _parts(flat, factors)
+
+
+def fold_factors_bwd(
+    grads: Sequence[Tensor],  # as the factors
+    bases: Sequence[Tensor | None],
+    kinds: Sequence[str],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:
+    """The same projections of the gradients, which are gathered first.
+
+    Factors and bases stay where they are and gradients do not: gathered, they too lie at known distances.
+    """
+    gathered = _parts(torch.cat([grad.reshape(-1) for grad in grads]), grads)
+    return fold_factors(gathered, bases, kinds, output_side, scaling, dtypes)
+
+
+def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _draw_seed(x: Tensor) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+def _blocks(weight: Tensor, Bs: Sequence[Tensor], starts: Sequence[int]) -> Blocks:
+    blocks = row_blocks([(start, start + len(B)) for start, B in zip(starts, Bs, strict=True)], len(weight))
+    assert blocks is not None  # `functional` sends nothing else here
+    return blocks
+
+
+def _plan(x: Tensor, weight: Tensor, As: Sequence[Tensor], dropout_p: float, precision: str) -> plans.Plan:
+    from complora_kernels.kernels import linear
+
+    problem = plans.problem(
+        x, weight, backend="triton", rank=len(As[0]), adapters=len(As), dtype=x.dtype, dropout=dropout_p > 0
+    )
+    plan = plans.choose(problem, precision)
+    if plan.h == "inside" and not linear.fits_inside(len(As[0]), x.dtype, dropout_p):
+        return plan._replace(h="given")
+    return plan
+
+
+def _packed_lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    save_h: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    from complora_kernels.kernels import factors, launch, linear
+
+    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    A, B = launch.stacked(As), launch.stacked(Bs)  # [P, r, K], [P, D, r]
+    R = A.shape[0] * A.shape[1]
+    blocks = _blocks(weight, Bs, starts)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    plan = _plan(flat, weight, As, dropout_p, precision)
+    h = flat.new_empty(0, R)
+    if plan.name == "merge":
+        merged = factors.merge_weight(weight, A, B, blocks, x.dtype)
+        y = F.linear(flat, merged, bias)  # x (W + ΔW)^T + b
+        h = linear.packed_lora_linear_h(flat, A, 0.0, None) if save_h else h
+    elif plan.name == "concat":
+        xh = linear.packed_lora_linear_h(flat, A, dropout_p, seed, beside_x=True)  # [M, K + R]
+        wide = torch.cat([weight.to(x.dtype), block_diagonal(Bs, starts, len(weight))], 1)  # [N, K + R]
+        wide = F.pad(wide, (0, -wide.shape[1] % 8))[:, : wide.shape[1]]  # rows start on 16 bytes, as those of xh
+        y = F.linear(xh, wide, bias)  # [x | h] [W | B̃]^T + b
+        h = xh[:, -R:].contiguous() if save_h else h
+    elif plan.name == "addmm":
+        h = linear.packed_lora_linear_h(flat, A, dropout_p, seed)
+        y = F.linear(flat, weight.to(x.dtype), bias)
+        for h_p, B_p, start in zip(h.split(A.shape[1], 1), Bs, starts, strict=True):
+            y[:, start : start + len(B_p)].addmm_(h_p, B_p.mT)
+    else:
+        given = None if plan.h == "inside" else linear.packed_lora_linear_h(flat, A, dropout_p, seed)
+        y, h = linear.packed_lora_linear_fwd(
+            flat, weight.to(x.dtype), bias, A, B, given, blocks, dropout_p, seed, store_h=save_h, tiles=plan.tiles
+        )
+    return unflatten(y, [*x.shape[:-1], len(weight)]), h if save_h else h.new_empty(0, R)
+
+
+def _packed_lora_linear_bwd(
+    dY: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from complora_kernels.kernels import factors, launch, linear, reductions
+
+    needs_x, needs_A, needs_B = needs
+    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    dY = dY.reshape(-1, len(weight))  # [M, N]
+    A, B = launch.stacked(As), launch.stacked(Bs)  # [P, r, K], [P, D, r]
+    blocks = _blocks(weight, Bs, starts)
+    plan = _plan(flat, weight, As, dropout_p, precision)
+    product = weight.to(x.dtype) if needs_x and plan.name != "merge" else weight
+    dX, dA = x.new_empty(0), x.new_empty(0)
+    if needs_x and plan.name == "fused" and plan.h == "inside":
+        dX, g = linear.packed_lora_linear_dx(dY, product, A, B, None, blocks, dropout_p, seed, tiles=plan.tiles)
+        _, dB = reductions.packed_lora_linear_db(dY, h, B, blocks, compute_g=False, compute_dB=needs_B)
+    else:
+        g, dB = reductions.packed_lora_linear_db(dY, h, B, blocks, compute_g=needs_x or needs_A, compute_dB=needs_B)
+        if needs_x and plan.name == "merge":
+            dX = dY @ factors.merge_weight(weight, A, B, blocks, x.dtype)  # dY (W + ΔW)
+        elif needs_x and plan.name == "concat" and dropout_p == 0:
+            dX = torch.cat([dY, g], 1) @ torch.cat([product, *As])  # [dY | g] [W ; Ã]
+        elif needs_x and plan.name == "addmm" and dropout_p == 0:
+            dX = torch.addmm(dY @ product, g, torch.cat(list(As)))  # dY W, then + g Ã
+        elif needs_x:  # with dropout a mask stands between g Ã and the sum, whatever the plan
+            dX, _ = linear.packed_lora_linear_dx(dY, product, A, B, g, blocks, dropout_p, seed, tiles=plan.tiles)
+    if needs_A:
+        dA = reductions.packed_lora_linear_da(flat, g, len(As), dropout_p, seed)
+    return unflatten(dX, x.shape) if needs_x else dX, dA, dB
+
+
+def _fold_factors(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    from complora_kernels.kernels.factors import fold_factors
+
+    return fold_factors(factors, bases, complement, output_side, scaling, dtype)
+
+
+def _seed_shape(x: Tensor) -> Tensor:
+    return x.new_empty((1,), dtype=torch.int64)
+
+
+def _packed_lora_linear_fwd_shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    save_h: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    M, R = math.prod(x.shape[:-1]), sum(len(A) for A in As)
+    return x.new_empty((*x.shape[:-1], len(weight))), x.new_empty((M if save_h else 0, R))
+
+
+def _packed_lora_linear_bwd_shape(
+    dY: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape, (len(As), *As[0].shape), (len(Bs), *Bs[0].shape))
+    dX, dA, dB = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
+    return dX, dA, dB
+
+
+def _fold_factors_shape(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return factors[0].new_empty((sum(factor.numel() for factor in factors),), dtype=dtype)
+
+
+for _name, _compute, _shape in (
+    ("philox_seed", _draw_seed, _seed_shape),
+    ("packed_lora_linear_fwd", _packed_lora_linear_fwd, _packed_lora_linear_fwd_shape),
+    ("packed_lora_linear_bwd", _packed_lora_linear_bwd, _packed_lora_linear_bwd_shape),
+    ("fold_factors", _fold_factors, _fold_factors_shape),
+):
+    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"complora::{_name}", _shape, lib=_LIBRARY)
