@@ -7,7 +7,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full test test-oldest bench lint format
+.PHONY: help demo full test test-oldest aot bench targets lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,14 @@ test: .venv/.installed  ## run the tests
 test-oldest: .venv-oldest/.installed  ## run the tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest $(ARGS)
 
+aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU: registers, spills, shared memory
+	.venv/bin/python -m benchmarks.aot $(ARGS)
+
 bench: .venv/.installed  ## run the benchmarks
 	.venv/bin/python -m pytest benchmarks $(ARGS)
+
+targets: .venv/.installed  ## which targets of the benchmarks are met, missed or not yet measured
+	.venv/bin/python -m benchmarks.targets
 
 lint: .venv/.installed  ## check style, formatting and types
 	.venv/bin/ruff check

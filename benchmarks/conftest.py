@@ -60,7 +60,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 def describe_machine() -> dict[str, object]:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "complora-kernels")}
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.processor()),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

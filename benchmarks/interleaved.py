@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -21,17 +23,36 @@ class Timing:
         return fifths[0], statistics.median(self.ratios), fifths[3]
 
 
-def time_interleaved(steps: Mapping[str, Callable[[], object]], *, ours: str, rounds: int) -> dict[str, Timing]:
-    """Runs every step once per round, in alternating order (ABBA), after one round that is not counted."""
+def time_interleaved(
+    steps: Mapping[str, Callable[[], object]], *, ours: str, rounds: int, device: torch.device
+) -> dict[str, Timing]:
+    """Runs every step once per round, in alternating order (ABBA), after three rounds that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
+    clock = _device_seconds if device.type == "cuda" else _seconds
+    for number in range(-3, rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            steps[name]()
-            elapsed = time.perf_counter() - start
-            if number:
+            elapsed = clock(steps[name])
+            if number >= 0:
                 seconds[name].append(elapsed)
     return {
         name: Timing(taken, [rival / own for rival, own in zip(taken, seconds[ours], strict=True)])
         for name, taken in seconds.items()
     }
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _device_seconds(step: Callable[[], object], repeats: int = 10) -> float:
+    """Of one step among several in a row, by the device's own clock: the host runs ahead and is not in it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats

@@ -1,0 +1,215 @@
+"""Compiles every Triton kernel that ships for the chips it ships for, on a machine without a GPU: `make aot`.
+
+The launching functions run as on a GPU, but a driver that knows its chip by name alone stands in for CUDA's, and each
+launch ends when its kernel is compiled. The table shows registers a thread, bytes spilled, shared memory and the tensor
+core instructions in the machine code. A spill, shared memory over the chip's limit, or a large half-precision product
+without tensor cores is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+CHIPS = (80, 89, 90, 100)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may ask for
+TOKENS, WIDTH = 512, 768
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
+
+
+class Launch(NamedTuple):
+    """One call of a launching function, at a shape and dtype of CLIP."""
+
+    label: str
+    call: Callable[[], object]
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of one kernel."""
+
+    chip: int
+    kernel: str
+    label: str
+    registers: int
+    spilled: int  # bytes of local memory a thread
+    shared: int  # bytes a block
+    tensor_cores: str
+    failure: str
+
+
+class ChipDriver:
+    """Stands in for the driver of a chip that is not there."""
+
+    def __init__(self, chip: int) -> None:
+        self.chip = chip
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.chip, 32)
+
+    def get_current_device(self) -> int:
+        return self.chip
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def launches(chip: int) -> Iterator[Launch]:
+    """Every kernel and variant, at the width of ViT-B/16 and a few hundred tokens: the code knows no larger numbers."""
+    from complora_kernels.kernels import factors
+    from complora_kernels.kernels.blocks import Blocks
+
+    for adapters, r, p in ((1, 16, 0.0), (1, 16, 0.25), (1, 16, 0.1), (3, 16, 0.0), (3, 16, 0.25), (3, 64, 0.25)):
+        yield from products(chip, torch.bfloat16, adapters, r, p)
+    for r, p in ((64, 0.0), (32, 0.25)):  # the highest that are computed inside
+        yield from products(chip, torch.bfloat16, 1, r, p)
+    yield from products(chip, torch.float16, 3, 16, 0.25)
+    for p in (0.0, 0.25):
+        yield from products(chip, torch.float32, 3, 16, p)
+    for size in (1, 137):
+        yield from unfriendly(torch.bfloat16, size)
+    A, B, basis = torch.empty(16, WIDTH), torch.empty(WIDTH, 16), torch.empty(WIDTH, WIDTH // 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        fold = ([A, B], [None, basis], [False, False], [False, True], 1.0, dtype)
+        yield Launch(f"to {dtype}", partial(factors.fold_factors, *fold))
+        gradients = [A.to(dtype), B.to(dtype)]
+        yield Launch(f"from {dtype}", partial(factors.fold_factors, gradients, *fold[1:-1], torch.float32))
+        plain = (gradients, [None, None], *fold[2:-1], torch.float32)
+        yield Launch(f"from {dtype}, not projected", partial(factors.fold_factors, *plain))
+        merge = (torch.empty(WIDTH, WIDTH), A.to(dtype)[None], B.to(dtype)[None], Blocks(WIDTH, (0,)), dtype)
+        yield Launch(f"to {dtype}", partial(factors.merge_weight, *merge))
+
+
+def products(chip: int, dtype: torch.dtype, adapters: int, r: int, p: float) -> Iterator[Launch]:
+    """The kernels of one adapted product and its gradients, with every tile that ships for one adapter."""
+    from complora_kernels.kernels import linear, reductions
+    from complora_kernels.kernels.blocks import Blocks
+
+    empty = partial(torch.empty, dtype=dtype)
+    x, dY, h = empty(TOKENS, WIDTH), empty(TOKENS, adapters * WIDTH), empty(TOKENS, adapters * r)
+    weight, bias = empty(adapters * WIDTH, WIDTH), empty(adapters * WIDTH)
+    A, B = empty(adapters, r, WIDTH), empty(adapters, WIDTH, r)
+    blocks, seed = Blocks(WIDTH, tuple(range(adapters))), torch.zeros(1, dtype=torch.int64)
+    case = f"{dtype} P={adapters} r={r} p={p}"
+    yield Launch(case, partial(linear.packed_lora_linear_h, x, A, p, seed))
+    yield Launch(f"{case}, copies x", partial(linear.packed_lora_linear_h, x, A, p, seed, beside_x=True))
+    yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, adapters, p, seed))
+    for tiles in linear.tiles_of(chip, dtype)[: None if adapters == 1 and r == 16 and p in (0, 0.25) else 1]:
+        cut = f"{case}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
+        for which, given in (("given", h), ("inside", None)):
+            fwd = partial(linear.packed_lora_linear_fwd, x, weight, bias, A, B, given, blocks, p, seed, tiles=tiles)
+            dx = partial(linear.packed_lora_linear_dx, dY, weight, A, B, given, blocks, p, seed, tiles=tiles)
+            if given is not None or linear.fits_inside(r, dtype, p):
+                yield Launch(f"{cut}, h {which}", fwd)
+                yield Launch(f"{cut}, g {which}", dx)
+    if p == 0:
+        for outputs in (("g", "dB"), ("g",), ("dB",)):
+            wanted = {f"compute_{name}": name in outputs for name in ("g", "dB")}
+            db = partial(reductions.packed_lora_linear_db, dY, h, B, blocks, **wanted)
+            yield Launch(f"{case}, {' and '.join(outputs)}", db)
+
+
+def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
+    """Sizes that no tile divides; one is a constant to Triton."""
+    from complora_kernels.kernels import linear, reductions
+    from complora_kernels.kernels.blocks import Blocks
+
+    x, A, B = (torch.empty(*shape, dtype=dtype) for shape in ((size, size), (1, 1, size), (1, size, 1)))
+    h, seed, blocks = torch.empty(size, 1, dtype=dtype), torch.zeros(1, dtype=torch.int64), Blocks(size, (0,))
+    case = f"{dtype} all sizes {size}, r=1"
+    for p in (0.0, 0.25):
+        yield Launch(case, partial(linear.packed_lora_linear_h, x, A, p, seed))
+        yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, 1, p, seed))
+        for given in (h, None):
+            yield Launch(case, partial(linear.packed_lora_linear_fwd, x, x, x[0], A, B, given, blocks, p, seed))
+            yield Launch(case, partial(linear.packed_lora_linear_dx, x, x, A, B, given, blocks, p, seed))
+    db = partial(reductions.packed_lora_linear_db, x, h, B, blocks, compute_g=True, compute_dB=True)
+    yield Launch(case, db)
+
+
+def compile_for(chip: int) -> list[Compiled]:
+    """Compiles all launches for one chip."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from complora_kernels.kernels import launch
+
+    run = JITFunction.run
+    compiled: dict[int, tuple[str, Any]] = {}
+    failures = []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.setdefault(id(kernel), (label, kernel))
+
+    triton.runtime.driver.set_active(ChipDriver(chip))  # type: ignore[arg-type]
+    with patch.object(JITFunction, "run", compile_only), patch.object(launch, "chip", lambda _device: chip):
+        for label, call in launches(chip):
+            try:
+                call()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error)[:300]}"
+                failures.append(Compiled(chip, "?", label, 0, 0, 0, "", reason))
+    return [inspect(chip, label, kernel) for label, kernel in compiled.values()] + failures
+
+
+def inspect(chip: int, label: str, kernel: Any) -> Compiled:
+    """Reads the machine code."""
+    import triton
+
+    name = kernel.metadata.name
+    cuobjdump = Path(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [cuobjdump, "-res-usage", "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", code)}
+    spilled = max(resources["STACK"], resources["LOCAL"], len(re.findall(r"\bSTL\b", code)))
+    found = sorted(set(TENSOR_CORES.findall(code)))
+    limit = SHARED_LIMIT[chip] * 1024
+    failure = ""
+    if spilled:
+        failure = f"{spilled} bytes spilled"
+    elif kernel.metadata.shared > limit:
+        failure = f"{kernel.metadata.shared} bytes of shared memory, the limit is {limit}"
+    elif "float16" in label and "packed_lora_linear" in name and not found:
+        failure = "no tensor core instruction"
+    return Compiled(chip, name, label, resources["REG"], spilled, kernel.metadata.shared, " ".join(found), failure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--chips", type=int, nargs="+", default=CHIPS, choices=SHARED_LIMIT, help="compute capabilities, as 90"
+    )
+    arguments = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    failed = 0
+    with ProcessPoolExecutor() as pool:
+        for rows in pool.map(compile_for, arguments.chips):
+            for row in sorted(rows, key=lambda row: (row.kernel, row.label)):
+                failed += bool(row.failure)
+                print(
+                    f"sm_{row.chip:<4} {row.kernel:<34} {row.label:<44} {row.registers:>4} registers "
+                    f"{row.shared / 1024:6.1f} KiB  {row.tensor_cores:<12} {row.failure}"
+                )
+    if failed:
+        sys.exit(f"{failed} kernels failed")
+
+
+if __name__ == "__main__":
+    main()
