@@ -6,8 +6,13 @@
 PYTHON ?= python3
 ARGS ?=
 
+EXTENSION = build/.extension
+BUILD = PATH="$(CURDIR)/.venv/bin:$$PATH"
+CPP = $(wildcard csrc/* tests/cuda_on_cpu/*)
+SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
+
 .DEFAULT_GOAL := help
-.PHONY: help demo full test test-oldest aot bench targets lint format
+.PHONY: help demo full extension test test-oldest sanitize aot bench targets lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,11 +23,27 @@ demo: .venv/.installed  ## adapt a small CLIP to handwritten digits: a table and
 full: .venv/.installed  ## the whole front of the README in runs/glyphs-full, about an hour; goes on where it was stopped
 	.venv/bin/complora train --preset glyphs-full $(ARGS)
 
-test: .venv/.installed  ## run the tests
+extension: $(EXTENSION)  ## build the C++/CUDA extension in place, with the newest torch
+
+test: .venv/.installed $(EXTENSION)  ## run the tests
 	.venv/bin/python -m pytest $(ARGS)
 
-test-oldest: .venv-oldest/.installed  ## run the tests on the oldest supported versions
+# The same files that the newest torch built: what the stable ABI promises.
+test-oldest: .venv-oldest/.installed $(EXTENSION)  ## run the tests on the oldest supported versions
 	.venv-oldest/bin/python -m pytest $(ARGS)
+
+# A copy of the package in build/sanitize, whose extension checks every address and every undefined operation; a report
+# goes to stderr and ends the run. Python never frees everything, so leaks are not looked for. libstdc++ is loaded with
+# libasan, which could not see its exceptions otherwise. asan-stack=0: the emulated threads have stacks of their own. Two
+# CPU threads, whatever the machine.
+sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under the address and undefined-behaviour sanitizers
+	rm -rf build/sanitize/lib
+	$(BUILD) COMPLORA_WERROR=1 CFLAGS="$(SANITIZER) -g" LDFLAGS="$(SANITIZER)" COMPLORA_BUILD=cpu \
+		.venv/bin/python setup.py build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/sanitize/lib \
+		CUDA_ON_CPU_FLAGS="$(SANITIZER) --param asan-stack=0" \
+		.venv/bin/pytest --capture=no tests/test_extension.py tests/test_cuda_source.py $(ARGS)
 
 aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU: registers, spills, shared memory
 	.venv/bin/python -m benchmarks.aot $(ARGS)
@@ -36,20 +57,28 @@ targets: .venv/.installed  ## which targets of the benchmarks are met, missed or
 lint: .venv/.installed  ## check style, formatting and types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/clang-format --dry-run --Werror $(CPP)
 	.venv/bin/pyright
 
 format: .venv/.installed  ## rewrite the files in the project's format
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
+	.venv/bin/clang-format -i $(CPP)
 
 # An environment is installed when its stamp is newer than what declares its contents. torch and torchvision come
 # out of one pip command and so from one index: a torchvision built for another build of torch does not import.
+# The extension is built apart from them, by `make extension`.
 .venv/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --editable '.[dev]'
+	COMPLORA_BUILD=0 .venv/bin/python -m pip install --editable '.[dev]'
 	@touch $@
 
 .venv-oldest/.installed: pyproject.toml setup.py requirements/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --constraint requirements/oldest.txt --editable '.[dev]'
+	COMPLORA_BUILD=0 .venv-oldest/bin/python -m pip install --constraint requirements/oldest.txt --editable '.[dev]'
 	@touch $@
+
+# ninja compiles what is out of date, headers included.
+$(EXTENSION): setup.py $(wildcard csrc/*) | .venv/.installed
+	$(BUILD) .venv/bin/python setup.py build_ext --inplace
+	@mkdir -p $(@D) && touch $@

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 OPTIONAL = {"matplotlib", "peft", "rich", "sklearn", "torchvision", "triton", "tyro"}
 
 
-def run_python(source: str, *arguments: str, cwd: Path = ROOT) -> str:
+def run_python(source: str, *arguments: str, cwd: Path = ROOT, **variables: str) -> str:
     """Run `source` in a fresh interpreter and return what it prints."""
     command = [sys.executable, "-B", "-c", source, *arguments]  # -B: no bytecode files
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=cwd, env=os.environ | variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -131,23 +133,32 @@ def applicable(requirements: Iterable[Requirement]) -> dict[str, Specifier]:
 
 
 @pytest.fixture(scope="module")
-def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "complora_kernels", source / "complora_kernels", ignore=ignore)
+    shutil.copytree(ROOT / "csrc", source / "csrc")
     # The build back end itself, without pip's isolated environment: needs no network.
-    run_python("from setuptools import build_meta; build_meta.build_wheel('.')", cwd=source)
+    run_python("import setup; setup.build_wheel('.')", cwd=source, COMPLORA_BUILD="0")
     (wheel,) = source.glob("*.whl")
-    return set(zipfile.ZipFile(wheel).namelist())
+    return wheel
 
 
-def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel_files: set[str]) -> None:
+def test_pure_wheel_holds_every_file_of_the_package_and_nothing_else(pure_wheel: Path) -> None:
     package = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "complora_kernels").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
-    assert {name for name in wheel_files if ".dist-info/" not in name} == package
+    files = set(zipfile.ZipFile(pure_wheel).namelist())
+    assert {name for name in files if ".dist-info/" not in name} == package | {"complora_kernels/_build.json"}
     assert "complora_kernels/py.typed" in package
+
+
+def test_pure_wheel_serves_every_platform_and_says_why_it_is_pure(pure_wheel: Path) -> None:
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    record = json.loads(zipfile.ZipFile(pure_wheel).read("complora_kernels/_build.json"))
+    expected = {"version": complora_kernels.__version__, "halves": [], "reason": "COMPLORA_BUILD=0", "sizes": {}}
+    assert record == expected
