@@ -1,4 +1,4 @@
-"""Thin autograd Functions: what is saved, what is recomputed, which gradients are asked for; of either backend."""
+"""Thin autograd Functions: what is saved, what is recomputed, which gradients are asked for; of any backend."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from complora_kernels import eager, ops
+from complora_kernels import eager, extension, ops
 
-BACKENDS = {"torch": eager, "triton": ops}  # each operation under one name, with the same arguments
+# Each operation under one name, with the same arguments.
+BACKENDS = {"torch": eager, "triton": ops, "extension": extension}
 
 
 class ProjectComplementFunction(torch.autograd.Function):
@@ -29,7 +30,23 @@ class ProjectComplementFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (basis,) = ctx.saved_tensors
-        return ProjectComplementFunction.apply(grad, basis, ctx.basis_kind, ctx.backend), None, None, None
+        if torch.is_grad_enabled():  # create_graph=True: the projection of the gradient is differentiated again
+            projected = ProjectComplementFunction.apply(grad, basis, ctx.basis_kind, ctx.backend)
+        else:
+            with _without_autocast(grad):
+                projected = BACKENDS[ctx.backend].project_complement(grad, basis, ctx.basis_kind)
+        return projected, None, None, None
+
+
+def project_complement_(factor: Tensor, basis: Tensor, basis_kind: str, backend: str) -> Tensor:
+    """`factor P`, written back to `factor`.
+
+    By torch's own copy where autograd follows it, which says what it allows, and to a view that negates its memory.
+    """
+    if (factor.requires_grad and torch.is_grad_enabled()) or (not torch.compiler.is_compiling() and factor.is_neg()):
+        return factor.copy_(ProjectComplementFunction.apply(factor, basis, basis_kind, backend))
+    with _without_autocast(factor):
+        return BACKENDS[backend].project_complement_(factor, basis, basis_kind)
 
 
 class FoldFactorsFunction(torch.autograd.Function):
@@ -122,6 +139,73 @@ class PackedLoRALinearFunction(torch.autograd.Function):
                 dY, x, h, weight, As, Bs, ctx.rows, ctx.dropout_p, seeds, needs, precision=ctx.precision
             )
         return (dX, *[None] * (7 + len(seeds)), *dAs, *dBs)
+
+
+class CompLoRALinearFunction(torch.autograd.Function):
+    """`y = x W^T + b + s · (drop(x) (A P_in)^T) (P_out B)^T` of the extension: one node from the raw factors.
+
+    Of the activations it saves x and h = drop(x) Ã^T. The gradients of the factors are summed and projected in one
+    call: in half precision they are rounded once, not before the projection too. The last arguments are the seeds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        output_basis: Tensor | None,
+        input_basis: Tensor | None,
+        output_basis_kind: str,
+        input_basis_kind: str,
+        scaling: float,
+        dropout_p: float,
+        save_h: bool,
+        precision: str,
+        *seeds: Tensor,
+    ) -> Tensor:
+        kinds = (output_basis_kind, input_basis_kind)
+        rows = [(0, weight.shape[0])]
+        with _without_autocast(x):
+            A, B = extension.fold_factors(  # Ã [r, in], s · B̃ [out, r]
+                [lora_A, lora_B], [input_basis, output_basis], kinds[::-1], [False, True], scaling, [x.dtype] * 2
+            )
+            y, h = extension.packed_lora_linear_fwd(
+                x, weight, bias, [A], [B], rows, dropout_p, seeds, save_h=save_h, precision=precision
+            )
+        ctx.save_for_backward(x, h, weight, A, B, output_basis, input_basis, *seeds)
+        ctx.kinds, ctx.scaling, ctx.dropout_p = kinds, scaling, dropout_p
+        ctx.dtype, ctx.precision = lora_A.dtype, precision
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, h, weight, A, B, output_basis, input_basis, *seeds = ctx.saved_tensors
+        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        output_kind, input_kind = ctx.kinds
+        with _without_autocast(dY):
+            dX, dA, dB = extension.complora_linear_bwd(
+                dY,
+                x,
+                h,
+                weight,
+                A,
+                B,
+                output_basis,
+                input_basis,
+                output_kind,
+                input_kind,
+                ctx.scaling,
+                ctx.dropout_p,
+                seeds,
+                (needs_x, needs_A, needs_B),
+                ctx.dtype,
+                precision=ctx.precision,
+            )
+        return (dX, None, None, dA, dB, *[None] * (8 + len(seeds)))
 
 
 def _unpack(tensors: Sequence[Tensor], adapters: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:

@@ -1,6 +1,6 @@
 """Dropout without a stored mask: a forward pass keeps one seed, and whoever needs the mask draws it again.
 
-Both steps are registered operations, which `torch.compile` takes as they are.
+All steps are registered operations, which `torch.compile` takes as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("complora", "FRAGMENT")
 _LIBRARY.define("dropout_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_LIBRARY.define("philox_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define("dropout_mask(Tensor like, SymInt[] shape, Tensor seed, float p) -> Tensor")
 
 
@@ -24,6 +25,16 @@ def dropout_seed(
     generator's seed and offset, which are host numbers too, so nothing waits for the device.
     """
     return torch.ops.complora.dropout_seed(x)
+
+
+def philox_seed(
+    x: Tensor,  # [..., K]
+) -> Tensor:  # [1], int64, on the device of x
+    """A fresh key for the masks that kernels draw by Philox, from the default generator of `x`'s device.
+
+    It stays on the device: nothing waits for it, and a CUDA graph that draws it draws another one at each replay.
+    """
+    return torch.ops.complora.philox_seed(x)
 
 
 def dropout_mask(
@@ -62,18 +73,28 @@ def _draw_seed(x: Tensor) -> Tensor:
     return torch.tensor([key], dtype=torch.int64)
 
 
+def _draw_key(x: Tensor) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
 def _draw_mask(like: Tensor, shape: Sequence[int], seed: Tensor, p: float) -> Tensor:
     generator = torch.Generator(like.device).manual_seed(int(seed))
     return torch.empty(shape, dtype=torch.bool, device=like.device).bernoulli_(1 - p, generator=generator)
 
 
 _LIBRARY.impl("dropout_seed", _draw_seed, "CompositeExplicitAutograd")
+_LIBRARY.impl("philox_seed", _draw_key, "CompositeExplicitAutograd")
 _LIBRARY.impl("dropout_mask", _draw_mask, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("complora::dropout_seed", lib=_LIBRARY)
 def _fake_seed(_x: Tensor) -> Tensor:
     return torch.empty((1,), dtype=torch.int64)
+
+
+@torch.library.register_fake("complora::philox_seed", lib=_LIBRARY)
+def _fake_key(x: Tensor) -> Tensor:
+    return x.new_empty((1,), dtype=torch.int64)
 
 
 @torch.library.register_fake("complora::dropout_mask", lib=_LIBRARY)

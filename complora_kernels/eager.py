@@ -7,7 +7,7 @@ The base product carries any number of adapters side by side ("packed": q, k and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ def project_complement(
 ) -> Tensor:
     """`factor (I - U U^T)` or `factor U U^T`, in float32 or wider: in half precision it would leave the complement."""
     return _cast(_projected(factor, basis, basis_kind), factor.dtype)
+
+
+def project_complement_(
+    factor: Tensor,  # [..., d]
+    basis: Tensor,  # [d, k]
+    basis_kind: str,
+) -> Tensor:
+    """The same, written back to `factor`."""
+    return factor.copy_(project_complement(factor, basis, basis_kind))
 
 
 def fold_factors(
@@ -49,6 +58,16 @@ def fold_factors(
 fold_factors_bwd = fold_factors  # P is symmetric
 
 
+def _drop_each(
+    x: Tensor,  # [M, K]
+    seeds: Sequence[Tensor],  # each [1]
+    adapters: int,
+    dropout_p: float,
+) -> Iterator[Tensor]:
+    # A generator: each mask [M, K] is gone before the next is drawn.
+    return (drop(x, dropout_mask(x, x.shape, seed, dropout_p), dropout_p) for seed in seeds)
+
+
 def packed_lora_linear_fwd(
     x: Tensor,  # [..., K]
     weight: Tensor,  # [N, K], as it is kept: under autocast in a wider dtype than x
@@ -61,15 +80,18 @@ def packed_lora_linear_fwd(
     *,
     save_h: bool,
     precision: str,
+    drop_each: Callable[[Tensor, Sequence[Tensor], int, float], Iterable[Tensor]] = _drop_each,
 ) -> tuple[Tensor, Tensor]:  # y [..., N], h [M, R] with R = Σ r, or [0, R] unless it is saved
-    """`y = x W^T + b + h B̃^T` in the rows of each adapter, and `h = drop(x) Ã^T`, all adapters side by side."""
+    """`y = x W^T + b + h B̃^T` in the rows of each adapter, and `h = drop(x) Ã^T`, all adapters side by side.
+
+    `drop_each(x, seeds, adapters, p)` gives each adapter's `drop(x)`, where masks are not those of `dropout_mask`.
+    """
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    plan = _plan(flat, weight, As, seeds, precision)
+    plan = choose(flat, weight, As, seeds, precision)
     bias = None if bias is None else bias.to(x.dtype)
     if seeds:
-        # A generator: each mask [M, K] is gone before the next is drawn.
-        masks = (dropout_mask(flat, flat.shape, seed, dropout_p) for seed in seeds)
-        h = torch.cat([drop(flat, mask, dropout_p) @ A.mT for A, mask in zip(As, masks, strict=True)], 1)  # [M, R]
+        dropped = drop_each(flat, seeds, len(As), dropout_p)
+        h = torch.cat([dropped_x @ A.mT for A, dropped_x in zip(As, dropped, strict=True)], 1)  # [M, R]
     elif save_h or plan != "merge":
         h = flat @ _stack(As).mT  # [M, R]
     else:
@@ -109,16 +131,15 @@ def packed_lora_linear_bwd(
     dX = None
     if needs_B:
         dBs = [dY[:, start:stop].mT @ h_i for h_i, (start, stop) in zip(_split(h, As), rows, strict=True)]  # [rows, r]
-    plan = _plan(flat, weight, As, seeds, precision)
-    if needs_x and plan == "merge":
-        dX = dY @ _merged(weight, As, Bs, rows, x.dtype)  # dY (W + ΔW)
-    if not (needs_A or (needs_x and dX is None)):
-        return None if dX is None else dX.view(x.shape), dAs, dBs
+    plan = choose(flat, weight, As, seeds, precision)
+    if not (needs_A or needs_x):
+        return None, dAs, dBs
+    if plan == "merge" and not needs_A:
+        dX = input_grad(dY, flat.new_empty(0), weight, As, Bs, rows, plan, x.dtype)
+        return dX.view(x.shape), dAs, dBs
     gs = [dY[:, start:stop] @ B for B, (start, stop) in zip(Bs, rows, strict=True)]  # each [M, r]
     if seeds:
-        wide = (
-            torch.promote_types(x.dtype, torch.float32) if plan == "concat" else x.dtype
-        )  # summed before one rounding
+        wide = sum_dtype(plan, x.dtype)
         dX = dY.to(wide) @ weight.to(x.dtype).to(wide) if needs_x else None
         for i, (A, g, seed) in enumerate(zip(As, gs, seeds, strict=True)):
             mask = dropout_mask(dY, flat.shape, seed, dropout_p)  # [M, K], drawn once for both gradients
@@ -128,14 +149,35 @@ def packed_lora_linear_bwd(
                 dX += drop(g.to(wide) @ A.to(wide), mask, dropout_p)
         dX = None if dX is None else dX.to(x.dtype)
     else:
-        g, A = torch.cat(gs, 1) if len(gs) > 1 else gs[0], _stack(As)  # [M, R], [R, K]
+        g = torch.cat(gs, 1) if len(gs) > 1 else gs[0]  # [M, R]
         if needs_A:
             dAs = list(torch.split(g.mT @ flat, [A_i.shape[0] for A_i in As]))
-        if needs_x and plan == "concat":
-            dX = torch.cat([dY, g], 1) @ torch.cat([weight.to(x.dtype), A])  # [dY | g] [W ; Ã]
-        elif needs_x and plan == "addmm":
-            dX = torch.addmm(dY @ weight.to(x.dtype), g, A)
+        if needs_x:
+            dX = input_grad(dY, g, weight, As, Bs, rows, plan, x.dtype)
     return None if dX is None else dX.view(x.shape), dAs, dBs
+
+
+def input_grad(
+    dY: Tensor,  # [M, N]
+    g: Tensor,  # [M, R]; not read by the plan `merge`
+    weight: Tensor,  # [N, K]
+    As: Sequence[Tensor],  # each [r, K]
+    Bs: Sequence[Tensor],  # each [rows, r]
+    rows: Rows,
+    plan: str,
+    dtype: torch.dtype,
+) -> Tensor:  # [M, K]
+    """`dX = dY W + g Ã` without dropout, by a plan."""
+    if plan == "merge":
+        return dY @ _merged(weight, As, Bs, rows, dtype)  # dY (W + ΔW)
+    if plan == "concat":
+        return torch.cat([dY, g], 1) @ torch.cat([weight.to(dtype), _stack(As)])  # [dY | g] [W ; Ã]
+    return torch.addmm(dY @ weight.to(dtype), g, _stack(As))
+
+
+def sum_dtype(plan: str, dtype: torch.dtype) -> torch.dtype:
+    """What the two terms of dX are added in when a mask stands between them: wide where the plan rounds once."""
+    return torch.promote_types(dtype, torch.float32) if plan == "concat" else dtype
 
 
 def block_diagonal(
@@ -154,7 +196,8 @@ def block_diagonal(
     return blocks
 
 
-def _plan(x: Tensor, weight: Tensor, As: Sequence[Tensor], seeds: Sequence[Tensor], precision: str) -> str:
+def choose(x: Tensor, weight: Tensor, As: Sequence[Tensor], seeds: Sequence[Tensor], precision: str) -> str:
+    """The name of the plan for a product [M, K] x [N, K]^T with its adapters."""
     rank = max(len(A) for A in As)
     problem = plans.problem(
         x, weight, backend="torch", rank=rank, adapters=len(As), dtype=x.dtype, dropout=len(seeds) > 0

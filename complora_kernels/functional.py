@@ -8,20 +8,34 @@ Notation: `W` [out, in] is a frozen weight, `A` [r, in] and `B` [out, r] are the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from complora_kernels import backends, ops, reference
-from complora_kernels.autograd import FoldFactorsFunction, PackedLoRALinearFunction, ProjectComplementFunction
-from complora_kernels.dropout import drop, dropout_mask, dropout_seed
+from complora_kernels import autograd, backends, reference
+from complora_kernels.autograd import (
+    CompLoRALinearFunction,
+    FoldFactorsFunction,
+    PackedLoRALinearFunction,
+    ProjectComplementFunction,
+)
+from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
 from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-__all__ = ["complora_linear", "fold_factors", "lora_linear", "packed_lora_linear", "project_complement"]
+SERVED_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "extension": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
+__all__ = [
+    "complora_linear",
+    "fold_factors",
+    "lora_linear",
+    "packed_lora_linear",
+    "project_complement",
+    "project_complement_",
+]
 
 
 def project_complement(
@@ -39,11 +53,40 @@ def project_complement(
     Raises:
         ValueError: shapes that do not fit, columns that are not orthonormal, or an unknown `basis_kind`.
     """
-    _check_basis(basis, basis_kind, factor.shape[-1], "basis", factor.device)
-    name = backends.resolve(backend, "project_complement", lambda name: _unserved(name, "factor", [factor], [basis]))
+    name = _project_complement_backend(factor, basis, basis_kind, backend)
     if name == "reference":
         return reference.project_complement(factor, basis, basis_kind=basis_kind)
     return ProjectComplementFunction.apply(factor, basis, basis_kind, name)
+
+
+def project_complement_(
+    factor: Tensor,  # [..., d]
+    basis: Tensor,  # [d, k]
+    *,
+    basis_kind: str = "principal",
+    backend: str | None = None,
+) -> Tensor:  # [..., d], factor itself
+    """`project_complement` in place: `factor` is written to and returned, as by torch's own names with an underscore.
+
+    Raises:
+        ValueError: as `project_complement`; a leaf that requires a gradient, outside `torch.no_grad`; an expanded
+            factor, with a stride of 0.
+    """
+    if factor.requires_grad and factor.is_leaf and torch.is_grad_enabled():
+        raise ValueError("factor is a leaf that requires a gradient, expected torch.no_grad() around a write to it")
+    if any(stride == 0 and size > 1 for size, stride in zip(factor.shape, factor.stride(), strict=True)):
+        raise ValueError(f"factor has strides {factor.stride()}, expected memory of its own for each element")
+    name = _project_complement_backend(factor, basis, basis_kind, backend)
+    if name == "reference":
+        return factor.copy_(reference.project_complement(factor, basis, basis_kind=basis_kind))
+    return autograd.project_complement_(factor, basis, basis_kind, name)
+
+
+def _project_complement_backend(factor: Tensor, basis: Tensor, basis_kind: str, backend: str | None) -> str:
+    if factor.dim() == 0 or not factor.is_floating_point():
+        raise ValueError(f"factor is {factor.dtype} {tuple(factor.shape)}, expected floating-point [..., d]")
+    _check_basis(basis, basis_kind, factor.shape[-1], "basis", factor.device)
+    return _resolve(backend, "project_complement", factor, lambda name: _unserved(name, "factor", [factor], [basis]))
 
 
 def fold_factors(
@@ -81,8 +124,8 @@ def fold_factors(
         _check_basis(output_basis, output_kind, B.shape[0], "output_basis", B.device)
         _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
     factors, bases = [*lora_As, *lora_Bs], [*input_bases, *output_bases]
-    name = backends.resolve(
-        backend, "fold_factors", lambda name: _unserved(name, "lora_As, lora_Bs", factors, bases, dtype)
+    name = _resolve(
+        backend, "fold_factors", factors[0], lambda name: _unserved(name, "lora_As, lora_Bs", factors, bases, dtype)
     )
     if name == "reference":
         return reference.fold_factors(
@@ -126,29 +169,20 @@ def packed_lora_linear(
             f"folded_As, folded_Bs, rows have lengths {len(folded_As)}, {len(folded_Bs)}, {adapters}, "
             "expected equal ones of at least 1"
         )
-    _check_base(x, weight, bias)
-    for A, B, (start, stop) in zip(folded_As, folded_Bs, rows, strict=True):
-        _check_factors(A, B, "folded_A", "folded_B")
-        _check_device(A, "folded_A", x.device)
-        _check_device(B, "folded_B", x.device)
-        if not (0 <= start <= stop <= weight.shape[0]) or (B.shape[0], A.shape[1]) != (stop - start, weight.shape[1]):
-            raise ValueError(
-                f"folded_A {tuple(A.shape)}, folded_B {tuple(B.shape)} and rows ({start}, {stop}) do not fit a weight "
-                f"of shape {tuple(weight.shape)}: expected [r, in], [stop - start, r] and 0 <= start <= stop <= out"
-            )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
-
-    if precision not in ("exact", "fast"):
-        raise ValueError(f"precision={precision!r}, expected 'exact' or 'fast'")
-
+    _check_product(x, weight, bias, folded_As, folded_Bs, rows, dropout_p, precision)
     dtype = compute_dtype(x)
     x = x.to(dtype)
     As, Bs = [A.to(dtype) for A in folded_As], [B.to(dtype) for B in folded_Bs]
-    name = backends.resolve(backend, "packed_lora_linear", lambda name: _unserved_rows(name, x, As, rows, len(weight)))
     dropping = training and dropout_p > 0
-    if name == "triton":
-        seeds = [ops.philox_seed(x)] if dropping else []
+    name = _resolve(
+        backend,
+        "packed_lora_linear",
+        x,
+        lambda name: _unserved_rows(name, x, As, rows, len(weight)),
+        dropping=dropping,
+    )
+    if name in ("triton", "extension"):
+        seeds = [philox_seed(x)] if dropping else []
     else:
         seeds = [dropout_seed(x) for _ in rows] if dropping else []
     if name == "reference":
@@ -241,6 +275,40 @@ def complora_linear(
         ValueError: as `fold_factors` and `lora_linear`.
     """
     _check_fits(lora_A, lora_B, weight, "lora_A", "lora_B")
+    dtype, rows = compute_dtype(x), [(0, weight.shape[0])]
+    _check_factors(lora_A, lora_B, "lora_A", "lora_B")
+    _check_basis(output_basis, output_basis_kind, lora_B.shape[0], "output_basis", lora_B.device)
+    _check_basis(input_basis, input_basis_kind, lora_A.shape[1], "input_basis", lora_A.device)
+    _check_product(x, weight, bias, [lora_A], [lora_B], rows, dropout_p, precision, "lora_A", "lora_B")
+    dropping = training and dropout_p > 0
+    name = _resolve(
+        backend,
+        "complora_linear",
+        x,
+        lambda name: (
+            _unserved(name, "lora_A, lora_B", [lora_A, lora_B], [input_basis, output_basis], dtype)
+            or _unserved_rows(name, x, [lora_A], rows, len(weight))
+        ),
+        dropping=dropping,
+    )
+    if name == "extension":
+        x = x.to(dtype)
+        return CompLoRALinearFunction.apply(
+            x,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            output_basis,
+            input_basis,
+            output_basis_kind,
+            input_basis_kind,
+            scaling,
+            dropout_p if dropping else 0.0,
+            torch.is_grad_enabled() and lora_B.requires_grad,
+            precision,
+            *([philox_seed(x)] if dropping else []),
+        )
     (folded_A,), (scaled_B,) = fold_factors(
         [lora_A],
         [lora_B],
@@ -249,8 +317,8 @@ def complora_linear(
         output_basis_kinds=output_basis_kind,
         input_basis_kinds=input_basis_kind,
         scaling=scaling,
-        dtype=compute_dtype(x),
-        backend=backend,
+        dtype=dtype,
+        backend=name,
     )
     return lora_linear(
         x,
@@ -261,8 +329,20 @@ def complora_linear(
         dropout_p=dropout_p,
         training=training,
         precision=precision,
-        backend=backend,
+        backend=name,
     )
+
+
+def _resolve(
+    backend: str | None,
+    operation: str,
+    tensor: Tensor,
+    unserved: Callable[[str], str | None],
+    *,
+    dropping: bool = False,
+) -> str:
+    passed_over = backends.passed_over(operation, tensor.device.type, dropping)
+    return backends.resolve(backend, operation, unserved, passed_over)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -270,6 +350,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _check_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    folded_As: Sequence[Tensor],
+    folded_Bs: Sequence[Tensor],
+    rows: Sequence[tuple[int, int]],
+    dropout_p: float,
+    precision: str,
+    name_A: str = "folded_A",
+    name_B: str = "folded_B",
+) -> None:
+    _check_base(x, weight, bias)
+    for A, B, (start, stop) in zip(folded_As, folded_Bs, rows, strict=True):
+        _check_factors(A, B, name_A, name_B)
+        _check_device(A, name_A, x.device)
+        _check_device(B, name_B, x.device)
+        if not (0 <= start <= stop <= weight.shape[0]) or (B.shape[0], A.shape[1]) != (stop - start, weight.shape[1]):
+            raise ValueError(
+                f"{name_A} {tuple(A.shape)}, {name_B} {tuple(B.shape)} and rows ({start}, {stop}) do not fit a weight "
+                f"of shape {tuple(weight.shape)}: expected [r, in], [stop - start, r] and 0 <= start <= stop <= out"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
+    if precision not in ("exact", "fast"):
+        raise ValueError(f"precision={precision!r}, expected 'exact' or 'fast'")
 
 
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -311,25 +419,27 @@ def _unserved(
     bases: Sequence[Tensor | None] = (),
     dtype: torch.dtype | None = None,
 ) -> str | None:
-    """Why the kernels of a backend do not serve these arguments, or None. The other backends serve all."""
-    if backend != "triton":
+    """Why a backend does not serve these arguments, or None. The torch backend and the reference serve all."""
+    if backend not in SERVED_DTYPES:
         return None
-    device = "cpu" if backends.interpreted() else "cuda"
+    devices, dtypes = ("cpu", "cuda"), SERVED_DTYPES[backend]
+    if backend == "triton":
+        devices = ("cpu",) if backends.interpreted() else ("cuda",)
     for tensor in tensors:
-        if tensor.device.type != device:
-            return f"{name}: on {tensor.device}, the kernels run on {device} devices"
+        if tensor.device.type not in devices:
+            return f"{name}: on {tensor.device}, the kernels run on {' and '.join(devices)} devices"
         if tensor.device != tensors[0].device:
             return f"{name}: on {tensor.device} and {tensors[0].device}, one launch runs on one device"
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"{name}: dtype {tensor.dtype}, the kernels serve {', '.join(map(str, KERNEL_DTYPES))}"
-    if device == "cuda" and (reason := backends.too_old(tensors[0].device.index)) is not None:
+        if tensor.dtype not in dtypes:
+            return f"{name}: dtype {tensor.dtype}, the kernels serve {', '.join(map(str, dtypes))}"
+    if tensors[0].device.type == "cuda" and (reason := backends.gpu_refusal(backend, tensors[0].device.index)):
         return reason
-    if dtype is not None and dtype not in KERNEL_DTYPES:
-        return f"dtype={dtype}, the kernels serve {', '.join(map(str, KERNEL_DTYPES))}"
+    if dtype is not None and dtype not in dtypes:
+        return f"dtype={dtype}, the kernels serve {', '.join(map(str, dtypes))}"
     if len({tensor.dtype for tensor in tensors}) > 1:
         return f"{name}: several dtypes, the kernels serve one"
     for basis in bases:
-        if basis is not None and basis.dtype != torch.float32:
+        if backend == "triton" and basis is not None and basis.dtype != torch.float32:
             return f"a basis has dtype {basis.dtype}, the kernels serve torch.float32"
     return None
 
@@ -339,12 +449,15 @@ def _unserved_rows(
 ) -> str | None:
     """As `_unserved`, of a product and its adapters."""
     reason = _unserved(backend, "x", [x])
-    if reason is not None or backend != "triton":
+    if reason is not None or backend not in SERVED_DTYPES:
         return reason
     ranks = [len(A) for A in folded_As]
     if len(set(ranks)) > 1:
         return f"the adapters have ranks {ranks}, the kernels serve equal ones"
-    if row_blocks(rows, N) is None:
+    heights = [stop - start for start, stop in rows]
+    if backend == "extension" and len(set(heights)) > 1:
+        return f"rows={list(rows)} are of heights {heights}, the kernels serve equal ones"
+    if backend == "triton" and row_blocks(rows, N) is None:
         return f"rows={list(rows)} are not distinct ones of at most {MAX_BLOCKS} equal blocks of the weight's rows"
     return None
 

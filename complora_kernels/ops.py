@@ -17,8 +17,7 @@ from complora_kernels import plans
 from complora_kernels.eager import Rows, block_diagonal, unflatten
 from complora_kernels.kernels.blocks import Blocks, row_blocks
 
-_LIBRARY = torch.library.Library("complora", "FRAGMENT")
-_LIBRARY.define("philox_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_LIBRARY = torch.library.Library("complora_triton", "DEF")
 _LIBRARY.define(
     "packed_lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] As, Tensor[] Bs, int[] starts, "
     "float dropout_p, Tensor? seed, bool save_h, str precision) -> (Tensor, Tensor)"
@@ -31,16 +30,6 @@ _LIBRARY.define(
     "fold_factors(Tensor[] factors, Tensor?[] bases, bool[] complement, bool[] output_side, float scaling, "
     "ScalarType dtype) -> Tensor"
 )
-
-
-def philox_seed(
-    x: Tensor,  # [..., K]
-) -> Tensor:  # [1], int64, on the device of x
-    """A fresh key for the kernels' dropout masks, from the default generator of `x`'s device.
-
-    It stays on the device: nothing waits for it, and a CUDA graph that draws it draws another one at each replay.
-    """
-    return torch.ops.complora.philox_seed(x)
 
 
 def packed_lora_linear_fwd(
@@ -58,7 +47,7 @@ def packed_lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:  # y [..., N], h [M, P r], or [0, P r] unless it is saved
     """`y = x W^T + b + h_p B̃_p^T` in the rows of adapter p, and `h_p = drop_p(x) Ã_p^T`."""
     starts, seed = [start for start, _ in rows], seeds[0] if seeds else None
-    return torch.ops.complora.packed_lora_linear_fwd(
+    return torch.ops.complora_triton.packed_lora_linear_fwd(
         x, weight, bias, As, Bs, starts, dropout_p, seed, save_h, precision
     )
 
@@ -82,7 +71,7 @@ def packed_lora_linear_bwd(
     `needs` says which of dX, dÃ, dB̃ are computed.
     """
     starts, seed = [start for start, _ in rows], seeds[0] if seeds else None
-    dX, dA, dB = torch.ops.complora.packed_lora_linear_bwd(
+    dX, dA, dB = torch.ops.complora_triton.packed_lora_linear_bwd(
         dY, x, h, weight, As, Bs, starts, dropout_p, seed, needs, precision
     )
     needs_x, needs_A, needs_B = needs
@@ -101,6 +90,15 @@ def project_complement(
     return unflatten(projected, factor.shape)
 
 
+def project_complement_(
+    factor: Tensor,  # [..., d]
+    basis: Tensor,  # [d, k]
+    basis_kind: str,
+) -> Tensor:
+    """The same, written back to `factor`."""
+    return factor.copy_(project_complement(factor, basis, basis_kind))
+
+
 def fold_factors(
     factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]; all of one dtype
     bases: Sequence[Tensor | None],  # each [d, k], float32
@@ -111,7 +109,7 @@ def fold_factors(
 ) -> list[Tensor]:  # in the shapes of the factors, parts of one tensor
     """`A P_in` and, of the output side, `scaling · P_out B`: all factors of all layers in one launch."""
     complement = [kind == "complement" for kind in kinds]
-    flat = torch.ops.complora.fold_factors(factors, bases, complement, output_side, scaling, dtypes[0])
+    flat = torch.ops.complora_triton.fold_factors(factors, bases, complement, output_side, scaling, dtypes[0])
     return _parts(flat, factors)
 
 
@@ -134,10 +132,6 @@ def fold_factors_bwd(
 def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     parts = torch.split(flat, [tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _draw_seed(x: Tensor) -> Tensor:
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
 def _blocks(weight: Tensor, Bs: Sequence[Tensor], starts: Sequence[int]) -> Blocks:
@@ -256,10 +250,6 @@ def _fold_factors(
     return fold_factors(factors, bases, complement, output_side, scaling, dtype)
 
 
-def _seed_shape(x: Tensor) -> Tensor:
-    return x.new_empty((1,), dtype=torch.int64)
-
-
 def _packed_lora_linear_fwd_shape(
     x: Tensor,
     weight: Tensor,
@@ -306,10 +296,9 @@ def _fold_factors_shape(
 
 
 for _name, _compute, _shape in (
-    ("philox_seed", _draw_seed, _seed_shape),
     ("packed_lora_linear_fwd", _packed_lora_linear_fwd, _packed_lora_linear_fwd_shape),
     ("packed_lora_linear_bwd", _packed_lora_linear_bwd, _packed_lora_linear_bwd_shape),
     ("fold_factors", _fold_factors, _fold_factors_shape),
 ):
     _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"complora::{_name}", _shape, lib=_LIBRARY)
+    torch.library.register_fake(f"complora_triton::{_name}", _shape, lib=_LIBRARY)

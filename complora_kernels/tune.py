@@ -178,7 +178,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32"))
     try:
-        options.backend = backends.resolve(options.backend)
+        left_out = backends.passed_over("packed_lora_linear", options.device.type)
+        options.backend = backends.resolve(options.backend, passed_over=left_out)
+        if options.backend == "extension":
+            options.backend = "torch"  # whose plans its products follow
         if options.backend == "reference":
             raise ValueError("backend='reference' has no plans, expected torch or triton")
         if options.autocast and options.dtype.itemsize != 2:

@@ -46,3 +46,9 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def empty_cache() -> None:
     subspace.clear_cache()
+
+
+@pytest.fixture
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else could run here."""
+    monkeypatch.setenv("COMPLORA_BACKEND", "torch")

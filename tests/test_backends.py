@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from complora_kernels import backends, plans
+from complora_kernels.backends import build
 from complora_kernels.backends.__main__ import main
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a GPU, where nothing was asked for and nothing said."""
+    """A machine without a GPU and without the extension, where nothing was asked for and nothing said."""
     monkeypatch.delenv("COMPLORA_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "_gpu_unavailable", lambda: "there is no GPU")
+    monkeypatch.setattr(build, "failure", lambda half: f"the {half} half was not built")
     monkeypatch.setattr(backends, "_said", set())
 
 
@@ -27,6 +29,12 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU."""
     monkeypatch.setattr(backends, "_gpu_unavailable", lambda: None)
+
+
+@pytest.fixture
+def built(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extension were built."""
+    monkeypatch.setattr(build, "failure", lambda half: None)
 
 
 def serves_all_but(*names: str) -> Callable[[str], str | None]:
@@ -60,10 +68,11 @@ def test_environment_chooses_and_the_argument_wins(monkeypatch):
 
 
 def test_unknown_name_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"^backend='cuda', expected one of auto, triton, torch, reference$"):
+    names = "auto, triton, extension, torch, reference"
+    with pytest.raises(ValueError, match=f"^backend='cuda', expected one of {names}$"):
         backends.resolve("cuda")
     monkeypatch.setenv("COMPLORA_BACKEND", "tritn")
-    with pytest.raises(ValueError, match=r"^COMPLORA_BACKEND='tritn', expected one of auto, triton, torch, reference$"):
+    with pytest.raises(ValueError, match=f"^COMPLORA_BACKEND='tritn', expected one of {names}$"):
         backends.resolve()
 
 
@@ -79,6 +88,45 @@ def test_forced_where_it_cannot_run_is_an_error_with_the_reason(monkeypatch):
 @pytest.mark.usefixtures("gpu")
 def test_kernels_come_first_where_there_is_a_gpu():
     assert backends.resolve() == backends.resolve("triton") == "triton"
+
+
+@pytest.mark.usefixtures("built")
+def test_the_extension_comes_after_the_kernels_and_before_torch(monkeypatch, caplog):
+    assert backends.resolve() == backends.resolve("extension") == "extension"
+    assert backends.resolve(None, "juggle", serves_all_but("extension")) == "torch"
+    assert caplog.messages == ["juggle does not run on the extension backend: extension has no thumbs"]
+    monkeypatch.setattr(backends, "_gpu_unavailable", lambda: None)
+    assert backends.resolve() == "triton"
+    assert backends.resolve(None, "fold", serves_all_but("triton")) == "extension"
+
+
+@pytest.mark.usefixtures("built")
+def test_what_is_slower_is_passed_over_without_a_word_and_taken_by_name(monkeypatch, caplog):
+    def resolve(backend: str | None = None) -> str:
+        return backends.resolve(backend, "juggle", passed_over=("extension",))
+
+    assert resolve() == resolve("auto") == "torch"
+    assert resolve("extension") == "extension"
+    monkeypatch.setenv("COMPLORA_BACKEND", "extension")
+    assert resolve() == "extension"
+    assert not caplog.messages
+
+
+def test_the_extension_that_was_not_built_is_refused_with_the_reason(caplog):
+    with pytest.raises(RuntimeError, match=r"^backend='extension' cannot run here: the cpu half was not built$"):
+        backends.resolve("extension")
+    assert backends.resolve() == "torch"
+    assert not caplog.messages  # an optional half is not worth a line in every run
+
+
+def test_each_half_answers_for_its_own_device(monkeypatch):
+    assert backends.gpu_refusal("extension", 0) == "the cuda half was not built"
+    monkeypatch.setattr(backends, "too_old", lambda index: f"GPU {index} is too old")
+    assert backends.gpu_refusal("triton", 1) == "GPU 1 is too old"
+    monkeypatch.setattr(backends.build, "failure", lambda half: None)
+    monkeypatch.setattr(backends.build, "chip_refusal", lambda capability: f"nothing was built for {capability}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, index))
+    assert backends.gpu_refusal("extension", 5) == "nothing was built for (7, 5)"
 
 
 def test_kernels_without_a_gpu_are_refused_with_the_reason():
@@ -148,10 +196,11 @@ def test_forced_where_it_does_not_serve_the_arguments_is_an_error_with_the_reaso
 
 
 def table(output: str) -> dict[str, str]:
-    """What follows each name, up to the column of purposes; the plans follow after a blank line."""
-    rows, chosen = output.split("\n\n")
+    """What follows each name, up to the column of purposes; after blank lines come the extension and the plans."""
+    rows, extension, chosen = output.split("\n\n")
+    assert extension.splitlines() == ["extension", *build.describe()]
     assert chosen.splitlines() == ["plans", *plans.describe()]
-    return {row.split()[0]: row[11:].split("  ")[0] for row in rows.splitlines()}
+    return {row.split()[0]: row[11:].split("  ")[0] for row in rows.splitlines() if not row.startswith("on ")}
 
 
 @pytest.mark.usefixtures("broken_backend")
@@ -160,13 +209,42 @@ def test_table(capsys, monkeypatch):
     main()
     assert table(capsys.readouterr().out) == {
         "triton": "unavailable",
+        "extension": "unavailable",
         "torch": "available",
         "reference": "in use",
         "abacus": "unavailable",
     }
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(build, "failure", lambda half: None)
     main()
-    assert table(capsys.readouterr().out)["triton"] == "available by name"
+    states = table(capsys.readouterr().out)
+    assert (states["triton"], states["extension"]) == ("available by name", "available")
+
+
+@pytest.mark.usefixtures("built")
+def test_table_where_operations_have_backends_of_their_own(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    main()
+    output = capsys.readouterr().out
+    assert [line.split(maxsplit=3) for line in output.splitlines() if line.startswith("on ")] == [
+        [
+            "on",
+            "cpu",
+            "extension",
+            "project_complement, fold_factors, packed_lora_linear with dropout, complora_linear with dropout",
+        ],
+        ["on", "cpu", "torch", "packed_lora_linear, complora_linear"],
+    ]
+    states = table(output)
+    assert (states["extension"], states["torch"], states["reference"]) == ("in use", "in use", "available")
+
+
+def test_what_is_passed_over():
+    for operation in backends.OPERATIONS:
+        assert backends.passed_over(operation, "cuda") == backends.passed_over(operation, "cpu", True) == ()
+    slower = [name for name in backends.OPERATIONS if backends.passed_over(name, "cpu")]
+    assert slower == ["packed_lora_linear", "complora_linear"]
+    assert {backends.passed_over(name, "cpu") for name in slower} == {("extension",)}
 
 
 @pytest.mark.usefixtures("broken_backend")

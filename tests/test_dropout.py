@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed
 from complora_kernels.functional import lora_linear, packed_lora_linear
 
+pytestmark = pytest.mark.usefixtures("torch_backend")  # the others have files of their own
+
 M, D = 1000, 64
 SIGMAS = 5  # a normal variable leaves ±5 standard deviations once in 1.7 million draws
 
@@ -155,7 +157,8 @@ def test_registered_operations():
     torch.library.opcheck(torch.ops.complora.dropout_mask.default, (x, [3, 5], seed, 0.25))
     # Compiled and eager runs draw different seeds, as they should: their comparison is left out.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.complora.dropout_seed.default, (x,), test_utils=checks)
+    for draw in (torch.ops.complora.dropout_seed.default, torch.ops.complora.philox_seed.default):
+        torch.library.opcheck(draw, (x,), test_utils=checks)
 
 
 class TwoLayers(nn.Module):

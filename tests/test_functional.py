@@ -31,6 +31,8 @@ from complora_kernels.functional import (
     project_complement,
 )
 
+pytestmark = pytest.mark.usefixtures("torch_backend")  # the others have files of their own
+
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
 LEAVES = ("x", "lora_A", "lora_B")
@@ -599,7 +601,7 @@ def test_projections_stay_float32_under_autocast():
         assert torch.equal(torch.autograd.grad(projected.square().sum(), factor)[0], gradient)
         (A,), (B,) = fold_factors([factor], [factor.T], [basis], [basis])
         assert torch.equal(A, expected)
-        assert torch.equal(B, expected.T)
+        torch.testing.assert_close(B, expected.T, rtol=0, atol=1e-6)  # summed in another order; bfloat16 is 4e-3 off
 
 
 @pytest.mark.parametrize(("ratio", "addmm_share"), [(1e-4, (0.0, 0.2)), (1e-3, (0.3, 0.7)), (1e-2, (0.95, 1.05))])

@@ -17,6 +17,8 @@ import complora_kernels as ck
 from complora_kernels.adapter import named_adapter_parameters
 from complora_kernels.apply import adapted_layers
 
+pytestmark = pytest.mark.usefixtures("torch_backend")  # the others have files of their own
+
 STEPS = 20
 ALL = ("q", "k", "v", "o", "fc1", "fc2")
 

@@ -31,7 +31,7 @@ from complora_kernels.functional import (
 from complora_kernels.kernels import linear
 from complora_kernels.plans import Plan
 
-OPS = torch.ops.complora
+OPS = torch.ops.complora_triton
 GIVEN, INSIDE = Plan("fused", "given"), Plan("fused", "inside")
 CONCAT, MERGE, ADDMM = Plan("concat"), Plan("merge"), Plan("addmm")
 HALF = (torch.bfloat16, torch.float16)
@@ -362,9 +362,6 @@ def test_registered_operations():
     U = random_basis(5, 2).to(DEVICE)
     fold = ([A, B], [U, None], [False, False], [False, True], 0.7, torch.bfloat16)
     torch.library.opcheck(OPS.fold_factors.default, fold)
-    # Compiled and eager runs draw different seeds, as they should: their comparison is left out.
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(OPS.philox_seed.default, (x,), test_utils=checks)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from complora_kernels.backends import build
+
 ENVIRONMENT_VARIABLE = "COMPLORA_BACKEND"
 OLDEST_CHIP = (8, 0)  # compute capability; the kernels need bfloat16 on tensor cores
 
@@ -60,18 +62,45 @@ def too_old(index: int | None) -> str | None:
     return None
 
 
+def gpu_refusal(backend: str, index: int | None) -> str | None:
+    """Why the kernels of a backend do not run on a GPU (None: the current one), or None where they do."""
+    if backend != "extension":
+        return too_old(index)
+    import torch
+
+    return build.failure("cuda") or build.chip_refusal(torch.cuda.get_device_capability(index))
+
+
+def _extension_unavailable() -> str | None:
+    return build.failure("cpu")
+
+
 BACKENDS = {
     "triton": Backend("fused kernels on CUDA GPUs", _triton_unavailable, automatic=lambda: not interpreted()),
+    "extension": Backend("compiled C++ and CUDA operations, torch's own large products", _extension_unavailable),
     "torch": Backend("folded factors on torch's own products, any device and dtype", lambda: None),
     "reference": Backend("the formulas in plain PyTorch, for comparison", lambda: None),
 }
-AUTO_ORDER = ("triton", "torch")
+AUTO_ORDER = ("triton", "extension", "torch")
+OPERATIONS = ("project_complement", "fold_factors", "packed_lora_linear", "complora_linear")
+
+
+def passed_over(operation: str, device: str, dropping: bool = False) -> tuple[str, ...]:
+    """The backends that "auto" leaves out for an operation, because another one was measured to be faster.
+
+    On the CPU, at the sizes of `benchmarks/bench_factors.py` and `bench_layer.py`, the extension is faster than the
+    torch backend where factors are projected and where dropout masks are drawn; else the large products decide, which
+    are torch's in any case.
+    """
+    faster = device != "cpu" or dropping or operation in ("project_complement", "fold_factors")
+    return () if faster else ("extension",)
 
 
 def resolve(
     backend: str | None = None,
     operation: str = "",
     unserved: Callable[[str], str | None] = lambda name: None,
+    passed_over: tuple[str, ...] = (),
 ) -> str:
     """The name of the backend to use: the argument, else `COMPLORA_BACKEND`, else the first that can run here.
 
@@ -80,6 +109,7 @@ def resolve(
         operation: what is to be computed, for messages.
         unserved: why a backend does not serve the operation's arguments, or None. The choice passes over such a
             backend and says so once for each reason.
+        passed_over: backends that only a choice by name takes for this operation, silently: others are faster.
 
     Raises:
         ValueError: an unknown name.
@@ -90,6 +120,8 @@ def resolve(
     name = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if name == "auto":
         for candidate in _usable():
+            if candidate in passed_over:
+                continue
             reason = unserved(candidate)
             if reason is None:
                 return candidate
@@ -124,5 +156,5 @@ def _say_once(message: str) -> None:
 
 
 # torch.compile calls these while it traces and takes the results for constants.
-for _function in (_usable, _unavailable, _say_once, interpreted, too_old):
+for _function in (_usable, _unavailable, _say_once, interpreted, too_old, gpu_refusal):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 from complora_kernels import backends, plans
+from complora_kernels.backends import build
 
 
 def main() -> None:
-    """Prints both tables; a backend that was asked for and cannot be had is an error below them."""
-    chosen, error = "", None
+    """Prints all tables; a backend that was asked for and cannot be had is an error below them."""
+    chosen: dict[str, list[str]] = {}
+    error = None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def unserved(name: str) -> str | None:
+        kernels = device == "cuda" and name in ("triton", "extension")
+        return backends.gpu_refusal(name, None) if kernels else None
+
     try:
-        chosen = backends.resolve()
+        for operation in backends.OPERATIONS:
+            names = [
+                backends.resolve(None, operation, unserved, backends.passed_over(operation, device, dropping))
+                for dropping in (False, True)
+            ]
+            chosen.setdefault(names[0], []).append(operation)
+            if names[1] != names[0]:
+                chosen.setdefault(names[1], []).append(f"{operation} with dropout")
     except (ValueError, RuntimeError) as refusal:
         error = str(refusal)
     for name, backend in backends.BACKENDS.items():
         reason = backend.unavailable()
         usable = "available" if backend.automatic() else "available by name"
-        state = "in use" if name == chosen else usable if reason is None else "unavailable"
+        state = "in use" if name in chosen else usable if reason is None else "unavailable"
         print(f"{name:<10} {state:<18} {backend.purpose}{'' if reason is None else f': {reason}'}")
+    for name, operations in chosen.items():
+        if len(chosen) > 1:
+            print(f"on {device:<7} {name:<18} {', '.join(operations)}")
+    print("\nextension")
+    print("\n".join(build.describe()))
     print("\nplans")
     print("\n".join(plans.describe()))
     if error is not None:

@@ -1,0 +1,66 @@
+"""What torch.compile must know of the extension's operations: shapes and dtypes of their results.
+
+Importing this registers them; `backends.build` does so when it has loaded the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def project_complement(factor: Tensor, basis: Tensor, complement: bool) -> Tensor:
+    """As `factor`, contiguous."""
+    return torch.empty_like(factor, memory_format=torch.contiguous_format)
+
+
+def project_complement_(factor: Tensor, basis: Tensor, complement: bool) -> None:
+    """Nothing is returned: `factor` is written to."""
+
+
+def fold_factors(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[Σ r d]."""
+    return factors[0].new_empty((sum(factor.numel() for factor in factors),), dtype=dtype)
+
+
+def complora_factor_grads(
+    dY: Tensor,
+    x: Tensor,
+    h: Tensor,
+    g: Tensor,
+    starts: Sequence[int],
+    height: int,
+    output_bases: Sequence[Tensor | None],
+    input_bases: Sequence[Tensor | None],
+    output_complement: Sequence[bool],
+    input_complement: Sequence[bool],
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Both gradients: dA [P, r, K], dB [P, D, r]; [0, …] where it is not needed."""
+    P, K = len(starts), x.shape[1]
+    rank = (g if needs[0] else h).shape[1] // P
+    dA = x.new_empty((P if needs[0] else 0, rank, K), dtype=dtype)
+    return dA, x.new_empty((P if needs[1] else 0, height, rank), dtype=dtype)
+
+
+def drop(x: Tensor, seed: Tensor, adapter: int, dropout_p: float) -> Tensor:
+    """As `x`, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_LIBRARY = torch.library.Library("complora", "FRAGMENT")
+for _shape in (project_complement, project_complement_, fold_factors, complora_factor_grads, drop):
+    torch.library.register_fake(f"complora::{_shape.__name__}", _shape, lib=_LIBRARY)
