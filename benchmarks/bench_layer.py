@@ -62,7 +62,7 @@ def make_layer(inputs: int, outputs: int) -> Layer:
     return Layer(x, linear.weight.to(DTYPE), linear.bias.to(DTYPE), A, B, basis, dY)
 
 
-def ours(layer: Layer, weight: Tensor | None = None) -> Tensor:
+def ours(layer: Layer, weight: Tensor | None = None, backend: str | None = None) -> Tensor:
     return complora_linear(
         layer.x,
         layer.weight if weight is None else weight,
@@ -72,11 +72,16 @@ def ours(layer: Layer, weight: Tensor | None = None) -> Tensor:
         output_basis=layer.basis,
         scaling=SCALING,
         dropout_p=layer.dropout_p,
+        backend=backend,
     )
 
 
 def complora(layer: Layer) -> Callable[[], Tensor]:
     return lambda: ours(layer)
+
+
+def by_torch(layer: Layer) -> Callable[[], Tensor]:
+    return lambda: ours(layer, backend="torch")
 
 
 def by_plan(name: str, layer: Layer) -> Callable[[], Tensor]:
@@ -159,6 +164,7 @@ RIVALS = {
     "dense P_perp": Rival(dense_projector),
     "projection of the activations": Rival(projected_activations),
     "PEFT lora.Linear": Rival(peft_linear, "plain LoRA: no projection"),
+    "torch backend": Rival(by_torch, "ours by another backend"),
     "addmm": Rival(partial(by_plan, "addmm"), "ours by another plan; rounds twice", plans.Plan("addmm")),
     "merge": Rival(partial(by_plan, "merge"), "ours by another plan", plans.Plan("merge")),
     "concat": Rival(partial(by_plan, "concat"), "ours by another plan", plans.Plan("concat")),
@@ -175,7 +181,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25] if ON_GPU else [0.0])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize(("inputs", "outputs"), [(768, 768), (768, 3072)])
 def test_forward_backward(benchmark, rounds, record, inputs, outputs, dropout_p):
     layer = make_layer(inputs, outputs)

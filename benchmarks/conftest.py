@@ -45,11 +45,11 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not rows:
         return
     machine = describe_machine()
-    terminalreporter.section("time relative to complora_linear, paired rounds")
+    terminalreporter.section("time over ours, paired rounds")
     terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in machine.items()))
     for row in rows:
         terminalreporter.write_line(
-            f"{row['shape']:<24} {row['rival']:<34} {1e3 * row['median_s']:8.1f} ms   "
+            f"{row['shape']:<24} {row['rival']:<34} {1e3 * row['median_s']:8.2f} ms   "
             f"{row['ratio']:5.2f}x  [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]   {row['remark']}"
         )
     path = config.option.results

@@ -23,7 +23,8 @@ def measured(results: Iterable[Path]) -> dict[tuple[str, str], float]:
         content = json.loads(path.read_text())
         for row in content["rows"]:
             if "target" in row:
-                figures[row["target"], content["machine"].get("gpu")] = row["figure"]
+                machine = content["machine"].get("gpu", content["machine"]["cpu"])
+                figures[row["target"], machine] = row["figure"]
     return figures
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     figures = measured((HERE / "results").glob("*.json"))
     for target in targets:
         figure = figures.get((target["id"], target["machine"]))
-        print(f"{target['machine']:<12} {target['id']:<24} {verdict(target, figure):<40} {target['what']}")
+        print(f"{target['machine']:<12} {target['id']:<26} {verdict(target, figure):<40} {target['what']}")
 
 
 if __name__ == "__main__":
