@@ -39,14 +39,15 @@ class ProjectComplementFunction(torch.autograd.Function):
 
 
 def project_complement_(factor: Tensor, basis: Tensor, basis_kind: str, backend: str) -> Tensor:
-    """`factor P`, written back to `factor`.
+    """`factor P`, written back to `factor`: by the extension where it lies.
 
     By torch's own copy where autograd follows it, which says what it allows, and to a view that negates its memory.
     """
-    if (factor.requires_grad and torch.is_grad_enabled()) or (not torch.compiler.is_compiling() and factor.is_neg()):
+    followed = factor.requires_grad and torch.is_grad_enabled()
+    if backend != "extension" or followed or (not torch.compiler.is_compiling() and factor.is_neg()):
         return factor.copy_(ProjectComplementFunction.apply(factor, basis, basis_kind, backend))
     with _without_autocast(factor):
-        return BACKENDS[backend].project_complement_(factor, basis, basis_kind)
+        return extension.project_complement_(factor, basis, basis_kind)
 
 
 class FoldFactorsFunction(torch.autograd.Function):

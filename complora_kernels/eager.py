@@ -27,15 +27,6 @@ def project_complement(
     return _cast(_projected(factor, basis, basis_kind), factor.dtype)
 
 
-def project_complement_(
-    factor: Tensor,  # [..., d]
-    basis: Tensor,  # [d, k]
-    basis_kind: str,
-) -> Tensor:
-    """The same, written back to `factor`."""
-    return factor.copy_(project_complement(factor, basis, basis_kind))
-
-
 def fold_factors(
     factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]
     bases: Sequence[Tensor | None],  # each [d, k]

@@ -90,15 +90,6 @@ def project_complement(
     return unflatten(projected, factor.shape)
 
 
-def project_complement_(
-    factor: Tensor,  # [..., d]
-    basis: Tensor,  # [d, k]
-    basis_kind: str,
-) -> Tensor:
-    """The same, written back to `factor`."""
-    return factor.copy_(project_complement(factor, basis, basis_kind))
-
-
 def fold_factors(
     factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]; all of one dtype
     bases: Sequence[Tensor | None],  # each [d, k], float32
