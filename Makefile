@@ -49,7 +49,7 @@ aot: .venv/.installed  ## compile every Triton kernel for every chip it ships fo
 	.venv/bin/python -m benchmarks.aot $(ARGS)
 
 bench: .venv/.installed  ## run the benchmarks
-	.venv/bin/python -m pytest benchmarks $(ARGS)
+	.venv/bin/python -m pytest benchmarks -o faulthandler_timeout=3600 $(ARGS)
 
 targets: .venv/.installed  ## which targets of the benchmarks are met, missed or not yet measured
 	.venv/bin/python -m benchmarks.targets

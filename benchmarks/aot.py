@@ -9,6 +9,7 @@ without tensor cores is a failure.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -81,6 +82,9 @@ def launches(chip: int) -> Iterator[Launch]:
         yield from products(chip, torch.float32, 3, 16, p)
     for size in (1, 137):
         yield from unfriendly(torch.bfloat16, size)
+    yield from norms()
+    yield from activations()
+    yield from residuals(chip)
     A, B, basis = torch.empty(16, WIDTH), torch.empty(WIDTH, 16), torch.empty(WIDTH, WIDTH // 2)
     for dtype in (torch.float32, torch.bfloat16):
         fold = ([A, B], [None, basis], [False, False], [False, True], 1.0, dtype)
@@ -138,6 +142,74 @@ def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
             yield Launch(case, partial(linear.packed_lora_linear_dx, x, x, A, B, given, blocks, p, seed))
     db = partial(reductions.packed_lora_linear_db, x, h, B, blocks, compute_g=True, compute_dB=True)
     yield Launch(case, db)
+
+
+def norms() -> Iterator[Launch]:
+    """LayerNorms of a block at the widths of CLIP towers, and the gradients of the factors behind them."""
+    from complora_kernels.kernels import norm, reductions
+
+    bf16, seed = torch.bfloat16, torch.zeros(1, dtype=torch.int64)
+    streams = ((bf16, bf16), (torch.float32, bf16), (torch.float32, torch.float32))
+    for (stream, dtype), width in itertools.product(streams, (512, WIDTH, 1280, 1664, 137)):
+        x, n, statistics = (
+            torch.empty(TOKENS, width, dtype=stream),
+            torch.empty(TOKENS, width, dtype=dtype),
+            torch.empty(TOKENS),
+        )
+        affine = norm.Affine(torch.empty(width), torch.empty(width), 1e-5)
+        case = f"{stream} to {dtype}, K={width}"
+        for delta, what in ((None, ""), (n, ", delta")):
+            yield Launch(f"{case}{what}", partial(norm.norm_fwd, x, delta, affine, dtype, None, 0.0, None))
+        for d_stream, what in ((None, ""), (x, ", d_stream")):
+            bwd = partial(norm.norm_bwd, n, d_stream, x, statistics, statistics, affine.weight)
+            yield Launch(f"{case}{what}", bwd)
+        for adapters, r, p in ((1, 16, 0.0), (3, 16, 0.0), (3, 16, 0.25), (1, 64, 0.1)):
+            A, g = torch.empty(adapters, r, width, dtype=dtype), torch.empty(TOKENS, adapters * r, dtype=dtype)
+            product = f"{case}, P={adapters} r={r} p={p}"
+            if dtype == bf16:
+                for rows in (TOKENS, 64 * TOKENS):  # 16 or 64 rows a program
+                    tensors = (torch.empty(rows, width, dtype=stream), torch.empty(rows, width, dtype=dtype))
+                    fwd = partial(norm.norm_fwd, *tensors, affine, dtype, A, p, seed)
+                    yield Launch(f"{product}, M={rows}", fwd)
+            saved = (statistics, statistics, affine.weight, affine.bias)
+            da = partial(reductions.packed_lora_linear_da, x, g, adapters, p, seed, norm=saved)
+            yield Launch(f"{product}, normed", da)
+
+
+def activations() -> Iterator[Launch]:
+    """The activations of an MLP, and the gradients of the factors behind them."""
+    from complora_kernels.kernels import activation, reductions
+
+    seed = torch.zeros(1, dtype=torch.int64)
+    kinds = itertools.product((torch.bfloat16, torch.float32), activation.KINDS, (4 * WIDTH, 137))
+    for dtype, kind, width in kinds:
+        z = torch.empty(TOKENS, width, dtype=dtype)
+        case = f"{dtype} {kind}, K={width}"
+        yield Launch(case, partial(activation.activation_fwd, z, kind, None, 0.0, None))
+        yield Launch(case, partial(activation.activation_bwd, z, z, kind))
+        for r, p in ((16, 0.0), (16, 0.25), (64, 0.1)):
+            A, g = torch.empty(r, width, dtype=dtype), torch.empty(TOKENS, r, dtype=dtype)
+            yield Launch(f"{case}, r={r} p={p}", partial(activation.activation_fwd, z, kind, A, p, seed))
+            da = partial(reductions.packed_lora_linear_da, z, g, 1, p, seed, activation=kind)
+            yield Launch(f"{case}, r={r} p={p}", da)
+
+
+def residuals(chip: int) -> Iterator[Launch]:
+    """The product that closes a block, with every tile that ships."""
+    from complora_kernels.kernels import linear
+    from complora_kernels.kernels.blocks import Blocks
+
+    streams = ((torch.bfloat16,) * 2, (torch.float32, torch.bfloat16), (torch.float32,) * 2)
+    for stream, dtype in streams:
+        x, weight, bias = (
+            torch.empty(*shape, dtype=dtype) for shape in ((TOKENS, 4 * WIDTH), (WIDTH, 4 * WIDTH), (WIDTH,))
+        )
+        A, B = torch.empty(1, 16, 4 * WIDTH, dtype=dtype), torch.empty(1, WIDTH, 16, dtype=dtype)
+        h, residual = torch.empty(TOKENS, 16, dtype=dtype), torch.empty(TOKENS, WIDTH, dtype=stream)
+        for tiles in linear.tiles_of(chip, dtype, crowded=True):
+            case = f"{dtype}, residual {stream}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
+            fwd = (x, weight, bias, A, B, h, Blocks(WIDTH, (0,)), 0.0, None)
+            yield Launch(case, partial(linear.packed_lora_linear_fwd, *fwd, residual=residual, tiles=tiles))
 
 
 def compile_for(chip: int) -> list[Compiled]:

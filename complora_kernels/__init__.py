@@ -12,8 +12,10 @@ from complora_kernels.adapter import (
 from complora_kernels.apply import apply_complora
 from complora_kernels.checkpoint import load_adapter, save_adapter
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.graphs import GraphedTrainStep
 from complora_kernels.interchange import export_peft, import_clip_lora
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
+from complora_kernels.modules.block import set_recompute
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,7 @@ __all__ = [
     "CompLoRAConfig",
     "CompLoRALinear",
     "CompLoRAMultiheadAttention",
+    "GraphedTrainStep",
     "adapter_parameters",
     "apply_complora",
     "check_gradients",
@@ -31,6 +34,7 @@ __all__ = [
     "merge_adapter",
     "print_trainable_parameters",
     "save_adapter",
+    "set_recompute",
     "subspace_report",
     "unmerge_adapter",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
@@ -13,7 +14,12 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
 from complora_kernels.modules.attention import recognise_causal_mask
+from complora_kernels.modules.block import CompLoRABlock, not_understood
+from complora_kernels.modules.extend import extend
+from complora_kernels.modules.prompts import cut_prompts
 from complora_kernels.modules.tower import fold_once
+
+logger = logging.getLogger("complora_kernels")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,6 +68,8 @@ def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = Tru
         recognise_causal_mask(mask)
     for tower in (*open_clip.tower_modules(model), model):
         fold_once(tower)
+    _fuse_blocks(model)
+    cut_prompts(model, open_clip.text_tower)
     return model
 
 
@@ -137,6 +145,25 @@ def _swap(model: nn.Module, adapted: dict[int, CompLoRALayer]) -> None:
         for name, child in parent._modules.items():  # named_children() would leave out a module's second name
             if id(child) in adapted:
                 setattr(parent, name, adapted[id(child)])
+
+
+def _fuse_blocks(model: nn.Module) -> None:
+    """Fuses the residual blocks of the adapted towers, also those without an adapter: gradients pass through them."""
+    blocks = list(open_clip.residual_blocks(model))
+    adapted = {block.tower for block in blocks if any(isinstance(m, CompLoRALayer) for m in block.module.modules())}
+    for tower in sorted(adapted):
+        refused: dict[str, str] = {}
+        for block in blocks:
+            if block.tower == tower:
+                reason = not_understood(block.module)
+                if reason is None:
+                    extend(block.module, CompLoRABlock)
+                else:
+                    refused[block.path] = reason
+        if refused:
+            path, reason = next(iter(refused.items()))
+            others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            logger.warning("%s%s keeps its own forward pass, with adapters in it: %s", path, others, reason)
 
 
 def _square_masks(model: nn.Module) -> Iterator[Tensor]:

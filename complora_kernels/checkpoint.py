@@ -279,16 +279,19 @@ def _layers_without_bases(model: nn.Module, config: CompLoRAConfig) -> dict[str,
 
 
 def _remember_modules(model: nn.Module) -> Callable[[], None]:
-    """A function that puts the modules, their hooks, and which parameters are trained, back to what they are now."""
+    """A function that puts the modules, their classes and hooks, and which parameters are trained, back as they are."""
     kinds = ("_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
     tables = [getattr(module, kind) for module in model.modules() for kind in kinds]
     before = [table.copy() for table in tables]
+    classes = [(module, type(module)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore() -> None:
         for table, entries in zip(tables, before, strict=True):
             table.clear()
             table.update(entries)
+        for module, cls in classes:
+            module.__class__ = cls
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 

@@ -71,6 +71,7 @@ def packed_lora_linear_fwd(
     *,
     save_h: bool,
     precision: str,
+    h: Tensor | None = None,  # [M, R], where it is known
     drop_each: Callable[[Tensor, Sequence[Tensor], int, float], Iterable[Tensor]] = _drop_each,
 ) -> tuple[Tensor, Tensor]:  # y [..., N], h [M, R] with R = Σ r, or [0, R] unless it is saved
     """`y = x W^T + b + h B̃^T` in the rows of each adapter, and `h = drop(x) Ã^T`, all adapters side by side.
@@ -80,12 +81,12 @@ def packed_lora_linear_fwd(
     flat = x.reshape(-1, x.shape[-1])  # [M, K]
     plan = choose(flat, weight, As, seeds, precision)
     bias = None if bias is None else bias.to(x.dtype)
-    if seeds:
+    if h is None and seeds:
         dropped = drop_each(flat, seeds, len(As), dropout_p)
         h = torch.cat([dropped_x @ A.mT for A, dropped_x in zip(As, dropped, strict=True)], 1)  # [M, R]
-    elif save_h or plan != "merge":
+    elif h is None and (save_h or plan != "merge"):
         h = flat @ _stack(As).mT  # [M, R]
-    else:
+    elif h is None:
         h = flat.new_empty(0, sum(len(A) for A in As))
     if plan == "merge":
         y = torch.nn.functional.linear(flat, _merged(weight, As, Bs, rows, x.dtype), bias)  # x (W + ΔW)^T + b

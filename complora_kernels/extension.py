@@ -71,10 +71,11 @@ def packed_lora_linear_fwd(
     *,
     save_h: bool,
     precision: str,
+    h: Tensor | None = None,  # [M, P r], where it is known
 ) -> tuple[Tensor, Tensor]:  # y [..., N], h [M, P r], or [0, P r] unless it is saved
     """`y = x W^T + b + h_p B̃_p^T` in the rows of adapter p, and `h_p = drop_p(x) Ã_p^T`."""
     return eager.packed_lora_linear_fwd(
-        x, weight, bias, As, Bs, rows, dropout_p, seeds, save_h=save_h, precision=precision, drop_each=_drop_each
+        x, weight, bias, As, Bs, rows, dropout_p, seeds, save_h=save_h, precision=precision, h=h, drop_each=_drop_each
     )
 
 

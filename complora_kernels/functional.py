@@ -86,7 +86,7 @@ def _project_complement_backend(factor: Tensor, basis: Tensor, basis_kind: str, 
     if factor.dim() == 0 or not factor.is_floating_point():
         raise ValueError(f"factor is {factor.dtype} {tuple(factor.shape)}, expected floating-point [..., d]")
     _check_basis(basis, basis_kind, factor.shape[-1], "basis", factor.device)
-    return _resolve(backend, "project_complement", factor, lambda name: _unserved(name, "factor", [factor], [basis]))
+    return resolve(backend, "project_complement", factor, lambda name: unserved(name, "factor", [factor], [basis]))
 
 
 def fold_factors(
@@ -124,8 +124,8 @@ def fold_factors(
         _check_basis(output_basis, output_kind, B.shape[0], "output_basis", B.device)
         _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
     factors, bases = [*lora_As, *lora_Bs], [*input_bases, *output_bases]
-    name = _resolve(
-        backend, "fold_factors", factors[0], lambda name: _unserved(name, "lora_As, lora_Bs", factors, bases, dtype)
+    name = resolve(
+        backend, "fold_factors", factors[0], lambda name: unserved(name, "lora_As, lora_Bs", factors, bases, dtype)
     )
     if name == "reference":
         return reference.fold_factors(
@@ -169,16 +169,16 @@ def packed_lora_linear(
             f"folded_As, folded_Bs, rows have lengths {len(folded_As)}, {len(folded_Bs)}, {adapters}, "
             "expected equal ones of at least 1"
         )
-    _check_product(x, weight, bias, folded_As, folded_Bs, rows, dropout_p, precision)
+    check_product(x, weight, bias, folded_As, folded_Bs, rows, dropout_p, precision)
     dtype = compute_dtype(x)
     x = x.to(dtype)
     As, Bs = [A.to(dtype) for A in folded_As], [B.to(dtype) for B in folded_Bs]
     dropping = training and dropout_p > 0
-    name = _resolve(
+    name = resolve(
         backend,
         "packed_lora_linear",
         x,
-        lambda name: _unserved_rows(name, x, As, rows, len(weight)),
+        lambda name: unserved_rows(name, x, As, rows, len(weight)),
         dropping=dropping,
     )
     if name in ("triton", "extension"):
@@ -279,15 +279,15 @@ def complora_linear(
     _check_factors(lora_A, lora_B, "lora_A", "lora_B")
     _check_basis(output_basis, output_basis_kind, lora_B.shape[0], "output_basis", lora_B.device)
     _check_basis(input_basis, input_basis_kind, lora_A.shape[1], "input_basis", lora_A.device)
-    _check_product(x, weight, bias, [lora_A], [lora_B], rows, dropout_p, precision, "lora_A", "lora_B")
+    check_product(x, weight, bias, [lora_A], [lora_B], rows, dropout_p, precision, "lora_A", "lora_B")
     dropping = training and dropout_p > 0
-    name = _resolve(
+    name = resolve(
         backend,
         "complora_linear",
         x,
         lambda name: (
-            _unserved(name, "lora_A, lora_B", [lora_A, lora_B], [input_basis, output_basis], dtype)
-            or _unserved_rows(name, x, [lora_A], rows, len(weight))
+            unserved(name, "lora_A, lora_B", [lora_A, lora_B], [input_basis, output_basis], dtype)
+            or unserved_rows(name, x, [lora_A], rows, len(weight))
         ),
         dropping=dropping,
     )
@@ -333,7 +333,7 @@ def complora_linear(
     )
 
 
-def _resolve(
+def resolve(
     backend: str | None,
     operation: str,
     tensor: Tensor,
@@ -352,7 +352,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _check_product(
+def check_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -412,7 +412,7 @@ def _check_fits(A: Tensor, B: Tensor, weight: Tensor, name_A: str, name_B: str) 
         )
 
 
-def _unserved(
+def unserved(
     backend: str,
     name: str,
     tensors: Sequence[Tensor],
@@ -444,11 +444,11 @@ def _unserved(
     return None
 
 
-def _unserved_rows(
+def unserved_rows(
     backend: str, x: Tensor, folded_As: Sequence[Tensor], rows: Sequence[tuple[int, int]], N: int
 ) -> str | None:
-    """As `_unserved`, of a product and its adapters."""
-    reason = _unserved(backend, "x", [x])
+    """As `unserved`, of a product and its adapters."""
+    reason = unserved(backend, "x", [x])
     if reason is not None or backend not in SERVED_DTYPES:
         return reason
     ranks = [len(A) for A in folded_As]

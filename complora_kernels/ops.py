@@ -7,7 +7,7 @@ say what is saved. Plans other than `fused` leave the large products to torch. T
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -143,10 +143,10 @@ def _plan(x: Tensor, weight: Tensor, As: Sequence[Tensor], dropout_p: float, pre
     return plan
 
 
-def _packed_lora_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def linear_fwd(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     starts: Sequence[int],
@@ -154,44 +154,61 @@ def _packed_lora_linear_fwd(
     seed: Tensor | None,
     save_h: bool,
     precision: str,
-) -> tuple[Tensor, Tensor]:
+    *,
+    h: Tensor | None = None,  # [M, P r], where it is known
+    residual: Tensor | None = None,  # [M, N]
+) -> tuple[Tensor, Tensor]:  # y [M, N], in the dtype of the residual where there is one; h [M, P r], or [0, P r]
+    """`packed_lora_linear_fwd` by the plan of the problem, plus a residual."""
     from complora_kernels.kernels import factors, launch, linear
 
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
     A, B = launch.stacked(As), launch.stacked(Bs)  # [P, r, K], [P, D, r]
-    R = A.shape[0] * A.shape[1]
     blocks = _blocks(weight, Bs, starts)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    plan = _plan(flat, weight, As, dropout_p, precision)
-    h = flat.new_empty(0, R)
+    plan = _plan(x, weight, As, dropout_p, precision)
+    if plan.name == "fused":
+        if h is None and plan.h != "inside":
+            h = linear.packed_lora_linear_h(x, A, dropout_p, seed)
+        y, h = linear.packed_lora_linear_fwd(
+            x,
+            weight.to(x.dtype),
+            bias,
+            A,
+            B,
+            h,
+            blocks,
+            dropout_p,
+            seed,
+            residual=residual,
+            store_h=save_h,
+            tiles=plan.tiles,
+        )
+        return y, h if save_h else x.new_empty(0, h.shape[1])
     if plan.name == "merge":
-        merged = factors.merge_weight(weight, A, B, blocks, x.dtype)
-        y = F.linear(flat, merged, bias)  # x (W + ΔW)^T + b
-        h = linear.packed_lora_linear_h(flat, A, 0.0, None) if save_h else h
+        y = F.linear(x, factors.merge_weight(weight, A, B, blocks, x.dtype), bias)  # x (W + ΔW)^T + b
+        h = linear.packed_lora_linear_h(x, A, dropout_p, seed) if h is None and save_h else h
     elif plan.name == "concat":
-        xh = linear.packed_lora_linear_h(flat, A, dropout_p, seed, beside_x=True)  # [M, K + R]
-        wide = torch.cat([weight.to(x.dtype), block_diagonal(Bs, starts, len(weight))], 1)  # [N, K + R]
-        wide = F.pad(wide, (0, -wide.shape[1] % 8))[:, : wide.shape[1]]  # rows start on 16 bytes, as those of xh
+        if h is None:
+            xh = linear.packed_lora_linear_h(x, A, dropout_p, seed, beside_x=True)  # [M, K + R]
+            h = xh[:, x.shape[1] :]
+        else:
+            xh = _beside(x, h)
+        wide = _beside(weight.to(x.dtype), block_diagonal(Bs, starts, len(weight)))  # [N, K + R]
         y = F.linear(xh, wide, bias)  # [x | h] [W | B̃]^T + b
-        h = xh[:, -R:].contiguous() if save_h else h
-    elif plan.name == "addmm":
-        h = linear.packed_lora_linear_h(flat, A, dropout_p, seed)
-        y = F.linear(flat, weight.to(x.dtype), bias)
+    else:
+        h = linear.packed_lora_linear_h(x, A, dropout_p, seed) if h is None else h
+        y = F.linear(x, weight.to(x.dtype), bias)
         for h_p, B_p, start in zip(h.split(A.shape[1], 1), Bs, starts, strict=True):
             y[:, start : start + len(B_p)].addmm_(h_p, B_p.mT)
-    else:
-        given = None if plan.h == "inside" else linear.packed_lora_linear_h(flat, A, dropout_p, seed)
-        y, h = linear.packed_lora_linear_fwd(
-            flat, weight.to(x.dtype), bias, A, B, given, blocks, dropout_p, seed, store_h=save_h, tiles=plan.tiles
-        )
-    return unflatten(y, [*x.shape[:-1], len(weight)]), h if save_h else h.new_empty(0, R)
+    if residual is not None:
+        y = y.add_(residual) if y.dtype == residual.dtype else residual + y
+    return y, h.contiguous() if h is not None and save_h else x.new_empty(0, A.shape[0] * A.shape[1])
 
 
-def _packed_lora_linear_bwd(
-    dY: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
+def linear_bwd(
+    dY: Tensor,  # [M, N]
+    x: Tensor,  # [M, K], of which only shape, dtype and device are looked at
+    h: Tensor,  # [M, P r]
+    weight: Tensor,  # [N, K]
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     starts: Sequence[int],
@@ -199,15 +216,15 @@ def _packed_lora_linear_bwd(
     seed: Tensor | None,
     needs: Sequence[bool],
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    factor_grad: Callable[[Tensor], Tensor],  # g [M, P r] -> dÃ [P, r, K]
+) -> tuple[Tensor, Tensor, Tensor]:  # dX [M, K], dÃ [P, r, K], dB̃ [P, D, r]
+    """`packed_lora_linear_bwd` by the plan of the problem."""
     from complora_kernels.kernels import factors, launch, linear, reductions
 
     needs_x, needs_A, needs_B = needs
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    dY = dY.reshape(-1, len(weight))  # [M, N]
     A, B = launch.stacked(As), launch.stacked(Bs)  # [P, r, K], [P, D, r]
     blocks = _blocks(weight, Bs, starts)
-    plan = _plan(flat, weight, As, dropout_p, precision)
+    plan = _plan(x, weight, As, dropout_p, precision)
     product = weight.to(x.dtype) if needs_x and plan.name != "merge" else weight
     dX, dA = x.new_empty(0), x.new_empty(0)
     if needs_x and plan.name == "fused" and plan.h == "inside":
@@ -224,8 +241,65 @@ def _packed_lora_linear_bwd(
         elif needs_x:  # with dropout a mask stands between g Ã and the sum, whatever the plan
             dX, _ = linear.packed_lora_linear_dx(dY, product, A, B, g, blocks, dropout_p, seed, tiles=plan.tiles)
     if needs_A:
-        dA = reductions.packed_lora_linear_da(flat, g, len(As), dropout_p, seed)
-    return unflatten(dX, x.shape) if needs_x else dX, dA, dB
+        dA = factor_grad(g)
+    return dX, dA, dB
+
+
+def _beside(left: Tensor, right: Tensor) -> Tensor:
+    """`[left | right]`, rows starting on 16 bytes as cuBLAS wants them."""
+    both = torch.cat([left, right], 1)
+    return F.pad(both, (0, -both.shape[1] % 8))[:, : both.shape[1]]
+
+
+def _packed_lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    save_h: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    y, h = linear_fwd(flat, weight, bias, As, Bs, starts, dropout_p, seed, save_h, precision)
+    return unflatten(y, [*x.shape[:-1], len(weight)]), h
+
+
+def _packed_lora_linear_bwd(
+    dY: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from complora_kernels.kernels import reductions
+
+    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    dY = dY.reshape(-1, len(weight))  # [M, N]
+    dX, dA, dB = linear_bwd(
+        dY,
+        flat,
+        h,
+        weight,
+        As,
+        Bs,
+        starts,
+        dropout_p,
+        seed,
+        needs,
+        precision,
+        lambda g: reductions.packed_lora_linear_da(flat, g, len(As), dropout_p, seed),
+    )
+    return unflatten(dX, x.shape) if needs[0] else dX, dA, dB
 
 
 def _fold_factors(

@@ -111,6 +111,42 @@ def complora_linear(
     return lora_linear(x, weight, bias, folded_A, folded_B, dropout_mask=dropout_mask)
 
 
+def norm_lora_linear(
+    x: Tensor,  # [..., in]
+    delta: Tensor | None,  # [..., in]
+    norm_weight: Tensor,  # [in]
+    norm_bias: Tensor | None,  # [in]
+    eps: float,
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
+    folded_As: Sequence[Tensor],  # each [r, in]
+    folded_Bs: Sequence[Tensor],  # each [rows, r]
+    rows: Sequence[tuple[int, int]],
+    *,
+    dropout_masks: Sequence[Tensor] | None = None,  # each [..., in]
+) -> tuple[Tensor, Tensor]:  # [..., in], [..., out]
+    """`s = x + delta` and `packed_lora_linear(LN(s))`."""
+    stream = x if delta is None else x + delta
+    normed = F.layer_norm(stream, stream.shape[-1:], norm_weight, norm_bias, eps)
+    return stream, packed_lora_linear(normed, weight, bias, folded_As, folded_Bs, rows, dropout_masks=dropout_masks)
+
+
+def activation_lora_linear(
+    z: Tensor,  # [..., in]
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
+    folded_As: Sequence[Tensor],  # each [r, in]
+    folded_Bs: Sequence[Tensor],  # each [rows, r]
+    rows: Sequence[tuple[int, int]],
+    *,
+    activation: str,
+    dropout_masks: Sequence[Tensor] | None = None,  # each [..., in]
+) -> Tensor:  # [..., out]
+    """`packed_lora_linear(act(z))` with `act(z) = z Φ(z)`, "gelu", or `z sigmoid(1.702 z)`, "quick_gelu"."""
+    a = F.gelu(z) if activation == "gelu" else z * torch.sigmoid(1.702 * z)
+    return packed_lora_linear(a, weight, bias, folded_As, folded_Bs, rows, dropout_masks=dropout_masks)
+
+
 def keep_mask(
     seed: int,
     adapter: int,

@@ -36,7 +36,8 @@ def setting() -> Setting:
         vision = CLIPVisionCfg(image_size=16, patch_size=8, width=32, layers=2, head_width=16)
         model = CLIP(16, vision, CLIPTextCfg(context_length=8, vocab_size=40, width=32, heads=2, layers=1)).eval()
         noise = torch.randint(0, 60, (30, 3, 16, 16), dtype=torch.uint8)
-    backbone = Backbone(model, tokenize, lambda images: images.float() / 255 - 0.5, torch.device("cpu"))
+    device, normalize = torch.device("cpu"), lambda pixels: pixels - 0.5
+    backbone = Backbone(model, tokenize, lambda images: normalize(images.float() / 255), device, (16, 16), normalize)
     labels = torch.arange(30) % 3
     bright, dark = noise.clone(), noise.clone()
     bright[torch.arange(30), labels] += 150

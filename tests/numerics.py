@@ -13,8 +13,12 @@ def assert_as_accurate_as_reference(
     reference: Tensor,  # by `reference.py`, in the same dtype
     exact: Tensor,  # by `reference.py` in float64, from the same rounded inputs
     name: str,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """`|ours - exact| <= 2 |reference - exact| + eps |exact|` in Frobenius norms."""
+    """`|ours - exact| <= 2 |reference - exact| + eps |exact|` in Frobenius norms.
+
+    eps is that of `dtype`, in which the result was computed; None: that of the result.
+    """
     assert (ours.shape, ours.dtype) == (reference.shape, reference.dtype), (
         f"{name} is {ours.dtype} {tuple(ours.shape)}, expected {reference.dtype} {tuple(reference.shape)}"
     )
@@ -22,7 +26,7 @@ def assert_as_accurate_as_reference(
     error = torch.linalg.vector_norm(ours.double() - exact)
     reference_error = torch.linalg.vector_norm(reference.double() - exact)
     size = torch.linalg.vector_norm(exact)
-    allowed = 2 * reference_error + EPS[ours.dtype] * size
+    allowed = 2 * reference_error + EPS[dtype or ours.dtype] * size
     assert error <= allowed, (
         f"{name} ({ours.dtype} {tuple(ours.shape)}): error {error:.3e} is {error / allowed:.2f} of the allowed "
         f"{allowed:.3e} (the reference's error is {reference_error:.3e}, the norm {size:.3e})"

@@ -14,14 +14,14 @@ import complora_kernels as ck
 from complora_kernels.apply import adapted_layers
 
 
-def small_clip(seed: int = 0, *, layers: int = 2, width: int = 32, **options: Any) -> Any:
+def small_clip(seed: int = 0, *, layers: int = 2, width: int = 32, context_length: int = 6, **options: Any) -> Any:
     """Two heads in each tower of equal depth and width; weights of the size that trained ones have."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIP(
             16,
             {"image_size": 16, "patch_size": 8, "width": width, "layers": layers, "head_width": width // 2},  # pyright: ignore[reportArgumentType]
-            {"context_length": 6, "vocab_size": 20, "width": width, "heads": 2, "layers": layers},  # pyright: ignore[reportArgumentType]
+            {"context_length": context_length, "vocab_size": 20, "width": width, "heads": 2, "layers": layers},  # pyright: ignore[reportArgumentType]
             **options,
         )
         for parameter in model.parameters():
@@ -30,12 +30,12 @@ def small_clip(seed: int = 0, *, layers: int = 2, width: int = 32, **options: An
     return model.eval()
 
 
-def small_clip_4() -> Any:
+def small_clip_4(*, context_length: int = 6) -> Any:
     """The weights of `small_clip` in the layout of open_clip 4."""
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "heads": 2}
-    text = {"context_length": 6, "vocab_size": 20, "width": 32, "layers": 2, "heads": 2}
+    text = {"context_length": context_length, "vocab_size": 20, "width": 32, "layers": 2, "heads": 2}
     model = stand_in.CLIP(16, vision, text).eval()
-    assert not model.load_state_dict(small_clip().state_dict(), strict=False).missing_keys
+    assert not model.load_state_dict(small_clip(context_length=context_length).state_dict(), strict=False).missing_keys
     return model
 
 

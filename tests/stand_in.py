@@ -120,7 +120,10 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Texts may be shorter than the context, as in open_clip's `CustomTextCLIP`: the mask's corner is used."""
+    """Texts may be shorter than the context, as in open_clip's `CustomTextCLIP`: the mask's corner is used.
+
+    `forward` calls `_encode_text`, not `encode_text`, as open_clip 4 does.
+    """
 
     def __init__(self, embed_dim: int, vision: dict[str, int], text: dict[str, int]) -> None:
         super().__init__()
@@ -131,6 +134,7 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(context, width))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.text_pool_type = "argmax"
         self.register_buffer("attn_mask", torch.full((context, context), float("-inf")).triu(1), persistent=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
 
@@ -143,6 +147,9 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        return self._encode_text(text, normalize)
+
+    def _encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         length = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:length]
         x = self.ln_final(self.transformer(x, attn_mask=self.get_buffer("attn_mask")[:length, :length]))
@@ -150,4 +157,4 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.encode_image(image, True), self.encode_text(text, True), self.logit_scale.exp()
+        return self.encode_image(image, True), self._encode_text(text, True), self.logit_scale.exp()

@@ -231,9 +231,10 @@ def test_table_where_operations_have_backends_of_their_own(capsys, monkeypatch):
             "on",
             "cpu",
             "extension",
-            "project_complement, fold_factors, packed_lora_linear with dropout, complora_linear with dropout",
+            "project_complement, fold_factors, packed_lora_linear with dropout, complora_linear with dropout, "
+            "norm_lora_linear with dropout, norm_lora_mlp with dropout",
         ],
-        ["on", "cpu", "torch", "packed_lora_linear, complora_linear"],
+        ["on", "cpu", "torch", "packed_lora_linear, complora_linear, norm_lora_linear, norm_lora_mlp"],
     ]
     states = table(output)
     assert (states["extension"], states["torch"], states["reference"]) == ("in use", "in use", "available")
@@ -243,7 +244,7 @@ def test_what_is_passed_over():
     for operation in backends.OPERATIONS:
         assert backends.passed_over(operation, "cuda") == backends.passed_over(operation, "cpu", True) == ()
     slower = [name for name in backends.OPERATIONS if backends.passed_over(name, "cpu")]
-    assert slower == ["packed_lora_linear", "complora_linear"]
+    assert slower == ["packed_lora_linear", "complora_linear", "norm_lora_linear", "norm_lora_mlp"]
     assert {backends.passed_over(name, "cpu") for name in slower} == {("extension",)}
 
 

@@ -20,7 +20,7 @@ from complora_kernels.fewshot.__main__ import main, parse
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
 from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
 from complora_kernels.fewshot.progress import GridProgress
-from complora_kernels.fewshot.recipe import CHECKPOINT, train
+from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, train
 from complora_kernels.fewshot.sampler import draw_shots
 
 CONSOLE = Console(file=io.StringIO())
@@ -74,7 +74,7 @@ def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, tr
     found = grid.run_grid(config, CONSOLE)
     assert [name.split("-")[0] for name in trained] == ["output", "both"]
     for result in expected + found:
-        del result["seconds"]
+        assert all(result.pop(name) > 0 for name in MEASURED)
     assert found == expected
     trained.clear()
     assert len(grid.run_grid(config, CONSOLE)) == 3
@@ -247,10 +247,11 @@ def test_progress_tells_runs_loss_and_time_left(tmp_path, terminal, monkeypatch)
     console = Console(file=shown, force_terminal=terminal, width=120)
     with GridProgress(config, [first, second], finished=1, console=console) as progress:
         progress.step(first, 3, 0.125)
-        progress.finish(first, {"new": 0.5, "kept": 0.75})
+        measured = {"images_per_second": 1234.5, "peak_memory_mib": 2048}
+        progress.finish(first, {"new": 0.5, "kept": 0.75, **measured})
         progress.step(second, 1, 2.0)
     text = shown.getvalue()
-    assert "2/3 lora-2shot-lr0.01-seed0: new 50.0%, kept 75.0%" in text
+    assert "2/3 lora-2shot-lr0.01-seed0: new 50.0%, kept 75.0%, 1234 images/s, 2.0 GiB" in text
     if terminal:
         assert "2 of 3 runs" in text
         assert "both-2shot-lr0.01-seed0  loss 2.000" in text
@@ -292,7 +293,7 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
     assert isinstance(whole, TrainConfig)
     found, expected = grid.run_grid(stopped, CONSOLE), grid.run_grid(dataclasses.replace(whole, workers=1), CONSOLE)
     for result in found + expected:
-        del result["seconds"]
+        assert all(result.pop(name) > 0 for name in MEASURED)
     assert sorted(found, key=lambda result: result["run"]) == sorted(expected, key=lambda result: result["run"])
     assert len(found) == 3
 

@@ -1,15 +1,22 @@
 import copy
+import dataclasses
+import json
 import math
+import re
+from typing import Any
 
 import fewshot_standin as standin
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from complora_kernels.fewshot.config import Method, Run
 from complora_kernels.fewshot.evaluate import is_correct
 from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.recipe import CHECKPOINT, at_most, cosine, train
+from complora_kernels.fewshot.images import DeviceImages
+from complora_kernels.fewshot.profile import PROFILE, TRACE
+from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, at_most, cosine, train, training_pixels
 from complora_kernels.fewshot.sampler import batch_indices, draw_shots
 
 RUN = Run("both", 2, 1e-2, 0)
@@ -91,10 +98,16 @@ def factors(folder):
     return load_file(folder / CHECKPOINT)
 
 
-@pytest.mark.parametrize("towers", [("image",), ("text",), ("image", "text")])
+@pytest.mark.parametrize(
+    ("towers", "precision"),
+    [(("image",), "fp32"), (("text",), "fp32"), (("image", "text"), "fp32"), (("image",), "fp16")],
+)
 @pytest.mark.parametrize("killed_at", [3, 4])
-def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, killed_at, towers):
-    config = standin.config(tmp_path, lora_dropout=0.3, steps=7, checkpoint_every=2, towers=towers)
+def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, killed_at, towers, precision, monkeypatch):
+    # A scale that overflows in the first steps: it is halved, and goes on from there.
+    monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2.0**26, 2.0, 0.5, 2000, True))
+    options = {"lora_dropout": 0.3, "steps": 7, "checkpoint_every": 2}
+    config = standin.config(tmp_path, towers=towers, precision=precision, **options)
     whole = train(config, RUN, standin.setting(), tmp_path / "whole")
 
     def kill(done: int, loss: float) -> None:
@@ -115,7 +128,7 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, killed_at, to
     logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "resumed")]
     assert logs[0] == logs[1]
     for result in (whole, resumed):
-        del result["seconds"]
+        assert all(result.pop(name) > 0 for name in MEASURED)
     assert whole == resumed
 
 
@@ -141,9 +154,104 @@ def test_run_that_diverges_says_where(tmp_path):
     setting = standin.setting()
     setting.backbone.model.logit_scale.data.fill_(1e9)  # exp overflows
     with pytest.raises(
-        FloatingPointError, match=r"both-2shot-lr0.01-seed0: the loss is nan in step 0 at learning rate 0.01"
+        FloatingPointError,
+        match=r"both-2shot-lr0.01-seed0: the loss is nan in step 0 at learning rate 0.01; "
+        "there is no checkpoint before it",
     ):
         train(standin.config(tmp_path), RUN, setting, tmp_path / "run")
+
+
+def test_run_that_diverges_names_the_last_good_checkpoint(tmp_path, monkeypatch):
+    broken, numbers = F.cross_entropy, iter(range(100))
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: broken(*args) * (math.nan if next(numbers) == 5 else 1))
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan in step 5 .* checkpoint is .*run.*, of step 4"
+    ) as error:
+        train(standin.config(tmp_path, steps=8), RUN, standin.setting(), tmp_path / "run")
+    assert str(tmp_path / "run" / CHECKPOINT) in str(error.value)
+    monkeypatch.undo()
+    assert train(standin.config(tmp_path, steps=8), RUN, standin.setting(), tmp_path / "run")["steps"] == 8
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("towers", [("image",), ("image", "text")])
+def test_half_precision_learns_what_float32_learns(tmp_path, precision, towers):
+    def run(precision: str) -> dict[str, Any]:
+        config = standin.config(tmp_path, steps=40, precision=precision, towers=towers)
+        return train(config, Run("both", 2, 3e-2, 0), standin.setting(), tmp_path / precision)
+
+    half, single = run(precision), run("fp32")
+    assert (half["precision"], single["precision"]) == ({"bf16": "bfloat16", "fp16": "float16"}[precision], "float32")
+    assert half["loss"] == pytest.approx(single["loss"], abs=0.15)  # 40 steps apart at a high rate
+    assert half["new"] > half["zero_shot_new"] == single["zero_shot_new"]
+
+
+def test_fp16_scales_its_loss(tmp_path, monkeypatch):
+    scales = []
+    original = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda *args: scales.append(1) or original(*args))
+    train(standin.config(tmp_path, steps=3, precision="fp16"), RUN, standin.setting(), tmp_path / "fp16")
+    assert len(scales) == 3
+
+
+def test_recomputing_changes_nothing_but_memory(tmp_path):
+    results = [
+        train(standin.config(tmp_path, recompute=recompute), RUN, standin.setting(), tmp_path / str(recompute))
+        for recompute in (False, True)
+    ]
+    logs = [read_json_lines(tmp_path / str(recompute) / "log.jsonl") for recompute in (False, True)]
+    assert logs[0] == logs[1]
+    assert results[0]["new"] == results[1]["new"]
+
+
+def test_crops_are_those_of_the_seed_and_the_step(tmp_path):
+    setting = standin.setting()
+    images = DeviceImages.from_tensors(setting.new.dataset.images[:6], "cpu")
+    indices = torch.tensor([4, 1])
+
+    def pixels(step: int, seed: int = 0) -> torch.Tensor:
+        return training_pixels(images, indices, setting, "crop-flip", seed, step)
+
+    assert pixels(3).shape == (2, 3, 16, 16)
+    assert torch.equal(pixels(3), pixels(3))
+    assert not torch.equal(pixels(3), pixels(4))
+    assert not torch.equal(pixels(3), pixels(3, seed=1))
+    whole = training_pixels(images, indices, setting, "none", 0, 3)
+    assert torch.equal(whole, setting.backbone.preprocess(setting.new.dataset.images[indices]))
+
+
+@pytest.mark.parametrize("can_be_mirrored", [False, True])
+def test_only_what_looks_the_same_in_a_mirror_is_mirrored(can_be_mirrored):
+    setting = standin.setting()
+    setting.new.dataset = dataclasses.replace(setting.new.dataset, can_be_mirrored=can_be_mirrored)
+    ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(1, 3, 16, 16)  # brighter to the right
+    images = DeviceImages.from_tensors(ramp, "cpu")
+    slopes = set()
+    for step in range(20):
+        pixels = training_pixels(images, torch.tensor([0]), setting, "crop-flip", 0, step)
+        slopes.add(bool(pixels[0, 0, 0, -1] > pixels[0, 0, 0, 0]))
+    assert slopes == ({True, False} if can_be_mirrored else {True})
+
+
+def test_a_profile_tells_phases_and_operations(tmp_path):
+    train(standin.config(tmp_path, steps=14, profile=True), RUN, standin.setting(), tmp_path / "run")
+    text = (tmp_path / "run" / PROFILE).read_text()
+    assert "mean of 8" in text
+    assert all(phase in text for phase in ("data (host)", "forward (host)", "backward (host)", "optimizer (host)"))
+    assert re.search(r"aten::\w+ +\d+ +\d+\.\d\d +\d+\.\d%", text)
+    events = json.loads((tmp_path / "run" / TRACE).read_text())["traceEvents"]
+    assert sum(event.get("name") == "data" for event in events) == 8
+
+
+def test_a_profile_of_a_run_that_is_stopped_in_between(tmp_path):
+    def stop(done: int, loss: float) -> None:
+        if done == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(standin.config(tmp_path, steps=14, profile=True), RUN, standin.setting(), tmp_path / "run", stop)
+    with torch.profiler.profile(acc_events=True):  # there can be only one
+        pass
 
 
 def test_learning_rate_follows_torchs_cosine():
@@ -155,6 +263,8 @@ def test_learning_rate_follows_torchs_cosine():
         optimizer.step()
         schedule.step()
     assert cosine(17, 17, 3e-3, 1e-6) == pytest.approx(1e-6)
+    counted = torch.tensor(5.0, dtype=torch.float64)  # as a graph counts
+    assert cosine(counted, 17, 3e-3, 1e-6).item() == pytest.approx(cosine(5, 17, 3e-3, 1e-6), rel=1e-14)
 
 
 def test_at_most_takes_a_fixed_part():

@@ -180,7 +180,11 @@ class To(nn.Module):
 
 def folding(model: nn.Module) -> set[str]:
     """The modules that fold, by name; each has one pair of hooks."""
-    hooks = {name: (module._forward_pre_hooks, module._forward_hooks) for name, module in model.named_modules()}
+    hooks = {
+        name: [[hook for hook in kind.values() if hook in (tower._fold_all, tower._forget)] for kind in kinds]
+        for name, module in model.named_modules()
+        for kinds in [(module._forward_pre_hooks, module._forward_hooks)]
+    }
     assert {len(hook) for pair in hooks.values() for hook in pair} <= {0, 1}
     assert all(len(before) == len(after) for before, after in hooks.values())
     return {name for name, (before, _) in hooks.items() if before}

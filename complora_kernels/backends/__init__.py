@@ -82,7 +82,14 @@ BACKENDS = {
     "reference": Backend("the formulas in plain PyTorch, for comparison", lambda: None),
 }
 AUTO_ORDER = ("triton", "extension", "torch")
-OPERATIONS = ("project_complement", "fold_factors", "packed_lora_linear", "complora_linear")
+OPERATIONS = (
+    "project_complement",
+    "fold_factors",
+    "packed_lora_linear",
+    "complora_linear",
+    "norm_lora_linear",
+    "norm_lora_mlp",
+)
 
 
 def passed_over(operation: str, device: str, dropping: bool = False) -> tuple[str, ...]:

@@ -31,6 +31,8 @@ class Backbone:
     tokenize: Callable[[list[str]], Tensor]  # N texts -> int64 [N, L]
     preprocess: Callable[[Tensor], Tensor]  # uint8 [N, 3, H, W] -> float32 [N, 3, S, S], normalised
     device: torch.device
+    size: tuple[int, int]  # height and width of the model's images
+    normalize: Callable[[Tensor], Tensor]  # float32 [N, 3, H, W] in [0, 1] -> the same, normalised
 
 
 def load_backbone(
@@ -41,7 +43,8 @@ def load_backbone(
     device = torch.device(device)
     if model == GLYPHS:
         folder = glyphs.ASSETS if pretrained is None else Path(pretrained)
-        return Backbone(*glyphs.load_glyph_clip(device, folder=folder), device=device)
+        clip, tokenize, preprocess = glyphs.load_glyph_clip(device, folder=folder)
+        return Backbone(clip, tokenize, preprocess, device, (glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE), glyphs.normalize)
     quick_gelu = _wants_quick_gelu(model, activation)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("error", message="QuickGELU mismatch")
@@ -55,7 +58,8 @@ def load_backbone(
             quick_gelu=quick_gelu,
             require_pretrained=True,
         )
-    return Backbone(clip.eval(), open_clip.get_tokenizer(model), _preprocessing(clip), device)
+    preprocess, size, normalize = _preprocessing(clip, device)
+    return Backbone(clip.eval(), open_clip.get_tokenizer(model), preprocess, device, size, normalize)
 
 
 def check_backbone(model: str, pretrained: str | None = None, activation: str = "auto") -> None:
@@ -156,15 +160,21 @@ def _unpack_torchscript(path: Path, folder: Path) -> str:
     return str(unpacked)
 
 
-def _preprocessing(clip: Any) -> Callable[[Tensor], Tensor]:
-    """Resize, scale to [0, 1] and normalise as the weights expect it."""
+def _preprocessing(
+    clip: Any, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], tuple[int, int], Callable[[Tensor], Tensor]]:
+    """How the weights expect images: `preprocess`, `size` and `normalize` of a `Backbone`."""
     expected = open_clip.get_model_preprocess_cfg(clip)
     size = expected["size"]
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    mean, std = (torch.tensor(expected[name])[:, None, None] for name in ("mean", "std"))
+    mean, std = (torch.tensor(expected[name], device=device)[:, None, None] for name in ("mean", "std"))
+
+    def normalize(pixels: Tensor) -> Tensor:
+        return (pixels - mean) / std
 
     def preprocess(images: Tensor) -> Tensor:
-        pixels = F.interpolate(images.float() / 255, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-        return (pixels - mean.to(pixels)) / std.to(pixels)
+        return normalize(
+            F.interpolate(images.float() / 255, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        )
 
-    return preprocess
+    return preprocess, (height, width), normalize

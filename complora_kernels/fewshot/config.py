@@ -88,6 +88,20 @@ class TrainConfig:
     """Optimizer steps for each shot, when --steps is None."""
     batch_size: int = 32
     """Images per step, at most the whole training set."""
+    augmentation: Literal["none", "crop-flip"] = "crop-flip"
+    """crop-flip: random resized crops (8 to 100% of an image, bicubic), every second one mirrored unless it shows
+    characters; none: whole images."""
+    image_memory_gib: float = 8.0
+    """Training images are kept decoded on the GPU up to this much memory, beyond it in pinned host memory."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What the frozen model computes in; factors, logits and the loss are float32, fp16 scales its loss.
+    auto: bf16 on a GPU, fp32 on a CPU, where half precision is slow."""
+    recompute: bool = False
+    """Compute the first product of each MLP again in the backward pass, to keep 6 instead of 10 activations a block."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """A step as one CUDA graph; auto: on a GPU, unless it cannot be captured."""
+    profile: bool = False
+    """Write profile.txt and trace.json for each run, from eight of its steps, and print the first run's."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
     final_learning_rate: float = 1e-6
@@ -166,6 +180,8 @@ _GLYPH_RECIPE = {
     "use_rslora": False,
     "lora_dropout": 0.0,
     "steps": 100,
+    "augmentation": "none",  # a corner of a digit is no digit
+    "precision": "fp32",
 }
 
 PRESETS: dict[Preset, TrainConfig] = {
@@ -190,7 +206,21 @@ PRESETS: dict[Preset, TrainConfig] = {
 }
 
 # Options that change how a run is worked off, not what comes out.
-_LOGISTICS = ("output", "workers", "checkpoint_every", "log_every", "save_adapters")
+_LOGISTICS = (
+    "output",
+    "workers",
+    "checkpoint_every",
+    "log_every",
+    "save_adapters",
+    "image_memory_gib",
+    "recompute",
+    "graph",
+    "profile",
+)
+
+
+# What results were made with before an option was there.
+BEFORE = {"augmentation": "none", "precision": "fp32"}
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -217,6 +247,7 @@ def check(config: TrainConfig) -> None:
     for name in (*positive, "checkpoint_every", "log_every"):
         value = getattr(config, name)
         _require(value is None or value >= 1, name, value, "at least 1")
+    _require(config.image_memory_gib >= 0, "image_memory_gib", config.image_memory_gib, "at least 0")
     _require(config.weight_decay >= 0, "weight_decay", config.weight_decay, "at least 0")
     _require(config.final_learning_rate >= 0, "final_learning_rate", config.final_learning_rate, "at least 0")
     _require(config.template.count("{}") == 1, "template", config.template, "one {} for the class name")

@@ -19,6 +19,7 @@ class Dataset:
     images: Tensor  # uint8 [N, 3, H, W]
     labels: Tensor  # int64 [N], indices into class_names
     class_names: tuple[str, ...]
+    can_be_mirrored: bool = False  # a mirror image shows the same class: not so for characters
 
 
 def digits() -> Dataset:

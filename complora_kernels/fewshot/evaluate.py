@@ -20,6 +20,7 @@ def is_correct(
     labels: Tensor,  # int64 [N]
     tokens: Tensor,  # [C, L]
     batch_size: int = 256,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Whether the prompt nearest to each image, by the cosine of their features, is that of its own class.
 
@@ -30,14 +31,16 @@ def is_correct(
         labels: int64 [N], indices into `tokens`.
         tokens: the tokenized prompts, one per class.
         batch_size: images per forward pass.
+        dtype: that of the model.
 
     Returns:
         bool [N], on the CPU.
     """
-    class_features = model.encode_text(tokens, normalize=True)  # [C, D]
+    class_features = model.encode_text(tokens, normalize=True).float()  # [C, D]
     nearest = []
     for batch in images.split(batch_size):
-        features = model.encode_image(backbone.preprocess(batch.to(backbone.device)), normalize=True)  # [N, D]
+        pixels = backbone.preprocess(batch.to(backbone.device)).to(dtype)  # [N, 3, S, S]
+        features = model.encode_image(pixels, normalize=True).float()  # [N, D]
         nearest.append((features @ class_features.T).argmax(-1).cpu())
     return torch.cat(nearest) == labels
 
@@ -59,17 +62,20 @@ class Task:
         self.tokens = backbone.tokenize(prompts(template, dataset.class_names)).to(backbone.device)  # [C, L]
         self._zero_shot = torch.full([len(dataset.labels)], -1)  # 1 correct, 0 wrong, -1 not asked yet
 
-    def accuracy(self, model: Any, indices: Tensor) -> float:
-        """Share of the images `indices` [N] that `model`, the backbone's or an adapted copy, names correctly."""
-        return self._is_correct(model, indices).double().mean().item()
+    def accuracy(self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32) -> float:
+        """Share of the images `indices` [N] that `model`, the backbone's or an adapted copy, names correctly.
+
+        `dtype` is that of the model.
+        """
+        return self._is_correct(model, indices, dtype).double().mean().item()
 
     def zero_shot_accuracy(self, indices: Tensor) -> float:
         """`accuracy` of the pretrained model, which is asked about every image once only."""
         unknown = indices[self._zero_shot[indices] < 0]
         if len(unknown):
-            self._zero_shot[unknown] = self._is_correct(self.backbone.model, unknown).long()
+            self._zero_shot[unknown] = self._is_correct(self.backbone.model, unknown, torch.float32).long()
         return self._zero_shot[indices].double().mean().item()
 
-    def _is_correct(self, model: Any, indices: Tensor) -> Tensor:
+    def _is_correct(self, model: Any, indices: Tensor, dtype: torch.dtype) -> Tensor:
         images, labels = self.dataset.images[indices], self.dataset.labels[indices]
-        return is_correct(model, self.backbone, images, labels, self.tokens, self.batch_size)
+        return is_correct(model, self.backbone, images, labels, self.tokens, self.batch_size, dtype)

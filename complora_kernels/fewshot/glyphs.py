@@ -94,6 +94,13 @@ def preprocess(images: Tensor) -> Tensor:
     pixels = images.float() / 255
     if pixels.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
         pixels = F.interpolate(pixels, size=IMAGE_SIZE, mode="bilinear", align_corners=False, antialias=True)
+    return normalize(pixels)
+
+
+def normalize(
+    pixels: Tensor,  # float32 [N, 3, 32, 32], in [0, 1]
+) -> Tensor:  # of the same shape
+    """Subtract the mean of the model's pictures and divide by their deviation."""
     return (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
 
 

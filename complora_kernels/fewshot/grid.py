@@ -24,6 +24,7 @@ from complora_kernels.fewshot import datasets
 from complora_kernels.fewshot.backbone import check_backbone
 from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
 from complora_kernels.fewshot.files import append_json_line, check_writable, read_json_lines, write_atomically
+from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT, Setting, load_setting, train
 from complora_kernels.fewshot.sampler import draw_shots
@@ -43,6 +44,8 @@ def prepare(config: TrainConfig) -> None:
         raise ValueError(f"--device {config.device}: expected cpu, cuda or auto")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {config.device}: expected cpu, because torch finds no CUDA device")
+    if config.graph == "on" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError(f"--graph on: expected auto or off on a CPU (--device {config.device})")
     draw_shots(datasets.digits().labels, max(config.shots), seed=0)
     described = config.output / "config.json"
     begun = (config.output / "results.jsonl").exists() or any(config.output.glob(f"runs/*/{CHECKPOINT}"))
@@ -53,6 +56,7 @@ def prepare(config: TrainConfig) -> None:
 
 
 def _check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    found = {**options.BEFORE, **found}
     differences = [
         f"--{name.replace('_', '-')} was {found.get(name)}, now {asked.get(name)}"
         for name in sorted(found.keys() | asked.keys())
@@ -83,6 +87,8 @@ def run_grid(config: TrainConfig, console: Console) -> list[dict[str, Any]]:
                 append_json_line(results_file, result)
                 (_folder(config, run) / CHECKPOINT).unlink(missing_ok=True)
                 progress.finish(run, result)
+                if config.profile and progress.finished == len(finished) + 1:
+                    console.print((_folder(config, run) / PROFILE).read_text(), highlight=False, soft_wrap=True)
     return read_json_lines(results_file)
 
 

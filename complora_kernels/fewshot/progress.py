@@ -73,7 +73,9 @@ class GridProgress:
             self.bars.remove_task(self.bar_of.pop(run))
         self.bars.update(self.overall, completed=sum(self.steps_done.values()), description=self._overall())
         self._print(
-            f"{self.finished}/{self.total} {run.name}: new {100 * result['new']:.1f}%, kept {100 * result['kept']:.1f}%"
+            f"{self.finished}/{self.total} {run.name}: new {100 * result['new']:.1f}%, "
+            f"kept {100 * result['kept']:.1f}%, {result['images_per_second']:.0f} images/s, "
+            f"{_memory(result['peak_memory_mib'])}"
         )
 
     def _overall(self) -> str:
@@ -88,3 +90,7 @@ class GridProgress:
         done = sum(self.steps_done.values())
         seconds = (time.monotonic() - self.started) * (self.all_steps - done) / max(done, 1)
         return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _memory(mib: float) -> str:
+    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"

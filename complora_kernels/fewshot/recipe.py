@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 import complora_kernels as ck
 from complora_kernels.fewshot import datasets
@@ -23,10 +25,13 @@ from complora_kernels.fewshot.backbone import Backbone, load_backbone
 from complora_kernels.fewshot.config import Run, TrainConfig
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.fewshot.images import DeviceImages, draw_boxes, resample
+from complora_kernels.fewshot.profile import StepProfile
 from complora_kernels.fewshot.resume import load_checkpoint, save_checkpoint
 from complora_kernels.fewshot.sampler import batch_indices, draw_shots
 
 CHECKPOINT = "checkpoint.safetensors"
+MEASURED = ("seconds", "images_per_second", "peak_memory_mib")  # of a result: what differs between equal runs
 
 _PACKAGES = ("complora-kernels", "open_clip_torch", "numpy", "scikit-learn")
 
@@ -76,7 +81,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
-        RuntimeError: an adapter got no gradient in the first step.
+        RuntimeError: an adapter got no gradient in the first step; `graph` is "on" where a step cannot be captured.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,19 +92,32 @@ def train(
     train_indices, rest = draw_shots(setting.new.dataset.labels, run.shots, run.seed)
     test_indices = at_most(config.max_test_images, rest)
     kept_indices = at_most(config.max_test_images, torch.arange(len(setting.kept.dataset.labels)))
-    images = setting.new.dataset.images[train_indices].to(device)  # uint8 [N, 3, H, W]
+    budget = round(config.image_memory_gib * 2**30)
+    images = DeviceImages.from_tensors(setting.new.dataset.images[train_indices], device, budget_bytes=budget)
     labels = setting.new.dataset.labels[train_indices].to(device)  # [N]
 
     # Model: a copy of the pretrained one; every method of a seed starts from the same factors
     torch.manual_seed(run.seed)
     adapter_config = config.adapter(run.method, run.seed)
     model = ck.apply_complora(copy.deepcopy(setting.backbone.model), adapter_config, progress=False).train()
-    optimizer = torch.optim.AdamW(
-        ck.adapter_parameters(model), lr=run.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
-    )
+    if config.recompute:
+        ck.set_recompute(model, "mlp")
     logit_scale = model.logit_scale.detach().exp()  # fixed, 100 for a trained CLIP
+    dtype = precision_for(config.precision, device)
+    model.to(dtype)  # the factors stay float32
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        ck.adapter_parameters(model),
+        lr=torch.tensor(run.learning_rate, device=device) if on_gpu else run.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=config.weight_decay,
+        capturable=on_gpu,
+        fused=True if on_gpu else None,
+    )
     with torch.no_grad():
-        class_features = model.encode_text(setting.new.tokens, normalize=True)  # [C, D], final for a frozen text tower
+        class_features = model.encode_text(
+            setting.new.tokens, normalize=True
+        ).float()  # [C, D], final if text is frozen
 
     # Resume
     checkpoint = folder / CHECKPOINT
@@ -107,35 +125,75 @@ def train(
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, model, optimizer)
     first_step, log = progress["step"], progress["log"]
+    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    if scaler is not None and progress.get("scaler"):
+        scaler.load_state_dict(progress["scaler"])
 
     # Training
-    for step in range(first_step, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, run.learning_rate, config.final_learning_rate)
-        batch = batch_indices(len(labels), config.batch_size, run.seed, step).to(device)
-        image_features = model.encode_image(setting.backbone.preprocess(images[batch]), normalize=True)  # [B, D]
-        if "text" in config.towers:
-            class_features = model.encode_text(setting.new.tokens, normalize=True)  # [C, D]
-        logits = logit_scale * image_features @ class_features.T  # [B, C]
-        loss = F.cross_entropy(logits, labels[batch])
-        if not loss.isfinite():
-            rate = optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"{run.name}: the loss is {loss.item()} in step {step} at learning rate {rate:.2g}"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        if step == first_step:
-            ck.check_gradients(model)
-        optimizer.step()
+    def batch(step: int) -> tuple[Tensor, Tensor]:  # [B, 3, S, S], [B]
+        indices = batch_indices(len(labels), config.batch_size, run.seed, step)
+        pixels = training_pixels(images, indices, setting, config.augmentation, run.seed, step)
+        return pixels.to(dtype), labels[indices.to(device)]
 
-        done = step + 1
-        if done % config.log_every == 0 or done == steps:
-            log.append({"step": done, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"]})
-        if done % config.checkpoint_every == 0 and done < steps:
-            seconds = progress["seconds"] + time.perf_counter() - started
-            save_checkpoint(checkpoint, model, optimizer, {"step": done, "seconds": seconds, "log": log})
-        on_step(done, loss.item())
+    def loss_of(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
+        image_features = model.encode_image(pixels, normalize=True).float()  # [B, D]
+        features = class_features
+        if "text" in config.towers:
+            features = model.encode_text(setting.new.tokens, normalize=True).float()  # [C, D]
+        return F.cross_entropy(logit_scale * image_features @ features.T, labels)
+
+    def learning_rate(step: Any) -> Any:
+        return cosine(step, steps, run.learning_rate, config.final_learning_rate)
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    train_step = ck.GraphedTrainStep(
+        model,
+        loss_of,
+        optimizer,
+        batch(first_step),
+        schedule=learning_rate,
+        scaler=scaler,
+        graph={"auto": "auto", "on": True, "off": False}[config.graph],
+    )
+    train_step.counter.fill_(first_step)
+    losses: list[Tensor] = []  # of the steps since the host last looked: on a GPU it does not wait for each
+    good_step = first_step
+    training_started = time.perf_counter()
+    with StepProfile(folder if config.profile else None, steps - first_step) as profile:
+        for step in range(first_step, steps):
+            profile.before_step(step - first_step)
+            with record_function("data"):
+                pixels, targets = batch(step)
+            losses.append(train_step(pixels, targets))
+            profile.after_step(step - first_step)
+            if step == first_step:
+                ck.check_gradients(model)
+
+            done = step + 1
+            is_logged = done % config.log_every == 0 or done == steps
+            is_kept = done % config.checkpoint_every == 0 and done < steps
+            if not (is_logged or is_kept or device.type == "cpu"):
+                continue
+            values = torch.stack(losses).tolist()
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    bad = done - len(values) + i
+                    raise FloatingPointError(
+                        f"{run.name}: the loss is {value} in step {bad} at learning rate "
+                        f"{learning_rate(bad):.2g}; {describe_checkpoint(checkpoint, good_step)}"
+                    )
+            losses.clear()
+            if is_logged:
+                log.append({"step": done, "loss": values[-1], "learning_rate": learning_rate(step)})
+            if is_kept:
+                seconds = progress["seconds"] + time.perf_counter() - started
+                scale = {} if scaler is None else scaler.state_dict()
+                state = {"step": done, "seconds": seconds, "log": log, "scaler": scale}
+                save_checkpoint(checkpoint, model, optimizer, state)
+                good_step = done
+            on_step(done, values[-1])
+    training_seconds = time.perf_counter() - training_started
 
     # Measurement
     model.eval()
@@ -143,19 +201,72 @@ def train(
         "run": run.name,
         **asdict(run),
         "steps": steps,
+        "precision": str(dtype).removeprefix("torch."),
         "zero_shot_new": setting.new.zero_shot_accuracy(test_indices),
         "zero_shot_kept": setting.kept.zero_shot_accuracy(kept_indices),
-        "new": setting.new.accuracy(model, test_indices),
-        "kept": setting.kept.accuracy(model, kept_indices),
+        "new": setting.new.accuracy(model, test_indices, dtype),
+        "kept": setting.kept.accuracy(model, kept_indices, dtype),
         "loss": log[-1]["loss"],
         **mean_over_layers(model),
         "seconds": round(progress["seconds"] + time.perf_counter() - started, 2),
+        "images_per_second": round((steps - first_step) * min(config.batch_size, len(labels)) / training_seconds, 1),
+        "peak_memory_mib": round(peak_memory(device) / 2**20),
         "versions": versions(),
     }
     write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     if config.save_adapters:
         ck.save_adapter(model, folder / "adapter")
     return result
+
+
+def training_pixels(
+    images: DeviceImages, indices: Tensor, setting: Setting, augmentation: str, seed: int, step: int
+) -> Tensor:
+    """The images of a step as the model takes them.
+
+    Args:
+        images: the training set.
+        indices: int64 [B], on the host.
+        setting: how the model takes images, and whether they may be mirrored.
+        augmentation: "none", or "crop-flip" for crops that are a function of seed and step.
+        seed: that of the run.
+        step: the step's number.
+
+    Returns:
+        float32 [B, 3, S, S], on the device.
+    """
+    backbone = setting.backbone
+    if augmentation == "none":
+        return backbone.preprocess(torch.stack([images[i] for i in indices.tolist()]).to(backbone.device))
+    boxes, flips = draw_boxes(images.sizes[indices], seed, step)
+    flips &= setting.new.dataset.can_be_mirrored
+    return backbone.normalize(resample(images, indices, boxes, flips, backbone.size))
+
+
+def precision_for(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen weights and of what is computed with them."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device since the run began; on the CPU the most that this process ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def describe_checkpoint(path: Path, step: int) -> str:
+    """Where a run that diverged was last well."""
+    return (
+        f"the last good checkpoint is {path}, of step {step}" if path.exists() else "there is no checkpoint before it"
+    )
 
 
 def mean_over_layers(model: torch.nn.Module) -> dict[str, float]:
@@ -171,9 +282,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, **packages}
 
 
-def cosine(step: int, steps: int, first: float, last: float) -> float:
-    """The learning rate of `step`: half a cosine from `first` at step 0 to `last` at step `steps`."""
-    return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2
+def cosine(step: Any, steps: int, first: float, last: float) -> Any:
+    """The learning rate of `step`: half a cosine from `first` at step 0 to `last` at step `steps`.
+
+    A float, or a tensor of one when `step` is one.
+    """
+    cos = torch.cos if isinstance(step, Tensor) else math.cos
+    return last + (first - last) * (1 + cos(math.pi * step / steps)) / 2
 
 
 def at_most(n: int | None, indices: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS
 from complora_kernels.modules.attention import CompLoRAAttention, CompLoRAMultiheadAttention
+from complora_kernels.modules.prompts import TextTower
 
 
 class Block(NamedTuple):
@@ -37,6 +38,26 @@ def residual_blocks(model: nn.Module) -> Iterator[Block]:
 def tower_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that run a tower when they are called."""
     return [model.get_submodule(path) for path in dict.fromkeys(_root(block.path) for block in residual_blocks(model))]
+
+
+def text_tower(model: nn.Module) -> TextTower | None:
+    """The text tower of a model that reads a text's feature where the text ends, under a mask over its context.
+
+    None where it is read elsewhere or every position is handed on (`pool_type`, CoCa's class token, `output_tokens`).
+    """
+    if hasattr(model, "text_pool_type"):
+        holder, pool_type, eos_id = model, model.text_pool_type, getattr(model, "text_eos_id", None)
+    else:
+        holder = getattr(model, "text", None)
+        pool_type, eos_id = getattr(holder, "pool_type", None), getattr(holder, "eos_id", None)
+    transformer, mask = getattr(holder, "transformer", None), getattr(holder, "attn_mask", None)
+    if not isinstance(transformer, nn.Module) or not isinstance(mask, Tensor):
+        return None
+    if getattr(holder, "cls_emb", None) is not None or getattr(holder, "output_tokens", False):
+        return None
+    if pool_type == "argmax":
+        return TextTower(transformer, mask, None)
+    return TextTower(transformer, mask, eos_id) if pool_type == "eos" and isinstance(eos_id, int) else None
 
 
 def parts(block: Block, targets: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 NO_ADAPTER = 15
 MAX_BLOCKS = 7  # four bits each in a positive int32
+MAX_NORM_WIDTH = 2048  # a program of a LayerNorm holds whole rows
 
 
 class Blocks(NamedTuple):

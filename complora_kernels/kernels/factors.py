@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from complora_kernels import graphs
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.blocks import Blocks
 
@@ -193,7 +194,7 @@ def fold_factors(
     if size == 0:
         return launch.rounded(out, dtype)
     block_r, block_d, block_k, block_i = (16, 32, 32, 32) if launch.INTERPRETED else (16, 256, 32, 32)
-    table = _table(tuple(jobs), block_r, block_d, first_factor.device)
+    table = graphs.keep(_table(tuple(jobs), block_r, block_d, first_factor.device))
     aligned = first_basis.data_ptr() % 16 == 0 and all(
         job.basis % 4 == 0 and job.basis_stride_d % 4 == 0 for job in jobs
     )
@@ -255,7 +256,7 @@ def _elements_between(first: Tensor, other: Tensor) -> int:
     return (other.data_ptr() - first.data_ptr()) // first.element_size()
 
 
-@functools.lru_cache(maxsize=1024)  # a CUDA graph keeps the address of a table, which must not be given up before it
+@functools.lru_cache(maxsize=1024)
 def _table(jobs: tuple[Job, ...], block_r: int, block_d: int, device: torch.device) -> Tensor:  # [programs, FIELDS]
     """The jobs cut into programs. Addresses of parameters and bases stay, so that it is copied to the device once."""
     rows = [(*job, r, d) for job in jobs for d in range(0, job.d, block_d) for r in range(0, job.r, block_r)]

@@ -53,6 +53,11 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors))
 
 
+def contiguous_rows(matrix: Tensor) -> Tensor:
+    """Rows at any distance from each other, each contiguous."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def aligned(matrix: Tensor) -> bool:
     """Whether its rows, or its columns, are contiguous and start on 16 bytes: loads then take 16 bytes at a time."""
     step, row = sorted(matrix.stride())

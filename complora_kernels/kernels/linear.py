@@ -58,7 +58,7 @@ UNALIGNED_TILES = Tiles(64, 64, 32, 4, 2)
 def tiles_of(chip: int, dtype: torch.dtype, *, crowded: bool = False) -> tuple[Tiles, ...]:
     """The tiles that ship for a chip, the default first.
 
-    A kernel is crowded when it needs a mask while an accumulator is half done: tiles of 128 elements a thread would
+    A kernel is crowded when it needs a mask or a residual beside an accumulator: tiles of 128 elements a thread would
     spill registers there.
     """
     table = FLOAT32_TILES if dtype == torch.float32 else HALF_TILES
@@ -153,6 +153,7 @@ def packed_lora_linear_fwd_kernel(
     A_ptr,  # [P, R, K]
     B_ptr,  # [P, D, R]
     h_ptr,  # [M, P * R]
+    residual_ptr,  # [M, N]
     y_ptr,  # [M, N]
     seed_ptr,  # [1]
     M,
@@ -163,6 +164,7 @@ def packed_lora_linear_fwd_kernel(
     stride_xk,
     stride_wn,
     stride_wk,
+    stride_rm,
     threshold,
     keep_scale,
     RANK: tl.constexpr,
@@ -170,6 +172,7 @@ def packed_lora_linear_fwd_kernel(
     SLOTS: tl.constexpr,
     BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     COMPUTE_H: tl.constexpr,
     STORE_H: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -245,6 +248,9 @@ def packed_lora_linear_fwd_kernel(
         y = tl.dot(h_rounded, B, y, input_precision=PRECISION)  # h B̃^T
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + rows[:, None] * stride_rm + n[None, :]
+        y += tl.load(residual_ptrs, mask=row_mask & column_mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + rows[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=row_mask & column_mask)
 
 
@@ -420,17 +426,20 @@ def packed_lora_linear_fwd(
     dropout_p: float,
     seed: Tensor | None,  # [1]
     *,
+    residual: Tensor | None = None,  # [M, N]
     store_h: bool = True,
     tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r], or [0, P r] when it is neither given nor stored
-    """`y = x W^T + b + h_p B̃_p^T` in the rows of adapter p."""
+    """`y = x W^T + b + h_p B̃_p^T` in the rows of adapter p, plus a residual, in the wider dtype of both."""
     (M, K), N, (P, R, _) = x.shape, weight.shape[0], A.shape
     compute_h = h is None
     if compute_h and R > MAX_INSIDE_R:
         raise ValueError(f"h=None with rank {R}, expected h above rank {MAX_INSIDE_R}")
     dropout = dropout_lanes(dropout_p) if compute_h else Dropout(0, 0, 1.0)
-    cut = _tiles_for((x, weight), tiles, crowded=dropout.bits > 0)
-    y = launch.empty((M, N), x.dtype, x.device)
+    cut = _tiles_for((x, weight), tiles, crowded=dropout.bits > 0 or residual is not None)
+    residual = None if residual is None else launch.contiguous_rows(residual)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = launch.empty((M, N), dtype, x.device)
     stored_h = launch.empty((M if store_h else 0, P * R), x.dtype, x.device) if h is None else h
     if M > 0:
         grid = (triton.cdiv(M, cut.block_m) * len(blocks.slots) * triton.cdiv(blocks.size, cut.block_out),)
@@ -442,6 +451,7 @@ def packed_lora_linear_fwd(
                 A,
                 B,
                 stored_h,
+                x if residual is None else residual,
                 y,
                 x if seed is None else seed,
                 M,
@@ -450,6 +460,7 @@ def packed_lora_linear_fwd(
                 blocks.size,
                 *x.stride(),
                 *weight.stride(),
+                0 if residual is None else residual.stride(0),
                 dropout.threshold,
                 dropout.scale,
                 RANK=R,
@@ -457,6 +468,7 @@ def packed_lora_linear_fwd(
                 SLOTS=blocks.adapter_of_block,
                 BITS=dropout.bits,
                 HAS_BIAS=bias is not None,
+                HAS_RESIDUAL=residual is not None,
                 COMPUTE_H=compute_h,
                 STORE_H=store_h,
                 UPCAST=launch.upcast(x.dtype),
@@ -469,7 +481,7 @@ def packed_lora_linear_fwd(
                 num_warps=cut.num_warps,
                 num_stages=cut.num_stages,
             )
-    return launch.rounded(y, x.dtype), launch.rounded(stored_h, x.dtype)
+    return launch.rounded(y, dtype), launch.rounded(stored_h, x.dtype)
 
 
 def packed_lora_linear_dx(

@@ -12,12 +12,15 @@ same order and give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from complora_kernels.kernels import launch
+from complora_kernels.kernels.activation import KINDS, activate
 from complora_kernels.kernels.blocks import Blocks
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
@@ -99,6 +102,10 @@ def packed_lora_linear_da_kernel(
     x_ptr,  # [M, K]
     g_ptr,  # [M, P * R]
     dA_ptr,  # [SPLITS, P, R, K]
+    mean_ptr,  # [M]
+    rstd_ptr,  # [M]
+    weight_ptr,  # [K]
+    bias_ptr,  # [K]
     seed_ptr,  # [1]
     M,
     K,
@@ -110,6 +117,9 @@ def packed_lora_linear_da_kernel(
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
     BITS: tl.constexpr,
+    NORMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # 0: none
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -118,7 +128,8 @@ def packed_lora_linear_da_kernel(
 ):
     """One program adds up BLOCK_K columns and BLOCK_R ranks of one adapter's dÃ over one split of the rows.
 
-    Adapters come first in the grid, so that the programs that read the same part of x run side by side.
+    Adapters come first in the grid, so that the programs that read the same part of x run side by side. What the
+    forward pass made of x, LayerNorm or an activation, is computed again as x is read, and rounded as it was.
     """
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0)
@@ -130,6 +141,10 @@ def packed_lora_linear_da_kernel(
     pr = adapter * RANK + r
     if BITS > 0:
         seed = tl.load(seed_ptr)
+    if NORMED:
+        weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     dA = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     first = split * rows_of_split
     for m0 in range(0, rows_of_split, BLOCK_M):
@@ -139,6 +154,16 @@ def packed_lora_linear_da_kernel(
         x = tl.load(x_ptrs, mask=row_mask & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         g_ptrs = g_ptr + rows[:, None] * (ADAPTERS * RANK) + pr[None, :]
         g = tl.load(g_ptrs, mask=row_mask & (r < RANK)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        if NORMED:
+            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            x = (x.to(tl.float32) - mean) * rstd * weight[None, :]  # LN(x)
+            if HAS_BIAS:
+                x += bias[None, :]
+        if ACTIVATION > 0:
+            x = activate(x.to(tl.float32), ACTIVATION)  # act(x)
+        if not UPCAST:
+            x = x.to(g_ptr.dtype.element_ty)
         if BITS > 0:
             x = tl.where(keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), x, 0.0)
         if UPCAST:
@@ -240,9 +265,13 @@ def packed_lora_linear_da(
     adapters: int,  # P
     dropout_p: float,
     seed: Tensor | None,  # [1]
+    *,
+    norm: Sequence[Tensor | None] | None = None,  # mean, rstd [M], weight, bias [K]
+    activation: str | None = None,
 ) -> Tensor:  # [P, r, K]
-    """`dÃ_p = g_p^T drop_p(x)` in one pass over x."""
-    (M, K), dtype, device = x.shape, x.dtype, x.device
+    """`dÃ_p = g_p^T drop_p(x)` in one pass over x; with `drop_p(LN(x))` or `drop_p(act(x))` where these are given."""
+    (M, K), dtype, device = x.shape, g.dtype, x.device
+    mean, rstd, weight, bias = norm or (None,) * 4
     P, R = adapters, g.shape[1] // adapters
     dropout = dropout_lanes(dropout_p)
     if not dropout.bits:
@@ -259,6 +288,10 @@ def packed_lora_linear_da(
                 x,
                 g,
                 dA,
+                x if mean is None else mean,
+                x if rstd is None else rstd,
+                x if weight is None else weight.contiguous(),
+                x if bias is None else bias.contiguous(),
                 x if seed is None else seed,
                 M,
                 K,
@@ -269,6 +302,9 @@ def packed_lora_linear_da(
                 RANK=R,
                 ADAPTERS=P,
                 BITS=dropout.bits,
+                NORMED=norm is not None,
+                HAS_BIAS=bias is not None,
+                ACTIVATION=KINDS[activation] if activation else 0,
                 UPCAST=launch.upcast(dtype),
                 PRECISION=launch.input_precision(dtype),
                 BLOCK_M=block_m,

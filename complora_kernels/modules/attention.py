@@ -158,11 +158,13 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         unbatched = query.dim() == 2
         q, k, v = self._project_qkv(query, key, value)  # as query, key, value
         q, k, v = (self._heads(projected, unbatched) for projected in (q, k, v))  # [N, heads, L or S, d / heads]
-        causal = attn_mask is not None and key_padding_mask is None and _is_causal(attn_mask, q.shape[-2], k.shape[-2])
-        bias = None if causal else _additive_mask(attn_mask, key_padding_mask, q, k)
+        causal = (
+            attn_mask is not None and key_padding_mask is None and known_causal(attn_mask, q.shape[-2], k.shape[-2])
+        )
+        bias = None if causal else additive_mask(attn_mask, key_padding_mask, q, k)
         dropout_p = self.dropout if self.training else 0.0
         if need_weights:
-            bias = _additive_mask(attn_mask, None, q, k) if causal else bias
+            bias = additive_mask(attn_mask, None, q, k) if causal else bias
             mixed, weights = _attention_with_weights(q, k, v, bias, dropout_p)
             weights = weights.mean(1) if average_attn_weights else weights  # [N, L, S] or [N, heads, L, S]
             weights = weights.squeeze(0) if unbatched else weights
@@ -239,7 +241,7 @@ class CompLoRAAttention(CompLoRAAttentionLayer):
             attn_mask = attn_mask.reshape(q.shape[0], self.num_heads, q.shape[-2], k.shape[-2])
         causal = False
         if attn_mask is not None and attn_mask.is_floating_point():
-            causal = _is_causal(attn_mask, q.shape[-2], k.shape[-2])
+            causal = known_causal(attn_mask, q.shape[-2], k.shape[-2])
             attn_mask = attn_mask.to(q.dtype)
         mixed = F.scaled_dot_product_attention(
             q,
@@ -264,7 +266,12 @@ def recognise_causal_mask(mask: Tensor) -> bool:
     return _CAUSAL.set(mask, _read_causal(mask))
 
 
-def _is_causal(mask: Tensor, L: int, S: int) -> bool:
+def has_been_read(mask: Tensor) -> bool:
+    """Whether it is known of this tensor, as it is now, that it is causal or that it is not."""
+    return isinstance(_CAUSAL.get(mask), bool)
+
+
+def known_causal(mask: Tensor, L: int, S: int) -> bool:
     """Whether `mask` is known to be the causal mask of L queries and S keys.
 
     Models keep one mask and pass it, or its leading [L, L] corner, at every call. The kept tensor is known from
@@ -294,7 +301,7 @@ def _read_causal(mask: Tensor) -> bool:
     return torch.equal(mask, expected)
 
 
-def _additive_mask(
+def additive_mask(
     attn_mask: Tensor | None,  # [L, S] or [N · heads, L, S]
     key_padding_mask: Tensor | None,  # [N, S] or [S]
     q: Tensor,  # [N, heads, L, d / heads]

@@ -1,0 +1,403 @@
+"""How fast is a whole training step of a CLIP model, and how much memory does it take, against other ways to do it?
+
+`make bench` runs it: on a CPU in float32, on a GPU in bfloat16. A step is a forward pass, a backward pass and AdamW.
+Every rival starts from the same frozen weights and factors, and its loss and gradients are checked before it is timed.
+The learning rate is 0, so that everyone's factors stay what they are, for the same work.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import complora_kernels as ck
+from benchmarks import rivals
+from benchmarks.interleaved import time_interleaved
+from benchmarks.rivals import Trainee
+from complora_kernels.modules.block import set_recompute
+
+OURS = "complora_kernels"
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# Of a gradient through a tower: sums in another order; in bfloat16 roundings of every result in every layer.
+TOLERANCE = 1e-4 if torch.float32 == DTYPE else 1e-1
+FEW_CLASSES = 100
+
+
+@dataclass(frozen=True)
+class Rival:
+    make: Callable[[nn.Module, dict[str, rivals.Adapter], ck.CompLoRAConfig], Trainee] | None  # None: ours
+    remark: str = ""
+    compiled: bool = False
+    graphed: bool = False
+    cut: bool = False  # its prompts, by hand
+    recompute: str = "none"  # ours
+
+
+def linear(kind: type[rivals.LoRALinear]) -> Any:
+    return lambda plain, weights, config: rivals.by_linear(kind, plain, weights, config)
+
+
+PLAIN = "plain LoRA: no projection"
+RIVALS = {
+    "ours, eager": Rival(None),
+    'ours, recompute="mlp"': Rival(None, recompute="mlp"),
+    "frozen model": Rival(rivals.without_adapters, "the floor: no adapter"),
+    "PEFT eager": Rival(rivals.by_peft, PLAIN),
+    "PEFT eager, prompts cut": Rival(rivals.by_peft, PLAIN, cut=True),
+    "PEFT, one CUDA graph": Rival(rivals.by_peft, PLAIN, graphed=True),
+    "dense P_perp": Rival(linear(rivals.DenseProjectorLinear)),
+    "torch.compile of folded factors": Rival(linear(rivals.FoldedLinear), compiled=True),
+    "the same, one CUDA graph": Rival(linear(rivals.FoldedLinear), compiled=True, graphed=True),
+    "CLIP-LoRA's layer": Rival(linear(rivals.CLIPLoRALinear), PLAIN),
+    "CLIP-LoRA's layer, prompts cut": Rival(linear(rivals.CLIPLoRALinear), PLAIN, cut=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch, what is adapted, and the rivals with the targets that they measure."""
+
+    model: str
+    images: int
+    rivals: Mapping[str, str | None]  # a name in RIVALS -> an id in targets.toml
+    prompts: int = 0  # 0: the image tower alone is trained, against fixed features of the classes
+    r: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ("q", "k", "v", "o", "fc1", "fc2")
+    graphed: bool = False  # ours is one CUDA graph
+    memory: bool = False  # the targets are of memory, not of time
+    rounds: int = 20  # at most
+
+    @property
+    def config(self) -> ck.CompLoRAConfig:
+        """Half of all directions are protected: nothing costs more."""
+        return ck.CompLoRAConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            subspace_ratio=0.5,
+            target_modules=self.target_modules,
+            towers=("image", "text") if self.prompts else ("image",),
+        )
+
+    def __str__(self) -> str:
+        words = [self.model, f"{self.images} images", f"{self.prompts} prompts" if self.prompts else "image tower"]
+        words += ["-".join(self.target_modules), f"r={self.r}", str(DTYPE).removeprefix("torch.")]
+        return " ".join([*words, f"p={self.lora_dropout}"] if self.lora_dropout else words)
+
+
+RECIPE = {"r": 2, "lora_alpha": 1.0, "lora_dropout": 0.25, "use_rslora": True, "target_modules": ("q", "k", "v")}
+GPU_CASES = [
+    Case(
+        "ViT-B-16-quickgelu",
+        256,
+        {
+            "PEFT eager": "step/PEFT",
+            "torch.compile of folded factors": "step/compiled",
+            "dense P_perp": "step/dense P_perp",
+            "frozen model": "step/frozen",
+        },
+    ),
+    Case(
+        "ViT-B-16-quickgelu",
+        32,
+        {
+            "ours, eager": None,
+            "PEFT eager": "step/PEFT, batch 32",
+            "PEFT, one CUDA graph": None,
+            "torch.compile of folded factors": None,
+            "the same, one CUDA graph": "step/compiled, batch 32",
+        },
+        graphed=True,
+    ),
+    Case(
+        "ViT-B-16-quickgelu",
+        32,
+        {
+            "ours, eager": None,
+            "CLIP-LoRA's layer": "step/CLIP-LoRA",
+            "CLIP-LoRA's layer, prompts cut": "step/CLIP-LoRA, cut",
+        },
+        prompts=100,
+        graphed=True,
+        **RECIPE,
+    ),
+    Case(
+        "ViT-B-16-quickgelu",
+        32,
+        {
+            "ours, eager": None,
+            "PEFT eager": "step/PEFT, 1000 prompts",
+            "PEFT eager, prompts cut": "step/PEFT, 1000 cut",
+        },
+        prompts=1000,
+        graphed=True,
+    ),
+    Case(
+        "ViT-B-16-quickgelu",
+        256,
+        {'ours, recompute="mlp"': None, "PEFT eager": "step/memory of PEFT"},
+        memory=True,
+    ),
+    Case(
+        "ViT-B-16",
+        256,
+        {'ours, recompute="mlp"': None, "PEFT eager": "step/memory of PEFT, GELU"},
+        memory=True,
+    ),
+    Case(
+        "ViT-B-16-quickgelu",
+        256,
+        {'ours, recompute="mlp"': None, "CLIP-LoRA's layer": "step/memory of CLIP-LoRA"},
+        lora_dropout=0.25,
+        memory=True,
+    ),
+]
+# torch.compile takes minutes for a tower on a CPU, and is left out there.
+CPU_CASES = [
+    Case(
+        "ViT-B-32-quickgelu",
+        8,
+        {"PEFT eager": "step/PEFT, CPU", "dense P_perp": "step/dense P_perp, CPU", "frozen model": None},
+    ),
+    Case("ViT-B-32", 8, {"PEFT eager": None, "frozen model": None}),
+    Case(
+        "ViT-B-32-quickgelu",
+        8,
+        {"PEFT eager": "step/PEFT, 100 prompts, CPU", "PEFT eager, prompts cut": None},
+        prompts=FEW_CLASSES,
+        rounds=5,
+    ),
+]
+
+
+class Batch(NamedTuple):
+    images: Tensor  # [N, 3, H, W]
+    labels: Tensor  # [N]
+    prompts: Tensor  # ids [C, context], or fixed features [C, D]
+
+
+def make_plain(name: str) -> Any:
+    """The model at random initial weights, equal in all blocks of a tower: so few are decomposed that nobody waits."""
+    torch.manual_seed(0)
+    config = open_clip.get_model_config(name)
+    assert config is not None
+    model: Any = CLIP(**config)
+    for tower in (model.visual.transformer, model.transformer):
+        for block in tower.resblocks[1:]:
+            block.load_state_dict(tower.resblocks[0].state_dict())
+    return model.to(DEVICE, DTYPE).requires_grad_(False)
+
+
+def make_ours(plain: nn.Module, config: ck.CompLoRAConfig) -> Any:
+    """Ours, with updates of about a tenth of the weights: smaller ones would hide a mistake from the check."""
+    model = ck.apply_complora(copy.deepcopy(plain), config, progress=False)
+    for A, B in rivals.of_ours(model).factors.values():
+        nn.init.normal_(B, std=0.12 * len(A) ** -0.5 / config.scaling)
+    return model
+
+
+def make_batch(case: Case, plain: Any) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(case.images, 3, *plain.visual.image_size, generator=generator)
+    classes = case.prompts or FEW_CLASSES
+    labels = torch.randint(0, classes, (case.images,), generator=generator)
+    if case.prompts:
+        texts = [f"a photo of a {name}." for name in IMAGENET_CLASSNAMES[:classes]]
+        prompts = open_clip.SimpleTokenizer(context_length=plain.context_length)(texts)
+    else:
+        features = torch.randn(classes, plain.visual.output_dim, generator=generator)
+        prompts = F.normalize(features, dim=-1).to(DTYPE)
+    return Batch(images.to(DEVICE, DTYPE), labels.to(DEVICE), prompts.to(DEVICE))
+
+
+def loss_of(model: Any, images: Tensor, labels: Tensor, prompts: Tensor) -> Tensor:
+    image = model.encode_image(images, normalize=True)  # [N, D]
+    text = prompts if prompts.is_floating_point() else model.encode_text(prompts, normalize=True)  # [C, D]
+    wide = torch.promote_types(image.dtype, torch.float32)
+    logits = model.logit_scale.exp().to(wide) * image.to(wide) @ text.to(wide).mT  # [N, C]
+    return F.cross_entropy(logits, labels)
+
+
+def make_step(trainee: Trainee, batch: Batch, *, compiled: bool = False) -> Callable[[], Tensor]:
+    """One training step of a rival; returns the loss."""
+    parameters = trainee.parameters
+    optimizer = make_optimizer(parameters) if parameters else None
+    loss_function = torch.compile(loss_of) if compiled else loss_of
+
+    def step() -> Tensor:
+        for parameter in parameters:
+            parameter.grad = None
+        loss = loss_function(trainee.model, *batch)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def make_graphed_step(trainee: Trainee, batch: Batch) -> Callable[[], Tensor]:
+    """Ours as one CUDA graph. The prompts are no part of the batch: they are the same in all of a training."""
+    images, labels, prompts = batch
+
+    def loss(model: Any, images: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(model, images, labels, prompts)
+
+    optimizer = make_optimizer(trainee.parameters)
+    step = ck.GraphedTrainStep(trainee.model, loss, optimizer, (images, labels), graph=ON_GPU)
+    return lambda: step(images, labels)
+
+
+def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    rate = torch.zeros((), device=DEVICE)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-2, fused=True, capturable=ON_GPU)
+
+
+# torch 2.11 says so where torch.compile finds a float32 product on a GPU, as of bases, which stay exact.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize("case", GPU_CASES if ON_GPU else CPU_CASES, ids=str)
+def test_step(benchmark, rounds, record, case):
+    torch.compiler.reset()
+    plain = make_plain(case.model)
+    ours = make_ours(plain, case.config)
+    weights, batch = rivals.adapters(ours), make_batch(case, plain)
+    truth = true_results(case, plain, weights, batch)
+    steps, peaks = {}, {}
+    for name in (OURS, *case.rivals):
+        rival = RIVALS.get(name, Rival(None, graphed=case.graphed))
+        if rival.make is None:
+            trainee = rivals.of_ours(copy.deepcopy(ours))
+            set_recompute(trainee.model, rival.recompute)
+        else:
+            trainee = rival.make(plain, weights, case.config)
+        own_batch = cut(trainee.model, batch) if rival.cut else batch
+        step = make_step(trainee, own_batch, compiled=rival.compiled)
+        trainee.model.train(case.lora_dropout == 0)  # dropout cannot be compared
+        check(name, trainee, step(), weights, truth)
+        trainee.model.train()
+        if ON_GPU:
+            peaks[name] = peak_bytes(step)
+        if rival.graphed and rival.make is None:
+            step = make_graphed_step(trainee, own_batch)
+        elif rival.graphed:
+            step = rivals.graphed(step)
+        if rival.graphed and case.lora_dropout == 0:
+            check(name, trainee, step(), weights, truth)
+        steps[name] = step
+    del truth
+    gc.collect()
+
+    rounds = min(rounds, case.rounds)
+    for name, timing in time_interleaved(steps, ours=OURS, rounds=rounds, device=DEVICE).items():
+        low, ratio, high = timing.spread()
+        remark = RIVALS[name].remark if name in RIVALS else ""
+        row = {
+            "shape": str(case),
+            "rival": name,
+            "median_s": sorted(timing.seconds)[rounds // 2],
+            "ratio": ratio,
+            "ratio_p20": low,
+            "ratio_p80": high,
+            "rounds": rounds,
+            "remark": remark,
+        }
+        if name in peaks:
+            row["peak_bytes"] = peaks[name]
+            row["remark"] = f"peak {peaks[name] / 2**20:.0f} MiB; {remark}".removesuffix("; ")
+        target = case.rivals.get(name)
+        if target:
+            row["target"], row["figure"] = target, peaks[OURS] / peaks[name] if case.memory else ratio
+        record(row)
+    benchmark.pedantic(steps[OURS], rounds=3)
+
+
+def cut(model: Any, batch: Batch) -> Batch:
+    """The model and its prompts cut by hand, to the length that ours works on."""
+    length = -(-int(batch.prompts.argmax(-1).max() + 1) // 8) * 8
+    rivals.cut_context(model, length)
+    return batch._replace(prompts=batch.prompts[:, :length].contiguous())
+
+
+def true_results(
+    case: Case, plain: nn.Module, weights: dict[str, rivals.Adapter], batch: Batch
+) -> dict[str, dict[str, Tensor]]:
+    """Losses and gradients in a wider dtype: of folded factors in plain torch, and of open_clip's own frozen model."""
+    wide = torch.float64 if torch.float32 == DTYPE else torch.float32
+    images, labels, prompts = batch
+    prompts = prompts.to(wide) if prompts.is_floating_point() else prompts
+    batch = Batch(images.to(wide), labels, prompts)
+    model = copy.deepcopy(plain).to(wide)
+    folded = rivals.by_linear(rivals.FoldedLinear, model, weights, case.config)
+    folded.model.eval()
+    truth = {"adapted": results(folded, make_step(folded, cut(folded.model, batch) if case.prompts else batch)(), {})}
+    if "frozen model" in case.rivals:
+        untrained = Trainee(model, {}, inputs=rivals.block_inputs(model))
+        truth["frozen"] = results(untrained, make_step(untrained, batch)(), {})
+    return truth
+
+
+def results(trainee: Trainee, loss: Tensor, weights: dict[str, rivals.Adapter]) -> dict[str, Tensor]:
+    """The loss and the gradients of a step, those of plain LoRA's B projected: they are then Comp-LoRA's."""
+    found = {"loss": loss}
+    for path, (A, B) in trainee.factors.items():
+        assert A.grad is not None
+        assert B.grad is not None
+        found[f"{path}.A"] = A.grad
+        found[f"{path}.B"] = weights[path].project(B.grad.double()) if trainee.plain else B.grad
+    for x in trainee.inputs:
+        assert x.grad is not None
+        found["input of the blocks"] = x.grad
+    return {name: result.double().clone() for name, result in found.items()}
+
+
+def check(
+    name: str,
+    trainee: Trainee,
+    loss: Tensor,
+    weights: dict[str, rivals.Adapter],
+    truth: dict[str, dict[str, Tensor]],
+) -> None:
+    mine, true = results(trainee, loss, weights), truth["adapted" if trainee.factors else "frozen"]
+    assert mine.keys() == true.keys(), name
+    if DTYPE.itemsize == 2:  # softmax makes the error of one small gradient a matter of luck
+        mine, true = stacked(mine), stacked(true)
+    for result, value in true.items():
+        apart = (mine[result] - value).norm() / value.norm()
+        assert apart <= TOLERANCE, f"{name}, {result}: {apart:.1e} apart"
+
+
+def stacked(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of all A as one vector, and those of all B."""
+    kinds = {
+        kind: [result.flatten() for name, result in results.items() if name.endswith(kind)] for kind in (".A", ".B")
+    }
+    others = {name: result for name, result in results.items() if not name.endswith((".A", ".B"))}
+    return others | {kind: torch.cat(gradients) for kind, gradients in kinds.items() if gradients}
+
+
+def peak_bytes(step: Callable[[], Tensor]) -> int:
+    """The most memory that a step takes beyond what is there before it: saved activations, and what is computed."""
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

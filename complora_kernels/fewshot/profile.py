@@ -1,0 +1,98 @@
+"""Where the time of a training step goes: a few steps under torch's profiler, as a table and as a trace."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+FIRST_STEP, STEPS = 4, 8  # after what happens once only
+PROFILE, TRACE = "profile.txt", "trace.json"
+PHASES = ("data", "forward", "backward", "optimizer", "replay")
+_ROWS = 12
+
+
+class StepProfile:
+    """Profiles `STEPS` steps of a run and writes profile.txt and trace.json (for ui.perfetto.dev) into its folder.
+
+    Args:
+        folder: where the files go; None: nothing is profiled.
+        steps: of the run.
+    """
+
+    def __init__(self, folder: Path | None, steps: int) -> None:
+        self.folder = folder
+        self.first = min(FIRST_STEP, max(steps - STEPS, 0))
+        self.last = min(self.first + STEPS, steps)
+        self.profiler: Any = None
+
+    def __enter__(self) -> StepProfile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.profiler is not None:  # an error in between
+            self.profiler.stop()
+            self.profiler = None
+
+    def before_step(self, step: int) -> None:
+        """Begins with the first step to be profiled."""
+        if self.folder is not None and step == self.first:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self.profiler = profile(
+                activities=activities, acc_events=True
+            )  # without it torch 2.11 warns of a second cycle
+            self.profiler.start()
+
+    def after_step(self, step: int) -> None:
+        """Ends with the last one, and writes the files."""
+        if self.profiler is None or step != self.last - 1 or self.folder is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        profiler, self.profiler = self.profiler, None
+        profiler.stop()
+        profiler.export_chrome_trace(str(self.folder / TRACE))
+        (self.folder / PROFILE).write_text(describe(profiler.key_averages(), self.last - self.first))
+
+
+def describe(averages: Any, steps: int) -> str:
+    """The phases of a step, and below them the operations that took the most time, in milliseconds a step."""
+    on_device = any(event.self_device_time_total > 0 for event in averages)
+
+    def time_of(event: Any) -> float:  # microseconds
+        return event.self_device_time_total if on_device else event.self_cpu_time_total
+
+    phases = [event for name in PHASES for event in averages if event.key == name]
+    operations = sorted((e for e in averages if e.key not in PHASES), key=time_of, reverse=True)
+    total = sum(map(time_of, operations)) or 1.0
+    where = "GPU" if on_device else "CPU"
+    table = Table(title=f"a step, mean of {steps}", box=HORIZONTALS, pad_edge=False)
+    for heading in ("", "calls", "ms", "share"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for i, event in enumerate(phases):
+        milliseconds = event.cpu_time_total / 1000 / steps
+        table.add_row(
+            f"{event.key} (host)", _calls(event, steps), f"{milliseconds:.2f}", "", end_section=i + 1 == len(phases)
+        )
+    for event in operations[:_ROWS]:
+        share = time_of(event) / total
+        table.add_row(
+            event.key[:70], _calls(event, steps), f"{time_of(event) / 1000 / steps:.2f}", f"{100 * share:.1f}%"
+        )
+    table.caption = f"shares of all time that operations took on the {where}"
+    text = io.StringIO()
+    Console(file=text, width=110).print(table)
+    return text.getvalue()
+
+
+def _calls(event: Any, steps: int) -> str:
+    return f"{event.count / steps:.0f}" if event.count >= steps else f"{event.count / steps:.1f}"

@@ -1,0 +1,455 @@
+"""Crops on the device against torchvision's transforms of the same images, and images against their files."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as torchvision
+
+from complora_kernels.fewshot import images as module
+from complora_kernels.fewshot.images import DeviceImages, bicubic_taps, draw_boxes, resample
+
+SIZES = [(60, 80), (75, 50), (7, 7), (1, 50), (40, 1), (224, 224), (190, 300)]
+BOXES = [(0, 0, 60, 80), (3, 4, 1, 46), (1, 2, 5, 4), (0, 17, 1, 1), (0, 0, 40, 1), (100, 7, 29, 1), (12, 0, 178, 299)]
+FLIPS = [i % 2 == 1 for i in range(len(SIZES))]
+
+
+@pytest.fixture
+def images() -> list[Tensor]:
+    """Noise between black and white: all that overshoots shows."""
+    return [torch.randint(0, 2, (3, *size), dtype=torch.uint8) * (255 - i) for i, size in enumerate(SIZES)]
+
+
+@pytest.fixture(params=["by torch", "by products"])
+def way(request, monkeypatch) -> None:
+    """What the CPU uses, and on the CPU what the other devices use."""
+    if request.param == "by products":
+        monkeypatch.setattr(module, "_resample_by_torch", module._resample_by_products)
+
+
+def crop(image: Tensor, box: Any, flip: Any, size: tuple[int, int]) -> Tensor:
+    cut = torchvision.resized_crop(
+        image, *map(int, box), size=list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+    return torchvision.horizontal_flip(cut) if flip else cut
+
+
+def all_of(images: DeviceImages, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Every image of `images` once, with drawn boxes and flips."""
+    return torch.arange(len(images)), *draw_boxes(images.sizes, **{"seed": 0, "step": 0, **options})
+
+
+# ---- resampling
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("size", [(224, 224), (32, 32), (24, 16), (7, 7), (2, 1)])
+def test_crops_are_those_of_torchvision_bit_for_bit(images, size):
+    """Of the uint8 images, as torchvision's transforms meet them after decoding."""
+    stored = DeviceImages.from_tensors(images, "cpu")
+    draws = [(torch.arange(len(images)), torch.tensor(BOXES), torch.tensor(FLIPS))]
+    draws += [all_of(stored, step=step) for step in range(5)]
+    for indices, boxes, flips in draws:
+        ours = resample(stored, indices, boxes, flips, size)
+        theirs = [crop(image, box, flip, size) for image, box, flip in zip(images, boxes, flips, strict=True)]
+        assert ours.dtype == torch.float32
+        assert ours.is_contiguous()
+        assert torch.equal(ours, torch.stack(theirs).float() / 255)
+
+
+@pytest.mark.usefixtures("way")
+def test_many_pixels_for_one_result_overflow_nothing():
+    """128 in each direction, to which sums are exact."""
+    image = torch.randint(0, 2, (3, 256, 896), dtype=torch.uint8) * 255
+    white = torch.full_like(image, 255)
+    stored = DeviceImages.from_tensors([image, white], "cpu")
+    box = torch.tensor([[0, 0, 256, 896]] * 2)
+    ours = resample(stored, torch.arange(2), box, torch.tensor([True, False]), (2, 7))
+    theirs = torch.stack([crop(image, box[0], True, (2, 7)), crop(white, box[1], False, (2, 7))])
+    assert torch.equal(ours, theirs.float() / 255)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("size", [224, 32])
+def test_crops_are_those_of_float_images_up_to_the_rounding(size):
+    """Float images are not cut off at black and white between the passes: here nothing overshoots so far."""
+    for image in (torch.randint(64, 192, (3, *shape), dtype=torch.uint8) for shape in SIZES):
+        stored = DeviceImages.from_tensors(image[None], "cpu")
+        indices, boxes, flips = all_of(stored)
+        ours = resample(stored, indices, boxes, flips, size)[0]
+        theirs = crop(image.float() / 255, boxes[0], flips[0], (size, size))
+        height = int(boxes[0, 2])
+        _, weights = bicubic_taps(torch.tensor([height]).double(), height, size)
+        # Half a level of the first pass, through the second one's weights; half a level of the second; 16-bit weights.
+        levels = 0.5 * weights.abs().sum(-1).max() + 0.5 + 2 * weights.shape[-1] * 255 / 2**15
+        assert (ours - theirs).abs().max() <= levels / 255
+
+
+@pytest.mark.usefixtures("way")
+def test_size_of_one(images):
+    stored = DeviceImages.from_tensors(images[:1], "cpu")
+    ours = resample(stored, torch.tensor([0]), torch.tensor([BOXES[0]]), torch.tensor([False]), 1)
+    exact = F.interpolate(images[0][None].double() / 255, (1, 1), mode="bicubic", antialias=True)
+    assert (ours - exact).abs().max() <= 1 / 255
+
+
+@pytest.mark.usefixtures("way")
+def test_a_batch_is_its_samples_one_by_one(images):
+    stored = DeviceImages.from_tensors(images, "cpu")
+    indices = torch.tensor([6, 0, 3, 6, 1, 6, 2])  # some twice
+    boxes, flips = draw_boxes(stored.sizes[indices], 0, 0)
+    ours = resample(stored, indices, boxes, flips, 16)
+    for i in range(len(indices)):
+        one = slice(i, i + 1)
+        assert torch.equal(ours[one], resample(stored, indices[one], boxes[one], flips[one], 16))
+
+
+@pytest.mark.usefixtures("way")
+def test_boxes_without_resizing_are_the_pixels(images):
+    stored = DeviceImages.from_tensors([images[5]], "cpu")
+    box = torch.tensor([[3, 5, 30, 20]])
+    (ours,) = resample(stored, torch.tensor([0]), box, torch.tensor([True]), (30, 20))
+    assert torch.equal(ours, images[5][:, 3:33, 5:25].flip(2).float() / 255)
+
+
+@pytest.mark.usefixtures("way")
+def test_empty_batch():
+    stored = DeviceImages.from_tensors(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "cpu")
+    none = torch.zeros(0, dtype=torch.long)
+    assert resample(stored, none, torch.zeros(0, 4).long(), none.bool(), 5).shape == (0, 3, 5, 5)
+
+
+def test_operands_of_the_products_are_exact_in_tf32_and_bfloat16(images, monkeypatch):
+    stored = DeviceImages.from_tensors(images, "cpu")
+    operands, bmm = [], torch.bmm
+
+    def observed(*factors: Tensor, out: Tensor) -> Tensor:
+        operands.extend(factors)
+        return bmm(*factors, out=out)
+
+    monkeypatch.setattr(torch, "bmm", observed)
+    plain = module._resample_by_products(stored, *all_of(stored), 24, 24)
+    assert operands
+    for factor in operands:
+        assert torch.equal(factor, factor.bfloat16().float())  # 8 bits; TF32 has 11
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module._resample_by_products(stored, *all_of(stored), 24, 24), plain)
+
+
+def test_products_are_of_the_boxes_not_of_the_images(images, monkeypatch):
+    stored = DeviceImages.from_tensors(images, "cpu")
+    shapes, bmm = [], torch.bmm
+
+    def observed(matrix: Tensor, pixels: Tensor, *, out: Tensor) -> Tensor:
+        shapes.append((matrix.shape, pixels.shape))
+        return bmm(matrix, pixels, out=out)
+
+    monkeypatch.setattr(torch, "bmm", observed)
+    box = torch.tensor([[100, 7, 30, 20]])
+    module._resample_by_products(stored, torch.tensor([6]), box, torch.tensor([True]), 24, 16)
+    assert shapes == [((1, 32, 20), (1, 20, 90)), ((1, 48, 30), (1, 30, 48))]
+
+
+def test_nothing_waits_for_the_device(images):
+    """The meta device holds no numbers: reading one from it is an error."""
+    for budget in (None, 0):
+        stored = DeviceImages.from_tensors(images, "meta", budget_bytes=budget)
+        crops = resample(stored, *all_of(stored), 24)
+        assert (crops.device.type, crops.shape) == ("meta", (len(images), 3, 24, 24))
+
+
+def test_a_huge_box_does_not_make_the_others_as_large():
+    boxes = torch.tensor([[0, 0, 30, 40]] * 20 + [[0, 0, 300, 400]] + [[0, 0, 40, 25]] * 10)
+    groups = [group.tolist() for group in module._groups(boxes)]
+    assert [len(group) for group in groups] == [30, 1]
+    assert groups[1] == [20]
+    assert sorted(groups[0]) == [i for i in range(31) if i != 20]
+
+
+def test_a_group_has_at_most_so_many_pixels():
+    assert [len(group) for group in module._groups(torch.tensor([[0, 0, 2048, 2048]] * 12))] == [5, 5, 2]
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 224])
+def test_weights_are_those_of_torch(size):
+    lengths = [1, 2, 3, 31, 32, 33, 64, 137, 500]
+    first, weights = bicubic_taps(torch.tensor(lengths).double(), max(lengths), size)
+    # A sum of T positive and negative numbers of at most 1, rounded T times
+    assert (weights.sum(-1) - 1).abs().max() <= weights.shape[-1] * torch.finfo(torch.float64).eps
+    for length, start, taps in zip(lengths, first, weights, strict=True):
+        dense = torch.zeros(size, length + len(taps[0]), dtype=torch.float64)
+        dense.scatter_(1, start[:, None] + torch.arange(len(taps[0])), taps)
+        assert not dense[:, length:].any()
+        unit = torch.eye(length, dtype=torch.float64)[None, None]
+        theirs = F.interpolate(unit, (size, length), mode="bicubic", antialias=True)[0, 0]
+        torch.testing.assert_close(dense[:, :length], theirs, rtol=0, atol=1e-14)  # float64 rounding
+
+
+# ---- boxes
+
+
+def torchvisions_boxes(n: int, height: int, width: int, **options: Any) -> np.ndarray:  # [n, 4]
+    image = torch.zeros(3, height, width)
+    options = {"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], **options}
+    return np.array([RandomResizedCrop.get_params(image, **options) for _ in range(n)])
+
+
+def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference of two samples' distribution functions."""
+    values = np.concatenate([a, b])
+    shares = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (a, b)]
+    return np.abs(shares[0] - shares[1]).max()
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (37, 53), (100, 30), (20, 90), (3, 2)])
+def test_boxes_are_distributed_as_torchvisions(height, width):
+    n = 3000
+    ours = draw_boxes(torch.tensor([[height, width]] * n), 0, 0)[0].numpy()
+    theirs = torchvisions_boxes(n, height, width)
+    # Two samples of one distribution are this far apart less often than once in 10,000 draws (Kolmogorov, Smirnov).
+    most = math.sqrt(-math.log(0.0001 / 2) / n)
+    for ours_, theirs_ in [
+        *zip(ours.T, theirs.T, strict=True),  # top, left, height, width
+        *((b[:, 2] * b[:, 3], t[:, 2] * t[:, 3]) for b, t in [(ours, theirs)]),
+        *((b[:, 3] / b[:, 2], t[:, 3] / t[:, 2]) for b, t in [(ours, theirs)]),
+        *((b[:, 0] - b[:, 1], t[:, 0] - t[:, 1]) for b, t in [(ours, theirs)]),
+        *((b[:, 0] + b[:, 2], t[:, 0] + t[:, 2]) for b, t in [(ours, theirs)]),  # the lower edge
+    ]:
+        assert ks_distance(ours_, theirs_) < most
+
+
+def test_boxes_keep_their_limits():
+    sizes = torch.tensor(SIZES * 50)
+    boxes, flips = draw_boxes(sizes, 3, 5)
+    assert (boxes.dtype, boxes.shape, flips.dtype, flips.shape) == (torch.int64, (350, 4), torch.bool, (350,))
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
+    large = boxes[sizes.amin(1) > 100, 2:]
+    assert len(large) == 100
+    # Rounding a length moves it by half a pixel.
+    assert ((large + 0.5).prod(1) >= 0.08 * 224 * 190).all()
+    assert ((large[:, 1] + 0.5) / (large[:, 0] - 0.5) >= 3 / 4).all()
+    assert ((large[:, 1] - 0.5) / (large[:, 0] + 0.5) <= 4 / 3).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (999, 20), (50, 51), (1, 1), (1, 40)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.1, 1.4), (0.5, 0.7)])
+def test_where_no_try_fits_the_box_is_torchvisions_central_one(height, width, ratio):
+    options = {"scale": (30.0, 40.0), "ratio": ratio}
+    ours, _ = draw_boxes(torch.tensor([[height, width]]), 0, 0, **options)
+    theirs = torchvisions_boxes(1, height, width, **options)
+    np.testing.assert_array_equal(ours.numpy(), np.maximum(theirs, [0, 0, 1, 1]))  # torchvision's can be empty
+
+
+def test_flips_have_their_probability():
+    sizes = torch.full((10_000, 2), 9)
+    assert abs(draw_boxes(sizes, 0, 0)[1].double().mean() - 0.5) < 4 * 0.5 / 100  # four standard deviations
+    assert not draw_boxes(sizes, 0, 0, flip=0.0)[1].any()
+    assert draw_boxes(sizes, 0, 0, flip=1.0)[1].all()
+
+
+def test_boxes_are_a_function_of_seed_and_step():
+    sizes = torch.full((4, 2), 1000)
+    before = torch.get_rng_state()
+    drawn = {(seed, step): draw_boxes(sizes, seed, step) for seed in range(4) for step in range(4)}
+    torch.rand(3)
+    for (seed, step), (boxes, flips) in drawn.items():
+        again, flips_again = draw_boxes(sizes, seed, step)
+        assert torch.equal(again, boxes)
+        assert torch.equal(flips_again, flips)
+    assert len({tuple(boxes.flatten().tolist()) for boxes, _ in drawn.values()}) == 16
+    assert len({tuple(box) for boxes, _ in drawn.values() for box in boxes.tolist()}) == 64
+    torch.set_rng_state(before)
+
+
+def test_the_box_of_an_image_does_not_depend_on_the_others():
+    sizes = torch.tensor([[50, 60], [500, 600]])
+    boxes, flips = draw_boxes(sizes, 1, 2)
+    others, flips_of_others = draw_boxes(torch.tensor([[1, 900], [500, 600]]), 1, 2)
+    assert torch.equal(boxes[1], others[1])
+    assert torch.equal(flips, flips_of_others)
+
+
+@pytest.mark.parametrize("limits", [(0.0, 1.0), (1.0, 0.5), (-1.0, 1.0)])
+@pytest.mark.parametrize("name", ["scale", "ratio"])
+def test_limits_are_checked(name, limits):
+    with pytest.raises(ValueError, match=rf"{name}=.* expected two positive limits"):
+        draw_boxes(torch.tensor([[5, 5]]), 0, 0, **{name: limits})
+
+
+# ---- storage
+
+
+def test_images_are_kept_as_they_are(images):
+    stored = DeviceImages.from_tensors(images, "cpu")
+    assert len(stored) == len(images)
+    assert stored.bytes == sum(image.numel() for image in images)
+    assert stored.sizes.tolist() == [list(size) for size in SIZES]
+    assert all(torch.equal(stored[i], image) for i, image in enumerate(images))
+    assert torch.equal(stored[-1], images[-1])
+    images[0].zero_()
+    assert stored[0].any()
+    with pytest.raises(IndexError):
+        stored[len(images)]
+
+
+def test_over_the_budget_images_stay_on_the_host(caplog):
+    caplog.set_level(logging.WARNING, "complora_kernels")
+    images = torch.zeros(1000, 3, 2, 2, dtype=torch.uint8)
+    assert DeviceImages.from_tensors(images, "meta", budget_bytes=12_000).device.type == "meta"
+    assert not caplog.messages
+    stored = DeviceImages.from_tensors(images, "meta", budget_bytes=11_999)
+    assert (stored.device.type, stored.target.type) == ("cpu", "meta")
+    assert caplog.messages == [
+        "the images stay in host memory: they are 12,000 bytes and the budget is 11,999 bytes",
+    ]
+
+
+def test_out_of_memory_images_stay_in_pinned_host_memory(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "complora_kernels")
+    pinned = []
+
+    def full_device(size: int, device: torch.device, *, pin_memory: bool = False) -> Tensor:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        pinned.append(pin_memory)
+        return torch.empty(size, dtype=torch.uint8)  # there may be no GPU to pin memory for
+
+    monkeypatch.setattr(module, "_empty", full_device)
+    images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
+    stored = DeviceImages.from_tensors(images, "cuda:1", budget_bytes=10_000)
+    assert pinned == [True]
+    assert all(torch.equal(stored[i], image) for i, image in enumerate(images))
+    assert caplog.messages == [
+        "the images stay in host memory: they are 360 bytes and cuda:1 has no memory left for them"
+    ]
+
+
+# ---- files
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8).numpy())
+
+
+def test_files_become_rgb_whatever_their_mode(tmp_path, picture, capfd):
+    grey, palette, bits = picture.convert("L"), picture.quantize(8), picture.convert("1")
+    alpha = picture.convert("RGBA")
+    alpha.putalpha(grey)
+    picture.save(tmp_path / "rgb.png")
+    picture.save(tmp_path / "rgb.webp", lossless=True)
+    grey.save(tmp_path / "grey.png")
+    alpha.save(tmp_path / "alpha.png")
+    palette.save(tmp_path / "palette.png")
+    palette.save(tmp_path / "transparent.png", transparency=bytes([0, 100, 255]))
+    bits.save(tmp_path / "bits.png")
+    picture.save(tmp_path / "photo.jpg", quality=90)
+    picture.convert("CMYK").save(tmp_path / "print.tif")
+    palette_rgb, bits_rgb, grey_rgb = (image.convert("RGB") for image in (palette, bits, grey))
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        photo.load()
+    expected = {
+        "rgb.png": picture,
+        "rgb.webp": picture,
+        "grey.png": grey_rgb,
+        "alpha.png": picture,
+        "palette.png": palette_rgb,
+        "transparent.png": palette_rgb,
+        "bits.png": bits_rgb,
+        "photo.jpg": photo,
+        "print.tif": picture.convert("CMYK").convert("RGB"),
+    }
+    stored = DeviceImages.from_files([tmp_path / name for name in expected], "cpu")
+    assert len(stored) == len(expected)
+    for i, (name, image) in enumerate(expected.items()):
+        assert torch.equal(stored[i], pixels(image)), name
+    assert capfd.readouterr().err == ""  # so short a work shows no bar
+
+
+def test_photos_are_upright(tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter to the right to see it upright
+    picture.save(tmp_path / "turned.png", exif=exif)
+    stored = DeviceImages.from_files([str(tmp_path / "turned.png")], "cpu", progress=False)
+    assert stored.sizes.tolist() == [[7, 5]]
+    assert torch.equal(stored[0], pixels(picture).rot90(-1, (1, 2)))
+
+
+@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "text.jpg", "empty.png"])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path, picture, name):
+    big = picture.resize((300, 200))
+    big.save(tmp_path / "whole.png")
+    if name.startswith("cut"):
+        big.save(tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    else:
+        (tmp_path / name).write_text("no image" if name == "text.jpg" else "")
+    with pytest.raises(ValueError, match=rf"{name} cannot be decoded: "):
+        DeviceImages.from_files([tmp_path / "whole.png", tmp_path / name], "cpu")
+
+
+def test_sixteen_bits_a_channel_are_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), 40_000, np.uint16)).save(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match=r"depth.png cannot be decoded: mode I;?1?6?, expected 8 bits a channel"):
+        DeviceImages.from_files([tmp_path / "depth.png"], "cpu")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing.png"):
+        DeviceImages.from_files([tmp_path / "missing.png"], "cpu")
+
+
+# ---- refused
+
+
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match=r"paths is empty, expected at least one image file"):
+        DeviceImages.from_files([], "cpu")
+    with pytest.raises(ValueError, match=r"images is empty, expected at least one"):
+        DeviceImages.from_tensors(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "cpu")
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4).byte(), torch.zeros(3, 0, 4).byte()])
+def test_other_tensors_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"images\[1\] is torch.* expected uint8 \[3, H, W\]"):
+        DeviceImages.from_tensors([torch.zeros(3, 4, 4).byte(), wrong], "cpu")
+
+
+@pytest.mark.parametrize("box", [[-1, 0, 3, 3], [0, -1, 3, 3], [0, 0, 0, 3], [0, 0, 3, 0], [3, 0, 3, 3], [0, 6, 3, 3]])
+def test_boxes_that_are_not_inside_are_refused(box):
+    stored = DeviceImages.from_tensors(torch.zeros(2, 3, 5, 8, dtype=torch.uint8), "cpu")
+    boxes = torch.tensor([[0, 0, 5, 8], box])
+    with pytest.raises(ValueError, match=r"boxes\[1\] is \[.*inside image 1, which is \[5, 8\]"):
+        resample(stored, torch.arange(2), boxes, torch.zeros(2).bool(), 4)
+
+
+def test_arguments_that_do_not_belong_together_are_refused():
+    stored = DeviceImages.from_tensors(torch.zeros(2, 3, 5, 8, dtype=torch.uint8), "cpu")
+    indices, boxes, flips = all_of(stored)
+    with pytest.raises(ValueError, match=r"boxes is \[1, 4\] on cpu, expected \[2, 4\] on the host"):
+        resample(stored, indices, boxes[:1], flips, 4)
+    with pytest.raises(ValueError, match=r"flips is \[2\] on meta, expected \[2\] on the host"):
+        resample(stored, indices, boxes, flips.to("meta"), 4)
+    with pytest.raises(ValueError, match=r"size=\(0, 4\), expected at least 1"):
+        resample(stored, indices, boxes, flips, (0, 4))
+    with pytest.raises(IndexError):
+        resample(stored, indices + 1, boxes, flips, 4)
