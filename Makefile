@@ -9,6 +9,7 @@ ARGS ?=
 EXTENSION = build/.extension
 BUILD = PATH="$(CURDIR)/.venv/bin:$$PATH"
 CPP = $(wildcard csrc/* tests/cuda_on_cpu/*)
+PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --benchmark-disable
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
@@ -26,11 +27,11 @@ full: .venv/.installed  ## the whole front of the README in runs/glyphs-full, ab
 extension: $(EXTENSION)  ## build the C++/CUDA extension in place, with the newest torch
 
 test: .venv/.installed $(EXTENSION)  ## run the tests
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # The same files that the newest torch built: what the stable ABI promises.
 test-oldest: .venv-oldest/.installed $(EXTENSION)  ## run the tests on the oldest supported versions
-	.venv-oldest/bin/python -m pytest $(ARGS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # A copy of the package in build/sanitize, whose extension checks every address and every undefined operation; a report
 # goes to stderr and ends the run. Python never frees everything, so leaks are not looked for. libstdc++ is loaded with

@@ -156,12 +156,12 @@ def norms() -> Iterator[Launch]:
             torch.empty(TOKENS, width, dtype=dtype),
             torch.empty(TOKENS),
         )
-        affine = norm.Affine(torch.empty(width), torch.empty(width), 1e-5)
+        weight, bias = torch.empty(width), torch.empty(width)
         case = f"{stream} to {dtype}, K={width}"
         for delta, what in ((None, ""), (n, ", delta")):
-            yield Launch(f"{case}{what}", partial(norm.norm_fwd, x, delta, affine, dtype, None, 0.0, None))
+            yield Launch(f"{case}{what}", partial(norm.norm_fwd, x, delta, weight, bias, 1e-5, dtype, None, 0.0, None))
         for d_stream, what in ((None, ""), (x, ", d_stream")):
-            bwd = partial(norm.norm_bwd, n, d_stream, x, statistics, statistics, affine.weight)
+            bwd = partial(norm.norm_bwd, n, d_stream, x, statistics, statistics, weight)
             yield Launch(f"{case}{what}", bwd)
         for adapters, r, p in ((1, 16, 0.0), (3, 16, 0.0), (3, 16, 0.25), (1, 64, 0.1)):
             A, g = torch.empty(adapters, r, width, dtype=dtype), torch.empty(TOKENS, adapters * r, dtype=dtype)
@@ -169,9 +169,9 @@ def norms() -> Iterator[Launch]:
             if dtype == bf16:
                 for rows in (TOKENS, 64 * TOKENS):  # 16 or 64 rows a program
                     tensors = (torch.empty(rows, width, dtype=stream), torch.empty(rows, width, dtype=dtype))
-                    fwd = partial(norm.norm_fwd, *tensors, affine, dtype, A, p, seed)
+                    fwd = partial(norm.norm_fwd, *tensors, weight, bias, 1e-5, dtype, A, p, seed)
                     yield Launch(f"{product}, M={rows}", fwd)
-            saved = (statistics, statistics, affine.weight, affine.bias)
+            saved = (statistics, statistics, weight, bias)
             da = partial(reductions.packed_lora_linear_da, x, g, adapters, p, seed, norm=saved)
             yield Launch(f"{product}, normed", da)
 
@@ -270,17 +270,18 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    failed = 0
+    failed = []
     with ProcessPoolExecutor() as pool:
         for rows in pool.map(compile_for, arguments.chips):
             for row in sorted(rows, key=lambda row: (row.kernel, row.label)):
-                failed += bool(row.failure)
-                print(
+                line = (
                     f"sm_{row.chip:<4} {row.kernel:<34} {row.label:<44} {row.registers:>4} registers "
                     f"{row.shared / 1024:6.1f} KiB  {row.tensor_cores:<12} {row.failure}"
                 )
+                print(line)
+                failed += [line] if row.failure else []
     if failed:
-        sys.exit(f"{failed} kernels failed")
+        sys.exit("\n".join([f"{len(failed)} kernels failed:", *failed]))
 
 
 if __name__ == "__main__":

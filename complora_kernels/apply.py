@@ -16,6 +16,7 @@ from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRAL
 from complora_kernels.modules.attention import recognise_causal_mask
 from complora_kernels.modules.block import CompLoRABlock, not_understood
 from complora_kernels.modules.extend import extend
+from complora_kernels.modules.pooled import pool_images
 from complora_kernels.modules.prompts import cut_prompts
 from complora_kernels.modules.tower import fold_once
 
@@ -70,6 +71,8 @@ def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = Tru
         fold_once(tower)
     _fuse_blocks(model)
     cut_prompts(model, open_clip.text_tower)
+    if isinstance(visual := getattr(model, "visual", None), nn.Module):
+        pool_images(visual, open_clip.image_pool)
     return model
 
 

@@ -122,7 +122,8 @@ def packed_lora_linear_bwd(
     dBs: list[Tensor | None] = [None] * len(Bs)
     dX = None
     if needs_B:
-        dBs = [dY[:, start:stop].mT @ h_i for h_i, (start, stop) in zip(_split(h, As), rows, strict=True)]  # [rows, r]
+        # (h^T dY)^T rather than dY^T h: the long dimension of dY stays the contiguous one
+        dBs = [(h_i.mT @ dY[:, start:stop]).mT for h_i, (start, stop) in zip(_split(h, As), rows, strict=True)]
     plan = choose(flat, weight, As, seeds, precision)
     if not (needs_A or needs_x):
         return None, dAs, dBs
@@ -143,7 +144,7 @@ def packed_lora_linear_bwd(
     else:
         g = torch.cat(gs, 1) if len(gs) > 1 else gs[0]  # [M, R]
         if needs_A:
-            dAs = list(torch.split(g.mT @ flat, [A_i.shape[0] for A_i in As]))
+            dAs = list((g.mT @ flat).split_with_sizes([A.shape[0] for A in As]))
         if needs_x:
             dX = input_grad(dY, g, weight, As, Bs, rows, plan, x.dtype)
     return None if dX is None else dX.view(x.shape), dAs, dBs
@@ -164,7 +165,7 @@ def input_grad(
         return dY @ _merged(weight, As, Bs, rows, dtype)  # dY (W + ΔW)
     if plan == "concat":
         return torch.cat([dY, g], 1) @ torch.cat([weight.to(dtype), _stack(As)])  # [dY | g] [W ; Ã]
-    return torch.addmm(dY @ weight.to(dtype), g, _stack(As))
+    return (dY @ weight.to(dtype)).addmm_(g, _stack(As))
 
 
 def sum_dtype(plan: str, dtype: torch.dtype) -> torch.dtype:
@@ -239,4 +240,4 @@ def _stack(As: Sequence[Tensor]) -> Tensor:
 
 
 def _split(h: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
-    return torch.split(h, [A.shape[0] for A in As], 1)  # each [M, r]
+    return h.split_with_sizes([A.shape[0] for A in As], 1) if len(As) > 1 else [h]  # each [M, r]

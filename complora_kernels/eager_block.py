@@ -86,7 +86,7 @@ def _affine(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def activate(z: Tensor, activation: str) -> Tensor:
     """`z · Φ(z)` or `z · sigmoid(1.702 z)`."""
-    return F.gelu(z) if activation == "gelu" else torch.sigmoid(QUICK_GELU * z).mul_(z)
+    return F.gelu(z) if activation == "gelu" else (QUICK_GELU * z).sigmoid_().mul_(z)
 
 
 def norm_fwd(
@@ -141,8 +141,10 @@ def activation_bwd(
     """`dz = da ∘ act'(z)`: `Φ(z) + z φ(z)`, or `σ + 1.702 z σ (1 - σ)` with `σ = sigmoid(1.702 z)`."""
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(da, z)
-    sigma = torch.sigmoid(QUICK_GELU * z)
-    return (1 - sigma).mul_(z).mul_(QUICK_GELU).add_(1).mul_(sigma).mul_(da)
+    scaled = QUICK_GELU * z  # act(z) = silu(1.702 z) / 1.702, whose slope is that of silu at 1.702 z
+    if z.dtype == torch.float16:
+        scaled.clamp_(-1e4, 1e4)  # where the slope is 0 or 1; infinite beyond 38487, it would be NaN
+    return torch.ops.aten.silu_backward.grad_input(da, scaled, grad_input=scaled)
 
 
 def linear_fwd(

@@ -52,7 +52,7 @@ def fold_factors(
     bases = [None if basis is None else basis.to(wide) for basis in bases]
     complement = [kind == "complement" for kind in kinds]
     flat = torch.ops.complora.fold_factors(factors, bases, complement, output_side, scaling, dtypes[0])
-    parts = torch.split(flat, [factor.numel() for factor in factors])
+    parts = flat.split_with_sizes([factor.numel() for factor in factors])
     return [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
 
 

@@ -31,7 +31,7 @@ def norm_fwd(
 
     seed, A = seeds[0] if seeds else None, launch.stacked(As) if As else None
     inside = A if dtype.itemsize == 2 else None  # in float32 rows and Ã do not fit beside each other
-    stream, normed, mean, rstd, h = kernels.norm_fwd(x, delta, kernels.Affine(*norm), dtype, inside, dropout_p, seed)
+    stream, normed, mean, rstd, h = kernels.norm_fwd(x, delta, *norm, dtype, inside, dropout_p, seed)
     if A is not None and inside is None:
         h = linear.packed_lora_linear_h(normed, A, dropout_p, seed)
     return stream, Normed(stream, mean, rstd, norm, dtype), normed, h if As else None

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <atomic>
 #include <cstring>
 #include <type_traits>
 
@@ -217,15 +218,14 @@ void compute_projection(const Strip<Acc>& strip, const Piece& piece, ScalarType 
   }
 }
 
-// Thread t of T computes items t, t + T, t + 2 T, …: neighbours in a list cost about the same, its two ends may not.
+// A thread that is done with an item takes the next one that nobody has: items may cost more or less.
 template <typename Function>
 void parallel(int64_t items, const Function& function) {
   const int64_t threads = std::min(items, static_cast<int64_t>(torch::stable::get_num_threads()));
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = thread; i < items; i += threads) {
-        function(i);
-      }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < items; i = next++) {
+      function(i);
     }
   });
 }
@@ -243,6 +243,9 @@ void project_strips(std::vector<Strip<Acc>>& strips, ScalarType factor_dtype, Sc
     next += strip.rows * strip.job->k;
   }
   if (strips.size() >= MANY_STRIPS) {
+    // The largest first: no thread begins one when the others are nearly done.
+    const auto cost = [](const Strip<Acc>& strip) { return strip.rows * strip.job->d * (strip.job->k + 1); };
+    std::stable_sort(strips.begin(), strips.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
     parallel(strips.size(), [&](int64_t i) {  // the basis is still in the cache for the second product
       compute_coordinates(strips[i], {i, 0, strips[i].job->k}, factor_dtype);
       compute_projection(strips[i], {i, 0, strips[i].job->d}, factor_dtype, out_dtype);

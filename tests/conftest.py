@@ -12,7 +12,7 @@ import torch
 from triton_device import HOW
 
 from complora_kernels import subspace
-from complora_kernels.modules import block
+from complora_kernels.modules import extend
 
 # Read when cuBLAS is first used: with it, products on a GPU are allowed in torch's deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -58,4 +58,4 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def stand_in_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in for open_clip 4 counts as open_clip's."""
-    monkeypatch.setattr(block, "LIBRARIES", (*block.LIBRARIES, "stand_in"))
+    monkeypatch.setattr(extend, "LIBRARIES", (*extend.LIBRARIES, "stand_in"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import stand_in
 import torch
 from open_clip.model import CLIP
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import complora_kernels as ck
 from complora_kernels.apply import adapted_layers
+from complora_kernels.modules import block
 
 
 def small_clip(seed: int = 0, *, layers: int = 2, width: int = 32, context_length: int = 6, **options: Any) -> Any:
@@ -63,6 +65,11 @@ def saved(directory: Path, plain: nn.Module | None = None, **options: Any) -> An
     model = adapted(small_clip() if plain is None else plain, **options)
     ck.save_adapter(model, directory)
     return model
+
+
+def compute_every_position(patch: pytest.MonkeyPatch) -> None:
+    """Lets the last block of a tower compute those too that nobody reads, with dropout masks for all of them."""
+    patch.setattr(block, "pooled", lambda *_, **__: None)
 
 
 @torch.no_grad()

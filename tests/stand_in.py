@@ -111,6 +111,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + 1, width))
         self.transformer = Transformer(width, layers, heads)
         self.ln_post = nn.LayerNorm(width)
+        self.pool_type, self.attn_pool, self.output_tokens = "tok", None, False
         self.proj = nn.Parameter(torch.randn(width, output_dim) * width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, image_size, image_size] to [N, output_dim]

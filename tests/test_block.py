@@ -16,13 +16,13 @@ import stand_in
 import torch
 from numerics import assert_as_accurate_as_reference
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU
-from small_clip import adapted, config, small_clip, small_clip_4
+from small_clip import adapted, compute_every_position, config, small_clip, small_clip_4
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import complora_kernels as ck
-from complora_kernels import set_recompute
+from complora_kernels import eager_block, set_recompute
 from complora_kernels.functional_block import AdaptedLinear, Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.modules.block import CompLoRABlock
 
@@ -230,7 +230,10 @@ def test_adapters_that_are_switched_off(change):
 
 @pytest.mark.parametrize("backend", ["torch", "extension"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_fifty_steps_fused_and_not(backend, dropout):
+def test_fifty_steps_fused_and_not(backend, dropout, monkeypatch):
+    if dropout:
+        compute_every_position(monkeypatch)  # as the block's own forward pass does: the masks are then the same
+
     def train(fused: bool) -> tuple[list[float], list[Tensor]]:
         torch.manual_seed(0)
         model = small_clip().double()
@@ -253,6 +256,31 @@ def test_fifty_steps_fused_and_not(backend, dropout):
     assert losses[-1] < losses[0]
     torch.testing.assert_close(losses, expected_losses, rtol=1e-9, atol=0)  # float64, grown by 50 steps of Adam
     torch.testing.assert_close(factors, expected_factors, rtol=0, atol=1e-7)
+
+
+# ---- activations
+
+OWN = {"gelu": F.gelu, "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z)}
+
+
+@pytest.mark.parametrize("scale", [1, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", OWN)
+def test_activations_of_the_torch_backend(activation, dtype, scale):
+    z, da = scale * torch.randn(2, 50, 40).to(dtype)
+    yardstick, truth = (t.clone().requires_grad_() for t in (z, z.double()))
+    values = [OWN[activation](t) for t in (yardstick, truth)]
+    grads = [torch.autograd.grad(y, t, da.to(t.dtype))[0] for y, t in zip(values, (yardstick, truth), strict=True)]
+    a, dz = eager_block.activate(z, activation), eager_block.activation_bwd(da.clone(), z, activation)
+    assert_as_accurate_as_reference(a, values[0].detach(), values[1].detach(), "a")
+    assert_as_accurate_as_reference(dz, grads[0], grads[1], "dz")
+
+
+@pytest.mark.parametrize("activation", OWN)
+def test_activations_of_the_largest_numbers(activation):
+    z = torch.tensor([-60000.0, -40000.0, 40000.0, 60000.0]).half()
+    assert eager_block.activate(z, activation).tolist() == [0, 0, *z[2:].tolist()]
+    assert eager_block.activation_bwd(torch.ones_like(z), z, activation).tolist() == [0, 0, 1, 1]
 
 
 # ---- memory

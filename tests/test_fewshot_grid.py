@@ -262,8 +262,9 @@ def test_progress_tells_runs_loss_and_time_left(tmp_path, terminal, monkeypatch)
 
 def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
     # Two worker processes on the bundled model: a kill, then Ctrl-C, then to the end in this process.
-    arguments = "--shots 1 --seeds 0 --learning-rates 0.003 --methods lora output both --max-test-images 20 --steps 90"
-    options = [*arguments.split(), "--lora-dropout", "0.1", "--checkpoint-every", "10", "--no-save-adapters"]
+    arguments = "--shots 1 --seeds 0 --learning-rates 0.003 --methods lora output both --max-test-images 20 --steps 60"
+    options = [*arguments.split(), "--towers", "image", "--lora-dropout", "0.1"]
+    options += ["--checkpoint-every", "5", "--no-save-adapters"]
     folder = tmp_path / "stopped"
     command = ["train", *options, "--output", str(folder), "--workers"]
 

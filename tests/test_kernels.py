@@ -83,8 +83,9 @@ def by_kernels(of: Product) -> dict[str, Tensor]:
 
 
 def by_formulas(of: Product, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same in plain PyTorch."""
-    x, weight, A, B, dY = (tensor.to(dtype) for tensor in (of.x, of.weight, of.A, of.B, of.dY))
+    """The same in plain PyTorch, on memory of its own: torch reads past edges in bfloat16 on CPUs with AMX."""
+    own = {"copy": True, "memory_format": torch.contiguous_format}
+    x, weight, A, B, dY = (tensor.to(dtype, **own) for tensor in (of.x, of.weight, of.A, of.B, of.dY))
     bias = None if of.bias is None else of.bias.to(dtype)
     masks = masks_of(SEED, len(A), x.shape, of.p)
     masks = None if masks is None else [m.to(dtype) for m in masks]

@@ -269,7 +269,7 @@ def test_tokens_that_were_asked_for_later():
     assert seen(model, lambda: model.text(text)) == [CONTEXT]
     with pytest.raises(AttributeError):  # open_clip's encode_text does not know what to do with them
         model.encode_text(text, normalize=True)
-    assert prompts.find_cut(model, text) is None
+    assert model.find_text_tower(model) is None
 
 
 @every_layout

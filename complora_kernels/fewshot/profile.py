@@ -47,9 +47,8 @@ class StepProfile:
         """Begins with the first step to be profiled."""
         if self.folder is not None and step == self.first:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            self.profiler = profile(
-                activities=activities, acc_events=True
-            )  # without it torch 2.11 warns of a second cycle
+            # acc_events: without it torch 2.11 warns of a second cycle, which there never is.
+            self.profiler = profile(activities=activities, acc_events=True)
             self.profiler.start()
 
     def after_step(self, step: int) -> None:

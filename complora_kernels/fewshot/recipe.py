@@ -117,7 +117,7 @@ def train(
     with torch.no_grad():
         class_features = model.encode_text(
             setting.new.tokens, normalize=True
-        ).float()  # [C, D], final if text is frozen
+        ).float()  # [C, D], final where text is frozen
 
     # Resume
     checkpoint = folder / CHECKPOINT

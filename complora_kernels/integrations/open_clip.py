@@ -8,12 +8,15 @@ of OpenAI's package.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS
 from complora_kernels.modules.attention import CompLoRAAttention, CompLoRAMultiheadAttention
+from complora_kernels.modules.block import NORMS
+from complora_kernels.modules.extend import is_known, own_class
+from complora_kernels.modules.pooled import Pool
 from complora_kernels.modules.prompts import TextTower
 
 
@@ -43,21 +46,54 @@ def tower_modules(model: nn.Module) -> list[nn.Module]:
 def text_tower(model: nn.Module) -> TextTower | None:
     """The text tower of a model that reads a text's feature where the text ends, under a mask over its context.
 
-    None where it is read elsewhere or every position is handed on (`pool_type`, CoCa's class token, `output_tokens`).
+    None where it is read elsewhere or every position is handed on (`pool_type`, CoCa's class token, `output_tokens`),
+    and for classes that are not open_clip's own, where either may be.
     """
+    if not is_known(own_class(model), ("CLIP", "CustomTextCLIP")):
+        return None
     if hasattr(model, "text_pool_type"):
         holder, pool_type, eos_id = model, model.text_pool_type, getattr(model, "text_eos_id", None)
     else:
         holder = getattr(model, "text", None)
         pool_type, eos_id = getattr(holder, "pool_type", None), getattr(holder, "eos_id", None)
+    if holder is not model and not is_known(type(holder), ("TextTransformer",)):
+        return None
     transformer, mask = getattr(holder, "transformer", None), getattr(holder, "attn_mask", None)
     if not isinstance(transformer, nn.Module) or not isinstance(mask, Tensor):
         return None
     if getattr(holder, "cls_emb", None) is not None or getattr(holder, "output_tokens", False):
         return None
+    pool = _pool(transformer, getattr(holder, "ln_final", None))
     if pool_type == "argmax":
-        return TextTower(transformer, mask, None)
-    return TextTower(transformer, mask, eos_id) if pool_type == "eos" and isinstance(eos_id, int) else None
+        return TextTower(transformer, mask, None, pool)
+    return TextTower(transformer, mask, eos_id, pool) if pool_type == "eos" and isinstance(eos_id, int) else None
+
+
+def image_pool(visual: nn.Module) -> Pool | None:
+    """What lies between the last block and the feature of an image tower that reads it at the class token.
+
+    None where it reads other tokens too, or hands them on (`pool_type`, an attention pool, `output_tokens`), and for a
+    class or methods that are not open_clip's own, where either may be.
+    """
+    if (
+        not is_known(own_class(visual), ("VisionTransformer",))
+        or {"_embeds", "_pool", "_global_pool"} & vars(visual).keys()
+    ):
+        return None
+    if getattr(visual, "pool_type", None) != "tok" or getattr(visual, "attn_pool", None) is not None:
+        return None
+    if getattr(visual, "output_tokens", False):
+        return None
+    return _pool(getattr(visual, "transformer", None), getattr(visual, "ln_post", None))
+
+
+def _pool(transformer: Any, norm: Any) -> Pool | None:
+    if not is_known(type(transformer), ("Transformer",)) or not is_known(type(norm), (*NORMS, "Identity")):
+        return None
+    blocks = list(transformer.resblocks)
+    if sum(block is blocks[-1] for block in blocks) != 1:  # none, or one that is run several times
+        return None
+    return Pool(blocks[-1], transformer, norm)
 
 
 def parts(block: Block, targets: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:

@@ -85,13 +85,12 @@ def activation_fwd_kernel(
         if COMPUTE_H:
             if BITS > 0:
                 a = tl.where(keep_mask(seed, 0, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), a, 0.0)
-            A = tl.load(A_ptrs, mask=rank_mask & inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
+            A = tl.load(A_ptrs + k0, mask=rank_mask & inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
             if UPCAST:
                 a, A = a.to(tl.float32), A.to(tl.float32)
             h = tl.dot(a, A, h, input_precision=PRECISION)  # drop(a) Ã^T
         z_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
-        A_ptrs += BLOCK_K
     if COMPUTE_H:
         h_ptrs = h_ptr + rows[:, None] * RANK + r[None, :]
         tl.store(h_ptrs, (h * keep_scale).to(h_ptr.dtype.element_ty), mask=row_mask & rank_mask)
@@ -156,7 +155,7 @@ def activation_fwd(
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,
                 num_warps=4,
-                num_stages=2,  # with a third, GELU would spill registers at some ranks
+                num_stages=3,
             )
     return launch.rounded(a, z.dtype), launch.rounded(h, z.dtype)
 

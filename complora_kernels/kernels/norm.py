@@ -12,8 +12,6 @@ Programs hold whole rows [ROWS, K], so that each activation is read once. w and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,14 +24,6 @@ from complora_kernels.kernels.linear import MAX_BLOCK_R
 
 PROGRAMS = 528  # of those that compute h, where there are so many rows: four for each multiprocessor of an H100
 ELEMENTS = 4096  # of the rows that a program holds: 32 a thread
-
-
-class Affine(NamedTuple):
-    """The frozen part of a LayerNorm."""
-
-    weight: Tensor  # [K]
-    bias: Tensor | None  # [K]
-    eps: float
 
 
 @triton.jit
@@ -117,16 +107,14 @@ def norm_fwd_kernel(
             h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for k0 in range(0, K, BLOCK_H):
                 inside = EVEN_K | (k0 + j < K)
-                normed = tl.load(normed_ptrs, mask=row_mask & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_H]
-                A = tl.load(A_ptrs, mask=rank_mask & inside[:, None], other=0.0)  # [BLOCK_H, BLOCK_R]
+                normed = tl.load(normed_ptrs + k0, mask=row_mask & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_H]
+                A = tl.load(A_ptrs + k0, mask=rank_mask & inside[:, None], other=0.0)  # [BLOCK_H, BLOCK_R]
                 if BITS > 0:
                     keep = keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_H, BITS)
                     normed = tl.where(keep, normed, 0.0)
                 if UPCAST:
                     normed, A = normed.to(tl.float32), A.to(tl.float32)
                 h = tl.dot(normed, A, h, input_precision="ieee")  # drop(n) Ã^T
-                normed_ptrs += BLOCK_H
-                A_ptrs += BLOCK_H
             h_ptrs = h_ptr + rows[:, None] * (ADAPTERS * RANK) + (adapter * RANK + r)[None, :]
             tl.store(h_ptrs, (h * keep_scale).to(h_ptr.dtype.element_ty), mask=row_mask & rank_mask)
 
@@ -170,7 +158,9 @@ def norm_bwd_kernel(
 def norm_fwd(
     x: Tensor,  # [M, K]
     delta: Tensor | None,  # [M, K]
-    norm: Affine,
+    weight: Tensor,  # [K]
+    bias: Tensor | None,  # [K]
+    eps: float,
     dtype: torch.dtype,
     A: Tensor | None,  # [P, r, K], contiguous, of that dtype; None: h is not computed
     dropout_p: float,
@@ -201,8 +191,8 @@ def norm_fwd(
             norm_fwd_kernel[(triton.cdiv(M, block_m),)](
                 x,
                 x if delta is None else delta,
-                norm.weight.contiguous(),
-                norm.weight if norm.bias is None else norm.bias.contiguous(),
+                weight.contiguous(),
+                weight if bias is None else bias.contiguous(),
                 x if A is None else A,
                 stream,
                 normed,
@@ -214,14 +204,14 @@ def norm_fwd(
                 K,
                 x.stride(0),
                 x.stride(0) if delta is None else delta.stride(0),
-                norm.eps,
+                eps,
                 dropout.threshold,
                 dropout.scale,
                 RANK=R,
                 ADAPTERS=P,
                 BITS=dropout.bits,
                 HAS_DELTA=delta is not None,
-                HAS_BIAS=norm.bias is not None,
+                HAS_BIAS=bias is not None,
                 UPCAST=launch.upcast(dtype),
                 EVEN_K=K % block_h == 0,
                 BLOCK_M=block_m,
@@ -249,7 +239,7 @@ def norm_bwd(
     d_stream = None if d_stream is None else launch.contiguous_rows(d_stream)
     dx = launch.empty((M, K), stream.dtype, stream.device)
     block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
-    block_m = max(1, 4096 // block_k)
+    block_m = max(1, ELEMENTS // block_k)
     if M > 0:
         with launch.on_device(stream.device):
             norm_bwd_kernel[(triton.cdiv(M, block_m),)](

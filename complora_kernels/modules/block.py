@@ -27,15 +27,15 @@ from complora_kernels.modules.attention import (
     additive_mask,
     known_causal,
 )
-from complora_kernels.modules.extend import Extension, own_class
+from complora_kernels.modules.extend import Extension, is_known, is_watched, own_class
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.linear import CompLoRALinear
+from complora_kernels.modules.pooled import Pooled, pooled, take
 from complora_kernels.modules.tower import folded_factors
 
 RECOMPUTE = ("none", "mlp")
-LIBRARIES = ("torch", "open_clip", "clip")  # whose classes are known by their names
 
-_NORMS = ("LayerNorm", "LayerNormFp32")  # torch's own and open_clip's, which compute in float32 and round
+NORMS = ("LayerNorm", "LayerNormFp32")  # torch's own and open_clip's, which compute in float32 and round
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
 _LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, CompLoRALinear)
 _PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
@@ -45,7 +45,8 @@ class CompLoRABlock(Extension):
     """A residual block that computes `x + attention(LN1(x))` and `x + mlp(LN2(x))` by fused operations.
 
     Its own forward pass runs while torch.compile traces (Inductor fuses the same things), for cross attention, and when
-    a part of it was exchanged, hooked or unfrozen. Both give the same result.
+    a part of it was exchanged, hooked or unfrozen. Both give the same result, of one position where `pooled` asks for
+    one.
 
     Attributes:
         recompute: "none", or "mlp" to compute fc1 again in the backward pass instead of saving its result.
@@ -64,18 +65,29 @@ class CompLoRABlock(Extension):
         k_x: Tensor | None = None,
         v_x: Tensor | None = None,
         attn_mask: Tensor | None = None,  # [L, L] or [N · heads, L, L]
-    ) -> Tensor:  # as q_x
+    ) -> Tensor:  # as q_x; of the first position alone [N, 1, d], or [1, N, d]
         if k_x is not None or v_x is not None or not self._fuses(q_x):
             others = (k_x, v_x, attn_mask)
             return super().forward(q_x, *others) if any(other is not None for other in others) else super().forward(q_x)
         attn, c_fc, c_proj = self.attn, self.mlp.c_fc, self.mlp.c_proj
-        dtype = functional.compute_dtype(q_x)
-        stream, qkv = norm_lora_linear(q_x, None, _norm(self.ln_1), _qkv(attn, dtype))
-        mixed = _attend(attn, qkv, getattr(self, "attn_mask", None) if attn_mask is None else attn_mask)
+        dtype, first = functional.compute_dtype(q_x), _sequence_first(attn)
+        attn_mask = getattr(self, "attn_mask", None) if attn_mask is None else attn_mask
+        one = pooled(self, q_x, sequence_first=first) if attn_mask is None or attn_mask.dim() == 2 else None
+        if one is None:
+            stream, qkv = norm_lora_linear(q_x, None, _norm(self.ln_1), _projections(attn, "qkv", dtype))
+            q, k, v = _heads(attn, qkv, 3)
+        else:
+            stream, kv = norm_lora_linear(q_x, None, _norm(self.ln_1), _projections(attn, "kv", dtype))
+            stream = take(stream, one.positions, sequence_first=first)  # [N, 1, d], or [1, N, d]
+            stream, q = norm_lora_linear(stream, None, _norm(self.ln_1), _projections(attn, "q", dtype))
+            (q,), (k, v) = _heads(attn, q, 1), _heads(attn, kv, 2)
+        mixed = _attend(attn, q, k, v, attn_mask, one)
         delta = attn._project_out(mixed) if isinstance(attn, CompLoRAAttentionLayer) else attn.out_proj(mixed)
         fc1, fc2 = _linear(c_fc, dtype), _linear(c_proj, dtype)
-        activation = _ACTIVATIONS[type(self.mlp.gelu).__name__]
-        return norm_lora_mlp(stream, delta, _norm(self.ln_2), fc1, fc2, activation, recompute=self.recompute == "mlp")
+        activation, recompute = _ACTIVATIONS[type(self.mlp.gelu).__name__], self.recompute == "mlp"
+        y = norm_lora_mlp(stream, delta, _norm(self.ln_2), fc1, fc2, activation, recompute=recompute)
+        # The tower looks a position up again that was given: it finds it wherever it looks.
+        return y if one is None or one.positions is None else y.expand(q_x.shape)
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether the fused operations compute what the block's own forward pass would, and what hooks may see."""
@@ -83,7 +95,7 @@ class CompLoRABlock(Extension):
             return False
         if not_understood(self) is not None:
             return False
-        if "attention" in vars(self) or any(_is_watched(part) for part in self.modules() if part is not self):
+        if "attention" in vars(self) or any(is_watched(part) for part in self.modules() if part is not self):
             return False
         mlp, attn = self.mlp, self.attn
         adapted = [part for part in (attn, mlp.c_fc, mlp.c_proj) if isinstance(part, CompLoRALayer)]
@@ -97,8 +109,8 @@ class CompLoRABlock(Extension):
 
 def not_understood(block: nn.Module) -> str | None:
     """Why a residual block cannot be fused, or None: another class, a part that is missing, unknown or one too many."""
-    cls = own_class(block, CompLoRABlock)
-    if not _is_known(cls, ("ResidualAttentionBlock",)):
+    cls = own_class(block)
+    if not is_known(cls, ("ResidualAttentionBlock",)):
         return f"it is a {cls.__module__}.{cls.__name__}, expected a ResidualAttentionBlock of open_clip"
     parts = {name: part for name, part in block._modules.items() if part is not None}
     identities = {"ls_1", "ls_2"} - parts.keys()
@@ -109,7 +121,7 @@ def not_understood(block: nn.Module) -> str | None:
             return f"{name} is a {type(parts[name]).__name__}, expected nn.Identity"
     for name in ("ln_1", "ln_2"):
         norm = parts[name]
-        if not isinstance(norm, nn.LayerNorm) or not _is_known(type(norm), _NORMS) or norm.weight is None:
+        if not isinstance(norm, nn.LayerNorm) or not is_known(type(norm), NORMS) or norm.weight is None:
             return f"{name} is a {type(norm).__name__}, expected a LayerNorm with weights"
     mlp = parts["mlp"]
     if not isinstance(mlp, nn.Sequential) or list(mlp._modules) != ["c_fc", "gelu", "c_proj"]:
@@ -117,14 +129,9 @@ def not_understood(block: nn.Module) -> str | None:
     if type(mlp.c_fc) not in _LINEARS or type(mlp.c_proj) not in _LINEARS:
         return f"mlp has a {type(mlp.c_fc).__name__} and a {type(mlp.c_proj).__name__}, expected linear layers"
     gelu = mlp.gelu
-    if not _is_known(type(gelu), tuple(_ACTIVATIONS)) or getattr(gelu, "approximate", "none") != "none":
+    if not is_known(type(gelu), tuple(_ACTIVATIONS)) or getattr(gelu, "approximate", "none") != "none":
         return f"mlp.gelu is {gelu}, expected GELU or QuickGELU"
     return _attention_not_understood(parts["attn"])
-
-
-def _is_known(cls: type, names: tuple[str, ...]) -> bool:
-    """Whether a class is torch's, open_clip's or OpenAI's of such a name: a namesake may compute something else."""
-    return cls.__name__ in names and cls.__module__.partition(".")[0] in LIBRARIES
 
 
 def _attention_not_understood(attn: Any) -> str | None:
@@ -150,24 +157,42 @@ def _attention_not_understood(attn: Any) -> str | None:
     return None
 
 
+def _sequence_first(attn: Any) -> bool:
+    return isinstance(attn, nn.MultiheadAttention) and not attn.batch_first
+
+
+def _heads(
+    attn: Any,
+    packed: Tensor,  # [N, L, P · d], or [L, N, P · d]
+    parts: int,  # P
+) -> list[Tensor]:  # each [N, heads, L, d / heads]
+    """Views of packed projections, unbound before they are permuted: their gradients are then packed by one copy."""
+    order = (1, 2, 0, 3) if _sequence_first(attn) else (0, 2, 1, 3)
+    return [part.permute(order) for part in packed.unflatten(-1, (parts, attn.num_heads, -1)).unbind(2)]
+
+
 def _attend(
     attn: Any,
-    qkv: Tensor,  # [N, L, 3d], or [L, N, 3d]
+    q: Tensor,  # [N, heads, L, d / heads]
+    k: Tensor,  # [N, heads, S, d / heads]
+    v: Tensor,  # [N, heads, S, d / heads]
     attn_mask: Tensor | None,
+    one: Pooled | None,  # L is 1: the position's row of the mask is added
 ) -> Tensor:  # [N, L, d], or [L, N, d]
-    """Attention on views of the packed projections: nothing is copied on the way in."""
-    sequence_first = isinstance(attn, nn.MultiheadAttention) and not attn.batch_first
-    parts = qkv.unflatten(-1, (3, attn.num_heads, -1))  # [N, L, 3, heads, d / heads], or [L, N, 3, heads, d / heads]
-    q, k, v = parts.permute((2, 1, 3, 0, 4) if sequence_first else (2, 0, 3, 1, 4))  # [N, heads, L, d / heads]
-    causal = False
+    """Attention by torch's fused kernels, causal where the mask is known to be."""
+    causal, bias = False, None
     if attn_mask is not None:
         attn_mask = attn_mask if attn_mask.is_floating_point() else attn_mask.to(q.dtype)  # added, as blocks do
-        causal = known_causal(attn_mask, q.shape[-2], k.shape[-2])
-    bias = None if causal or attn_mask is None else additive_mask(attn_mask.to(q.device), None, q, k)
+        if one is not None:
+            attn_mask = attn_mask.to(q.device, q.dtype)
+            rows = attn_mask[:1] if one.positions is None else attn_mask[one.positions]  # [N, S]
+            bias = rows[:, None, None]  # [N, 1, 1, S]
+        elif not (causal := known_causal(attn_mask, q.shape[-2], k.shape[-2])):
+            bias = additive_mask(attn_mask.to(q.device), None, q, k)
     mixed = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=_dropout_p(attn), is_causal=causal, scale=getattr(attn, "scale", None)
     )  # [N, heads, L, d / heads]
-    return mixed.permute((2, 0, 1, 3) if sequence_first else (0, 2, 1, 3)).flatten(2)
+    return mixed.permute((2, 0, 1, 3) if _sequence_first(attn) else (0, 2, 1, 3)).flatten(2)
 
 
 def _dropout_p(attn: Any) -> float:
@@ -180,10 +205,17 @@ def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _qkv(attn: Any, dtype: torch.dtype) -> AdaptedLinear:
+def _projections(attn: Any, names: str, dtype: torch.dtype) -> AdaptedLinear:
+    """The packed product of "qkv", "q" or "kv"."""
+    weight, bias, start = attn.in_proj_weight, attn.in_proj_bias, 0
+    if names != "qkv":
+        d = weight.shape[1]
+        start = "qkv".index(names) * d
+        own = slice(start, start + len(names) * d)
+        weight, bias = weight[own], None if bias is None else bias[own]
     adapted = attn.weights if isinstance(attn, CompLoRAAttentionLayer) else {}
-    rows = {name: (adapted[name].start, adapted[name].stop) for name in ("q", "k", "v") if name in adapted}
-    return _adapted(attn, attn.in_proj_weight, attn.in_proj_bias, rows, dtype)
+    rows = {name: (adapted[name].start - start, adapted[name].stop - start) for name in names if name in adapted}
+    return _adapted(attn, weight, bias, rows, dtype)
 
 
 def _linear(linear: nn.Linear, dtype: torch.dtype) -> AdaptedLinear:
@@ -209,12 +241,6 @@ def _is_plain(x: Tensor) -> bool:
         and not is_functorch_wrapped_tensor(x)
         and forward_ad._current_level < 0
     )
-
-
-def _is_watched(part: nn.Module) -> bool:
-    """Whether somebody hooked the call of a part, or put another forward method on it."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(part)
 
 
 def _global_hooks() -> bool:

@@ -7,9 +7,14 @@ its answers.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+LIBRARIES = ("torch", "open_clip", "clip")  # whose classes are known by their names
+_OWN_HOOKS: list[Any] = []
 
 
 class Extension(nn.Module):
@@ -26,10 +31,30 @@ def extend(module: nn.Module, extension: type[Extension]) -> None:
         module.__class__ = _extended(type(module), extension)
 
 
-def own_class(module: nn.Module, extension: type[Extension]) -> type[nn.Module]:
+def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` before `extend`, also where others have subclassed it since."""
-    extended = (cls.__bases__ for cls in type(module).__mro__)
-    return next((bases[1] for bases in extended if len(bases) == 2 and bases[0] is extension), type(module))
+    extended = [cls.__bases__ for cls in type(module).__mro__]
+    own = [bases[1] for bases in extended if len(bases) == 2 and issubclass(bases[0], Extension)]
+    return own[-1] if own else type(module)
+
+
+def is_known(cls: type, names: tuple[str, ...]) -> bool:
+    """Whether a class is torch's, open_clip's or OpenAI's of such a name: a namesake may compute something else."""
+    return cls.__name__ in names and cls.__module__.partition(".")[0] in LIBRARIES
+
+
+def own_hook(hook: Hook) -> Hook:
+    """Decorates a hook of ours, which looks at nothing but its module and what the module is given."""
+    _OWN_HOOKS.append(hook)
+    return hook
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody else hooked the call of a module, or put another forward method on it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if "forward" in vars(module):
+        return True
+    return any(hook not in _OWN_HOOKS for kind in hooks if kind for hook in kind.values())
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from complora_kernels.modules.attention import has_been_read, known_causal, recognise_causal_mask
-from complora_kernels.modules.extend import Extension, extend
+from complora_kernels.modules.extend import Extension, extend, own_hook
+from complora_kernels.modules.pooled import Pool, pooling
 from complora_kernels.tensor_facts import TensorFacts
 
 MULTIPLE = 8  # lengths are rounded up to one of these: few shapes, and rows that suit vector loads
@@ -28,6 +29,7 @@ class TextTower(NamedTuple):
     transformer: nn.Module  # called (x, attn_mask=mask) with x [N, L, d] and the leading [L, L] corner of the mask
     attn_mask: Tensor  # [context, context]
     eos_id: int | None  # a text ends at the first of these; None: at the first of its largest id
+    pool: Pool | None  # None: more than the last block of the transformer decides about the feature
 
 
 class Cut(NamedTuple):
@@ -49,6 +51,8 @@ _LONGEST: TensorFacts[tuple[int | None, int]] = TensorFacts()  # texts -> eos_id
 class CutPrompts(Extension):
     """`encode_text` without the positions after the longest text of the batch, in steps of 8.
 
+    The last block computes the position alone that the feature of a text is read at (see `pooled`).
+
     Features and gradients are those of the whole context, up to rounding; with dropout the masks are drawn for other
     shapes, so that they are equal in distribution only. Hooks inside the tower see the shorter tensors. The whole
     context is computed under torch.compile and wherever the cut is not known to be exact.
@@ -63,7 +67,7 @@ class CutPrompts(Extension):
         encode: Any = super()
         if torch.compiler.is_compiling():
             return encode.encode_text(text, *args, **kwargs)
-        with _running(find_cut(self, text)):
+        with _shortened(self, text):
             return encode.encode_text(text, *args, **kwargs)
 
 
@@ -74,7 +78,7 @@ class CutInnerPrompts(CutPrompts):
         encode: Any = super()
         if torch.compiler.is_compiling():
             return encode._encode_text(text, *args, **kwargs)
-        with _running(find_cut(self, text)):
+        with _shortened(self, text):
             return encode._encode_text(text, *args, **kwargs)
 
 
@@ -93,11 +97,21 @@ def cut_prompts(model: nn.Module, find_text_tower: Callable[[nn.Module], TextTow
     cast(CutPrompts, model).find_text_tower = find_text_tower
 
 
-def find_cut(model: CutPrompts, text: Any) -> Cut | None:
-    """The cut for `text`, or None where nothing is saved or the features could be others."""
-    tower = model.find_text_tower(model)
-    if tower is None or not _is_readable(text):
-        return None
+@contextlib.contextmanager
+def _shortened(model: CutPrompts, text: Any) -> Iterator[None]:
+    """Within it, the text tower computes what the features of `text` are read from."""
+    tower = model.find_text_tower(model) if _is_readable(text) else None
+    if tower is None:
+        yield
+        return
+    cut = find_cut(tower, text)
+    lengths = (text.shape[1],) if cut is None else (text.shape[1], cut.length)
+    with _running(cut), pooling(tower.pool, lambda: _ends(text, tower.eos_id), lengths):
+        yield
+
+
+def find_cut(tower: TextTower, text: Tensor) -> Cut | None:
+    """The cut for `text` [N, L], or None where nothing is saved or the features could be others."""
     if not has_been_read(tower.attn_mask):  # it was moved to another device, or copied
         if _is_capturing(text):
             return None
@@ -136,8 +150,11 @@ def _longest(
 
 
 def _read_longest(text: Tensor, eos_id: int | None) -> int:
-    ends = text.argmax(-1) if eos_id is None else (text == eos_id).int().argmax(-1)  # [N]; 0 where there is no eos_id
-    return int(ends.max()) + 1
+    return int(_ends(text, eos_id).max()) + 1
+
+
+def _ends(text: Tensor, eos_id: int | None) -> Tensor:  # [N]
+    return text.argmax(-1) if eos_id is None else (text == eos_id).int().argmax(-1)  # 0 where there is no eos_id
 
 
 def _is_on_device(text: Tensor) -> bool:
@@ -157,6 +174,7 @@ def _running(cut: Cut | None) -> Iterator[None]:
         _RUNNING.cut = outer
 
 
+@own_hook
 def _cut_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     cut = None if torch.compiler.is_compiling() else _RUNNING.cut
     if cut is None or cut.transformer is not module or len(args) != 1 or kwargs.keys() != {"attn_mask"}:

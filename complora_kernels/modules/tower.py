@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from complora_kernels import functional
+from complora_kernels.modules.extend import own_hook
 from complora_kernels.modules.layer import CompLoRALayer, fold
 
 
@@ -106,6 +107,7 @@ def _is_valid(
     return True
 
 
+@own_hook
 def _fold_all(module: nn.Module, _args: Any) -> None:
     _forget(module)
     groups: dict[Any, list[CompLoRALayer]] = {}  # one, unless scalings, dtypes or devices are mixed
@@ -128,6 +130,7 @@ def _fold_all(module: nn.Module, _args: Any) -> None:
         _RUNNING.towers += (RunningTower(module, torch.is_grad_enabled(), _dispatch(), layers),)
 
 
+@own_hook
 def _forget(module: nn.Module, *_: Any) -> None:
     _RUNNING.towers = tuple(tower for tower in _RUNNING.towers if tower.module is not module)
 
