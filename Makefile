@@ -13,7 +13,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --benchmark-disa
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full extension test test-oldest sanitize aot bench targets lint format
+.PHONY: help demo full extension test test-oldest sanitize aot bench report bench-gpu gpu targets lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,8 +49,18 @@ sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under
 aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU: registers, spills, shared memory
 	.venv/bin/python -m benchmarks.aot $(ARGS)
 
-bench: .venv/.installed  ## run the benchmarks
-	.venv/bin/python -m pytest benchmarks -o faulthandler_timeout=3600 $(ARGS)
+bench: .venv/.installed $(EXTENSION)  ## run what this machine can of the benchmarks, keep the results and report them
+	.venv/bin/python -m pytest benchmarks -o faulthandler_timeout=3600 --results benchmarks/results $(ARGS)
+	.venv/bin/python -m benchmarks.report
+
+report: .venv/.installed  ## the tables of the README and the figures, from the results files
+	.venv/bin/python -m benchmarks.report
+
+bench-gpu:  ## the benchmarks of `make gpu` alone
+	STAGES="$(basename $(notdir $(wildcard benchmarks/bench_*.py))) report" benchmarks/gpu.sh
+
+gpu:  ## all that needs a GPU, in stages, with PYTHON as it is: build, tests, tuning, benchmarks; needs no network
+	benchmarks/gpu.sh
 
 targets: .venv/.installed  ## which targets of the benchmarks are met, missed or not yet measured
 	.venv/bin/python -m benchmarks.targets

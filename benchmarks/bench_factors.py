@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.interleaved import time_interleaved
+from benchmarks.comparison import Comparison, Work, pedantic
 from complora_kernels import backends, reference
 from complora_kernels.functional import fold_factors, project_complement
 
@@ -22,7 +22,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # of activations; factors and bases are float32
 TOKENS = 197 * (256 if ON_GPU else 32)
-TOLERANCE = 1e-5 if torch.float32 == DTYPE else 1e-2  # sums of 768 to 50,432 products; roundings to bfloat16
+EXACT = 1e-5  # sums of 768 to 50,432 products in float32
 
 Step = Callable[[], Sequence[Tensor]]
 
@@ -34,7 +34,7 @@ def built() -> None:
 
 
 @pytest.mark.parametrize("k", [64, 384])
-def test_project_complement(benchmark, rounds, record, k):
+def test_project_complement(benchmark, comparison, k):
     torch.manual_seed(0)
     factor = torch.randn(RANK, WIDTH, device=DEVICE, requires_grad=True)  # [r, d]
     basis, grad = random_basis(k), torch.randn(RANK, WIDTH, device=DEVICE)  # [d, k], [r, d]
@@ -48,13 +48,14 @@ def test_project_complement(benchmark, rounds, record, k):
     exact = [reference.project_complement(tensor.detach().double(), basis.double()) for tensor in (factor, grad)]
     steps = {OURS: by(OURS), "torch's two products": two_products, "torch backend": by("torch")}
     shape = f"project_complement r={RANK} d={WIDTH} k={k}, forward and backward"
-    compare(
-        benchmark, rounds, record, shape, steps, exact, {"torch's two products": "factors/project"} if k > 64 else {}
-    )
+    targets = {"torch's two products": "factors/project"} if k > 64 else {}
+    # Two products of two directions; the factor and its gradient in and out, the basis once.
+    work = Work(2 * 4 * RANK * WIDTH * k, 4 * (4 * RANK * WIDTH + WIDTH * k))
+    compare(benchmark, comparison, shape, steps, exact, targets, work)
 
 
 @pytest.mark.parametrize("k", [64, 384])
-def test_fold_factors(benchmark, rounds, record, k):
+def test_fold_factors(benchmark, comparison, k):
     torch.manual_seed(0)
     As = [torch.randn(RANK, WIDTH, device=DEVICE) for _ in range(LAYERS)]  # each [r, d]
     Bs = [torch.randn(WIDTH, RANK, device=DEVICE) for _ in range(LAYERS)]  # each [d, r]
@@ -80,10 +81,12 @@ def test_fold_factors(benchmark, rounds, record, k):
         steps["one read of the bases"] = lambda: [everything.sum()]
         targets["one read of the bases"] = f"factors/fold, read, k={k}"
     shape = f"fold_factors of {LAYERS} layers r={RANK} d={WIDTH} k={k}"
-    compare(benchmark, rounds, record, shape, steps, exact, targets)
+    # Two products a layer; A and B in and out, each basis once.
+    work = Work(LAYERS * 4 * RANK * WIDTH * k, LAYERS * 4 * (4 * RANK * WIDTH + WIDTH * k))
+    compare(benchmark, comparison, shape, steps, exact, targets, work)
 
 
-def test_complora_factor_grads(benchmark, rounds, record):
+def test_complora_factor_grads(benchmark, comparison):
     k = 384
     torch.manual_seed(0)
     dY, x = (torch.randn(TOKENS, WIDTH, device=DEVICE).to(DTYPE) for _ in range(2))  # [M, N], [M, K]
@@ -108,7 +111,12 @@ def test_complora_factor_grads(benchmark, rounds, record):
         steps["one read of dY and x"] = lambda: [dY.sum(), x.sum()]
         targets["one read of dY and x"] = "factors/gradients, read"
     shape = f"complora_factor_grads M={TOKENS} N=K={WIDTH} r={RANK} k={k} {DTYPE}"
-    compare(benchmark, rounds, record, shape, steps, exact, targets)
+    # g^T x and dY^T h, two products for the projection; dY, x, h, g and the basis in, dA and dB out.
+    size = DTYPE.itemsize
+    bytes_ = size * TOKENS * 2 * (WIDTH + RANK) + 4 * (WIDTH * k + 2 * RANK * WIDTH)
+    work = Work(4 * TOKENS * RANK * WIDTH + 4 * RANK * WIDTH * k, bytes_)
+    # torch's products round their sums to bfloat16.
+    compare(benchmark, comparison, shape, steps, exact, targets, work, 1e-2 if ON_GPU else EXACT)
 
 
 def random_basis(k: int) -> Tensor:  # [d, k]
@@ -124,26 +132,20 @@ def folded(factors: tuple[list[Tensor], list[Tensor]]) -> Sequence[Tensor]:
 
 
 def compare(
-    benchmark, rounds, record, shape: str, steps: dict[str, Step], exact: Sequence[Tensor], targets: dict[str, str]
+    benchmark,
+    comparison: Comparison,
+    shape: str,
+    steps: dict[str, Step],
+    exact: Sequence[Tensor],
+    targets: dict[str, str],
+    work: Work,
+    tolerance: float = EXACT,
 ) -> None:
-    """Checks everyone's results but a mere read's, times all in turns and records the ratios."""
+    """Checks everyone's results but a mere read's, and times all in turns."""
     for name, step in steps.items():
         if not name.startswith("one read"):
             for mine, true in zip(step(), exact, strict=True):
-                assert (mine - true).norm() <= TOLERANCE * true.norm(), name
-    for name, timing in time_interleaved(steps, ours=OURS, rounds=rounds, device=DEVICE).items():
-        low, ratio, high = timing.spread()
-        row = {
-            "shape": shape,
-            "rival": name,
-            "median_s": sorted(timing.seconds)[rounds // 2],
-            "ratio": ratio,
-            "ratio_p20": low,
-            "ratio_p80": high,
-            "rounds": rounds,
-            "remark": "",
-        }
-        if name in targets:
-            row["target"], row["figure"] = targets[name], 1 / ratio if name.startswith("one read") else ratio
-        record(row)
-    benchmark.pedantic(steps[OURS], rounds=3)
+                assert (mine - true).norm() <= tolerance * true.norm(), name
+    reads = {name: None for name in steps if name.startswith("one read")}
+    comparison.time(shape, steps, ours=OURS, targets=targets, work=work, floors=reads)
+    pedantic(benchmark, steps[OURS])

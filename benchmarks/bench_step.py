@@ -1,16 +1,20 @@
-"""How fast is a whole training step of a CLIP model, and how much memory does it take, against other ways to do it?
+"""How fast is a whole training step of a CLIP model against other ways to do it?
 
 `make bench` runs it: on a CPU in float32, on a GPU in bfloat16. A step is a forward pass, a backward pass and AdamW.
-Every rival starts from the same frozen weights and factors, and its loss and gradients are checked before it is timed.
+Every rival starts from the same frozen weights and factors; its loss and gradients are checked, without dropout, before
+it is timed. Rooflines are of the products of plain torch with folded factors at all positions, prompts cut.
 The learning rate is 0, so that everyone's factors stay what they are, for the same work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
@@ -20,10 +24,11 @@ from open_clip.model import CLIP
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import complora_kernels as ck
 from benchmarks import rivals
-from benchmarks.interleaved import time_interleaved
+from benchmarks.comparison import Missing, Work, pedantic
 from benchmarks.rivals import Trainee
 from complora_kernels.modules.block import set_recompute
 
@@ -38,12 +43,13 @@ FEW_CLASSES = 100
 
 @dataclass(frozen=True)
 class Rival:
-    make: Callable[[nn.Module, dict[str, rivals.Adapter], ck.CompLoRAConfig], Trainee] | None  # None: ours
+    make: Any  # (plain model, adapters, config) -> Trainee; None: ours
     remark: str = ""
     compiled: bool = False
     graphed: bool = False
     cut: bool = False  # its prompts, by hand
     recompute: str = "none"  # ours
+    checkout: str = ""  # the option that says where its code lies, which `make` takes first
 
 
 def linear(kind: type[rivals.LoRALinear]) -> Any:
@@ -51,18 +57,21 @@ def linear(kind: type[rivals.LoRALinear]) -> Any:
 
 
 PLAIN = "plain LoRA: no projection"
+TWICE = f"{PLAIN}; in half precision it rounds twice"
+FULL = f"{PLAIN}; multiplies the factors in full size"
 RIVALS = {
     "ours, eager": Rival(None),
     'ours, recompute="mlp"': Rival(None, recompute="mlp"),
     "frozen model": Rival(rivals.without_adapters, "the floor: no adapter"),
-    "PEFT eager": Rival(rivals.by_peft, PLAIN),
-    "PEFT eager, prompts cut": Rival(rivals.by_peft, PLAIN, cut=True),
-    "PEFT, one CUDA graph": Rival(rivals.by_peft, PLAIN, graphed=True),
-    "dense P_perp": Rival(linear(rivals.DenseProjectorLinear)),
+    "PEFT eager": Rival(rivals.by_peft, TWICE),
+    "PEFT eager, prompts cut": Rival(rivals.by_peft, TWICE, cut=True),
+    "PEFT, one CUDA graph": Rival(rivals.by_peft, TWICE, graphed=True),
+    "dense P_perp": Rival(linear(rivals.DenseProjectorLinear), "4·M·out² operations more"),
     "torch.compile of folded factors": Rival(linear(rivals.FoldedLinear), compiled=True),
     "the same, one CUDA graph": Rival(linear(rivals.FoldedLinear), compiled=True, graphed=True),
-    "CLIP-LoRA's layer": Rival(linear(rivals.CLIPLoRALinear), PLAIN),
-    "CLIP-LoRA's layer, prompts cut": Rival(linear(rivals.CLIPLoRALinear), PLAIN, cut=True),
+    "CLIP-LoRA's layer": Rival(linear(rivals.CLIPLoRALinear), FULL),
+    "CLIP-LoRA's own code": Rival(rivals.by_clip_lora, FULL, checkout="--clip-lora"),
+    "CLIP-LoRA's layer, prompts cut": Rival(linear(rivals.CLIPLoRALinear), FULL, cut=True),
 }
 
 
@@ -80,7 +89,6 @@ class Case:
     use_rslora: bool = False
     target_modules: tuple[str, ...] = ("q", "k", "v", "o", "fc1", "fc2")
     graphed: bool = False  # ours is one CUDA graph
-    memory: bool = False  # the targets are of memory, not of time
     rounds: int = 20  # at most
 
     @property
@@ -98,8 +106,9 @@ class Case:
 
     def __str__(self) -> str:
         words = [self.model, f"{self.images} images", f"{self.prompts} prompts" if self.prompts else "image tower"]
-        words += ["-".join(self.target_modules), f"r={self.r}", str(DTYPE).removeprefix("torch.")]
-        return " ".join([*words, f"p={self.lora_dropout}"] if self.lora_dropout else words)
+        words += ["six linears" if len(self.target_modules) == 6 else " ".join(self.target_modules), f"r={self.r}"]
+        words += [f"p={self.lora_dropout}"] if self.lora_dropout else []
+        return ", ".join([*words, str(DTYPE).removeprefix("torch.")])
 
 
 RECIPE = {"r": 2, "lora_alpha": 1.0, "lora_dropout": 0.25, "use_rslora": True, "target_modules": ("q", "k", "v")}
@@ -132,6 +141,7 @@ GPU_CASES = [
         {
             "ours, eager": None,
             "CLIP-LoRA's layer": "step/CLIP-LoRA",
+            "CLIP-LoRA's own code": None,
             "CLIP-LoRA's layer, prompts cut": "step/CLIP-LoRA, cut",
         },
         prompts=100,
@@ -149,25 +159,6 @@ GPU_CASES = [
         prompts=1000,
         graphed=True,
     ),
-    Case(
-        "ViT-B-16-quickgelu",
-        256,
-        {'ours, recompute="mlp"': None, "PEFT eager": "step/memory of PEFT"},
-        memory=True,
-    ),
-    Case(
-        "ViT-B-16",
-        256,
-        {'ours, recompute="mlp"': None, "PEFT eager": "step/memory of PEFT, GELU"},
-        memory=True,
-    ),
-    Case(
-        "ViT-B-16-quickgelu",
-        256,
-        {'ours, recompute="mlp"': None, "CLIP-LoRA's layer": "step/memory of CLIP-LoRA"},
-        lora_dropout=0.25,
-        memory=True,
-    ),
 ]
 # torch.compile takes minutes for a tower on a CPU, and is left out there.
 CPU_CASES = [
@@ -177,12 +168,13 @@ CPU_CASES = [
         {"PEFT eager": "step/PEFT, CPU", "dense P_perp": "step/dense P_perp, CPU", "frozen model": None},
     ),
     Case("ViT-B-32", 8, {"PEFT eager": None, "frozen model": None}),
+    Case("ViT-B-32-quickgelu", 8, {"CLIP-LoRA's layer": None, "CLIP-LoRA's own code": None}, **RECIPE),
     Case(
         "ViT-B-32-quickgelu",
         8,
         {"PEFT eager": "step/PEFT, 100 prompts, CPU", "PEFT eager, prompts cut": None},
         prompts=FEW_CLASSES,
-        rounds=5,
+        rounds=8,
     ),
 ]
 
@@ -270,62 +262,101 @@ def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-2, fused=True, capturable=ON_GPU)
 
 
-# torch 2.11 says so where torch.compile finds a float32 product on a GPU, as of bases, which stay exact.
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("case", GPU_CASES if ON_GPU else CPU_CASES, ids=str)
-def test_step(benchmark, rounds, record, case):
+def test_step(benchmark, comparison, checkouts, case):
     torch.compiler.reset()
     plain = make_plain(case.model)
     ours = make_ours(plain, case.config)
     weights, batch = rivals.adapters(ours), make_batch(case, plain)
-    truth = true_results(case, plain, weights, batch)
-    steps, peaks = {}, {}
+    truth, operations = true_results(case, plain, weights, batch)
+    steps = {}
     for name in (OURS, *case.rivals):
-        rival = RIVALS.get(name, Rival(None, graphed=case.graphed))
-        if rival.make is None:
-            trainee = rivals.of_ours(copy.deepcopy(ours))
-            set_recompute(trainee.model, rival.recompute)
-        else:
-            trainee = rival.make(plain, weights, case.config)
-        own_batch = cut(trainee.model, batch) if rival.cut else batch
-        step = make_step(trainee, own_batch, compiled=rival.compiled)
-        trainee.model.train(case.lora_dropout == 0)  # dropout cannot be compared
-        check(name, trainee, step(), weights, truth)
-        trainee.model.train()
-        if ON_GPU:
-            peaks[name] = peak_bytes(step)
-        if rival.graphed and rival.make is None:
-            step = make_graphed_step(trainee, own_batch)
-        elif rival.graphed:
-            step = rivals.graphed(step)
-        if rival.graphed and case.lora_dropout == 0:
-            check(name, trainee, step(), weights, truth)
-        steps[name] = step
+        make = partial(prepare, name, case, plain, ours, weights, batch, truth, checkouts)
+        prepared = comparison.attempt(str(case), name, make)
+        if prepared is not None:
+            steps[name] = prepared
     del truth
     gc.collect()
+    remarks = {name: rival.remark for name, rival in RIVALS.items()}
+    comparison.time(
+        str(case),
+        steps,
+        ours=OURS,
+        work=Work(operations, 0),
+        rounds=case.rounds,
+        remarks=remarks,
+        targets=case.rivals,
+    )
+    pedantic(benchmark, steps[OURS])
 
-    rounds = min(rounds, case.rounds)
-    for name, timing in time_interleaved(steps, ours=OURS, rounds=rounds, device=DEVICE).items():
-        low, ratio, high = timing.spread()
-        remark = RIVALS[name].remark if name in RIVALS else ""
-        row = {
-            "shape": str(case),
-            "rival": name,
-            "median_s": sorted(timing.seconds)[rounds // 2],
-            "ratio": ratio,
-            "ratio_p20": low,
-            "ratio_p80": high,
-            "rounds": rounds,
-            "remark": remark,
-        }
-        if name in peaks:
-            row["peak_bytes"] = peaks[name]
-            row["remark"] = f"peak {peaks[name] / 2**20:.0f} MiB; {remark}".removesuffix("; ")
-        target = case.rivals.get(name)
-        if target:
-            row["target"], row["figure"] = target, peaks[OURS] / peaks[name] if case.memory else ratio
-        record(row)
-    benchmark.pedantic(steps[OURS], rounds=3)
+
+def prepare(
+    name: str,
+    case: Case,
+    plain: Any,
+    ours: Any,
+    weights: dict[str, rivals.Adapter],
+    batch: Batch,
+    truth: dict[str, dict[str, Tensor]],
+    checkouts: Mapping[str, Path | None],
+) -> Callable[[], Tensor]:
+    """The step of a rival, whose results are right."""
+    rival = RIVALS.get(name, Rival(None, graphed=case.graphed))
+    trainee = make_trainee(name, case, plain, ours, weights, checkouts)
+    own_batch = cut(trainee.model, batch) if rival.cut else batch
+    step = make_step(trainee, own_batch, compiled=rival.compiled)
+    with without_dropout(trainee):
+        check(name, trainee, step(), weights, truth)
+    if rival.graphed and rival.make is None:
+        step = make_graphed_step(trainee, own_batch)
+    elif rival.graphed:
+        step = rivals.graphed(step)
+    if rival.graphed and case.lora_dropout == 0:
+        check(name, trainee, step(), weights, truth)
+    return step
+
+
+def make_trainee(
+    name: str,
+    case: Case,
+    plain: Any,
+    ours: Any,
+    weights: dict[str, rivals.Adapter],
+    checkouts: Mapping[str, Path | None],
+) -> Trainee:
+    rival = RIVALS.get(name, Rival(None))
+    if rival.make is None:
+        trainee = rivals.of_ours(copy.deepcopy(ours))
+        set_recompute(trainee.model, rival.recompute)
+    elif rival.checkout:
+        trainee = rival.make(needed(rival.checkout, checkouts), plain, weights, case.config)
+    else:
+        trainee = rival.make(plain, weights, case.config)
+    trainee.model.train()
+    return trainee
+
+
+def needed(option: str, checkouts: Mapping[str, Path | None]) -> Path:
+    path = checkouts[option]
+    if path is None:
+        raise Missing(f"not given: {option} PATH")
+    return path
+
+
+@contextlib.contextmanager
+def without_dropout(trainee: Trainee) -> Iterator[None]:
+    """Random masks cannot be compared: a step without them is checked, with the layers that drop otherwise."""
+    dropouts = [module for module in trainee.model.modules() if isinstance(module, nn.Dropout)]
+    rates = [module.p for module in dropouts]
+    trainee.model.train(trainee.merges)
+    for module in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in zip(dropouts, rates, strict=True):
+            module.p = rate
+        trainee.model.train()
 
 
 def cut(model: Any, batch: Batch) -> Batch:
@@ -337,8 +368,11 @@ def cut(model: Any, batch: Batch) -> Batch:
 
 def true_results(
     case: Case, plain: nn.Module, weights: dict[str, rivals.Adapter], batch: Batch
-) -> dict[str, dict[str, Tensor]]:
-    """Losses and gradients in a wider dtype: of folded factors in plain torch, and of open_clip's own frozen model."""
+) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """Losses and gradients in a wider dtype: of folded factors in plain torch, and of open_clip's own frozen model.
+
+    With the operations that the former took in its products, prompts cut: those of a step.
+    """
     wide = torch.float64 if torch.float32 == DTYPE else torch.float32
     images, labels, prompts = batch
     prompts = prompts.to(wide) if prompts.is_floating_point() else prompts
@@ -346,11 +380,13 @@ def true_results(
     model = copy.deepcopy(plain).to(wide)
     folded = rivals.by_linear(rivals.FoldedLinear, model, weights, case.config)
     folded.model.eval()
-    truth = {"adapted": results(folded, make_step(folded, cut(folded.model, batch) if case.prompts else batch)(), {})}
+    step = make_step(folded, cut(folded.model, batch) if case.prompts else batch)
+    with FlopCounterMode(display=False) as counter:
+        truth = {"adapted": results(folded, step(), {})}
     if "frozen model" in case.rivals:
         untrained = Trainee(model, {}, inputs=rivals.block_inputs(model))
         truth["frozen"] = results(untrained, make_step(untrained, batch)(), {})
-    return truth
+    return truth, counter.get_total_flops()
 
 
 def results(trainee: Trainee, loss: Tensor, weights: dict[str, rivals.Adapter]) -> dict[str, Tensor]:
@@ -390,14 +426,3 @@ def stacked(results: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     others = {name: result for name, result in results.items() if not name.endswith((".A", ".B"))}
     return others | {kind: torch.cat(gradients) for kind, gradients in kinds.items() if gradients}
-
-
-def peak_bytes(step: Callable[[], Tensor]) -> int:
-    """The most memory that a step takes beyond what is there before it: saved activations, and what is computed."""
-    step()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -1,70 +1,78 @@
-"""Collects the comparisons of a run, prints them as one table and writes them to `--results FILE`."""
+"""Gives each benchmark its `comparison`, and prints all rows of a run as one table."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 from pathlib import Path
-from typing import Any
 
-import cpuinfo
 import pytest
 import torch
 
-ROWS = pytest.StashKey[list[dict[str, Any]]]()
+from benchmarks import machine, report, results
+from benchmarks.comparison import Comparison
+from benchmarks.results import Results, Row
+
+COMPARISONS = pytest.StashKey[list[Comparison]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--results", type=Path, help="write the comparisons and the machine they were made on to this JSON file"
+        "--results",
+        type=Path,
+        help="keep what is measured in this JSON file, or in a file of this folder with the machine and the date",
     )
+    parser.addoption("--clip-lora", type=Path, help="a checkout of CLIP-LoRA, whose layer is then a rival of ours")
     parser.addoption("--rounds", type=int, default=20, help="paired repeats of every comparison")
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[COMPARISONS] = []
 
 
 @pytest.fixture
-def rounds(request: pytest.FixtureRequest) -> int:
-    options = request.config.option
+def checkouts(request: pytest.FixtureRequest) -> dict[str, Path | None]:
+    """Where the code of rivals lies that no index has."""
+    return {"--clip-lora": request.config.option.clip_lora}
+
+
+@pytest.fixture
+def comparison(request: pytest.FixtureRequest) -> Comparison:
+    options, made = request.config.option, request.config.stash[COMPARISONS]
     torch.set_num_threads(options.threads)
-    return options.rounds
-
-
-@pytest.fixture
-def record(request: pytest.FixtureRequest):
-    """Adds one row to the table: what was compared, the shape, the times and the ratio with its spread."""
-    return request.config.stash[ROWS].append
+    described = made[0].found.machine if made else {**machine.describe(), **machine.ceilings()}
+    found, path = Results(described, []), options.results
+    if path is not None:
+        path = path if path.suffix == ".json" else path / machine.file_name(described)
+        found = Results(described, results.read(path).rows if path.exists() else [])
+    device = torch.device("cuda" if machine.on_gpu() else "cpu")
+    benchmark = request.path.stem.removeprefix("bench_")
+    made.append(Comparison(benchmark, options.rounds, device, found, path))
+    return made[-1]
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
+    comparisons = config.stash[COMPARISONS]
+    if not comparisons:
         return
-    machine = describe_machine()
+    described = comparisons[0].found.machine
     terminalreporter.section("time over ours, paired rounds")
-    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in machine.items()))
-    for row in rows:
-        terminalreporter.write_line(
-            f"{row['shape']:<24} {row['rival']:<34} {1e3 * row['median_s']:8.2f} ms   "
-            f"{row['ratio']:5.2f}x  [{row['ratio_p20']:.2f}, {row['ratio_p80']:.2f}]   {row['remark']}"
-        )
-    path = config.option.results
+    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in described.items()))
+    rows = {(row.benchmark, row.shape, row.rival): row for each in comparisons for row in each.found.rows}
+    for row in rows.values():
+        terminalreporter.write_line(line(row))
+    path = comparisons[0].path
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        terminalreporter.write_line(f"kept in {path}")
 
 
-def describe_machine() -> dict[str, object]:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", "complora-kernels")}
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    return {
-        **gpu,
-        "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.processor()),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **versions,
-    }
+def line(row: Row) -> str:
+    words = f"{row.shape:<60} {row.rival:<34} "
+    if row.median_s is not None:
+        words += f"{1e3 * row.median_s:9.2f} ms  {report.ratio(row):<19} "
+    if row.roofline is not None:
+        words += f"{row.roofline:4.0%} of the roofline  "
+    if row.peak_bytes is not None:
+        words += f"peak {row.peak_bytes / 2**20:.0f} MiB  "
+    if row.share is not None:
+        words += f"{row.share:.2f} of the update  "
+    return words + row.remark

@@ -7,11 +7,12 @@ adapt an `nn.MultiheadAttention` correctly, and copies q, k and v less often tha
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +44,7 @@ class Trainee:
     model: Any
     factors: dict[str, Factors]
     plain: bool = False  # its factors are those of plain LoRA
+    merges: bool = False  # in evaluation, where its factors then get no gradient
     inputs: list[Tensor] = field(default_factory=list)  # where nothing is trained: see `block_inputs`
 
     @property
@@ -192,6 +194,8 @@ def by_linear(
 
 def by_peft(plain: nn.Module, weights: dict[str, Adapter], config: CompLoRAConfig) -> Trainee:
     """PEFT's LoRA layers: plain LoRA, which projects nothing."""
+    import peft
+
     model, factors = with_blocks(plain), {}
     peft_config = peft.LoraConfig(
         r=config.r,
@@ -210,6 +214,32 @@ def by_peft(plain: nn.Module, weights: dict[str, Adapter], config: CompLoRAConfi
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
         factors[path] = (A, B)
     return Trainee(model, factors, plain=True)
+
+
+def by_clip_lora(checkout: Path, plain: nn.Module, weights: dict[str, Adapter], config: CompLoRAConfig) -> Trainee:
+    """CLIP-LoRA's own `LinearLoRA` out of a checkout, with a copy of the frozen weight in each: plain LoRA."""
+    layers = checkout / "loralib" / "layers.py"
+    if not layers.is_file():
+        raise FileNotFoundError(f"--clip-lora {checkout}: expected a checkout with loralib/layers.py")
+    spec = importlib.util.spec_from_file_location("clip_lora_layers", layers)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, factors = with_blocks(plain), {}
+    for path, adapter in weights.items():
+        base = model.get_submodule(path)
+        layer = module.LinearLoRA(base, r=config.r, lora_alpha=config.lora_alpha, dropout_rate=config.lora_dropout).to(
+            base.weight
+        )
+        layer.weight.requires_grad_(False)
+        layer.bias.requires_grad_(False)
+        layer.scaling = config.scaling
+        layer.w_lora_A = nn.Parameter(adapter.A.to(base.weight))
+        layer.w_lora_B = nn.Parameter(adapter.project(adapter.B).to(base.weight))
+        model.set_submodule(path, layer)
+        factors[path] = (layer.w_lora_A, layer.w_lora_B)
+    return Trainee(model, factors, plain=True, merges=True)
 
 
 def cut_context(model: Any, length: int) -> None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest brings it there  # pyright: ignore[reportMissingImports]
+from benchmarks import machine, results
+from benchmarks.comparison import bounds
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).with_name("results")
 
 
-def measured(results: Iterable[Path]) -> dict[tuple[str, str], float]:
-    """The figures of results files by target and machine; of several the last file's, by name."""
-    figures = {}
-    for path in sorted(results):
-        content = json.loads(path.read_text())
-        for row in content["rows"]:
-            if "target" in row:
-                machine = content["machine"].get("gpu", content["machine"]["cpu"])
-                figures[row["target"], machine] = row["figure"]
-    return figures
+def measured(files: Iterable[results.Results]) -> dict[tuple[str, str], float]:
+    """The figures of results files by target and machine; of several the last file's."""
+    return {
+        (row.target, machine.name(file.machine)): row.figure
+        for file in files
+        for row in file.rows
+        if row.target is not None and row.figure is not None
+    }
 
 
 def verdict(target: dict[str, Any], figure: float | None) -> str:
@@ -42,9 +37,10 @@ def verdict(target: dict[str, Any], figure: float | None) -> str:
 
 
 def main() -> None:
-    targets = tomllib.loads((HERE / "targets.toml").read_text())["target"]
-    figures = measured((HERE / "results").glob("*.json"))
-    for target in targets:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files")
+    figures = measured(results.read_all(parser.parse_args().results))
+    for target in bounds().values():
         figure = figures.get((target["id"], target["machine"]))
         print(f"{target['machine']:<12} {target['id']:<26} {verdict(target, figure):<40} {target['what']}")
 

@@ -1,0 +1,173 @@
+"""Makes README's tables and two figures of the results files: `make report`.
+
+A table for each benchmark and machine: rivals down, shapes across, each cell the time over ours in the same round with
+its 95% interval. The README's lines between `<!-- measured -->` and `<!-- /measured -->` are replaced; figures go to
+the results folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks import machine, results
+from benchmarks.comparison import bounds
+from benchmarks.results import Results, Row
+from benchmarks.targets import measured, verdict
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+OURS = ("complora_linear", "complora_kernels", "extension")  # what times are compared with
+TITLES = {
+    "layer": "One layer, forward and backward",
+    "factors": "The factors alone",
+    "step": "A whole training step: forward, backward, AdamW",
+    "memory": "Memory that a step takes",
+    "accuracy": "What of a small update arrives in the output",
+    "train": "Until trained, everything before the first step included",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="folder of them")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose tables are replaced")
+    options = parser.parse_args()
+    try:
+        files = results.read_all(options.results)
+        text = options.readme.read_text()
+        before, found, rest = text.partition(BEGIN)
+        _, closed, after = rest.partition(END)
+        if not (found and closed):
+            raise ValueError(f"{options.readme} has no {BEGIN} … {END}, expected both")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    options.readme.write_text(f"{before}{BEGIN}\n{tables(files)}\n{END}{after}")
+    if files:
+        speed_up(files, options.results / "speed-up.png")
+        roofline(files, options.results / "roofline.png")
+    print(f"{options.readme}: {sum(len(file.rows) for file in files)} rows of {len(files)} files")
+
+
+def tables(files: Iterable[Results]) -> str:
+    """The tables of all files, then what is not yet measured."""
+    parts = []
+    for file in files:
+        facts = file.machine
+        names = ("threads", "torch", "triton", "peft", "revision")
+        parts.append(f"**{machine.name(facts)}** ({', '.join(f'{name} {facts[name]}' for name in names)})")
+        for benchmark in dict.fromkeys(row.benchmark for row in file.rows):
+            parts += [f"{TITLES[benchmark]}:", table([row for row in file.rows if row.benchmark == benchmark])]
+    figures = measured(files)
+    parts.append("Targets ([what each means](benchmarks/targets.toml)):")
+    lines = ["| target | machine | |", "| --- | --- | --- |"]
+    for target in bounds().values():
+        words = verdict(target, figures.get((target["id"], target["machine"])))
+        lines.append(f"| {target['id']} | {target['machine']} | {words.strip()} |")
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def table(rows: list[Row]) -> str:
+    """Rivals down, shapes across; remarks beside the rivals."""
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    rivals = dict.fromkeys(row.rival for row in rows)
+    lines = ["| | " + " | ".join(shapes) + " |", "|" + " --- |" * (len(shapes) + 1)]
+    for rival in rivals:
+        own = {row.shape: row for row in rows if row.rival == rival}
+        remark = next((row.remark for row in own.values() if row.remark and row.rounds), "")
+        cells = [cell(own[shape]) if shape in own else "" for shape in shapes]
+        lines.append(f"| {rival}{f': {remark}' if remark else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(row: Row) -> str:
+    if row.share is not None:
+        return f"{row.share:.2f}"
+    if row.median_s is None:
+        return row.remark if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
+    return time_of(row.median_s) if row.rival in OURS else ratio(row)
+
+
+def ratio(row: Row) -> str:
+    """`1.05 [1.04, 1.07]`, or without an interval `1.05 (3 rounds)`."""
+    between = f"({row.rounds} rounds)" if row.ratio_low is None else f"[{row.ratio_low:.2f}, {row.ratio_high:.2f}]"
+    return f"{row.ratio:.2f} {between}"
+
+
+def time_of(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def speed_up(files: list[Results], path: Path) -> None:
+    """Every rival's time over ours, a panel for each benchmark and machine."""
+    panels = [
+        (machine.name(file.machine), name, [r for r in file.rows if r.benchmark == name and r.ratio is not None])
+        for file in files
+        for name in dict.fromkeys(row.benchmark for row in file.rows)
+    ]
+    panels = [(where, name, [row for row in rows if row.rival not in OURS]) for where, name, rows in panels]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        return
+    heights = [1 + 0.24 * len(rows) for _, _, rows in panels]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(10, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for axis, (where, name, rows) in zip(axes[:, 0], panels, strict=True):
+        rows = rows[::-1]
+        ratios = [row.ratio or 0.0 for row in rows]
+        errors = [
+            [ratio - (row.ratio_low or ratio) for row, ratio in zip(rows, ratios, strict=True)],
+            [(row.ratio_high or ratio) - ratio for row, ratio in zip(rows, ratios, strict=True)],
+        ]
+        places = range(len(rows))
+        axis.errorbar(ratios, places, xerr=errors, fmt="o", color="#1f5f8b", ecolor="#8fb3cc", capsize=2, markersize=4)
+        axis.axvline(1, color="#888888", linewidth=1)
+        axis.set_yticks(places, [f"{row.rival}, {row.shape}" for row in rows], fontsize=7)
+        axis.set_xscale("log")
+        ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20) if min(ratios) / 1.2 <= tick <= max(ratios) * 1.2]
+        axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_title(f"{TITLES[name]}: time over ours ({where})", loc="left", fontsize=9)
+        axis.margins(y=0.6 / max(len(rows), 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def roofline(files: list[Results], path: Path) -> None:
+    """How near each measured shape comes to the least time that its operations and bytes take on that machine."""
+    figure, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4.5), squeeze=False, layout="constrained")
+    for axis, file in zip(axes[0], files, strict=True):
+        limits = file.machine
+        peak, rate = limits.get("operations_per_s"), limits.get("bytes_per_s")
+        rows = [row for row in file.rows if row.roofline is not None and row.intensity is not None]
+        if peak and rate and rows:
+            intensities = sorted({row.intensity or 1.0 for row in rows} | {peak / rate})
+            ends = [intensities[0] / 3, *intensities, intensities[-1] * 3]
+            axis.plot(ends, [min(peak, i * rate) for i in ends], color="#444444", linewidth=1)
+            for ours, color in ((True, "#1f5f8b"), (False, "#d08c4a")):
+                points = [row for row in rows if (row.rival in OURS) == ours]
+                axis.scatter(
+                    [row.intensity or 0.0 for row in points],
+                    [(row.roofline or 0.0) * min(peak, (row.intensity or 0.0) * rate) for row in points],
+                    s=22 if ours else 10,
+                    color=color,
+                    label="ours" if ours else "rivals",
+                    zorder=3 if ours else 2,
+                )
+            axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
+            axis.legend(frameon=False)
+        axis.set_title(machine.name(limits), loc="left", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

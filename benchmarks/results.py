@@ -1,0 +1,104 @@
+"""What a benchmark found, and the files that keep it.
+
+A results file is `{"schema": SCHEMA, "machine": {...}, "rows": [...]}`; `Row` says what a row holds. It is written anew
+after every row, so that an interrupted run keeps what it measured, and a later run of the same day on the same machine
+replaces the rows that it measures again. The `.csv` beside it holds the same rows for a spreadsheet.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rival at one shape. Times are in seconds, ratios are times over ours in the same round."""
+
+    benchmark: str  # the file: "layer" for bench_layer.py
+    shape: str
+    rival: str
+    remark: str = ""  # what it does not compute, its known defect; of one that did not run, why
+    rounds: int = 0  # paired repeats; 0: it did not run
+    median_s: float | None = None
+    p20_s: float | None = None
+    p80_s: float | None = None
+    ratio: float | None = None  # the median of the rounds' ratios
+    ratio_low: float | None = None  # its 95% interval, from six rounds on
+    ratio_high: float | None = None
+    roofline: float | None = None  # the least time that its operations and bytes take here, over median_s
+    intensity: float | None = None  # operations a byte
+    peak_bytes: int | None = None  # the most memory of a step beyond what was there before it
+    share: float | None = None  # of the update that arrives in the output
+    target: str | None = None  # an id in targets.toml
+    figure: float | None = None  # what that target is about
+    revision: str = ""  # of the code that was measured
+
+
+@dataclass
+class Results:
+    """The rows of one machine."""
+
+    machine: dict[str, Any]
+    rows: list[Row]
+
+    def add(self, row: Row) -> None:
+        """In the place of an older row of the same rival and shape."""
+        key = (row.benchmark, row.shape, row.rival)
+        self.rows = [old for old in self.rows if (old.benchmark, old.shape, old.rival) != key] + [row]
+
+
+def read(path: Path) -> Results:
+    """A results file.
+
+    Raises:
+        ValueError: it is none, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text())
+        schema = content["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no results file ({error!r}), expected JSON with schema={SCHEMA}") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema={schema!r}, expected {SCHEMA}: measure again with `make bench`")
+    return Results(content["machine"], [Row(**row) for row in content["rows"]])
+
+
+def read_all(folder: Path) -> list[Results]:
+    """The results files of a folder by name, which ends in the date."""
+    return [read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def write(path: Path, results: Results) -> None:
+    """The file and its `.csv`, each whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{name: value for name, value in asdict(row).items() if value not in (None, "")} for row in results.rows]
+    content = {"schema": SCHEMA, "machine": results.machine, "rows": rows}
+    _replace(path, [json.dumps(content, indent=1)])
+    _replace(path.with_suffix(".csv"), _csv_lines(rows))
+
+
+def _csv_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+
+    class Lines:
+        def write(self, line: str) -> None:
+            lines.append(line.rstrip("\r\n"))
+
+    writer = csv.DictWriter(Lines(), [field.name for field in fields(Row)])
+    writer.writeheader()
+    writer.writerows(rows)
+    return lines
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text("\n".join(lines) + "\n")
+    os.replace(draft, path)

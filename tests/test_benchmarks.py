@@ -1,0 +1,303 @@
+"""What the benchmarks make of their measurements: intervals, results files, tables, and the stages of `make gpu`."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import comparison, report, results
+from benchmarks.comparison import Comparison, Work
+from benchmarks.interleaved import Timing, time_interleaved
+from benchmarks.results import Results, Row
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"cpu": "a CPU", "threads": 2, "torch": "2", "triton": "3", "peft": "0", "revision": "abc"}
+LIMITS = {"operations_per_s": 1e9, "bytes_per_s": 1e8}
+
+
+def compare(path: Path | None = None) -> Comparison:
+    return Comparison("layer", 3, torch.device("cpu"), Results({**MACHINE, **LIMITS}, []), path)
+
+
+# ---- statistics
+
+
+def test_every_round_in_alternating_order_after_warm_up():
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = iter(range(1, 100))
+
+    def measure(step: Any) -> float:
+        step()
+        return float(next(times))
+
+    timings = time_interleaved(steps, ours="a", rounds=4, measure=measure, warm_up=2)
+    assert "".join(calls) in ("abba" * 3, "baab" * 3)
+    assert sorted(timings["a"].seconds + timings["b"].seconds) == list(range(5, 13))
+    pairs = zip(timings["b"].seconds, timings["a"].seconds, strict=True)
+    assert timings["b"].ratios == [b / a for b, a in pairs]
+    assert timings["a"].ratios == [1.0] * 4
+
+
+def test_the_interval_of_a_median():
+    """Of 20 values the 6th and the 15th: outside lie at most 5 heads, or tails, of 20 coins, each in 2.1% of all."""
+    ratios = [float(n) for n in range(1, 21)]
+    assert Timing(ratios, ratios[::-1]).ratio() == (10.5, 6.0, 15.0)
+    assert Timing([1.0] * 5, [3.0, 1.0, 2.0, 5.0, 4.0]).ratio() == (3.0, None, None)
+    assert Timing([1.0] * 6, [3.0, 1.0, 2.0, 5.0, 4.0, 6.0]).ratio() == (3.5, 1.0, 6.0)
+
+
+def test_percentiles_of_the_seconds():
+    assert Timing([float(n) for n in range(11)], [1.0]).spread() == (2.0, 5.0, 8.0)
+    assert Timing([7.0], [1.0]).spread() == (7.0, 7.0, 7.0)
+
+
+# ---- rows
+
+
+def test_rows_of_a_comparison(monkeypatch):
+    monkeypatch.setattr(comparison, "bounds", lambda: {"floor": {"at_most": 2}, "rival": {"at_least": 2}})
+    seconds = {"ours": 2.0, "floor": 1.0, "rival": 5.0}
+    current: list[str] = []
+    steps = {name: lambda name=name: current.append(name) for name in seconds}
+
+    def measure(step: Any) -> float:
+        step()
+        return seconds[current[-1]]
+
+    compared = compare()
+    targets, work = {"floor": "floor", "rival": "rival"}, Work(1e9, 1e8 / 2)
+    compared.time(
+        "a shape",
+        steps,
+        ours="ours",
+        work=work,
+        floors={"floor": Work(1e8, 0)},
+        targets=targets,
+        remarks={"rival": "slow"},
+        measure=measure,
+    )
+    rows = {row.rival: row for row in compared.found.rows}
+    assert rows["ours"] == Row(
+        "layer", "a shape", "ours", "", 3, 2, 2, 2, 1, roofline=0.5, intensity=20, revision="abc"
+    )
+    assert (rows["floor"].roofline, rows["floor"].intensity) == (0.1, None)
+    assert (rows["rival"].ratio, rows["rival"].figure, rows["rival"].remark) == (2.5, 2.5, "slow")
+    assert (rows["floor"].ratio, rows["floor"].figure) == (0.5, 2.0)  # ours takes twice the time of the floor
+
+
+def test_a_comparison_that_does_not_fit():
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    compared = compare()
+    compared.time("s", {"ours": too_large, "rival": too_large}, ours="ours")
+    assert [row.remark for row in compared.found.rows] == ["does not fit in memory beside the others"] * 2
+
+
+def test_a_rival_that_is_not_there_or_does_not_fit():
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def not_given() -> None:
+        raise comparison.Missing("not given: --clip-lora PATH")
+
+    compared = compare()
+    assert compared.attempt("s", "PEFT", missing) is None
+    assert compared.attempt("s", "theirs", not_given) is None
+    assert compared.attempt("s", "dense", too_large) is None
+    assert compared.attempt("s", "ours", lambda: 3) == 3
+    remarks = {row.rival: row.remark for row in compared.found.rows}
+    assert remarks == {
+        "PEFT": "not installed: pip install peft",
+        "theirs": "not given: --clip-lora PATH",
+        "dense": "does not fit in memory",
+    }
+
+    def wrong() -> None:
+        raise AssertionError("apart")
+
+    with pytest.raises(AssertionError, match="apart"):  # a benchmark whose check fails reports nothing
+        compared.attempt("s", "wrong", wrong)
+
+
+# ---- files
+
+
+def test_a_file_after_every_row(tmp_path):
+    """An interrupted run keeps what it measured, and the next one goes on with it."""
+    path = tmp_path / "new" / "machine.json"
+    compared = compare(path)
+    compared.record(Row("layer", "s", "ours", rounds=1, median_s=1.0))
+    assert results.read(path).rows == compared.found.rows
+    compared.record(Row("layer", "s", "rival", "does not fit in memory"))
+    compared.record(Row("layer", "s", "ours", rounds=1, median_s=2.0))
+    found = results.read(path)
+    assert [(row.rival, row.median_s) for row in found.rows] == [("rival", None), ("ours", 2.0)]
+    assert found.machine == compared.found.machine
+    with path.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rival"] for row in rows] == ["rival", "ours"]
+    assert (rows[0]["median_s"], rows[1]["median_s"]) == ("", "2.0")
+    assert sorted(path.parent.iterdir()) == [path.with_suffix(".csv"), path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"schema": 0, "machine": {}, "rows": []}', "schema=0, expected 1"),
+        ('{"machine": {}, "rows": []}', "no results file"),
+        ("[]", "no results file"),
+        ("{", "no results file"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        results.read(path)
+    assert "other.json" in str(error.value)
+
+
+# ---- the report
+
+
+def sample() -> Results:
+    rows = [
+        Row("layer", "768", "complora_linear", "", 20, 0.1, 0.1, 0.1, 1, 1, 1, roofline=0.8, intensity=20.0),
+        Row("layer", "768", "PEFT", "projects nothing", 20, 0.2, 0.2, 0.2, 2, 1.9, 2.1, roofline=0.4, intensity=20.0),
+        Row("layer", "3072", "complora_linear", "", 20, 1.5, 1.5, 1.5, 1, 1, 1),
+        Row("layer", "3072", "PEFT", "does not fit in memory"),
+        Row("memory", "768", "ours", rounds=1, peak_bytes=3 << 20),
+        Row("accuracy", "768", "ours", rounds=1, share=0.987),
+    ]
+    return Results({**MACHINE, **LIMITS}, rows)
+
+
+def test_tables():
+    text = report.tables([sample()])
+    assert "**a CPU** (threads 2, torch 2, triton 3, peft 0, revision abc)" in text
+    assert "| | 768 | 3072 |" in text
+    assert "| complora_linear | 100 ms | 1.5 s |" in text
+    assert "| step/PEFT | NVIDIA H200 | not yet measured (at least 1.9) |" in text
+    assert "| PEFT: projects nothing | 2.00 [1.90, 2.10] | does not fit in memory |" in text
+    assert "| ours | 3 MiB |" in text
+    assert "| ours | 0.99 |" in text
+
+
+def test_a_ratio_of_few_rounds():
+    assert report.ratio(Row("train", "s", "PEFT", rounds=3, ratio=1.25)) == "1.25 (3 rounds)"
+
+
+def run_report(folder: Path, readme: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.report", "--results", str(folder), "--readme", str(readme)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_report_of_a_folder(tmp_path):
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    results.write(folder / "a.json", sample())
+    done = run_report(folder, readme)
+    assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n**a CPU**")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert "stale" not in text
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("speed-up.png", "roofline.png"))
+    (folder / "b.json").write_text('{"schema": 7}')
+    failed = run_report(folder, readme)
+    assert failed.returncode != 0
+    assert "b.json has schema=7, expected 1" in failed.stderr
+    assert readme.read_text() == text
+
+
+def test_a_readme_without_a_place_for_the_tables(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    failed = run_report(tmp_path, readme)
+    assert failed.returncode != 0
+    assert report.BEGIN in failed.stderr
+    assert readme.read_text() == "nothing"
+
+
+def test_the_readme_has_what_the_results_files_say():
+    text = (ROOT / "README.md").read_text()
+    between = text.partition(report.BEGIN)[2].partition(report.END)[0].strip()
+    assert between == report.tables(results.read_all(ROOT / "benchmarks" / "results")), "make report"
+
+
+# ---- make gpu
+
+STUB = """#!/bin/sh
+echo "$@" >> "$CALLS"
+case "$*" in
+  *"$FAIL"*) echo "it broke"; exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """Runs a copy of the script where `python` notes what it is asked for, and fails at one thing."""
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "gpu.sh"
+    script.write_bytes((ROOT / "benchmarks" / "gpu.sh").read_bytes())
+    for name, source in (("python", STUB), ("nvidia-smi", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(source)
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(fail: str = "no such thing", **variables: str) -> tuple[int, str, str]:
+        calls.write_text("")
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        variables |= {"PATH": path, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "FAIL": fail}
+        done = subprocess.run(["bash", script], env=os.environ | variables, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr, calls.read_text()
+
+    return run
+
+
+def test_every_stage_and_none_twice(gpu):
+    code, output, calls = gpu()
+    assert code == 0, output
+    for asked in ("benchmarks.machine", "setup.py build_ext", "tests/test_triton.py", "complora_kernels.tune"):
+        assert asked in calls
+    for path in (ROOT / "benchmarks").glob("bench_*.py"):
+        assert f"benchmarks/{path.name}" in calls
+    code, output, calls = gpu()
+    assert (code, output.count("done before")) == (0, 11)
+    assert [call.split()[1] for call in calls.splitlines()[1:]] == ["benchmarks.report", "benchmarks.targets"]
+    _, _, calls = gpu(STAGES="tune bench_step")
+    assert "complora_kernels.tune" in calls
+    assert "bench_step.py" in calls
+    assert "bench_layer.py" not in calls
+
+
+def test_a_stage_that_fails_is_named_and_done_again(gpu):
+    code, output, calls = gpu("tests/test_triton.py")
+    assert code == 1
+    assert "tests: failed with 3, see benchmarks/results/logs/tests.log" in output
+    assert "it broke" in output
+    assert "bench_train.py" in calls
+    code, output, calls = gpu()
+    assert code == 0
+    assert "tests/test_triton.py" in calls
+    assert "bench_train.py" not in calls
+
+
+def test_no_gpu(gpu):
+    code, output, calls = gpu("is_available")
+    assert code == 2
+    assert "sees no GPU" in output
+    assert "bench" not in calls
