@@ -34,7 +34,8 @@ extension() { "$python" setup.py build_ext --inplace; }
 tests() {
     local parallel=()
     ! "$python" -c "import xdist" 2>/dev/null || parallel=(--numprocesses=4 --dist=loadfile)
-    "$python" -m pytest -q --benchmark-disable "${parallel[@]}" tests/test_cuda_source.py tests/test_triton.py tests/test_kernels.py tests/test_block_kernels.py \
+    "$python" -m pytest -q --benchmark-disable "${parallel[@]}" \
+        tests/test_cuda_source.py tests/test_triton.py tests/test_kernels.py tests/test_block_kernels.py \
         tests/test_graphs.py tests/test_block.py tests/test_pooled.py
 }
 

@@ -78,13 +78,17 @@ def table(rows: list[Row]) -> str:
     """Rivals down, shapes across; remarks beside the rivals."""
     shapes = list(dict.fromkeys(row.shape for row in rows))
     rivals = dict.fromkeys(row.rival for row in rows)
-    lines = ["| | " + " | ".join(shapes) + " |", "|" + " --- |" * (len(shapes) + 1)]
+    lines = [_line(["", *shapes]), "|" + " --- |" * (len(shapes) + 1)]
     for rival in rivals:
         own = {row.shape: row for row in rows if row.rival == rival}
         remark = next((row.remark for row in own.values() if row.remark and row.rounds), "")
         cells = [cell(own[shape]) if shape in own else "" for shape in shapes]
-        lines.append(f"| {rival}{f': {remark}' if remark else ''} | " + " | ".join(cells) + " |")
+        lines.append(_line([f"{rival}{f': {remark}' if remark else ''}", *cells]))
     return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def cell(row: Row) -> str:
@@ -135,7 +139,7 @@ def speed_up(files: list[Results], path: Path) -> None:
         ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20) if min(ratios) / 1.2 <= tick <= max(ratios) * 1.2]
         axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
         axis.minorticks_off()
-        axis.set_title(f"{TITLES[name]}: time over ours ({where})", loc="left", fontsize=9)
+        axis.set_title(f"{TITLES[name]}: time over ours ({where})", loc="right", fontsize=9)
         axis.margins(y=0.6 / max(len(rows), 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,31 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content, message):
     assert "other.json" in str(error.value)
 
 
+def test_a_benchmark_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_accuracy.py", "-k", "0.01", "--results", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (path,) = tmp_path.glob("*.json")
+    assert f"kept in {path}" in done.stdout
+    found = results.read(path)
+    assert found.machine["bytes_per_s"] > 0
+    assert found.machine["revision"] == found.rows[0].revision
+    shares = {row.rival: row.share for row in found.rows}
+    assert shares.keys() == {"complora_linear", "addmm", "PEFT lora.Linear"}
+    assert all(share is not None and abs(share - 1) < 0.05 for share in shares.values())
+
+
+def test_every_target_is_measured_and_every_figure_wanted():
+    sources = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    named = set(re.findall(r'"((?:layer|factors|step|memory)/[^"]*)"', sources))
+    read = {name for name in named if name.endswith("k={k}")}
+    named = named - read | {name.replace("{k}", k) for name in read for k in ("64", "384")}
+    wanted = comparison.bounds().keys()
+    assert named <= wanted
+    with_dropout = {f"{name}, dropout" for name in named if name.startswith("layer/")}
+    assert wanted - named - with_dropout == {"step/8000 iterations"}  # by `complora train` on weights of the user's
+
+
 # ---- the report
 
 
@@ -179,7 +205,7 @@ def sample() -> Results:
         Row("layer", "3072", "complora_linear", "", 20, 1.5, 1.5, 1.5, 1, 1, 1),
         Row("layer", "3072", "PEFT", "does not fit in memory"),
         Row("memory", "768", "ours", rounds=1, peak_bytes=3 << 20),
-        Row("accuracy", "768", "ours", rounds=1, share=0.987),
+        Row("accuracy", "|ΔW|", "ours", rounds=1, share=0.987),
     ]
     return Results({**MACHINE, **LIMITS}, rows)
 
@@ -187,7 +213,8 @@ def sample() -> Results:
 def test_tables():
     text = report.tables([sample()])
     assert "**a CPU** (threads 2, torch 2, triton 3, peft 0, revision abc)" in text
-    assert "| | 768 | 3072 |" in text
+    assert "|  | 768 | 3072 |" in text
+    assert "|  | \\|ΔW\\| |" in text
     assert "| complora_linear | 100 ms | 1.5 s |" in text
     assert "| step/PEFT | NVIDIA H200 | not yet measured (at least 1.9) |" in text
     assert "| PEFT: projects nothing | 2.00 [1.90, 2.10] | does not fit in memory |" in text
