@@ -122,7 +122,7 @@ def packed_lora_linear_bwd(
     dBs: list[Tensor | None] = [None] * len(Bs)
     dX = None
     if needs_B:
-        # (h^T dY)^T rather than dY^T h: the long dimension of dY stays the contiguous one
+        # each [rows, r], as (h^T dY)^T rather than dY^T h: the long dimension of dY stays the contiguous one
         dBs = [(h_i.mT @ dY[:, start:stop]).mT for h_i, (start, stop) in zip(_split(h, As), rows, strict=True)]
     plan = choose(flat, weight, As, seeds, precision)
     if not (needs_A or needs_x):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import stand_in
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
 import complora_kernels as ck
@@ -39,6 +39,34 @@ def small_clip_4(*, context_length: int = 6) -> Any:
     model = stand_in.CLIP(16, vision, text).eval()
     assert not model.load_state_dict(small_clip(context_length=context_length).state_dict(), strict=False).missing_keys
     return model
+
+
+def with_text_module(*, context_length: int, vision: dict[str, Any] | None = None, **options: Any) -> Any:
+    """The layout of open_clip's `CustomTextCLIP`; `options` are its text tower's."""
+    image: Any = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, **(vision or {})}
+    text: Any = {"context_length": context_length, "vocab_size": 20, "width": 32, "heads": 2, "layers": 2, **options}
+    model = CustomTextCLIP(16, image, text)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model.eval()
+
+
+def sequence_first(*, context_length: int) -> Any:
+    """As open_clip builds it on request: the transformers transpose what they are given."""
+    model = small_clip(context_length=context_length)
+    for transformer in (model.transformer, model.visual.transformer):
+        transformer.batch_first = False
+        for layer in transformer.resblocks:
+            layer.attn.batch_first = False
+    return model
+
+
+def random_texts(*lengths: int, context: int) -> Tensor:  # [N, context]
+    """Random ids, also after the end, which is the largest one: what is there must not matter."""
+    ids = torch.randint(0, 19, (len(lengths), context), generator=torch.Generator().manual_seed(sum(lengths)))
+    ids[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = 19
+    return ids
 
 
 def config(**options: Any) -> ck.CompLoRAConfig:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from numerics import EPS
 from open_clip import model as open_clip_model
-from small_clip import adapted, assert_close, compute_every_position, small_clip, small_clip_4
+from small_clip import (
+    adapted,
+    assert_close,
+    compute_every_position,
+    random_texts,
+    sequence_first,
+    small_clip,
+    small_clip_4,
+    with_text_module,
+)
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
@@ -29,54 +38,22 @@ N, PATCHES, CONTEXT, D, EOT = 3, 4, 20, 32, 19  # EOT: the largest id of the sma
 EXACT = 1e-12  # in float64: the same sums, in another order
 
 
-def clip() -> Any:
-    return small_clip(context_length=CONTEXT)
-
-
-def clip_4() -> Any:
-    return small_clip_4(context_length=CONTEXT)
-
-
-VISION: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": D, "layers": 2, "head_width": 16}
-TEXT: dict[str, Any] = {"context_length": CONTEXT, "vocab_size": 20, "width": D, "heads": 2, "layers": 2}
-
-
-def clip_with_text_module() -> Any:
-    vision: Any = {**VISION, "final_ln_after_pool": True}
-    text: Any = {**TEXT, "pool_type": "eos", "eos_id": EOT}
-    return open_clip_model.CustomTextCLIP(16, vision, text)
-
-
-def clip_sequence_first() -> Any:
-    model = clip()
-    for transformer in (model.transformer, model.visual.transformer):
-        transformer.batch_first = False
-        for layer in transformer.resblocks:
-            layer.attn.batch_first = False
-    return model
-
+clip = partial(small_clip, context_length=CONTEXT)
+texts = partial(random_texts, context=CONTEXT)
 
 LAYOUTS: dict[str, Callable[[], Any]] = {
     "open_clip 3": clip,
-    "open_clip 3, sequence first": clip_sequence_first,
-    "open_clip 3, CustomTextCLIP": clip_with_text_module,
-    "open_clip 4": clip_4,
+    "open_clip 3, sequence first": partial(sequence_first, context_length=CONTEXT),
+    "open_clip 3, CustomTextCLIP": partial(
+        with_text_module, context_length=CONTEXT, vision={"final_ln_after_pool": True}, pool_type="eos", eos_id=EOT
+    ),
+    "open_clip 4": partial(small_clip_4, context_length=CONTEXT),
 }
 every_layout = pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
 def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(N, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def texts(*lengths: int) -> Tensor:  # [N, CONTEXT]
-    ids = torch.randint(0, EOT, (len(lengths), CONTEXT), generator=torch.Generator().manual_seed(sum(lengths)))
-    ids[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = EOT
-    return ids
-
-
-def text_tower(model: Any) -> Any:
-    return model.text if hasattr(model, "text") else model
 
 
 def encode(model: Any, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -116,20 +93,25 @@ def nothing_is_left() -> Iterator[None]:
 # ---- the same features and gradients, from one position
 
 
-@pytest.mark.parametrize("backend", ["torch", "extension"])
-@every_layout
-def test_features_and_gradients_of_all_positions(make, backend, positions, monkeypatch):
-    monkeypatch.setenv("COMPLORA_BACKEND", backend)
-    model = adapted(make().double(), target_modules=ALL)
+def assert_as_at_all_positions(model: Any, positions: list[int], patch: pytest.MonkeyPatch) -> None:
     ours = results(model)
     assert positions == [PATCHES + 1, 1, 16, 1]
-    compute_every_position(monkeypatch)
+    compute_every_position(patch)
     for a, b in zip(ours, results(model), strict=True):
         assert_close(a, b, EXACT)
     assert positions[4:] == [PATCHES + 1, PATCHES + 1, 16, 16]
 
 
-@pytest.mark.parametrize(("make", "dtype"), [(clip, torch.float32), (clip_sequence_first, torch.bfloat16)])
+@pytest.mark.parametrize("backend", ["torch", "extension"])
+@every_layout
+def test_features_and_gradients_of_all_positions(make, backend, positions, monkeypatch):
+    monkeypatch.setenv("COMPLORA_BACKEND", backend)
+    assert_as_at_all_positions(adapted(make().double(), target_modules=ALL), positions, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(clip, torch.float32), (LAYOUTS["open_clip 3, sequence first"], torch.bfloat16)]
+)
 def test_by_the_kernels(make, dtype, positions, monkeypatch):
     """As accurate as at all positions: one more rounding of the stream is all that differs."""
     model = adapted(make(), target_modules=ALL)
@@ -149,12 +131,7 @@ def test_by_the_kernels(make, dtype, positions, monkeypatch):
 
 @pytest.mark.parametrize("targets", [("q",), ("k", "v"), ("v", "o"), ("fc2",)], ids="-".join)
 def test_some_targets(targets, positions, monkeypatch):
-    model = adapted(clip().double(), target_modules=targets)
-    ours = results(model)
-    assert positions == [PATCHES + 1, 1, 16, 1]
-    compute_every_position(monkeypatch)
-    for a, b in zip(ours, results(model), strict=True):
-        assert_close(a, b, EXACT)
+    assert_as_at_all_positions(adapted(clip().double(), target_modules=targets), positions, monkeypatch)
 
 
 @every_layout
@@ -332,14 +309,12 @@ def test_a_text_tower_of_another_kind(positions):
 
 
 def test_an_attention_pool(positions):
-    vision: Any = {**VISION, "attentional_pool": True, "attn_pooler_heads": 2}
-    text: Any = TEXT
-    plain = open_clip_model.CLIP(16, vision, text).eval()
+    plain = with_text_module(context_length=CONTEXT, vision={"attentional_pool": True, "attn_pooler_heads": 2})
     adapted(plain, target_modules=ALL).encode_image(images(torch.float32))
     assert positions == [PATCHES + 1] * 2
 
 
-@pytest.mark.parametrize("hook", [{}.setdefault, functools.partial(lambda *_: None, 1)], ids=["builtin", "partial"])
+@pytest.mark.parametrize("hook", [{}.setdefault, partial(lambda *_: None, 1)], ids=["builtin", "partial"])
 def test_hooks_of_any_kind(hook, positions):
     model = adapted(clip().double(), target_modules=ALL)
     model.visual.ln_post.register_forward_pre_hook(hook)

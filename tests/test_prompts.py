@@ -7,14 +7,14 @@ import io
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import open_clip
 import pytest
 import torch
 from numerics import assert_as_accurate_as_reference
-from open_clip.model import CustomTextCLIP
-from small_clip import adapted, assert_close, small_clip, small_clip_4
+from small_clip import adapted, assert_close, random_texts, sequence_first, small_clip, small_clip_4, with_text_module
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -26,48 +26,18 @@ CONTEXT, EOT = 77, 19  # the largest id of the small models
 EXACT = 1e-12  # in float64: the same sums, in another order
 
 
-def clip() -> Any:
-    return small_clip(context_length=CONTEXT)
-
-
-def clip_4() -> Any:
-    return small_clip_4(context_length=CONTEXT)
-
-
-def clip_with_text_module(**options: Any) -> Any:
-    """The layout of open_clip's `CustomTextCLIP`, with weights of the size that trained ones have."""
-    vision: Any = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-    text: Any = {"context_length": CONTEXT, "vocab_size": 20, "width": 32, "heads": 2, "layers": 2, **options}
-    model = CustomTextCLIP(16, vision, text)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model.eval()
-
-
-def clip_sequence_first() -> Any:
-    """As open_clip builds it on request: the transformer transposes what it is given."""
-    model = clip()
-    model.transformer.batch_first = False
-    for block in model.transformer.resblocks:
-        block.attn.batch_first = False
-    return model
-
+clip = partial(small_clip, context_length=CONTEXT)
+clip_4 = partial(small_clip_4, context_length=CONTEXT)
+clip_with_text_module = partial(with_text_module, context_length=CONTEXT)
+texts = partial(random_texts, context=CONTEXT)
 
 LAYOUTS: dict[str, Callable[[], Any]] = {
     "open_clip 3": clip,
-    "open_clip 3, sequence first": clip_sequence_first,
+    "open_clip 3, sequence first": partial(sequence_first, context_length=CONTEXT),
     "open_clip 3, CustomTextCLIP": clip_with_text_module,
     "open_clip 4": clip_4,
 }
 every_layout = pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
-
-
-def texts(*lengths: int, context: int = CONTEXT) -> Tensor:  # [N, context]
-    """Random ids, also after the end: what is there must not matter."""
-    ids = torch.randint(0, EOT, (len(lengths), context), generator=torch.Generator().manual_seed(sum(lengths)))
-    ids[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = EOT
-    return ids
 
 
 def text_transformer(model: Any) -> nn.Module:
