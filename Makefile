@@ -13,7 +13,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --benchmark-disa
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full extension test test-oldest sanitize aot bench report bench-gpu gpu targets lint format
+.PHONY: help demo full ablation extension test test-oldest sanitize aot bench report bench-gpu gpu targets lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: .venv/.installed  ## adapt a small CLIP to handwritten digits: a table and
 
 full: .venv/.installed  ## the whole front of the README in runs/glyphs-full, about an hour; goes on where it was stopped
 	.venv/bin/complora train --preset glyphs-full $(ARGS)
+
+ablation: .venv/.installed  ## sides, sizes and sources of the subspace, and LoRA's own ways to forget less, in runs/glyphs-ablation: two hours
+	.venv/bin/complora sweep benchmarks/sweeps/glyphs-ablation.yaml $(ARGS)
 
 extension: $(EXTENSION)  ## build the C++/CUDA extension in place, with the newest torch
 

@@ -60,7 +60,9 @@ class SubspaceReport:
 
     path: str  # of the weight: the module's, with .q, .k, .v, .o in attention
     k: int  # protected directions on the widest projected side; 0 for plain LoRA
-    energy: float  # share of Σσ² inside the protected output directions (input directions with sides="input")
+    # Share of Σσ² inside the protected output directions (input directions with sides="input"); of the trace of Y^T Y
+    # (X^T X) with subspace_source="activations".
+    energy: float
     share: float  # |ΔW - P_out ΔW P_in|² / |ΔW|²: share of the update inside the protected subspace, 0 up to rounding
     relative_update: float  # |ΔW| / |W|
     basis_bytes: int

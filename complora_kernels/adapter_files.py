@@ -1,9 +1,12 @@
-"""The two files of an adapter, `adapter_config.json` and `adapter_model.safetensors`: their form and their replacement.
+"""The files of an adapter, `adapter_config.json` and `adapter_model.safetensors`: their form and their replacement.
 
 The weights file is the adapter: its metadata repeats the configuration and holds a digest of everything. It moves into
 place last, in one step, so whenever a process is killed `read_adapter` finds the old adapter or the new one. The
 configuration file says the same to PEFT and to people. When it does not, that is an error (edited) or a warning (left
 over from a save that was killed between the two moves).
+
+Bases that cannot be computed from the base weights are a third file, which other programs need not know. Its name holds
+a part of its digest, so that it never takes the place of one that the old weights file needs.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from complora_kernels.subspace import fingerprint
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+BASES_FILES = "adapter_bases-*.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -93,19 +97,20 @@ def write_files(
     """Writes the two files into `folder` and forces them to the disk."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry of metadata: safetensors writes several in random order, and equal adapters should be equal files.
-    contents = {
-        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
-        WEIGHTS_FILE: save(tensors, metadata=metadata or {"format": "pt"}),
-    }
-    for name, content in contents.items():
-        with (folder / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    _write(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    _write(folder / WEIGHTS_FILE, save(tensors, metadata=metadata or {"format": "pt"}))
 
 
-def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes an adapter that `read_adapter` can verify; `config["complora"]` is what only this package reads."""
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], bases: dict[str, Tensor]) -> None:
+    """Writes an adapter that `read_adapter` can verify; `config["complora"]` is what only this package reads.
+
+    `bases`, where there are any, are a file of their own, for `read_bases`.
+    """
+    if bases:
+        bases = {name: tensor.detach().cpu().contiguous() for name, tensor in bases.items()}
+        digest = _sha256(_fingerprints(bases))
+        config = config | {"complora": config["complora"] | {"bases_digest": digest}}
+        _write(folder / _bases_file(digest), save(bases, metadata={"format": "pt"}))
     config = _with_digest(config, _digest(config, tensors))
     write_files(folder, config, tensors, metadata={"adapter_config": json.dumps(config)})
 
@@ -126,13 +131,47 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     return config, tensors
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_bases(directory: str | os.PathLike[str], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The bases that `write_adapter` wrote with an adapter of this configuration.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is truncated or was changed.
+    """
+    digest = config["complora"]["bases_digest"]
+    path = Path(directory) / _bases_file(digest)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, expected the bases that save_adapter wrote beside {WEIGHTS_FILE}: "
+            "those of activations cannot be computed from the base weights"
+        )
+    _, tensors = _read_tensors(path)
+    if _sha256(_fingerprints(tensors)) != digest:
+        raise ValueError(f"{path} does not match its digest, expected it as save_adapter wrote it")
+    return tensors
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bases_file(digest: str) -> str:
+    return BASES_FILES.replace("*", digest[:8])
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors passes on whatever a broken header makes its parser and torch raise
         raise ValueError(f"{path} is truncated or damaged, expected a whole safetensors file ({error})") from error
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    metadata, tensors = _read_tensors(path)
     if "adapter_config" not in metadata:
         raise ValueError(
             f"{path} has no adapter_config in its metadata, expected a file that save_adapter wrote (what export_peft "
@@ -177,20 +216,36 @@ def _check_config_file(path: Path, expected: dict[str, Any]) -> None:
 
 
 def _move_adapter(staging: Path, target: Path) -> None:
-    """Moves the configuration, then the weights; a failure in between puts the old configuration back."""
+    """Moves bases and configuration, then the weights; a failure in between puts the old configuration back."""
     config = target / CONFIG_FILE
     previous = config.read_bytes() if config.exists() else None
-    os.replace(staging / CONFIG_FILE, config)
+    old_bases = {path.name for path in target.glob(BASES_FILES)}
+    bases = {path.name for path in staging.glob(BASES_FILES)}
     try:
-        os.replace(staging / WEIGHTS_FILE, target / WEIGHTS_FILE)
+        for name in bases:
+            os.replace(staging / name, target / name)
+        os.replace(staging / CONFIG_FILE, config)
+        try:
+            os.replace(staging / WEIGHTS_FILE, target / WEIGHTS_FILE)
+        except BaseException:
+            if previous is None:
+                config.unlink()
+            else:
+                (staging / CONFIG_FILE).write_bytes(previous)
+                os.replace(staging / CONFIG_FILE, config)
+            raise
     except BaseException:
-        if previous is None:
-            config.unlink()
-        else:
-            (staging / CONFIG_FILE).write_bytes(previous)
-            os.replace(staging / CONFIG_FILE, config)
+        _remove(target, bases - old_bases)
         raise
     _sync_directory(target)
+    _remove(target, old_bases - bases)
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Removes files that nothing refers to; one that cannot be removed does no harm."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:
@@ -210,8 +265,12 @@ def _with_digest(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
 
 def _digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Of the configuration, whatever digest it holds, and of every name, shape, dtype and bit of the tensors."""
-    parts = [
-        json.dumps(_with_digest(config, None)),
-        *(f"{name}={fingerprint(tensors[name])}" for name in sorted(tensors)),
-    ]
+    return _sha256([json.dumps(_with_digest(config, None)), *_fingerprints(tensors)])
+
+
+def _fingerprints(tensors: dict[str, Tensor]) -> list[str]:
+    return [f"{name}={fingerprint(tensors[name])}" for name in sorted(tensors)]
+
+
+def _sha256(parts: list[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from complora_kernels.calibration import Calibrate, Watched, protect_activations
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
@@ -32,16 +33,29 @@ class Target(NamedTuple):
     module: nn.Module
 
 
-def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = True) -> Model:
+def apply_complora(
+    model: Model, config: CompLoRAConfig, *, calibrate: Calibrate | None = None, progress: bool = True
+) -> Model:
     """Adapts `model` in place and freezes everything but the new factors; its outputs are unchanged before training.
 
     The targets become `CompLoRALinear`, `CompLoRAMultiheadAttention` or `CompLoRAAttention`, which share the original
     parameters under their old names. Each adapted weight is decomposed once (0.1 to 0.5 s for a [768, 768] weight on
     two cores; weights seen before come from a cache).
 
+    With `subspace_source="activations"` the model runs on calibration batches before it is changed:
+
+        ck.apply_complora(model, config, calibrate=lambda model: [model.encode_image(images) for images in batches])
+
+    `calibration` says what of it counts. Later, `load_state_dict` of other base weights is an error: the bases belong
+    to the activations of these.
+
     Args:
         model: an open_clip model, or any model when `config.target_modules` is a regular expression.
         config: what to adapt and how.
+        calibrate: a function of the model that runs what is adapted (`encode_text` too, or only `encode_text`, where
+            the text tower is) on some batches without labels; what it returns is not looked at. It is called once,
+            without gradients, in evaluation mode, and leaves torch's random generators as they were. Given with
+            `subspace_source="activations"` and with no other.
         progress: show a progress bar on stderr once the work has taken two seconds.
 
     Returns:
@@ -49,8 +63,21 @@ def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = Tru
 
     Raises:
         ValueError: the model is adapted already, a target matched nothing or cannot be adapted, a layer index is out of
-            range, k exceeds a weight, or a weight holds NaN. The model is then as it was.
+            range, k exceeds a weight, or a weight holds NaN; `calibrate` is missing or has no use, did not reach an
+            adapted weight, or gave it NaN or infinite values. The model is then as it was, also when `calibrate` itself
+            fails.
     """
+    if config.protects_activations != (calibrate is not None):
+        raise ValueError(
+            f"calibrate={calibrate!r} with subspace_source={config.subspace_source!r} and sides={config.sides!r}, "
+            'expected a function of the model that runs calibration batches with subspace_source="activations" and '
+            "projected sides, None otherwise"
+        )
+    return adapt(model, config, calibrate=calibrate, progress=progress)
+
+
+def adapt(model: Model, config: CompLoRAConfig, *, calibrate: Calibrate | None = None, progress: bool = True) -> Model:
+    """`apply_complora`, but without `calibrate` the layers that protect activations have no bases: set them."""
     if any(isinstance(module, CompLoRALayer) for module in model.modules()):
         raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
     targets = find_targets(model, config)
@@ -58,6 +85,9 @@ def apply_complora(model: Model, config: CompLoRAConfig, *, progress: bool = Tru
     with tqdm(targets, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
         for path, module in bar:
             adapted[id(module)] = _adapt(path, module, config)
+    if calibrate is not None:
+        watched = [Watched(path, module, adapted[id(module)]) for path, module in targets]
+        protect_activations(model, watched, calibrate, progress=progress)
 
     _swap(model, adapted)
     model.requires_grad_(False)

@@ -2,6 +2,9 @@
 
 What is saved are the folded factors `Ã = A P_in` and `B̃ = P_out B`, without the scaling: an ordinary LoRA of the same
 function. Raw factors under the same names would load elsewhere and silently compute something else.
+
+Bases are computed from the base weights again when an adapter is loaded. Those of activations cannot be: they are saved
+in a third file, which this package alone reads.
 """
 
 from __future__ import annotations
@@ -22,16 +25,18 @@ from complora_kernels.adapter_files import (
     peft_fields,
     peft_key,
     read_adapter,
+    read_bases,
     replaced_adapter,
     write_adapter,
 )
-from complora_kernels.apply import adapted_layers, apply_complora
+from complora_kernels.apply import adapt, adapted_layers, apply_complora
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
 
 Model = TypeVar("Model", bound=nn.Module)
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by module: Ã [r, in] and B̃ [out, r]
+Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by module and side
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 
@@ -51,10 +56,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     where modules of these names are called; for `nn.MultiheadAttention` use `export_peft`. A merged model is saved as
     if it were not.
 
-    An adapter that is there already is replaced as a whole: both files are written and synced beside it, then moved
-    into place, configuration first and weights last. A call that fails leaves the old one. A process that is killed
-    leaves the old one or the new one, and a folder `.saving-…` to delete. Between the two moves it leaves old weights
-    beside a new configuration: `load_adapter` then loads the old adapter, with a warning; PEFT would not notice.
+    With `subspace_source="activations"` the bases are written too, as `adapter_bases-<digest>.safetensors`: 4·d·k bytes
+    for each projected side of a weight, with d - k for k where that is less. Only `load_adapter` reads it.
+
+    An adapter that is there already is replaced as a whole: the files are written and synced beside it, then moved
+    into place, bases and configuration first and weights last. A call that fails leaves the old one. A process that is
+    killed leaves the old one or the new one, and a folder `.saving-…` to delete. Between the moves it leaves old
+    weights beside a new configuration: `load_adapter` then loads the old adapter, with a warning; PEFT would not
+    notice.
 
     Raises:
         OSError: `directory` cannot be written to.
@@ -65,15 +74,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     weights = adapted_weights(layers)
     with replaced_adapter(directory) as staging:
         factors = folded_factors(weights)
-        described = _adapter_config(config, weights, open_clip.activations(model))
-        write_adapter(staging, described, factor_tensors(factors))
+        bases = own_bases(weights) if config.protects_activations else {}
+        described = _adapter_config(config, weights, open_clip.activations(model), bases)
+        matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
+        write_adapter(staging, described, factor_tensors(factors), matrices)
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:
     """Loads what `save_adapter` wrote; a plain model is adapted first, with the configuration of the adapter.
 
     The model then computes exactly the saved update, also when its weights are a half-precision copy of those that the
-    adapter was trained on: bases computed from rounded weights are turned until they leave the factors as they are.
+    adapter was trained on: bases computed from rounded weights are turned until they leave the factors as they are. The
+    bases of activations are the saved ones, whatever those of an adapted model were.
     Everything is checked before the model is changed, and if anything fails it stays as it was.
 
     Args:
@@ -85,7 +97,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         The same model. Its raw factors are now the saved ones, trainable.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file is missing, that of the bases too where they are those of activations.
         ValueError: a file is truncated or was changed; the adapter is for another configuration, rank, set of layers or
             model, or was trained on other base weights; or it holds NaN or infinite values.
         RuntimeError: the adapter in the model is merged.
@@ -97,7 +109,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
     check_factors(factors, weights)
     _check_base_weights(saved["complora"]["base_weights"], weights)
     _check_activations(saved["complora"]["activations"], open_clip.activations(model))
-    return fill_adapter(model, config, factors, progress=progress)
+    bases = _saved_bases(directory, saved, weights) if config.protects_activations else None
+    return fill_adapter(model, config, factors, bases, progress=progress)
 
 
 def common_config(layers: dict[str, CompLoRALayer]) -> CompLoRAConfig:
@@ -195,22 +208,21 @@ def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight]) -> No
 
 
 @torch.no_grad()
-def fill_adapter(model: Model, config: CompLoRAConfig, factors: FactorPairs, *, progress: bool) -> Model:
-    """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted."""
+def fill_adapter(
+    model: Model, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
+) -> Model:
+    """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given."""
     restore = _remember_modules(model)
     try:
         if not is_adapted(model):
-            apply_complora(model, config, progress=progress)
+            adapt(model, config, progress=progress)
         weights = adapted_weights(adapted_layers(model))
-        bases: dict[tuple[str, subspace.Side], subspace.Basis] = {
-            (path, side): _aligned_basis(weight, side, factors[path])
-            for path, weight in weights.items()
-            for side in PROJECTED_SIDES[config.sides]
-        }
+        bases = own_bases(weights) if bases is None else bases
+        aligned = {key: _aligned_basis(basis, key[1], factors[key[0]]) for key, basis in bases.items()}
     except BaseException:
         restore()
         raise
-    for (path, side), basis in bases.items():
+    for (path, side), basis in aligned.items():
         layer, name = weights[path]
         layer.set_basis(name, side, basis)
     for path, (layer, name) in weights.items():
@@ -225,13 +237,14 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def _adapter_config(
-    config: CompLoRAConfig, weights: dict[str, AdaptedWeight], activations: dict[str, str]
+    config: CompLoRAConfig, weights: dict[str, AdaptedWeight], activations: dict[str, str], bases: Bases
 ) -> dict[str, Any]:
     from complora_kernels import __version__
 
     attention = [path for path, (_, name) in weights.items() if name]
     # Where q_proj, k_proj, v_proj are no modules PEFT drops their factors without a word, but warns of this pattern.
     patterns = {"rank_pattern": {module_pattern(attention): config.r}} if attention else {}
+    described = {"bases": _described_bases(bases)} if bases else {}
     return peft_fields(config, weights, **patterns) | {
         "complora": {
             "format_version": FORMAT_VERSION,
@@ -241,6 +254,7 @@ def _adapter_config(
             "base_weights": {
                 path: base_weights.describe(layer.original_weight(name)) for path, (layer, name) in weights.items()
             },
+            **described,
         }
     }
 
@@ -257,9 +271,53 @@ def _project(factor: Tensor, basis: subspace.Basis | None) -> Tensor:
     return functional.project_complement(factor, basis.matrix, basis_kind=basis.kind)
 
 
-def _aligned_basis(weight: AdaptedWeight, side: subspace.Side, factors: tuple[Tensor, Tensor]) -> subspace.Basis:
-    basis = weight.layer.basis(weight.name, side)
-    assert basis is not None
+def own_bases(weights: dict[str, AdaptedWeight]) -> Bases:
+    """The bases that the layers have."""
+    return {
+        (path, side): basis
+        for path, (layer, name) in weights.items()
+        for side in PROJECTED_SIDES[layer.config.sides]
+        if (basis := layer.basis(name, side)) is not None
+    }
+
+
+def _described_bases(bases: Bases) -> dict[str, dict[str, Any]]:
+    """What is to be known of each basis beside its matrix, by its key in the file."""
+    return {
+        _basis_key(*key): {"kind": basis.kind, "k": basis.k, "energy": basis.energy} for key, basis in bases.items()
+    }
+
+
+def _saved_bases(directory: str | os.PathLike[str], saved: dict[str, Any], weights: dict[str, AdaptedWeight]) -> Bases:
+    """The bases that `save_adapter` wrote, in the dtype and on the device of the model's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_adapter`.
+    """
+    tensors = read_bases(directory, saved)
+    config = CompLoRAConfig.from_dict(saved["complora"]["config"])
+    keys: list[tuple[str, subspace.Side]] = [(path, side) for path in weights for side in PROJECTED_SIDES[config.sides]]
+    check_names("the file of the bases", tensors, [_basis_key(*key) for key in keys])
+    bases = {}
+    for path, side in keys:
+        layer, name = weights[path]
+        weight = layer.original_weight(name)
+        key = _basis_key(path, side)
+        described = saved["complora"]["bases"][key]
+        d = weight.shape[0] if side == "output" else weight.shape[1]
+        expected = (d, described["k"] if described["kind"] == "principal" else d - described["k"])
+        if tuple(tensors[key].shape) != expected:
+            raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, expected {expected}")
+        matrix = tensors[key].to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        bases[path, side] = subspace.Basis(matrix, **described)
+    return bases
+
+
+def _basis_key(path: str, side: subspace.Side) -> str:
+    return f"{path}.{side}_basis"
+
+
+def _aligned_basis(basis: subspace.Basis, side: subspace.Side, factors: tuple[Tensor, Tensor]) -> subspace.Basis:
     A, B = factors
     factor = B.mT if side == "output" else A  # [r, d]
     return basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Sides = Literal["output", "input", "both", "none"]
-SubspaceSource = Literal["weight", "random"]
+SubspaceSource = Literal["weight", "random", "activations"]
 
 ATTENTION_TARGETS = ("q", "k", "v", "o")
 MLP_TARGETS = ("fc1", "fc2")
@@ -34,11 +34,14 @@ class CompLoRAConfig:
         sides: "output" projects B (the default formula of the package), "input" projects A, "both" projects the two
             as the paper's figure does, "none" is plain LoRA.
         subspace_k: number of protected directions, 0 <= k <= min(out, in).
-        subspace_energy: share in (0, 1]; k is the smallest number of directions that holds this share of Σσ².
+        subspace_energy: share in (0, 1]; k is the smallest number of directions that holds this share of Σσ², or of
+            the trace of the matrix whose eigenvectors they are with `subspace_source="activations"`.
         subspace_ratio: share in [0, 1]; k = round(ratio · min(out, in)).
             Exactly one of the three sizes is given, none of them with `sides="none"`.
         subspace_source: "weight" protects the principal directions of the weight, "random" as many random ones:
-            the control that tells whether the singular vectors matter.
+            the control that tells whether the singular vectors matter. "activations" protects the principal directions
+            of what the weight sees and writes on calibration batches, inputs X [M, in] and products Y = X W^T [M, out]:
+            V_k are the top-k eigenvectors of X^T X, U_k those of Y^T Y. Not used with `sides="none"`.
         subspace_seed: chooses the random directions of `subspace_source="random"`.
         target_modules: any of q k v o fc1 fc2 in the residual blocks of the towers, or one regular expression that
             must match a whole module name; it then selects `nn.Linear` modules of any model.
@@ -123,6 +126,11 @@ class CompLoRAConfig:
     def subspace_size(self) -> dict[str, Any]:
         """The three sizes under the names that `principal_basis` takes: `k`, `energy`, `ratio`."""
         return {"k": self.subspace_k, "energy": self.subspace_energy, "ratio": self.subspace_ratio}
+
+    @property
+    def protects_activations(self) -> bool:
+        """Whether bases come from calibration batches: `subspace_source="activations"`, with a projected side."""
+        return self.subspace_source == "activations" and self.sides != "none"
 
     @property
     def scaling(self) -> float:

@@ -10,7 +10,7 @@ from complora_kernels.fewshot.backbone import Backbone
 from complora_kernels.fewshot.config import PRESETS, TrainConfig
 from complora_kernels.fewshot.datasets import Dataset
 from complora_kernels.fewshot.evaluate import Task
-from complora_kernels.fewshot.recipe import Setting
+from complora_kernels.fewshot.setting import Setting
 
 CLASSES = ("red", "green", "blue")
 
@@ -42,8 +42,17 @@ def setting() -> Setting:
     bright, dark = noise.clone(), noise.clone()
     bright[torch.arange(30), labels] += 150
     dark[torch.arange(30), labels] += 60
-    tasks = (Dataset("bright", bright, labels, CLASSES), Dataset("dark", dark, labels, CLASSES))
-    return Setting(backbone, *(Task(dataset, backbone, "a {}") for dataset in tasks))
+    return Setting(
+        backbone,
+        Task(dataset("bright", bright, labels), backbone, ("a {}",)),
+        {"dark": Task(dataset("dark", dark, labels), backbone, ("a {}",))},
+    )
+
+
+def dataset(name: str, images: torch.Tensor, labels: torch.Tensor) -> Dataset:
+    """All images may be drawn, and the rest is the test set."""
+    every = torch.arange(len(labels))
+    return Dataset(name, images, labels, CLASSES, every, every[:0], None, can_be_mirrored=False)
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:

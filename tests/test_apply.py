@@ -479,6 +479,91 @@ def test_what_cannot_be_adapted_is_refused_by_name_and_the_model_is_left_as_it_w
     before.assert_unchanged()
 
 
+def seen(model: Any, towers: str = "image text") -> None:
+    images, texts = batch()
+    for tower in towers.split():
+        model.encode_image(images) if tower == "image" else model.encode_text(texts)
+
+
+def failing_after(error: BaseException) -> Callable[[Any], None]:
+    def calibrate(model: Any) -> None:
+        seen(model)
+        raise error
+
+    return calibrate
+
+
+def with_nan_image(model: Any) -> None:
+    images, texts = batch()
+    images[1, 0, 3, 4] = float("nan")
+    model.encode_text(texts)
+    model.encode_image(images)
+
+
+ACTIVATIONS: dict[str, Any] = {"subspace_source": "activations", "sides": "both"}
+FIRST = r"visual\.transformer\.resblocks\.0"
+UNCALIBRATED: dict[str, tuple[Any, dict[str, Any], type[BaseException], str]] = {
+    "missing": (
+        None,
+        {},
+        ValueError,
+        "calibrate=None with subspace_source='activations' and sides='both', expected a function of the model",
+    ),
+    "of no use": (
+        seen,
+        {"subspace_source": "weight"},
+        ValueError,
+        "calibrate=.*subspace_source='weight'.*None otherwise",
+    ),
+    "random": (seen, {"subspace_source": "random"}, ValueError, "calibrate=.*subspace_source='random'"),
+    "plain LoRA": (seen, {"sides": "none"}, ValueError, "calibrate=.*subspace_source='activations' and sides='none'"),
+    "one tower": (
+        lambda model: seen(model, "image"),
+        {},
+        ValueError,
+        r"no activations to transformer\.resblocks\.0\.attn\.q, .*\.k, .*\.v, .*\.o and 8 more, expected it to run",
+    ),
+    "nothing": (lambda _: None, {"towers": "image"}, ValueError, rf"gave no activations to {FIRST}\.attn\.q, "),
+    "empty batch": (
+        lambda model: model.visual.transformer(torch.empty(0, 5, VISION["width"])),
+        {"towers": "image"},
+        ValueError,
+        rf"gave no activations to {FIRST}\.attn\.q, ",
+    ),
+    "NaN": (
+        with_nan_image,
+        {},
+        ValueError,
+        rf"gave NaN or infinite activations to {FIRST}\.attn\.q, .* and 8 more, expected finite ones",
+    ),
+    "error": (failing_after(ZeroDivisionError("mine")), {}, ZeroDivisionError, "mine"),
+    "interrupt": (failing_after(KeyboardInterrupt("stop")), {}, KeyboardInterrupt, "stop"),
+}
+
+
+@pytest.mark.parametrize("case", UNCALIBRATED)
+@pytest.mark.parametrize("make", [clip, clip_4])
+def test_a_calibration_that_fails_leaves_the_model_as_it_was(case, make):
+    calibrate, options, error, message = UNCALIBRATED[case]
+    model = make().train()
+    model.get_submodule("visual.transformer").eval()
+    before = Snapshot(model)
+    with pytest.raises(error, match=message):
+        ck.apply_complora(model, config(**{"target_modules": ALL, **ACTIVATIONS, **options}), calibrate=calibrate)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_refused_before_anything_is_run(case):
+    make, options, message = REFUSED[case]
+    model, calls = make(), []
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        ck.apply_complora(model, config(**{"target_modules": ALL, **ACTIVATIONS, **options}), calibrate=calls.append)
+    before.assert_unchanged()
+    assert not calls
+
+
 def test_the_other_tower_of_a_resnet_clip_can_be_adapted():
     model = ck.apply_complora(resnet().eval(), config(towers="text"))
     assert set(adapted_layers(model)) == {"transformer.resblocks.0.attn", "transformer.resblocks.1.attn"}

@@ -74,10 +74,18 @@ def test_a_regular_expression_selects_modules_by_name():
         make(),
         make(sides="none", r=1, layers=(0, 11)),
         make(subspace_energy=0.5, subspace_source="random", subspace_seed=7, target_modules="a|b", towers=("text",)),
+        make(subspace_ratio=0.5, subspace_source="activations", sides="both"),
     ],
 )
 def test_dictionary_round_trip_through_json(config):
     assert CompLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_activations_are_protected_where_a_side_is():
+    for source in ("weight", "random", "activations"):
+        for sides in ("output", "input", "both", "none"):
+            expected = source == "activations" and sides != "none"
+            assert make(subspace_source=source, sides=sides).protects_activations == expected
 
 
 def test_frozen():
@@ -102,7 +110,7 @@ def test_frozen():
         ({"lora_dropout": None}, "lora_dropout=None, expected"),
         ({"sides": "left"}, "sides='left', expected one of output, input, both, none"),
         ({"sides": None}, "sides=None, expected one of"),
-        ({"subspace_source": "data"}, "subspace_source='data', expected one of weight, random"),
+        ({"subspace_source": "data"}, "subspace_source='data', expected one of weight, random, activations"),
         ({"subspace_seed": 0.5}, "subspace_seed=0.5, expected an integer"),
         ({"subspace_k": None}, "subspace_k, subspace_energy, subspace_ratio=None, expected exactly one of the three"),
         ({"subspace_k": 4, "subspace_energy": 0.5}, "{'k': 4, 'energy': 0.5}, expected exactly one of the three"),

@@ -35,7 +35,7 @@ def trained(monkeypatch):
         names.append(run.name)
         return train(config, run, *rest)
 
-    monkeypatch.setattr(grid, "load_setting", lambda config: standin.setting())
+    monkeypatch.setattr(grid.Settings, "load", lambda settings, config, device: standin.setting())
     monkeypatch.setattr(grid, "train", counted)
     return names
 
@@ -60,10 +60,10 @@ def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, tr
 
     step = grid.GridProgress.step
 
-    def interrupt(self, run, done, loss):
-        if (run.method, done) == ("output", 5):
+    def interrupt(self, job, done, loss):
+        if (job.run.method, done) == ("output", 5):
             raise KeyboardInterrupt
-        step(self, run, done, loss)
+        step(self, job, done, loss)
 
     monkeypatch.setattr(grid.GridProgress, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -86,7 +86,7 @@ def test_trained_adapter_is_saved_and_computes_the_measured_accuracy(tmp_path, t
     (result,) = grid.run_grid(config, CONSOLE)
     setting = standin.setting()
     model = ck.load_adapter(setting.backbone.model, tmp_path / "out" / "runs" / result["run"] / "adapter").eval()
-    assert setting.kept.accuracy(model, torch.arange(30)) == result["kept"]
+    assert setting.kept["dark"].accuracy(model, torch.arange(30)) == result["kept"]
     assert setting.new.accuracy(model, draw_shots(setting.new.dataset.labels, 2, 0)[1]) == result["new"]
 
 
@@ -115,7 +115,7 @@ def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch
         ({"shots": ()}, r"--shots \(\): expected at least one value"),
         ({"seeds": (1, 1)}, r"--seeds \(1, 1\): expected every value once"),
         ({"seeds": (-1,)}, r"--seeds -1: expected at least 0"),
-        ({"methods": ("lora", "dora")}, r"--methods dora: expected any of lora, output"),
+        ({"methods": ("lora", "dora")}, r"--methods dora: expected any of lora, lora-wd, output"),
         ({"learning_rates": (0.0,)}, r"--learning-rates 0.0: expected more than 0"),
         ({"learning_rates": (float("nan"),)}, r"--learning-rates nan"),
         ({"steps": 0}, r"--steps 0: expected at least 1"),
@@ -127,7 +127,7 @@ def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch
         ({"subspace_k": 3, "subspace_ratio": 0.5}, r"subspace_k"),
         ({"subspace_energy": 1.5}, r"subspace_energy"),
         ({"target_modules": ("query",)}, r"target_modules"),
-        ({"shots": (200,)}, r"shots=200: class \d has 1\d\d images"),
+        ({"shots": (200,)}, r"shots=200: class 'digit zero' has 178 images"),
         ({"device": "quantum"}, r"--device quantum: expected cpu, cuda or auto"),
     ],
 )
@@ -241,17 +241,17 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 def test_progress_tells_runs_loss_and_time_left(tmp_path, terminal, monkeypatch):
     shown = io.StringIO()
     config = standin.config(tmp_path, methods=("lora", "both"))
-    first, second = config.runs()
+    first, second = (grid.Job(config, run) for run in config.runs())
     clock = itertools.count(0, 40)  # a look at the clock every 40 seconds
     monkeypatch.setattr("complora_kernels.fewshot.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     console = Console(file=shown, force_terminal=terminal, width=120)
-    with GridProgress(config, [first, second], finished=1, console=console) as progress:
+    with GridProgress([first, second], finished=1, console=console) as progress:
         progress.step(first, 3, 0.125)
         measured = {"images_per_second": 1234.5, "peak_memory_mib": 2048}
-        progress.finish(first, {"new": 0.5, "kept": 0.75, **measured})
+        progress.finish(first, {"loss": 0.1, "new": 0.5, "kept": 0.75, **measured})
         progress.step(second, 1, 2.0)
     text = shown.getvalue()
-    assert "2/3 lora-2shot-lr0.01-seed0: new 50.0%, kept 75.0%, 1234 images/s, 2.0 GiB" in text
+    assert "2/3 lora-2shot-lr0.01-seed0: loss 0.100, new 50.0%, kept 75.0%, 1234 images/s, 2.0 GiB" in text
     if terminal:
         assert "2 of 3 runs" in text
         assert "both-2shot-lr0.01-seed0  loss 2.000" in text

@@ -1,4 +1,4 @@
-"""Crops on the device against torchvision's transforms of the same images, and images against their files."""
+"""Crops against torchvision's and open_clip's transforms of the same images, and images against their files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import math
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as torchvision
 
 from complora_kernels.fewshot import images as module
-from complora_kernels.fewshot.images import DeviceImages, bicubic_taps, draw_boxes, resample
+from complora_kernels.fewshot.images import DeviceImages, bicubic_taps, draw_boxes, load_crops, resample
 
 SIZES = [(60, 80), (75, 50), (7, 7), (1, 50), (40, 1), (224, 224), (190, 300)]
 BOXES = [(0, 0, 60, 80), (3, 4, 1, 46), (1, 2, 5, 4), (0, 17, 1, 1), (0, 0, 40, 1), (100, 7, 29, 1), (12, 0, 178, 299)]
@@ -416,6 +418,184 @@ def test_sixteen_bits_a_channel_are_refused(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.png"):
         DeviceImages.from_files([tmp_path / "missing.png"], "cpu")
+
+
+@pytest.mark.parametrize("load", ["from_files", "load_crops"])
+def test_too_large_an_image_is_named_with_the_limit(tmp_path, picture, monkeypatch, load):
+    """Pillow warns over its limit and fails over twice as much; both times the file stays unknown."""
+    fitting, too_large, huge = tmp_path / "fits.png", tmp_path / "large.png", tmp_path / "huge.png"
+    for path, size in ((fitting, (20, 10)), (too_large, (20, 11)), (huge, (30, 20))):
+        picture.resize(size).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    decode = {
+        "from_files": lambda paths: DeviceImages.from_files(paths, "cpu"),
+        "load_crops": lambda paths: load_crops(paths, (4, 4)),
+    }[load]
+    assert len(decode([fitting])) == 1
+    for path, n in ((too_large, 220), (huge, 600)):
+        with pytest.raises(
+            ValueError, match=rf"{path} is not decoded: .*\({n} pixels\) .*PIL.Image.MAX_IMAGE_PIXELS = 200"
+        ):
+            decode([fitting, path])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert len(decode([fitting, too_large, huge])) == 3
+
+
+def test_large_images_are_reduced_to_what_is_enough(tmp_path):
+    noise = torch.randint(0, 256, (3, 41, 60), dtype=torch.uint8)
+    image = Image.fromarray(noise.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "a.png")
+    for enough, factor in ((10, 4), (13, 3), (20, 2), (21, 1), (41, 1), (100, 1), (1, 41)):
+        stored = DeviceImages.from_files([tmp_path / "a.png"], "cpu", shorter_side=enough)
+        assert torch.equal(stored[0], pixels(image.reduce(factor))), enough
+    kept = DeviceImages.from_files([tmp_path / "a.png"], "cpu")
+    assert torch.equal(kept[0], noise)
+    # Whole blocks are means
+    halved = DeviceImages.from_files([tmp_path / "a.png"], "cpu", shorter_side=20)[0]
+    means = F.avg_pool2d(noise[None, :, :40].float(), 2)[0]
+    assert (halved[:, :20] - means).abs().max() <= 0.5
+    with pytest.raises(ValueError, match=r"shorter_side=0, expected at least 1"):
+        DeviceImages.from_files([tmp_path / "a.png"], "cpu", shorter_side=0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_photos_are_reduced_while_they_are_decoded(tmp_path, monkeypatch, mode, turned):
+    """Smooth ones, of which the two ways of reducing show the same."""
+    x, y = np.linspace(0, 200, 300), np.linspace(0, 50, 200)[:, None]
+    grey = Image.fromarray((x + y).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    grey.convert(mode).save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    plain = DeviceImages.from_files([tmp_path / "photo.jpg"], "cpu")[0]
+    sizes, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (load(self), sizes.append(self.size))[0])
+    for enough, decoded, n in (
+        (100, (150, 100), 2),
+        (50, (75, 50), 4),
+        (33, (75, 50), 4),
+        (16, (38, 25), 12),
+        (10, (38, 25), 20),
+    ):
+        sizes.clear()
+        reduced = DeviceImages.from_files([tmp_path / "photo.jpg"], "cpu", shorter_side=enough)[0]
+        assert sizes[0] == decoded
+        assert min(reduced.shape[1:]) >= enough
+        rough = F.avg_pool2d(plain[None].float(), 4)[0]
+        near = F.interpolate(reduced[None].float(), rough.shape[1:], mode="bilinear")[0]
+        assert (near - rough).abs().mean() < 8, n  # of 250
+
+
+# ---- crops of files
+
+RESIZE_MODES = ["shortest", "longest", "squash"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Any]:
+    """Of odd sizes, larger and smaller than what is asked for."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    paths = []
+    for i, size in enumerate(
+        [(60, 80), (75, 50), (7, 7), (3, 50), (40, 2), (32, 32), (190, 300), (33, 32), (224, 223)]
+    ):
+        paths.append(folder / f"{i}.png")
+        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+@pytest.mark.parametrize("size", [(32, 32), (24, 16), (15, 31), (7, 7), (1, 1), (224, 224)])
+def test_crops_of_files_are_those_of_open_clip_bit_for_bit(photos, size, resize_mode, interpolation):
+    transform: Any = open_clip.image_transform(
+        size, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode, interpolation=interpolation
+    )
+    thin = [path for path in photos if path.stem in ("3", "4")]  # of whose shorter side "longest" leaves no pixel
+    photos = [path for path in photos if resize_mode != "longest" or max(size) > 7 or path not in thin]
+    ours = load_crops(photos, size, resize_mode=resize_mode, interpolation=interpolation)
+    assert (ours.dtype, ours.shape, ours.is_contiguous()) == (torch.uint8, (len(photos), 3, *size), True)
+    for path, crop in zip(photos, ours, strict=True):
+        with Image.open(path) as image:
+            assert torch.equal(crop.float() / 255, transform(image)), path.name
+
+
+@pytest.mark.parametrize(
+    "name", [("ViT-B-16", "openai"), ("ViT-B-16-SigLIP", "webli"), ("EVA02-B-16", "merged2b_s8b_b131k")]
+)
+def test_crops_are_what_a_model_sees(photos, name):
+    """With what open_clip knows of the weights' images, and then their mean and standard deviation."""
+    known = {
+        key: value for key, value in open_clip.get_pretrained_cfg(*name).items() if key in PreprocessCfg.__annotations__
+    }
+    config = PreprocessCfg(**known)
+    transform: Any = image_transform_v2(config, is_train=False)
+    ours = load_crops(photos, (224, 224), resize_mode=config.resize_mode, interpolation=config.interpolation)
+    for path, crop in zip(photos, ours, strict=True):
+        with Image.open(path) as image:
+            assert torch.equal(transform.transforms[-1](crop.float() / 255), transform(image)), path.name
+
+
+def test_hardly_anything_is_left_of_a_thin_image(tmp_path):
+    """Where open_clip fails."""
+    Image.new("RGB", (100, 2), "white").save(tmp_path / "thin.png")
+    crop = load_crops([tmp_path / "thin.png"], (7, 7), resize_mode="longest")[0]
+    assert crop.amax((0, 2)).tolist() == [0, 0, 0, 255, 0, 0, 0]
+
+
+@pytest.mark.parametrize("resize_mode", RESIZE_MODES)
+def test_training_and_test_pixels_agree(tmp_path, picture, resize_mode):
+    """Whatever the format: what is cropped is what is trained on."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.convert("CMYK").save(tmp_path / "print.tif")
+    picture.convert("L").save(tmp_path / "grey.png")
+    picture.quantize(8).save(tmp_path / "transparent.png", transparency=bytes([0, 100, 255]))
+    alpha = picture.convert("RGBA")
+    alpha.putalpha(picture.convert("L"))
+    alpha.save(tmp_path / "schön 图.png")
+    paths = sorted(tmp_path.iterdir())
+    stored = DeviceImages.from_files(paths, "cpu")
+    for i in range(len(paths)):
+        Image.fromarray(stored[i].permute(1, 2, 0).numpy()).save(paths[i].with_suffix(".rgb.png"))
+    ours = load_crops(paths, (6, 6), resize_mode=resize_mode)
+    again = load_crops([path.with_suffix(".rgb.png") for path in paths], (6, 6), resize_mode=resize_mode)
+    assert torch.equal(ours, again)
+
+
+def test_crops_do_not_depend_on_workers_and_show_no_bar(photos, capfd):
+    one = load_crops(photos, (32, 32), workers=1)
+    assert torch.equal(load_crops(photos[::-1], (32, 32), workers=4).flip(0), one)
+    assert torch.equal(load_crops([str(path) for path in photos], (32, 32), progress=False), one)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_first_file_that_cannot_be_cropped_is_named(tmp_path, photos):
+    whole = photos[6].read_bytes()
+    (tmp_path / "first.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "second.png").write_text("no image")
+    paths = [*photos, tmp_path / "first.png", tmp_path / "second.png"]
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"first.png cannot be decoded: "):
+            load_crops(paths, (8, 8))
+    with pytest.raises(FileNotFoundError, match=r"third.png"):
+        load_crops([tmp_path / "third.png", *paths], (8, 8))
+    Image.fromarray(np.full((2, 2), 40_000, np.uint16)).save(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match=r"depth.png cannot be decoded: mode I;?1?6?, expected 8 bits a channel"):
+        load_crops([tmp_path / "depth.png"], (8, 8))
+
+
+def test_what_cannot_be_cropped_is_refused(photos):
+    with pytest.raises(ValueError, match=r"paths is empty, expected at least one image file"):
+        load_crops([], (8, 8))
+    with pytest.raises(ValueError, match=r"resize_mode='fit', expected shortest, longest, squash"):
+        load_crops(photos, (8, 8), resize_mode="fit")
+    with pytest.raises(ValueError, match=r"interpolation='random', expected bicubic, bilinear"):
+        load_crops(photos, (8, 8), interpolation="random")
+    with pytest.raises(ValueError, match=r"size=\(0, 8\), expected at least 1"):
+        load_crops(photos, (0, 8))
 
 
 # ---- refused

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from complora_kernels.fewshot.config import Method, Run
-from complora_kernels.fewshot.evaluate import is_correct
+from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.images import DeviceImages
+from complora_kernels.fewshot.measure import at_most
+from complora_kernels.fewshot.methods import Method
 from complora_kernels.fewshot.profile import PROFILE, TRACE
-from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, at_most, cosine, train, training_pixels
+from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, cosine, train, training_pixels
 from complora_kernels.fewshot.sampler import batch_indices, draw_shots
 
 RUN = Run("both", 2, 1e-2, 0)
@@ -38,14 +39,15 @@ class Killed(Exception):
 def test_measured_accuracy_is_that_of_a_plain_recomputation():
     setting = standin.setting()
     model, data = setting.backbone.model, setting.new.dataset
+    images: Any = data.images
     texts = torch.stack([model.encode_text(standin.tokenize([f"a {name}"]))[0] for name in data.class_names])
     expected = []
-    for image, label in zip(data.images, data.labels, strict=True):
+    for image, label in zip(images, data.labels, strict=True):
         feature = model.encode_image(image[None].float() / 255 - 0.5)[0]
         cosines = torch.nn.functional.cosine_similarity(feature[None], texts)
         expected.append(bool(cosines.argmax() == label))
-    tokens = standin.tokenize([f"a {name}" for name in data.class_names])
-    assert is_correct(model, setting.backbone, data.images, data.labels, tokens, batch_size=7).tolist() == expected
+    setting.new.batch_size = 7
+    assert setting.new.is_correct(model, torch.arange(30)).tolist() == expected
     some = torch.tensor([3, 4, 11, 12, 29])
     share = sum(expected[i] for i in some) / 5
     assert setting.new.accuracy(model, some) == pytest.approx(share)
@@ -89,7 +91,7 @@ def test_result_measures_what_was_not_trained_on(tmp_path):
     result = train(standin.config(tmp_path, max_test_images=9), RUN, setting, tmp_path / "run")
     _, rest = draw_shots(setting.new.dataset.labels, 2, 0)
     assert result["zero_shot_new"] == standin.setting().new.zero_shot_accuracy(at_most(9, rest))
-    assert result["zero_shot_kept"] == standin.setting().kept.zero_shot_accuracy(at_most(9, torch.arange(30)))
+    assert result["zero_shot_kept"] == standin.setting().kept["dark"].zero_shot_accuracy(at_most(9, torch.arange(30)))
     assert {"method": "both", "shots": 2, "learning_rate": 1e-2, "seed": 0}.items() <= result.items()
     assert result["versions"]["torch"] == torch.__version__
 
@@ -206,7 +208,8 @@ def test_recomputing_changes_nothing_but_memory(tmp_path):
 
 def test_crops_are_those_of_the_seed_and_the_step(tmp_path):
     setting = standin.setting()
-    images = DeviceImages.from_tensors(setting.new.dataset.images[:6], "cpu")
+    pictures: Any = setting.new.dataset.images
+    images = DeviceImages.from_tensors(pictures[:6], "cpu")
     indices = torch.tensor([4, 1])
 
     def pixels(step: int, seed: int = 0) -> torch.Tensor:
@@ -217,7 +220,7 @@ def test_crops_are_those_of_the_seed_and_the_step(tmp_path):
     assert not torch.equal(pixels(3), pixels(4))
     assert not torch.equal(pixels(3), pixels(3, seed=1))
     whole = training_pixels(images, indices, setting, "none", 0, 3)
-    assert torch.equal(whole, setting.backbone.preprocess(setting.new.dataset.images[indices]))
+    assert torch.equal(whole, setting.backbone.preprocess(pictures[indices]))
 
 
 @pytest.mark.parametrize("can_be_mirrored", [False, True])
@@ -287,7 +290,8 @@ def test_logit_scale_multiplies_the_cosines(tmp_path):
     assert math.exp(model.logit_scale.item()) == pytest.approx(1 / 0.07)
     # B is zero, so that the first loss is the pretrained model's
     batch = drawn[batch_indices(6, 4, 0, 0)]
-    image = model.encode_image(setting.new.dataset.images[batch].float() / 255 - 0.5)
+    images: Any = setting.new.dataset.images
+    image = model.encode_image(images[batch].float() / 255 - 0.5)
     text = model.encode_text(setting.new.tokens)
     cosines = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
     expected = torch.nn.functional.cross_entropy(cosines / 0.07, setting.new.dataset.labels[batch])

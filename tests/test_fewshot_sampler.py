@@ -1,14 +1,11 @@
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from complora_kernels.fewshot.datasets import digits, letters
-from complora_kernels.fewshot.sampler import batch_indices, draw_shots
-from complora_kernels.fewshot.templates import prompts
+from complora_kernels.fewshot.sampler import batch_indices, draw_classes, draw_shots
 
 LABELS = torch.tensor([0, 1, 1, 2, 0, 2, 2, 1, 0, 1, 2, 2])
 
@@ -39,6 +36,13 @@ def test_draw_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_classes_are_drawn_in_full_or_as_they_are():
+    assert Counter(LABELS[draw_classes(LABELS, 3, 0)].tolist()) == {0: 3, 1: 3, 2: 3}
+    assert Counter(LABELS[draw_classes(LABELS, 4, 0, strict=False)].tolist()) == {0: 3, 1: 4, 2: 4}
+    with pytest.raises(ValueError, match=r"shots=4: class 'zero' has 3 images, expected at least 4"):
+        draw_classes(LABELS, 4, 0, class_names=["zero", "one", "two"])
+
+
 def test_draw_refuses_too_many_shots():
     with pytest.raises(ValueError, match=r"shots=3: class 0 has 3 images"):
         draw_shots(LABELS, 3, 0)
@@ -59,31 +63,3 @@ def test_batches_follow_seed_epoch_and_step():
     orders = {tuple(batch_indices(8, 8, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
     assert batch_indices(8, 3, 1, 4).tolist() == batch_indices(8, 3, 1, 4).tolist()
-
-
-def test_prompts_fill_the_template_in():
-    assert prompts("a photo of a {}.", ["cat", "{}"]) == ["a photo of a cat.", "a photo of a {}."]
-    with pytest.raises(ValueError, match=r"expected one \{\}"):
-        prompts("a photo", ["cat"])
-
-
-def test_digits_are_the_scans_of_scikit_learn():
-    from sklearn.datasets import load_digits
-
-    scans: Any = load_digits()
-    ours = digits()
-    assert ours.images.dtype == torch.uint8
-    assert ours.images.shape == (1797, 3, 8, 8)
-    grey = torch.from_numpy(scans.images / 16 * 255)
-    for channel in range(3):
-        assert (ours.images[:, channel] - grey).abs().max() <= 0.5
-    assert ours.labels.tolist() == scans.target.tolist()
-    assert ours.class_names[7] == "digit seven"
-
-
-def test_letters_are_labelled_by_their_names():
-    ours = letters()
-    assert ours.images.shape[1:] == (3, 32, 32)
-    assert len(ours.images) == len(ours.labels)
-    assert Counter(ours.labels.tolist()) == dict.fromkeys(range(26), len(ours.labels) // 26)
-    assert ours.class_names[16] == "letter q"

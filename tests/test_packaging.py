@@ -127,7 +127,9 @@ def applicable(requirements: Iterable[Requirement]) -> dict[str, Specifier]:
     specifiers = {}
     for requirement in requirements:
         marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", "train", "peft")):
+        if marker is None or any(
+            marker.evaluate({"extra": extra}) for extra in ("", "train", "slurm", "tensorboard", "peft")
+        ):
             (specifiers[requirement.name],) = requirement.specifier
     return specifiers
 

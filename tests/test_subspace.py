@@ -131,6 +131,126 @@ def test_the_narrower_basis_of_a_rectangular_weight(out, in_):
         assert (basis.kind, basis.matrix.shape) == (narrow, (d, columns))
 
 
+# ---- directions of activations
+
+
+def known_activations(out: int, in_: int, M: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A weight, inputs X [M, in], and the right singular vectors of Y = X W^T and of X."""
+    weight, X = torch.randn(out, in_, dtype=torch.float64), torch.randn(M, in_, dtype=torch.float64)
+    X = X * torch.linspace(3, 1, in_, dtype=torch.float64)  # apart from each other
+    Y = X @ weight.T
+    return weight, X, torch.linalg.svd(Y).Vh.T, torch.linalg.svd(X).Vh.T
+
+
+@pytest.mark.parametrize(("out", "in_"), [(12, 12), (20, 7), (7, 20), (1, 5), (5, 1)])
+def test_bases_of_activations_are_the_right_singular_vectors_of_inputs_and_products(out, in_):
+    weight, X, of_Y, of_X = known_activations(out, in_)
+    for side, vectors, d in zip(SIDES, (of_Y, of_X), (out, in_), strict=True):
+        for k in {0, 1, min(out, in_) // 2, min(out, in_)}:
+            principal = principal_basis(weight, k=k, side=side, second_moment=X.T @ X)
+            complement = complement_basis(weight, k=k, side=side, second_moment=X.T @ X)
+            assert (principal.shape, complement.shape) == ((d, k), (d, d - k))
+            assert principal.is_contiguous()
+            assert distance(principal, vectors[:, :k]) < 1e-9  # 1e-16 of the largest eigenvalue, over the gaps
+            both = torch.cat([principal, complement], 1)
+            assert torch.allclose(both.T @ both, torch.eye(d, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_directions_of_activations_come_strongest_first_with_their_largest_entry_positive(dtype):
+    weight, X, of_Y, of_X = known_activations(15, 10)
+    weight = weight.to(dtype)
+    of_Y = torch.linalg.svd(X @ weight.double().T).Vh.T
+    for side, vectors in zip(SIDES, (of_Y, of_X), strict=True):
+        basis = principal_basis(weight, k=6, side=side, second_moment=X.T @ X)
+        assert basis.dtype == torch.promote_types(dtype, torch.float32)
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        assert torch.allclose(
+            basis.double(), (vectors * largest.sign())[:, :6], atol=1e-6 if dtype != torch.float64 else 1e-10
+        )
+
+
+def test_the_energy_of_activations_is_the_share_of_the_trace():
+    weight, X, *_ = known_activations(12, 12)
+    for side, seen in zip(SIDES, (X @ weight.T, X), strict=True):
+        shares = torch.linalg.svdvals(seen).square()
+        shares /= shares.sum()
+        for energy in (0.01, 0.3, 0.7, 0.999, 1.0):
+            config = CompLoRAConfig(subspace_energy=energy, subspace_source="activations")
+            basis = projection_basis(weight, config, side, second_moment=X.T @ X)
+            k = min(int((shares.cumsum(0) < energy).sum()) + 1, 12)
+            assert basis.k == k
+            assert basis.energy == pytest.approx(float(shares[:k].sum()))
+            assert basis.kind == ("principal" if k <= 6 else "complement")
+
+
+def test_activations_of_less_than_full_rank():
+    weight, X, *_ = known_activations(9, 12)
+    X = X[:4]
+    moment = X.T @ X
+    for side, d in zip(SIDES, (9, 12), strict=True):
+        assert principal_basis(weight, energy=1.0, side=side, second_moment=moment).shape == (d, 4)
+        beyond = principal_basis(weight, k=6, side=side, second_moment=moment)  # any two more directions
+        assert torch.allclose(beyond.T @ beyond, torch.eye(6, dtype=torch.float64), atol=1e-12)
+    nothing = torch.zeros(12, 12)
+    assert principal_basis(weight, energy=0.5, second_moment=nothing).shape == (9, 0)
+    config = CompLoRAConfig(subspace_k=3, subspace_source="activations")
+    assert projection_basis(weight, config, "output", second_moment=nothing)[1:] == ("principal", 3, 0.0)
+
+
+def test_activations_are_decomposed_once(monkeypatch):
+    weight, X, *_ = known_activations(12, 9)
+    others, moment, shapes, eigh = weight + 1, X.T @ X, [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: shapes.append(matrix.shape) or eigh(matrix))
+    for each in (weight, weight.clone(), others):
+        for side in SIDES:
+            principal_basis(each, k=2, side=side, second_moment=moment.clone())
+    assert len(shapes) == 3  # of X^T X, and of Y^T Y for each of two weights
+    basis = principal_basis(weight, k=2, second_moment=moment)
+    before = basis.clone()
+    basis.zero_()
+    assert torch.equal(principal_basis(weight, k=2, second_moment=moment), before)
+    principal_basis(weight, k=2, second_moment=moment + torch.eye(9))
+    assert len(shapes) == 4
+    subspace.clear_cache()
+    principal_basis(weight, k=2, second_moment=moment)
+    assert len(shapes) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 8}, "k=8, expected at most min(out, in)=7 for weight of shape (7, 9)"),
+        ({"energy": 1.0, "side": "input"}, "energy=1.0, expected at most 0."),
+        ({"k": 2, "side": "left"}, "side='left', expected 'output' or 'input'"),
+        (
+            {"k": 2, "second_moment": torch.eye(7)},
+            "second_moment of weight has shape (7, 7) and dtype torch.float32, exp",
+        ),
+        (
+            {"k": 2, "second_moment": torch.eye(9).int()},
+            "second_moment of weight has shape (9, 9) and dtype torch.int32",
+        ),
+        ({"k": 2, "second_moment": torch.eye(9) / 0}, "second_moment of weight holds NaN or infinite values, expected"),
+    ],
+)
+def test_refuses_activations(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        principal_basis(torch.randn(7, 9), **{"second_moment": torch.eye(9), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("source", "given"), [("activations", None), ("weight", torch.eye(4)), ("random", torch.eye(4))]
+)
+def test_a_second_moment_belongs_to_activations_alone(source, given):
+    config = CompLoRAConfig(subspace_k=1, subspace_source=source)
+    with pytest.raises(ValueError, match=r"second_moment=.* of a\.b with subspace_source='.*', expected X\^T X with"):
+        projection_basis(torch.randn(3, 4), config, "output", "a.b", second_moment=given)
+
+
+# ---- random directions
+
+
 def test_random_directions_are_reproducible_and_of_their_own():
     weight = known_weight(60, 40)[0].float()
 

@@ -1,4 +1,4 @@
-"""The command line: `complora train | report | pretrain-glyphs`, also `python -m complora_kernels.fewshot`."""
+"""The command line: `complora train | sweep | report | eval | export | pretrain-glyphs`, also `python -m …fewshot`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.files import check_writable, read_json_lines
-from complora_kernels.fewshot.grid import prepare, run_grid
+from complora_kernels.fewshot.grid import FAILURES, RESULTS, check, prepare, run_grid
 from complora_kernels.fewshot.pretrain import PretrainConfig, pretrain
 from complora_kernels.fewshot.report import report
+from complora_kernels.fewshot.saved import EvalConfig, ExportConfig, evaluate, export
+from complora_kernels.fewshot.sweep import Sweep, SweepConfig, prepare_sweep, read_sweep, run_sweep
+from complora_kernels.fewshot.team import assemble, leads
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Print the table of a results folder and write its table.md and figures again, also of an unfinished grid."""
+    """Print the tables of a results folder and write its files and figures again, also of an unfinished grid."""
 
     folder: tyro.conf.Positional[Path]
-    """The --output of `complora train`."""
+    """The --output of `complora train` or `complora sweep`."""
+
+
+Command = TrainConfig | SweepConfig | ReportConfig | EvalConfig | ExportConfig | PretrainConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,39 +44,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         command = parse(arguments)
-        if isinstance(command, TrainConfig):
-            prepare(command)
-        elif isinstance(command, PretrainConfig):
-            check_writable(command.output)
-        else:
-            report(command.folder, console)
-            return 0
+        ready = _prepare(command, console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        if isinstance(command, PretrainConfig):
-            pretrain(command)
-        else:
-            run_grid(command, console)
-            report(command.output, console)
+        return _run(command, ready, console)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         if isinstance(command, TrainConfig):
-            finished = len(read_json_lines(command.output / "results.jsonl"))
-            print(
-                f"{finished} of {len(command.runs())} runs are finished. The same command goes on from the last "
-                f"checkpoints: complora {shlex.join(arguments)}",
-                file=sys.stderr,
-            )
+            _tell_how_to_go_on(command.output, [run.name for run in command.runs()], arguments)
+        elif isinstance(ready, Sweep):
+            _tell_how_to_go_on(ready.output, [job.run.name for job in ready.jobs], arguments)
         return 130
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig | PretrainConfig:
+def _prepare(command: Command, console: Console) -> Any:
+    """Find what would stop the command before anything is computed; the commands of a moment are done at once."""
+    if isinstance(command, TrainConfig):
+        return prepare(command) if leads() else check(command)
+    if isinstance(command, SweepConfig):
+        return prepare_sweep(command) if leads() else read_sweep(command)
+    if isinstance(command, PretrainConfig):
+        return check_writable(command.output)
+    if isinstance(command, ReportConfig):
+        return report(command.folder, console)
+    return evaluate(command, console) if isinstance(command, EvalConfig) else export(command, console)
+
+
+def _run(command: Command, ready: Any, console: Console) -> int:
+    if isinstance(command, PretrainConfig):
+        pretrain(command)
+    if not isinstance(command, (TrainConfig, SweepConfig)):
+        return 0
+    asked = command.device if isinstance(command, TrainConfig) else "auto"
+    output = command.output if isinstance(command, TrainConfig) else ready.output
+    failed = 0
+    with assemble(asked) as (team, device):
+        if isinstance(command, TrainConfig):
+            run_grid(command, console, team, device)
+        else:
+            failed = run_sweep(command, ready, console, team, device)
+        if team.leads:
+            report(output, console)
+    if failed:
+        print(
+            f"error: {failed} runs failed, see {output / FAILURES}; the same command tries them again", file=sys.stderr
+        )
+    return 1 if failed else 0
+
+
+def _tell_how_to_go_on(output: Path, names: list[str], arguments: Sequence[str]) -> None:
+    done = {result["run"] for result in read_json_lines(output / RESULTS)}
+    print(
+        f"{len(done & set(names))} of {len(names)} runs are finished. The same command goes on from the last "
+        f"checkpoints: complora {shlex.join(arguments)}",
+        file=sys.stderr,
+    )
+
+
+def parse(arguments: Sequence[str]) -> Command:
     """Read the command line; the preset that it asks for, or that suits its model, gives the defaults.
 
     Raises:
@@ -84,7 +120,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig | ReportConfig | PretrainConf
     defaults = PRESETS[preset_for(chosen.preset, chosen.model)]
     return tyro.cli(
         Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
+        | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[ReportConfig, tyro.conf.subcommand("report")]
+        | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+        | Annotated[ExportConfig, tyro.conf.subcommand("export")]
         | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain-glyphs")],
         prog="complora",
         description="Comp-LoRA on CLIP with few examples: train, report, and make the bundled model again.",

@@ -6,8 +6,8 @@ import json
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Backbone:
     device: torch.device
     size: tuple[int, int]  # height and width of the model's images
     normalize: Callable[[Tensor], Tensor]  # float32 [N, 3, H, W] in [0, 1] -> the same, normalised
+    resize: Mapping[str, Any] = field(default_factory=dict)  # how files are brought to size, for `load_crops`
 
 
 def load_backbone(
@@ -59,7 +60,9 @@ def load_backbone(
             require_pretrained=True,
         )
     preprocess, size, normalize = _preprocessing(clip, device)
-    return Backbone(clip.eval(), open_clip.get_tokenizer(model), preprocess, device, size, normalize)
+    expected = open_clip.get_model_preprocess_cfg(clip)
+    resize = {name: expected[name] for name in ("resize_mode", "interpolation") if expected.get(name)}
+    return Backbone(clip.eval(), open_clip.get_tokenizer(model), preprocess, device, size, normalize, resize)
 
 
 def check_backbone(model: str, pretrained: str | None = None, activation: str = "auto") -> None:

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
+from complora_kernels.fewshot.methods import METHODS, Method
 
-Method = Literal["lora", "output", "input", "both", "random", "random-both"]
 Preset = Literal["glyphs", "glyphs-full", "clip-lora"]
+Protocol = Literal["few-shot", "base-to-new", "transfer", "domain-shift", "retention"]
 
 GLYPHS = "glyphs"
 """The name of the bundled model among open_clip's."""
 
-# What each method's name means to `CompLoRAConfig`.
-METHODS: dict[Method, dict[str, Any]] = {
-    "lora": {"sides": "none"},
-    "output": {"sides": "output"},
-    "input": {"sides": "input"},
-    "both": {"sides": "both"},
-    "random": {"sides": "output", "subspace_source": "random"},
-    "random-both": {"sides": "both", "subspace_source": "random"},
+# The data sets whose zero-shot accuracy each protocol measures before and after, beside those of --keep.
+PROTOCOLS: dict[Protocol, tuple[str, ...]] = {
+    "few-shot": (),
+    "base-to-new": (),  # the new classes of the data set itself
+    "transfer": ELEVEN,
+    "domain-shift": DOMAIN_SHIFTS,
+    "retention": ELEVEN,
 }
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Adapt a CLIP to handwritten digits with few examples, and measure what it learns and what it forgets.
+    """Adapt a CLIP to a few images a class, and measure what it learns and what it forgets.
 
     One run for each method, number of shots, learning rate and seed; every run starts from the same pretrained model.
-    The new task is scikit-learn's scanned digits, the retained one is the zero-shot naming of the 26 letters.
-    The same command on the same output folder goes on where it was stopped.
+    By default the new task is scikit-learn's scanned digits, the retained one the zero-shot naming of the 26 letters.
+    The same command on the same output folder goes on where it was stopped. Under torchrun all processes train each
+    run together.
     """
 
     preset: Preset
@@ -51,9 +54,30 @@ class TrainConfig:
     """The MLPs' activation; auto: what --model says, -quickgelu or not.
     Weights that are known to be trained with the other one are refused."""
 
+    data: str = "digits"
+    """What is learned: digits, which come with scikit-learn; one of the eleven data sets of CoOp, such as dtd;
+    folder:PATH, a folder of class folders; or csv:PATH, a table with the columns path, label and perhaps split."""
+    data_root: Path | None = None
+    """The folder that holds the named data sets, each in CoOp's or CLIP-LoRA's layout."""
+    download: bool = False
+    """Fetch a data set that is not there through torchvision, where it can."""
+    protocol: Protocol = "few-shot"
+    """few-shot: all classes. base-to-new: learn the first half of the classes, and name the second half too.
+    transfer, domain-shift, retention: what is learned, and zero-shot accuracy before and after on others: the eleven
+    data sets; ImageNet's four variants; the eleven. The first two are meant for --data imagenet."""
+    keep: tuple[str, ...] | None = None
+    """More data sets whose zero-shot accuracy is measured before and after. None: letters for the digits."""
+    draw: str = "own"
+    """Which images a seed draws. own: ours, the smaller part of the larger; coop: CoOp's, from its files beside the
+    data or computed alike; clip-lora: CLIP-LoRA's; or a draw.json of an earlier run, or one of CoOp's .pkl files."""
+    validation: bool = False
+    """Measure on validation images too, as many as shots and at most four a class. They are never trained on."""
+
     methods: tuple[Method, ...] = ("lora", "output", "both", "random")
     """LoRA, and Comp-LoRA with the output side of each weight protected, the input side, or both.
-    random and random-both protect as many random directions: the controls for output and both.
+    random, random-input and random-both protect as many random directions: the controls for output, input and both.
+    activations (-input, -both) protect the principal directions of what the weights write and see on the shots.
+    lora-wd: LoRA with --strong-weight-decay. tip-adapter and linear-probe train nothing inside the model.
     The zero-shot model is always measured."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Training images per class; smaller draws are part of the larger ones of the same seed."""
@@ -104,11 +128,16 @@ class TrainConfig:
     """Write profile.txt and trace.json for each run, from eight of its steps, and print the first run's."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
+    strong_weight_decay: float = 0.3
+    """That of the method lora-wd."""
+    interpolations: tuple[float, ...] = ()
+    """Measure each trained model again with these shares of its update, between 0 and 1 (WiSE-FT)."""
     final_learning_rate: float = 1e-6
     """Where the cosine schedule ends."""
 
     template: str = "a photo of a {}."
-    """The prompt; {} stands for the class name, such as "digit seven" or "letter q"."""
+    """The prompt; {} stands for the class name, such as "digit seven" or "letter q".
+    clip: CLIP's own for each data set; ensemble: the mean feature of CLIP's several."""
     max_test_images: int | None = None
     """Measure on at most this many images of each test set, chosen at random; None: on all."""
     test_batch_size: int = 256
@@ -129,18 +158,29 @@ class TrainConfig:
     """Steps between the lines of a run's log.jsonl."""
     save_adapters: bool = True
     """Keep the trained adapter of every run."""
+    tensorboard: bool = False
+    """Write each run's loss and learning rate for TensorBoard too (pip install tensorboard)."""
+    wandb: str | None = None
+    """The project of Weights & Biases that each run is logged to (pip install wandb)."""
 
     def adapter(self, method: Method, seed: int) -> CompLoRAConfig:
-        """How `method` adapts the model; `seed` chooses the random subspace of the controls."""
+        """How `method` adapts the model, which is not one of those that do not; `seed` chooses random subspaces."""
+        changes = METHODS[method]
+        assert changes is not None
         sizes = {name: getattr(self, name) for name in ("subspace_k", "subspace_energy", "subspace_ratio")}
         if all(size is None for size in sizes.values()):
             sizes["subspace_ratio"] = 0.5
         shared = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "towers")
         return CompLoRAConfig(
             **{name: getattr(self, name) for name in shared},
-            **({} if method == "lora" else {**sizes, "subspace_seed": seed}),
-            **METHODS[method],
+            **({} if changes["sides"] == "none" else {**sizes, "subspace_seed": seed}),
+            **changes,
         )
+
+    def kept(self) -> tuple[str, ...]:
+        """The data sets whose zero-shot accuracy is measured before and after."""
+        more = (("letters",) if self.data == "digits" else ()) if self.keep is None else self.keep
+        return tuple(name for name in dict.fromkeys((*PROTOCOLS[self.protocol], *more)) if name != self.data)
 
     def steps_for(self, shots: int) -> int:
         """Optimizer steps of a run with `shots` images per class."""
@@ -148,28 +188,38 @@ class TrainConfig:
 
     def runs(self) -> list[Run]:
         """The grid, in the order in which it is worked off: seed by seed, so that a stopped one is balanced."""
-        return [
-            Run(method, shots, learning_rate, seed)
+        runs = [
+            Run(method, shots, None if METHODS[method] is None else learning_rate, seed)
             for seed in self.seeds
             for shots in self.shots
             for learning_rate in self.learning_rates
             for method in self.methods
         ]
+        return list(dict.fromkeys(runs))  # what is not trained has one run for all learning rates
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid."""
+    """One cell of a grid."""
 
     method: Method
     shots: int
-    learning_rate: float
+    learning_rate: float | None  # None: nothing is trained
     seed: int
+    data: str = ""  # of a sweep over several data sets
+    label: str = ""  # what a sweep calls its variant of the method
+
+    @property
+    def title(self) -> str:
+        """The method's name in tables."""
+        return self.label or self.method
 
     @property
     def name(self) -> str:
         """The run's name and folder, such as `output-4shot-lr0.003-seed0`."""
-        return f"{self.method}-{self.shots}shot-lr{self.learning_rate}-seed{self.seed}"
+        words = [self.data, self.title, f"{self.shots}shot"]
+        words += [] if self.learning_rate is None else [f"lr{self.learning_rate}"]
+        return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [*words, f"seed{self.seed}"])))
 
 
 _GLYPH_RECIPE = {
@@ -216,11 +266,25 @@ _LOGISTICS = (
     "recompute",
     "graph",
     "profile",
+    "data_root",
+    "download",
+    "tensorboard",
+    "wandb",
 )
 
 
 # What results were made with before an option was there.
-BEFORE = {"augmentation": "none", "precision": "fp32"}
+BEFORE = {
+    "augmentation": "none",
+    "precision": "fp32",
+    "data": "digits",
+    "protocol": "few-shot",
+    "keep": None,
+    "draw": "own",
+    "validation": False,
+    "strong_weight_decay": 0.3,
+    "interpolations": [],
+}
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -250,9 +314,16 @@ def check(config: TrainConfig) -> None:
     _require(config.image_memory_gib >= 0, "image_memory_gib", config.image_memory_gib, "at least 0")
     _require(config.weight_decay >= 0, "weight_decay", config.weight_decay, "at least 0")
     _require(config.final_learning_rate >= 0, "final_learning_rate", config.final_learning_rate, "at least 0")
-    _require(config.template.count("{}") == 1, "template", config.template, "one {} for the class name")
+    decay = config.strong_weight_decay
+    _require(decay >= 0, "strong_weight_decay", decay, "at least 0")
+    for share in config.interpolations:
+        _require(0 < share < 1, "interpolations", share, "shares between 0 and 1")
+    _require(config.protocol in PROTOCOLS, "protocol", config.protocol, f"any of {', '.join(PROTOCOLS)}")
+    is_template = config.template in ("clip", "ensemble") or config.template.count("{}") == 1
+    _require(is_template, "template", config.template, "one {} for the class name, or clip, or ensemble")
     for method in config.methods:
-        config.adapter(method, config.seeds[0])
+        if METHODS[method] is not None:
+            config.adapter(method, config.seeds[0])
 
 
 def _require(holds: bool, option: str, value: object, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""The grid of methods, shots, learning rates and seeds: worked off by several processes, resumable after any kill."""
+"""Grids of runs: worked off by several processes, or by all together, and resumable after any kill."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import queue
 import re
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,10 +24,37 @@ from complora_kernels.fewshot import datasets
 from complora_kernels.fewshot.backbone import check_backbone
 from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
 from complora_kernels.fewshot.files import append_json_line, check_writable, read_json_lines, write_atomically
+from complora_kernels.fewshot.logs import check_loggers
 from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
-from complora_kernels.fewshot.recipe import CHECKPOINT, Setting, load_setting, train
-from complora_kernels.fewshot.sampler import draw_shots
+from complora_kernels.fewshot.recipe import CHECKPOINT, train
+from complora_kernels.fewshot.setting import Settings, load
+from complora_kernels.fewshot.team import ALONE, Team
+
+RESULTS = "results.jsonl"
+FAILURES = "failures.jsonl"
+DESCRIPTION = "config.json"
+
+
+class Job(NamedTuple):
+    """One run and the options it is done with."""
+
+    config: TrainConfig
+    run: Run
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return 0 if self.run.learning_rate is None else self.config.steps_for(self.run.shots)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files go."""
+        return self.config.output / "runs" / self.run.name
+
+    def end(self) -> None:
+        """Remove what an unfinished run needs, once its result is safe."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def prepare(config: TrainConfig) -> None:
@@ -35,9 +62,15 @@ def prepare(config: TrainConfig) -> None:
 
     Raises:
         ValueError: an option cannot work, or the folder holds the results of other options.
-        FileNotFoundError: `pretrained` is neither a file nor a tag.
+        FileNotFoundError: `pretrained` is neither a file nor a tag; a data set is not there.
         OSError: the folder cannot be written to.
     """
+    check(config)
+    open_folder(config.output, options.to_json(config))
+
+
+def check(config: TrainConfig) -> None:
+    """Raise for options that cannot work: `prepare` without its folder."""
     options.check(config)
     check_backbone(config.model, config.pretrained, config.activation)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
@@ -46,16 +79,27 @@ def prepare(config: TrainConfig) -> None:
         raise ValueError(f"--device {config.device}: expected cpu, because torch finds no CUDA device")
     if config.graph == "on" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(f"--graph on: expected auto or off on a CPU (--device {config.device})")
-    draw_shots(datasets.digits().labels, max(config.shots), seed=0)
-    described = config.output / "config.json"
-    begun = (config.output / "results.jsonl").exists() or any(config.output.glob(f"runs/*/{CHECKPOINT}"))
-    if described.exists() and begun:
-        _check_same(json.loads(described.read_text()), options.to_json(config), config.output)
-    check_writable(config.output)
-    write_atomically(described, json.dumps(options.to_json(config), indent=2) + "\n")
+    check_loggers(config)
+    for name in config.kept():
+        datasets.check_dataset(name, config.data_root, download=config.download)
+    learned = load(config, config.data)
+    if config.protocol == "base-to-new":
+        learned, _ = datasets.base_and_new(learned)
+    datasets.draw(learned, max(config.shots), config.seeds[0], config.draw)
 
 
-def _check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+def open_folder(folder: Path, described: dict[str, Any]) -> None:
+    """Make the folder of a grid, and note what it is of; refuse one that holds something else."""
+    description = folder / DESCRIPTION
+    begun = (folder / RESULTS).exists() or any(folder.glob(f"runs/*/{CHECKPOINT}"))
+    if description.exists() and begun:
+        check_same(json.loads(description.read_text()), described, folder)
+    check_writable(folder)
+    write_atomically(description, json.dumps(described, indent=2) + "\n")
+
+
+def check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    """Raise a ValueError with the options of a folder that are asked for with other values now."""
     found = {**options.BEFORE, **found}
     differences = [
         f"--{name.replace('_', '-')} was {found.get(name)}, now {asked.get(name)}"
@@ -69,74 +113,145 @@ def _check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> N
         )
 
 
-def run_grid(config: TrainConfig, console: Console) -> list[dict[str, Any]]:
+def run_grid(config: TrainConfig, console: Console, team: Team = ALONE, device: str = "auto") -> list[dict[str, Any]]:
     """Do every run of the grid that results.jsonl does not hold yet, and return all results.
 
     A KeyboardInterrupt stops the workers and is raised again; the next call goes on from the last checkpoints.
+
+    Args:
+        config: the grid.
+        console: where progress is shown.
+        team: processes that train each run together, each of which calls this.
+        device: that of this process, in a team.
     """
-    prepare(config)
-    results_file = config.output / "results.jsonl"
+    if team.leads:
+        prepare(config)
+    jobs = [Job(config, run) for run in config.runs()]
+    return run_jobs(jobs, config.output, console, workers=config.workers, team=team, device=device)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    output: Path,
+    console: Console,
+    *,
+    workers: int | None = None,
+    team: Team = ALONE,
+    device: str = "auto",
+    keep_going: bool = False,
+) -> list[dict[str, Any]]:
+    """Do every job that the folder's results do not hold yet, and return all results.
+
+    Args:
+        jobs: of one folder.
+        output: the folder, which is open.
+        console: where progress is shown.
+        workers: processes that share the jobs; None: one per core for the bundled model, otherwise one.
+        team: as in `run_grid`.
+        device: as in `run_grid`.
+        keep_going: a run that fails is noted in failures.jsonl and does not stop the others.
+    """
+    results_file = output / RESULTS
     finished = {result["run"] for result in read_json_lines(results_file)}
-    remaining = [run for run in config.runs() if run.name not in finished]
-    if remaining:
-        with (
-            GridProgress(config, remaining, len(finished), console) as progress,
-            closing(_work_off(config, remaining, progress)) as done,
-        ):
-            for run, result in done:
-                append_json_line(results_file, result)
-                (_folder(config, run) / CHECKPOINT).unlink(missing_ok=True)
-                progress.finish(run, result)
-                if config.profile and progress.finished == len(finished) + 1:
-                    console.print((_folder(config, run) / PROFILE).read_text(), highlight=False, soft_wrap=True)
+    remaining = [job for job in jobs if job.run.name not in team.agree(finished)]
+    if not remaining:
+        return read_json_lines(results_file)
+    shown: Any = GridProgress(remaining, len(jobs) - len(remaining), console) if team.leads else nullcontext(_Silent())
+    with shown as progress, closing(_work_off(remaining, progress, workers, team, device)) as done:
+        for number, (job, result) in enumerate(done):
+            if not team.leads:
+                continue
+            if isinstance(result, Exception):
+                if not keep_going:
+                    raise result
+                append_json_line(output / FAILURES, {"run": job.run.name, "error": _words(result)})
+                progress.fail(job, _words(result))
+                continue
+            append_json_line(results_file, result)
+            job.end()
+            progress.finish(job, result)
+            if job.config.profile and number == 0:
+                console.print((job.folder / PROFILE).read_text(), highlight=False, soft_wrap=True)
+    team.wait()
     return read_json_lines(results_file)
 
 
-def _folder(config: TrainConfig, run: Run) -> Path:
-    return config.output / "runs" / run.name
+def run_alone(job: Job) -> dict[str, Any] | RuntimeError:
+    """The result of one job in a process of its own, or the error that it ended with."""
+    torch.set_num_threads(job.config.threads or torch.get_num_threads())
+    return _sendable(job, _outcome(job, Settings(), lambda done, loss: None))
 
 
-def _work_off(config: TrainConfig, runs: list[Run], progress: GridProgress) -> Generator[tuple[Run, dict[str, Any]]]:
+class _Silent:
+    """The progress of processes that do not lead."""
+
+    def step(self, job: Job, done: int, loss: float) -> None:
+        pass
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+Outcome = tuple[Job, Any]  # a result, or the exception that the run ended with
+
+
+def _work_off(
+    jobs: list[Job], progress: Any, workers: int | None, team: Team, device: str
+) -> Generator[Outcome, None, None]:
+    config = jobs[0].config
     bundled = config.model == GLYPHS
+    workers = min(workers or (_cores() if bundled and team.size == 1 else 1), len(jobs))
+    if team.size > 1 and workers > 1:
+        raise ValueError(f"--workers {workers}: expected 1 under torchrun, whose processes share each run")
     threads = config.threads or (1 if bundled else None)
-    workers = min(config.workers or (_cores() if bundled else 1), len(runs))
     if workers > 1:
-        yield from _in_processes(config, runs, progress, workers, threads)
+        yield from _in_processes(jobs, progress, workers, threads)
         return
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    settings = Settings()
     try:
-        setting = load_setting(config)
-        for run in runs:
-            on_step = lambda done, loss, run=run: progress.step(run, done, loss)
-            yield run, train(config, run, setting, _folder(config, run), on_step)
+        for job in jobs:
+            on_step = lambda done, loss, job=job: progress.step(job, done, loss)
+            yield job, _outcome(job, settings, on_step, team, device)
     finally:
         torch.set_num_threads(before)
+
+
+def _outcome(job: Job, settings: Settings, on_step: Any, team: Team = ALONE, device: str = "auto") -> Any:
+    config = job.config
+    try:
+        setting = settings.load(config, device if team.size > 1 else config.device)
+        return train(config, job.run, setting, job.folder, on_step, team)
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        if team.size > 1:
+            raise  # the others wait for this one: all have to end
+        return error
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_processes(
-    config: TrainConfig, runs: list[Run], progress: GridProgress, workers: int, threads: int | None
-) -> Iterator[tuple[Run, dict[str, Any]]]:
+def _in_processes(jobs: list[Job], progress: Any, workers: int, threads: int | None) -> Iterator[Outcome]:
     # Spawned, not forked: a forked process would inherit torch's thread pools in an unknown state.
     context = multiprocessing.get_context("spawn")
     steps, stop = context.Queue(), context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (config, threads, steps, stop)) as executor:
+    with ProcessPoolExecutor(workers, context, _start_worker, (threads, steps, stop)) as executor:
         try:
             with _interrupts_held_back():
-                run_of = {executor.submit(_run_in_worker, run): run for run in runs}
-            pending = set(run_of)
+                job_of = {executor.submit(_run_in_worker, job, number): job for number, job in enumerate(jobs)}
+            pending = set(job_of)
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for step in _drain(steps):
-                    progress.step(*step)
+                for number, step, loss in _drain(steps):
+                    progress.step(jobs[number], step, loss)
                 for future in done:
-                    if error := future.exception():
-                        raise RuntimeError(f"run {run_of[future].name} failed: {error}") from error
-                    yield run_of[future], future.result()
+                    job, error = job_of[future], future.exception()
+                    if error:
+                        raise RuntimeError(f"run {job.run.name} failed: {error}") from error
+                    yield job, future.result()
         finally:
             stop.set()
             executor.shutdown(cancel_futures=True)
@@ -155,7 +270,7 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _drain(steps: Any) -> Iterator[tuple[Run, int, float]]:
+def _drain(steps: Any) -> Iterator[tuple[int, int, float]]:
     while True:
         try:
             yield steps.get_nowait()
@@ -166,18 +281,17 @@ def _drain(steps: Any) -> Iterator[tuple[Run, int, float]]:
 class _Worker:
     """What a worker process keeps between its runs."""
 
-    config: TrainConfig
-    setting: Setting | None = None  # loaded with the first run, whose error it then is
-    steps: Any  # a multiprocessing queue of (run, steps done, loss)
+    settings: Settings  # loaded with the first run, whose error it then is
+    steps: Any  # a multiprocessing queue of (number of the job, steps done, loss)
     stop: Event
 
 
-def _start_worker(config: TrainConfig, threads: int | None, steps: Any, stop: Event) -> None:
+def _start_worker(threads: int | None, steps: Any, stop: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     steps.cancel_join_thread()  # a worker that ends does not wait for its progress to be read
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads or torch.get_num_threads())
-    _Worker.config, _Worker.steps, _Worker.stop = config, steps, stop
+    _Worker.settings, _Worker.steps, _Worker.stop = Settings(), steps, stop
 
 
 def _end_with_parent() -> None:
@@ -191,11 +305,17 @@ class Stopped(Exception):
     """The parent process asked a run to stop."""
 
 
-def _run_in_worker(run: Run) -> dict[str, Any]:
+def _run_in_worker(job: Job, number: int) -> Any:
     def on_step(done: int, loss: float) -> None:
         if _Worker.stop.is_set():
             raise Stopped
-        _Worker.steps.put((run, done, loss))
+        _Worker.steps.put((number, done, loss))
 
-    _Worker.setting = _Worker.setting or load_setting(_Worker.config)
-    return train(_Worker.config, run, _Worker.setting, _folder(_Worker.config, run), on_step)
+    return _sendable(job, _outcome(job, _Worker.settings, on_step))
+
+
+def _sendable(job: Job, outcome: Any) -> Any:
+    """An exception as one that can be sent to another process, which not every one can."""
+    if isinstance(outcome, Exception):
+        return RuntimeError(f"run {job.run.name} failed: {_words(outcome)}")
+    return outcome

@@ -1,4 +1,4 @@
-"""Training images in the device's memory, decoded once, and random crops of them with the bits of torchvision's.
+"""Training images in the device's memory, decoded once, with torchvision's random crops of them; CLIP's crops of files.
 
 torchvision's transforms of uint8 images run torch's 8-bit kernel on the CPU, and so does `resample` there. Elsewhere
 two products with small matrices compute the same integers: 16-bit weights, the columns first, each pass rounded to 8
@@ -8,10 +8,12 @@ bits. So a crop has the same bits alone and in any batch, on every device, whate
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 logger = logging.getLogger("complora_kernels")
+T = TypeVar("T")
 
 _TRIES = 10  # those of torchvision's RandomResizedCrop
 _CROPS = 1  # keeps the random numbers of a step apart from those of the epoch of the same number
@@ -82,35 +85,37 @@ class DeviceImages:
         device: str | torch.device,
         *,
         budget_bytes: int | None = None,
+        shorter_side: int | None = None,
         progress: bool = True,
     ) -> DeviceImages:
         """Decode image files, each once and on all cores.
 
         They become RGB: alpha is dropped, grey repeated. They are turned upright as EXIF says, which torchvision's own
-        loaders leave undone: pixels should be as people see them, and as captions describe them.
+        loaders leave undone: pixels should be as people see them, and as captions describe them. `load_crops` does the
+        same.
 
         Args:
             paths: at least one file of a format that Pillow reads, with 8 bits a channel.
             device: as in `from_tensors`.
             budget_bytes: as in `from_tensors`.
+            shorter_side: pixels that are enough of an image's shorter side, at least 1. Where it has twice as many or
+                more, n by n pixels become one, their mean, with the largest n that leaves enough; of a JPEG partly
+                while it is decoded, which then takes less memory too. With four times the model's size crops of a
+                quarter of an image's length still need no enlarging. None: all images are kept as they are.
             progress: show a progress bar on stderr once the work has taken two seconds.
 
         Raises:
-            ValueError: no paths, or a file that cannot be decoded; it is named.
+            ValueError: no paths, or a file that cannot be decoded or has more pixels than Pillow's limit
+                (`PIL.Image.MAX_IMAGE_PIXELS`, against files that are made to fill the memory); the first is named.
             OSError: a file that cannot be read.
         """
-        if not paths:
-            raise ValueError("paths is empty, expected at least one image file")
-        pool = ThreadPoolExecutor()
-        try:
-            decoding = pool.map(_decode, paths)
-            with tqdm(
-                decoding, "decoding images", len(paths), unit="image", delay=2, leave=False, disable=not progress
-            ) as bar:
-                images = list(bar)
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the files still to come
-        return cls(images, device, budget_bytes)
+        if shorter_side is not None and shorter_side < 1:
+            raise ValueError(f"shorter_side={shorter_side}, expected at least 1")
+
+        def decode(i: int, path: str | Path) -> Tensor:  # uint8 [3, H, W]
+            return _pixels(_open(path, shorter_side))
+
+        return cls(_for_each_file(decode, paths, None, progress), device, budget_bytes)
 
     @property
     def bytes(self) -> int:
@@ -128,6 +133,54 @@ class DeviceImages:
     def __getitem__(self, index: int) -> Tensor:
         index = range(len(self))[index]
         return self.pixels[self._starts[index] : self._starts[index + 1]].view(self._shapes[index])
+
+
+def load_crops(
+    paths: Sequence[str | Path],
+    size: tuple[int, int],
+    *,
+    resize_mode: Literal["shortest", "longest", "squash"] | str = "shortest",
+    interpolation: Literal["bicubic", "bilinear"] | str = "bicubic",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Decode image files and bring them to a model's size as CLIP does before it names them.
+
+    Of the image in RGB, turned upright as `DeviceImages.from_files` does it, the pixels are those of
+    `open_clip.image_transform(size, is_train=False)` before they become floats, bit for bit. (CLIP's own evaluation
+    ignores EXIF's orientation and converts to RGB last, which tells in photos that lie on their side, transparent ones
+    and CMYK.)
+
+    Args:
+        paths: at least one file, as in `DeviceImages.from_files`.
+        size: height and width of the results.
+        resize_mode: "shortest": the image covers the result, whose middle is cut out. "longest": it fits into it, with
+            black around. "squash": it is stretched to it.
+        interpolation: "bicubic" or "bilinear", antialiased. As in open_clip, "shortest" is always bicubic where the
+            size is no square.
+        workers: threads; None: what Python takes for the number of cores.
+        progress: show a progress bar on stderr once the work has taken two seconds.
+
+    Returns:
+        uint8 [N, 3, H, W].
+
+    Raises:
+        ValueError: no paths, an unknown mode, or a file that cannot be decoded or is too large; the first is named.
+        OSError: a file that cannot be read.
+    """
+    if resize_mode not in _FIT:
+        raise ValueError(f"resize_mode={resize_mode!r}, expected {', '.join(_FIT)}")
+    if interpolation not in _FILTERS:
+        raise ValueError(f"interpolation={interpolation!r}, expected {', '.join(_FILTERS)}")
+    if min(size) < 1:
+        raise ValueError(f"size={size}, expected at least 1")
+    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+
+    def crop(i: int, path: str | Path) -> None:
+        crops[i] = _pixels(_FIT[resize_mode](_open(path), size, _FILTERS[interpolation]))
+
+    _for_each_file(crop, paths, workers, progress)
+    return crops
 
 
 def draw_boxes(
@@ -346,19 +399,88 @@ def _check(images: DeviceImages, indices: Tensor, boxes: Tensor, flips: Tensor, 
         )
 
 
-def _decode(path: str | Path) -> Tensor:  # uint8 [3, H, W]
+def _for_each_file(
+    work: Callable[[int, str | Path], T], paths: Sequence[str | Path], workers: int | None, progress: bool
+) -> list[T]:
+    """`work(i, path)` of every path, in threads. The first path's error is raised, whichever came first in time."""
+    if not paths:
+        raise ValueError("paths is empty, expected at least one image file")
+    pool = ThreadPoolExecutor(workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # which does not name the file
+        try:
+            doing = pool.map(work, range(len(paths)), paths)
+            with tqdm(
+                doing, "decoding images", len(paths), unit="image", delay=2, leave=False, disable=not progress
+            ) as bar:
+                return list(bar)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the files still to come
+
+
+def _open(path: str | Path, shorter_side: int | None = None) -> Image.Image:  # RGB, upright
     try:
         with Image.open(path) as image:
             if image.mode in ("I", "F") or ";" in image.mode:
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+            factor = 1 if shorter_side is None else max(1, min(image.size) // shorter_side)
+            if factor > 1:  # a JPEG: by 2, 4 or 8 while decoding
+                image.draft(None, (-(-image.width // factor), -(-image.height // factor)))
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "P":
                 upright = upright.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB at once
-            return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
+            rgb = upright.convert("RGB")
+            factor = 1 if shorter_side is None else min(rgb.size) // shorter_side
+            return rgb.reduce(factor) if factor > 1 else rgb
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{path} is not decoded: {error} The limit for images that you trust is yours to set: "
+            f"PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
+        ) from error
     except Exception as error:  # of whatever kind a decoder meets damaged bytes with
         if isinstance(error, OSError) and error.errno is not None:  # the file system's, which names the file
             raise
         raise ValueError(f"{path} cannot be decoded: {error}") from error
+
+
+def _pixels(image: Image.Image) -> Tensor:  # uint8 [3, H, W]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _shortest(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    height, width = size
+    if height == width:  # the longer side is rounded down, as in torchvision
+        shorter = min(image.size)
+        covering = (height * image.width // shorter, height * image.height // shorter)
+    else:
+        covering, resample = _scaled(image, size, min), Image.Resampling.BICUBIC
+    image = image.resize(covering, resample)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _longest(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    height, width = size
+    image = image.resize(_scaled(image, size, max), resample)
+    ground = Image.new("RGB", (width, height))
+    ground.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return ground
+
+
+def _squash(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    height, width = size
+    return image.resize((width, height), resample)
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], which: Callable[..., float]) -> tuple[int, int]:
+    """Width and height with one side as long as the result's, the other at least or, with `max`, at most as long."""
+    height, width = size
+    ratio = which(image.height / height, image.width / width)
+    return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
+
+
+_FIT = {"shortest": _shortest, "longest": _longest, "squash": _squash}
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def _allocate(size: int, device: torch.device, budget_bytes: int | None) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from complora_kernels.fewshot.config import Run, TrainConfig
+if TYPE_CHECKING:
+    from complora_kernels.fewshot.grid import Job
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -18,19 +20,18 @@ class GridProgress:
     """Shows the whole grid and the runs that are under way, with their losses and the time left.
 
     Args:
-        config: for the number of steps of each run.
-        runs: those that are still to be done.
+        jobs: those that are still to be done.
         finished: how many were done before.
         console: where to show it.
     """
 
-    def __init__(self, config: TrainConfig, runs: list[Run], finished: int, console: Console):
-        self.config = config
+    def __init__(self, jobs: Sequence[Job], finished: int, console: Console):
         self.console = console
         self.finished = finished
-        self.total = finished + len(runs)
-        self.all_steps = sum(config.steps_for(run.shots) for run in runs)
-        self.steps_done: dict[Run, int] = {}
+        self.failed = 0
+        self.total = finished + len(jobs)
+        self.all_steps = sum(job.steps for job in jobs)
+        self.steps_done: dict[str, int] = {}
         self.started = self.last_line = time.monotonic()
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -44,7 +45,7 @@ class GridProgress:
             disable=not console.is_terminal,
         )
         self.overall = self.bars.add_task(self._overall(), total=self.all_steps)
-        self.bar_of: dict[Run, TaskID] = {}
+        self.bar_of: dict[str, TaskID] = {}
 
     def __enter__(self) -> GridProgress:
         self.bars.start()
@@ -55,31 +56,41 @@ class GridProgress:
     ) -> None:
         self.bars.stop()
 
-    def step(self, run: Run, done: int, loss: float) -> None:
-        """`run` has done so many steps."""
-        if run not in self.bar_of:
-            self.bar_of[run] = self.bars.add_task(run.name, total=self.config.steps_for(run.shots))
-        self.steps_done[run] = done
-        self.bars.update(self.bar_of[run], completed=done, description=f"{run.name}  loss {loss:.3f}")
+    def step(self, job: Job, done: int, loss: float) -> None:
+        """The run has done so many steps."""
+        name = job.run.name
+        if name not in self.bar_of:
+            self.bar_of[name] = self.bars.add_task(name, total=job.steps)
+        self.steps_done[name] = done
+        self.bars.update(self.bar_of[name], completed=done, description=f"{name}  loss {loss:.3f}")
         self.bars.update(self.overall, completed=sum(self.steps_done.values()))
         if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
-            self._print(f"{run.name}: step {done} of {self.config.steps_for(run.shots)}, loss {loss:.3f}")
+            self._print(f"{name}: step {done} of {job.steps}, loss {loss:.3f}")
 
-    def finish(self, run: Run, result: dict[str, Any]) -> None:
-        """`run` has ended."""
+    def finish(self, job: Job, result: dict[str, Any]) -> None:
+        """The run has ended."""
         self.finished += 1
-        self.steps_done[run] = self.config.steps_for(run.shots)
-        if run in self.bar_of:
-            self.bars.remove_task(self.bar_of.pop(run))
+        self._end(job)
+        words = [f"{name} {100 * result[name]:.1f}%" for name in ("new", "kept") if result[name] is not None]
+        if job.steps:
+            words = [f"loss {result['loss']:.3f}", *words, f"{result['images_per_second']:.0f} images/s"]
+            words.append(_memory(result["peak_memory_mib"]))
+        self._print(f"{self.finished}/{self.total} {job.run.name}: {', '.join(words)}")
+
+    def fail(self, job: Job, error: str) -> None:
+        """The run has failed, and the others go on."""
+        self.failed += 1
+        self._end(job)
+        self._print(f"failed: {job.run.name}: {error}")
+
+    def _end(self, job: Job) -> None:
+        self.steps_done[job.run.name] = job.steps
+        if job.run.name in self.bar_of:
+            self.bars.remove_task(self.bar_of.pop(job.run.name))
         self.bars.update(self.overall, completed=sum(self.steps_done.values()), description=self._overall())
-        self._print(
-            f"{self.finished}/{self.total} {run.name}: new {100 * result['new']:.1f}%, "
-            f"kept {100 * result['kept']:.1f}%, {result['images_per_second']:.0f} images/s, "
-            f"{_memory(result['peak_memory_mib'])}"
-        )
 
     def _overall(self) -> str:
-        return f"{self.finished} of {self.total} runs"
+        return f"{self.finished} of {self.total} runs" + (f", {self.failed} failed" if self.failed else "")
 
     def _print(self, line: str) -> None:
         self.last_line = time.monotonic()

@@ -9,7 +9,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,40 +19,24 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import complora_kernels as ck
-from complora_kernels.fewshot import datasets
-from complora_kernels.fewshot.backbone import Backbone, load_backbone
+from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.config import Run, TrainConfig
-from complora_kernels.fewshot.evaluate import Task
+from complora_kernels.fewshot.datasets import Draw, draw, write_draw
 from complora_kernels.fewshot.files import write_atomically
-from complora_kernels.fewshot.images import DeviceImages, draw_boxes, resample
+from complora_kernels.fewshot.images import DeviceImages, draw_boxes, load_crops, resample
+from complora_kernels.fewshot.logs import RunLog
+from complora_kernels.fewshot.measure import Measurement
 from complora_kernels.fewshot.profile import StepProfile
 from complora_kernels.fewshot.resume import load_checkpoint, save_checkpoint
-from complora_kernels.fewshot.sampler import batch_indices, draw_shots
+from complora_kernels.fewshot.sampler import batch_indices
+from complora_kernels.fewshot.setting import Setting
+from complora_kernels.fewshot.team import ALONE, Team
 
 CHECKPOINT = "checkpoint.safetensors"
+DRAW = "draw.json"
 MEASURED = ("seconds", "images_per_second", "peak_memory_mib")  # of a result: what differs between equal runs
 
 _PACKAGES = ("complora-kernels", "open_clip_torch", "numpy", "scikit-learn")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all runs of a grid share: the pretrained model, the task it learns and the one it should keep."""
-
-    backbone: Backbone
-    new: Task
-    kept: Task
-
-
-def load_setting(config: TrainConfig) -> Setting:
-    """Load the model and the data sets that `config` asks for."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = load_backbone(config.model, config.pretrained, config.activation, device)
-    new, kept = (
-        Task(dataset, backbone, config.template, config.test_batch_size)
-        for dataset in (datasets.digits(), datasets.letters())
-    )
-    return Setting(backbone, new, kept)
 
 
 def train(
@@ -62,6 +45,7 @@ def train(
     setting: Setting,
     folder: Path,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Train and measure one cell of the grid.
 
@@ -69,12 +53,16 @@ def train(
     never been stopped. The checkpoint is left to the caller to remove, once the result is safe. The setting's own
     model stays as it is; torch's global random state is seeded.
 
+    The processes of a team share every batch, the prompts and the images to be measured; without dropout they compute
+    what one process would. The first of them writes the files.
+
     Args:
         config: the options shared by all runs.
         run: the method, the shots, the learning rate and the seed.
         setting: the pretrained model and its tasks.
-        folder: where the log, the checkpoint and the adapter go; created when needed.
+        folder: where the draw, the options, the log, the checkpoint and the adapter go; created when needed.
         on_step: called with the number of steps done and the loss. It may raise to stop the run.
+        team: the processes that train together, each of which calls this.
 
     Returns:
         The run's line in results.jsonl: accuracies are shares of 1.
@@ -82,70 +70,101 @@ def train(
     Raises:
         FloatingPointError: the loss became NaN or infinite.
         RuntimeError: an adapter got no gradient in the first step; `graph` is "on" where a step cannot be captured.
+        ValueError: more processes than images in a batch.
+        OSError: a file cannot be written.
     """
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    device = setting.backbone.device
-    steps = config.steps_for(run.shots)
+    drawn = draw(setting.new.dataset, run.shots, run.seed, config.draw)
+    if team.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_draw(folder / DRAW, setting.new.dataset, drawn)
+        described = {"run": run.name, **options.to_json(config), "versions": versions()}
+        write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
+    measurement = Measurement(config, setting, drawn, team)
+    before = {
+        "run": run.name,
+        "data": config.data,
+        "protocol": config.protocol,
+        "method": run.title,
+        "shots": run.shots,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        **measurement.zero_shot(),
+    }
+    if run.learning_rate is None:
+        found = {"steps": 0, **measurement.anchor(run.method)}
+    else:
+        found = _train(config, run, setting, folder, on_step, team, drawn, measurement)
+    seconds = found.pop("seconds_before", 0.0) + time.perf_counter() - started
+    return {**before, **found, "seconds": round(seconds, 2), "versions": versions()}
 
-    # Data: the shots to train on, the rest of the digits and all letters to measure on
-    train_indices, rest = draw_shots(setting.new.dataset.labels, run.shots, run.seed)
-    test_indices = at_most(config.max_test_images, rest)
-    kept_indices = at_most(config.max_test_images, torch.arange(len(setting.kept.dataset.labels)))
-    budget = round(config.image_memory_gib * 2**30)
-    images = DeviceImages.from_tensors(setting.new.dataset.images[train_indices], device, budget_bytes=budget)
-    labels = setting.new.dataset.labels[train_indices].to(device)  # [N]
+
+def _train(
+    config: TrainConfig,
+    run: Run,
+    setting: Setting,
+    folder: Path,
+    on_step: Callable[[int, float], None],
+    team: Team,
+    drawn: Draw,
+    measurement: Measurement,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    device = setting.backbone.device
+    assert run.learning_rate is not None
+    peak_rate, steps = run.learning_rate, config.steps_for(run.shots)
+
+    # Data: what the model sees are the shots alone
+    images = training_images(setting, drawn.train, config)
+    labels = setting.new.dataset.labels[drawn.train].to(device)  # [N]
+    batch_size = min(config.batch_size, len(labels))
+    if batch_size < team.size:
+        raise ValueError(
+            f"{team.size} processes share batches of {batch_size} images (--batch-size {config.batch_size}, "
+            f"{len(labels)} training images), expected at least one for each"
+        )
 
     # Model: a copy of the pretrained one; every method of a seed starts from the same factors
     torch.manual_seed(run.seed)
-    adapter_config = config.adapter(run.method, run.seed)
-    model = ck.apply_complora(copy.deepcopy(setting.backbone.model), adapter_config, progress=False).train()
+    model = adapted_model(config, run, setting, drawn).train()
     if config.recompute:
         ck.set_recompute(model, "mlp")
     logit_scale = model.logit_scale.detach().exp()  # fixed, 100 for a trained CLIP
     dtype = precision_for(config.precision, device)
     model.to(dtype)  # the factors stay float32
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        ck.adapter_parameters(model),
-        lr=torch.tensor(run.learning_rate, device=device) if on_gpu else run.learning_rate,
-        betas=(0.9, 0.999),
-        weight_decay=config.weight_decay,
-        capturable=on_gpu,
-        fused=True if on_gpu else None,
-    )
+    optimizer = make_optimizer(model, config, run, peak_rate)
     with torch.no_grad():
-        class_features = model.encode_text(
-            setting.new.tokens, normalize=True
-        ).float()  # [C, D], final where text is frozen
+        class_features = setting.new.class_features(model)  # [C, D], final where text is frozen
 
     # Resume
     checkpoint = folder / CHECKPOINT
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
-    if checkpoint.exists():
+    if team.agree(checkpoint.exists()):
         progress = load_checkpoint(checkpoint, model, optimizer)
-    first_step, log = progress["step"], progress["log"]
+    first_step = progress["step"]
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     if scaler is not None and progress.get("scaler"):
         scaler.load_state_dict(progress["scaler"])
+    if not team.leads:
+        torch.manual_seed(hash((run.seed, first_step, team.rank)))  # masks of its own
 
     # Training
-    def batch(step: int) -> tuple[Tensor, Tensor]:  # [B, 3, S, S], [B]
+    def batch(step: int) -> tuple[Tensor, Tensor]:  # [B, 3, S, S], [B], this process's share
         indices = batch_indices(len(labels), config.batch_size, run.seed, step)
-        pixels = training_pixels(images, indices, setting, config.augmentation, run.seed, step)
-        return pixels.to(dtype), labels[indices.to(device)]
+        pixels = training_pixels(images, indices, setting, config.augmentation, run.seed, step, team)
+        return pixels.to(dtype), labels[team.share(indices).to(device)]
 
     def loss_of(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
         image_features = model.encode_image(pixels, normalize=True).float()  # [B, D]
-        features = class_features
-        if "text" in config.towers:
-            features = model.encode_text(setting.new.tokens, normalize=True).float()  # [C, D]
-        return F.cross_entropy(logit_scale * image_features @ features.T, labels)
+        features = setting.new.class_features(model, team) if "text" in config.towers else class_features
+        loss = F.cross_entropy(logit_scale * image_features @ features.T, labels)
+        # Shares of a batch may differ by an image: the mean over the processes is then that of the batch.
+        return loss if team.size == 1 else loss * (len(labels) * team.size / batch_size)
 
     def learning_rate(step: Any) -> Any:
-        return cosine(step, steps, run.learning_rate, config.final_learning_rate)
+        return cosine(step, steps, peak_rate, config.final_learning_rate)
 
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     train_step = ck.GraphedTrainStep(
         model,
@@ -155,12 +174,16 @@ def train(
         schedule=learning_rate,
         scaler=scaler,
         graph={"auto": "auto", "on": True, "off": False}[config.graph],
+        process_group=team.group,
     )
     train_step.counter.fill_(first_step)
     losses: list[Tensor] = []  # of the steps since the host last looked: on a GPU it does not wait for each
     good_step = first_step
     training_started = time.perf_counter()
-    with StepProfile(folder if config.profile else None, steps - first_step) as profile:
+    with (
+        RunLog(config, run.name, folder if team.leads else None, progress["log"]) as log,
+        StepProfile(folder if config.profile and team.leads else None, steps - first_step) as profile,
+    ):
         for step in range(first_step, steps):
             profile.before_step(step - first_step)
             with record_function("data"):
@@ -175,7 +198,7 @@ def train(
             is_kept = done % config.checkpoint_every == 0 and done < steps
             if not (is_logged or is_kept or device.type == "cpu"):
                 continue
-            values = torch.stack(losses).tolist()
+            values = team.mean(torch.stack(losses)).tolist()
             for i, value in enumerate(values):
                 if not math.isfinite(value):
                     bad = done - len(values) + i
@@ -185,42 +208,87 @@ def train(
                     )
             losses.clear()
             if is_logged:
-                log.append({"step": done, "loss": values[-1], "learning_rate": learning_rate(step)})
+                log.add(done, values[-1], learning_rate(step))
             if is_kept:
-                seconds = progress["seconds"] + time.perf_counter() - started
-                scale = {} if scaler is None else scaler.state_dict()
-                state = {"step": done, "seconds": seconds, "log": log, "scaler": scale}
-                save_checkpoint(checkpoint, model, optimizer, state)
+                if team.leads:
+                    seconds = progress["seconds"] + time.perf_counter() - started
+                    scale = {} if scaler is None else scaler.state_dict()
+                    state = {"step": done, "seconds": seconds, "log": log.lines, "scaler": scale}
+                    save_checkpoint(checkpoint, model, optimizer, state)
                 good_step = done
             on_step(done, values[-1])
-    training_seconds = time.perf_counter() - training_started
+        training_seconds = time.perf_counter() - training_started
 
-    # Measurement
-    model.eval()
-    result = {
-        "run": run.name,
-        **asdict(run),
-        "steps": steps,
-        "precision": str(dtype).removeprefix("torch."),
-        "zero_shot_new": setting.new.zero_shot_accuracy(test_indices),
-        "zero_shot_kept": setting.kept.zero_shot_accuracy(kept_indices),
-        "new": setting.new.accuracy(model, test_indices, dtype),
-        "kept": setting.kept.accuracy(model, kept_indices, dtype),
-        "loss": log[-1]["loss"],
-        **mean_over_layers(model),
-        "seconds": round(progress["seconds"] + time.perf_counter() - started, 2),
-        "images_per_second": round((steps - first_step) * min(config.batch_size, len(labels)) / training_seconds, 1),
-        "peak_memory_mib": round(peak_memory(device) / 2**20),
-        "versions": versions(),
-    }
-    write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-    if config.save_adapters:
+        # Measurement
+        model.eval()
+        result = {
+            "steps": steps,
+            "precision": str(dtype).removeprefix("torch."),
+            **measurement.trained(model, dtype),
+            "loss": log.lines[-1]["loss"],
+            **mean_over_layers(model),
+            "seconds_before": progress["seconds"],
+            "images_per_second": round((steps - first_step) * batch_size / training_seconds, 1),
+            "peak_memory_mib": round(peak_memory(device) / 2**20),
+        }
+        log.finish(result)
+    if config.save_adapters and team.leads:
         ck.save_adapter(model, folder / "adapter")
     return result
 
 
+def adapted_model(config: TrainConfig, run: Run, setting: Setting, drawn: Draw) -> Any:
+    """A copy of the pretrained model, adapted as the run asks for, in float32."""
+    adapter = config.adapter(run.method, run.seed)
+    model = copy.deepcopy(setting.backbone.model)
+    if adapter.subspace_source != "activations":
+        return ck.apply_complora(model, adapter, progress=False)
+
+    def calibrate(model: Any) -> None:  # on the shots, without their labels, and the prompts
+        for pixels in setting.new.pixels(drawn.train):
+            model.encode_image(pixels)
+        setting.new.class_features(model)
+
+    return ck.apply_complora(model, adapter, calibrate=calibrate, progress=False)
+
+
+def make_optimizer(model: Any, config: TrainConfig, run: Run, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over the factors; on a GPU such that a graph can hold its step."""
+    factors = list(ck.adapter_parameters(model))
+    on_gpu = factors[0].device.type == "cuda"
+    return torch.optim.AdamW(
+        factors,
+        lr=torch.tensor(learning_rate, device=factors[0].device) if on_gpu else learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=config.strong_weight_decay if run.method == "lora-wd" else config.weight_decay,
+        capturable=on_gpu,
+        fused=True if on_gpu else None,
+    )
+
+
+def training_images(setting: Setting, indices: Tensor, config: TrainConfig) -> DeviceImages:
+    """The images [N] of the shots, decoded once: whole, or as they are measured where nothing augments them."""
+    dataset, device = setting.new.dataset, setting.backbone.device
+    budget = round(config.image_memory_gib * 2**30)
+    if isinstance(dataset.images, Tensor):
+        return DeviceImages.from_tensors(dataset.images[indices], device, budget_bytes=budget)
+    paths = [dataset.images[i] for i in indices.tolist()]
+    if config.augmentation == "none":
+        crops = load_crops(paths, setting.backbone.size, **setting.backbone.resize, progress=False)
+        return DeviceImages.from_tensors(crops, device, budget_bytes=budget)
+    # Crops of a quarter of an image's length need no enlarging, and a photo of 100 megapixels does not stay one.
+    shorter_side = 4 * max(setting.backbone.size)
+    return DeviceImages.from_files(paths, device, budget_bytes=budget, shorter_side=shorter_side, progress=False)
+
+
 def training_pixels(
-    images: DeviceImages, indices: Tensor, setting: Setting, augmentation: str, seed: int, step: int
+    images: DeviceImages,
+    indices: Tensor,
+    setting: Setting,
+    augmentation: str,
+    seed: int,
+    step: int,
+    team: Team = ALONE,
 ) -> Tensor:
     """The images of a step as the model takes them.
 
@@ -231,15 +299,18 @@ def training_pixels(
         augmentation: "none", or "crop-flip" for crops that are a function of seed and step.
         seed: that of the run.
         step: the step's number.
+        team: of whose share of the images the pixels are.
 
     Returns:
         float32 [B, 3, S, S], on the device.
     """
     backbone = setting.backbone
     if augmentation == "none":
+        indices = team.share(indices)
         return backbone.preprocess(torch.stack([images[i] for i in indices.tolist()]).to(backbone.device))
     boxes, flips = draw_boxes(images.sizes[indices], seed, step)
     flips &= setting.new.dataset.can_be_mirrored
+    indices, boxes, flips = map(team.share, (indices, boxes, flips))
     return backbone.normalize(resample(images, indices, boxes, flips, backbone.size))
 
 
@@ -289,11 +360,3 @@ def cosine(step: Any, steps: int, first: float, last: float) -> Any:
     """
     cos = torch.cos if isinstance(step, Tensor) else math.cos
     return last + (first - last) * (1 + cos(math.pi * step / steps)) / 2
-
-
-def at_most(n: int | None, indices: Tensor) -> Tensor:
-    """All indices, or `n` of them chosen at random, always the same ones."""
-    if n is None or n >= len(indices):
-        return indices
-    chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:n]
-    return indices[chosen.sort().values]

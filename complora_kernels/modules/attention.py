@@ -153,6 +153,22 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        mixed, weights = self.mix(query, key, value, *masks)
+        return self._project_out(mixed), weights
+
+    def mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mixed heads, as query, which o projects, and the attention's weights: `forward` but for `o`."""
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask=None with is_causal=True, expected a mask: is_causal is a hint about it")
         unbatched = query.dim() == 2
@@ -173,7 +189,7 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
             weights = None
         mixed = mixed.transpose(1, 2).flatten(2)  # [N, L, d]
         mixed = mixed.squeeze(0) if unbatched else mixed if self.batch_first else mixed.transpose(0, 1)
-        return self._project_out(mixed), weights
+        return mixed, weights
 
     def _heads(self, x: Tensor, unbatched: bool) -> Tensor:
         """[N, L, d], [L, N, d] or [L, d] to [N, heads, L, d / heads]."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from complora_kernels import functional, subspace
+from complora_kernels import base_weights, functional, subspace
 from complora_kernels.config import CompLoRAConfig
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
@@ -118,14 +118,41 @@ class CompLoRALayer(Float32State):
         return self.get_buffer(_original_name(parameter))[start:stop] if self.merged else self.base_weight(name)
 
     def basis(self, name: str, side: subspace.Side) -> subspace.Basis | None:
-        """The basis that projects one side of one adapted weight; None where the side is not projected."""
+        """The basis that projects one side of one adapted weight; None where the side is not projected.
+
+        Raises:
+            RuntimeError: the side is projected, but `protect_activations` has not been called yet.
+        """
         about = self._about_bases.get((name, side))
-        return None if about is None else subspace.Basis(self.get_buffer(_basis_name(name, side)), *about)
+        if about is not None:
+            return subspace.Basis(self.get_buffer(_basis_name(name, side)), *about)
+        if side in PROJECTED_SIDES[self.config.sides]:
+            raise RuntimeError(
+                f'{self._label(name)} has no {side} basis yet, expected one: with subspace_source="activations" '
+                "apply_complora(model, config, calibrate=...) computes it, protect_activations that of a single layer"
+            )
+        return None
 
     def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis) -> None:
         """Replaces the basis of one side of one adapted weight."""
         self.register_buffer(_basis_name(name, side), basis.matrix, persistent=False)
         self._about_bases[name, side] = (basis.kind, basis.k, basis.energy)
+
+    def protect_activations(
+        self,
+        name: str,
+        second_moment: Tensor,  # [in, in]
+    ) -> None:
+        """Computes the bases of one adapted weight from `X^T X` of its inputs X [M, in], see `subspace`.
+
+        What `apply_complora` does with `subspace_source="activations"`; a layer that was made alone computes nothing
+        before.
+
+        Raises:
+            ValueError: another source, a second moment of another shape or with NaN, or an energy that takes more
+                directions than min(out, in).
+        """
+        self._set_bases(name, second_moment)
 
     def folded_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
@@ -210,6 +237,14 @@ class CompLoRALayer(Float32State):
             path = prefix.rstrip(".")
             error_msgs.append(f"{path} is merged, expected an unmerged adapter: call unmerge_adapter first")
             return
+        others = [name for name in self._calibrated_on if not self._is_calibrated_on(name, prefix, state_dict)]
+        if others:
+            error_msgs.append(
+                f"{', '.join(map(self._label, others))}: the state dict has other base weights, expected those that "
+                "the model was calibrated on, because the bases are those of their activations: load other weights "
+                "into a plain model and apply_complora to that"
+            )
+            return
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
@@ -217,17 +252,46 @@ class CompLoRALayer(Float32State):
             missing_keys[:] = [key for key in missing_keys if key not in own_factors]
 
     def update_bases(self) -> None:
-        """Computes the bases of every weight whose values changed since they were last computed."""
+        """Computes the bases of every weight whose values changed since they were last computed.
+
+        Those of activations stay: they cannot be computed from a weight, and only half-precision copies of the weights
+        that the model was calibrated on are loaded into it.
+        """
         for name in self.weights:
             weight = self.base_weight(name)
-            label = ".".join(part for part in (self._path, name) if part)
-            subspace.check_weight(weight, label or "weight")
-            seen = subspace.fingerprint(weight)
-            if self._basis_of.get(name) == seen:
+            subspace.check_weight(weight, self._label(name))
+            if self.config.protects_activations:
+                subspace.check_k(weight, self.config.subspace_k, self._label(name), "subspace_")
+                self._calibrated_on.setdefault(name, base_weights.describe(weight))
                 continue
-            for side in PROJECTED_SIDES[self.config.sides]:
-                self.set_basis(name, side, subspace.projection_basis(weight, self.config, side, label))
-            self._basis_of[name] = seen
+            seen = subspace.fingerprint(weight)
+            if self._basis_of.get(name) != seen:
+                self._set_bases(name)
+                self._basis_of[name] = seen
+
+    def _set_bases(self, name: str, second_moment: Tensor | None = None) -> None:
+        weight, path = self.base_weight(name), self._weight_path(name)
+        bases: dict[subspace.Side, subspace.Basis] = {
+            side: subspace.projection_basis(weight, self.config, side, path, second_moment=second_moment)
+            for side in PROJECTED_SIDES[self.config.sides]
+        }
+        for side, basis in bases.items():
+            self.set_basis(name, side, basis)
+
+    def _weight_path(self, name: str) -> str:
+        return ".".join(part for part in (self._path, name) if part)
+
+    def _label(self, name: str) -> str:
+        return self._weight_path(name) or "weight"
+
+    def _is_calibrated_on(self, name: str, prefix: str, state_dict: dict[str, Any]) -> bool:
+        """Whether a state dict leaves one adapted weight what it was when the model was calibrated, up to rounding."""
+        parameter, start, stop = self.weights[name]
+        loaded = state_dict.get(f"{prefix}{parameter}")
+        if not isinstance(loaded, Tensor) or loaded.shape != self.get_parameter(parameter).shape:
+            return True  # it stays, and torch says why
+        described = base_weights.describe(loaded[start:stop])
+        return base_weights.relative_distance(described, self._calibrated_on[name]) <= base_weights.TOLERANCE
 
     def _init_adapter(self, config: CompLoRAConfig, weights: dict[str, WeightRows], path: str) -> None:
         """Common to the `from_...` constructors, once the frozen parameters are in place."""
@@ -238,6 +302,7 @@ class CompLoRALayer(Float32State):
         self._path = path
         self._about_bases: dict[tuple[str, str], tuple[subspace.BasisKind, int, float]] = {}
         self._basis_of: dict[str, str] = {}
+        self._calibrated_on: dict[str, base_weights.Description] = {}
         self.update_bases()
         self.register_load_state_dict_post_hook(_update_bases_after_load)
 

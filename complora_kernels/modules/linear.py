@@ -16,8 +16,8 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
     """`y = x W^T + b + scaling · (drop(x) (A P_in)^T) (P_out B)^T` (Comp-LoRA, arXiv 2501.15040).
 
     A `nn.Linear` with the same `weight` and `bias`, the parameters `lora_A` [r, in] and `lora_B` [out, r] (float32 or
-    wider), and bases that are computed from the weight and are not in the state dict. Make it with `from_linear`.
-    See also the base class.
+    wider), and bases that are computed from the weight, or by `protect_activations` from its inputs, and are not in the
+    state dict. Make it with `from_linear`. See also the base class.
     """
 
     lora_A: nn.Parameter  # [r, in]

@@ -1,0 +1,52 @@
+"""Cheap anchors to compare with, on features of the frozen model: Tip-Adapter and a linear probe.
+
+Both name the classes of the shots alone. The encoders stay as they are, and with them everything zero-shot.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def tip_adapter(
+    features: Tensor,  # [N, D], normalised
+    train_features: Tensor,  # [S, D], normalised
+    train_labels: Tensor,  # int64 [S]
+    class_features: Tensor,  # [C, D], normalised
+    *,
+    scale: float = 100.0,
+    alpha: float = 1.0,
+    beta: float = 5.5,
+) -> Tensor:
+    """Logits [N, C] of the training-free Tip-Adapter (arXiv 2111.03930, equation 3).
+
+        scale · f W^T + alpha · exp(-beta (1 - f F^T)) L
+
+    with the shots' features F as keys and their one-hot labels L as values. `alpha` and `beta` are the defaults of the
+    paper; it searches them on validation images.
+    """
+    affinity = torch.exp(-beta * (1 - features @ train_features.T))  # [N, S]
+    votes = affinity @ F.one_hot(train_labels, len(class_features)).to(affinity)  # [N, C]
+    return scale * features @ class_features.T + alpha * votes
+
+
+def linear_probe(
+    features: Tensor,  # [N, D]
+    train_features: Tensor,  # [S, D]
+    train_labels: Tensor,  # int64 [S]
+    *,
+    C: float = 0.316,
+) -> Tensor:
+    """Logits [N, classes] of scikit-learn's logistic regression on the shots' features.
+
+    `C`, the inverse strength of its L2 penalty, is CLIP's (arXiv 2103.00020, its published example). The classes are
+    those of the shots: every class has one.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    probe = LogisticRegression(C=C, max_iter=1000)
+    probe.fit(train_features.cpu().numpy(), train_labels.cpu().numpy())
+    decision = torch.from_numpy(probe.decision_function(features.cpu().numpy()))  # [N, C], of two classes [N]
+    return decision if decision.dim() == 2 else torch.stack([-decision, decision], 1)

@@ -1,0 +1,64 @@
+"""Which images a seed draws from a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from complora_kernels.fewshot.datasets.dataset import Dataset
+from complora_kernels.fewshot.datasets.draw_files import read_draw
+from complora_kernels.fewshot.datasets.draw_rules import RULES
+from complora_kernels.fewshot.datasets.drawn import Draw, complete, restrict
+
+
+def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
+    """Draw `shots` images of every class to train on, and min(shots, 4) to validate on where the data set has such.
+
+    - "own": the draw of a seed is part of every larger draw of the same seed, and does not depend on validation images.
+      A class with fewer validation images gives what it has.
+    - "coop": what CoOp draws. Its file `split_fewshot/shot_{shots}-seed_{seed}.pkl` beside the data set, if it is
+      there. Otherwise Python's random numbers of the seed, for the classes in the order in which the split lists them,
+      first to train on, then to validate on; of a class with fewer images, all. CoOp leaves seed 0 to chance, and on
+      ImageNet the order of the files to the file system: there only its file tells what it drew, and without it files
+      count in sorted order.
+    - "clip-lora": what CLIP-LoRA draws. The same random numbers, but first to validate on, and of a class with fewer
+      images some twice. Where there are no validation images, as on ImageNet, those to train on come first, then those
+      to validate on, both out of one sample of each class's training images.
+    - the path of a file written by `write_draw` (.json), or of one of CoOp's (.pkl). `{shots}` and `{seed}` in it are
+      replaced.
+
+    One half of `base_and_new` gets what the whole data set's draw has of its classes.
+
+    Args:
+        dataset: what to draw from.
+        shots: images of each class, at least 1.
+        seed: chooses the draw, at least 0.
+        kind: one of the above.
+
+    Raises:
+        ValueError: a class with too few images; it is named. A data set for testing only. An unknown kind, or a file
+            of another data set, with other shots, or that names images the data set does not have.
+        FileNotFoundError: no such file.
+    """
+    if shots < 1:
+        raise ValueError(f"shots={shots}: expected at least 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: expected at least 0")
+    if kind not in RULES:
+        if not kind.endswith((".json", ".pkl")):
+            raise ValueError(f"draw={kind}: expected {', '.join(RULES)}, or a .json or .pkl file")
+        path = Path(kind.replace("{shots}", str(shots)).replace("{seed}", str(seed)))
+        drawn = read_draw(path, dataset)
+        most = int(dataset.labels[drawn.train].bincount().max())
+        if (drawn.shots or most) != shots:
+            raise ValueError(f"{path}: a draw of {drawn.shots or most} images a class, expected {shots} shots")
+        return drawn
+    if dataset.part_of is not None:
+        whole, members = dataset.part_of
+        return restrict(draw(whole, shots, seed, kind), members, len(whole.labels))
+    if not len(dataset.train):
+        raise ValueError(f"{dataset.name} is for testing only: there is nothing to draw {shots} shots from")
+    cached = None if dataset.root is None else dataset.root / "split_fewshot" / f"shot_{shots}-seed_{seed}.pkl"
+    if kind == "coop" and cached is not None and cached.is_file():
+        return read_draw(cached, dataset)
+    train, val = RULES[kind](dataset, shots, seed)
+    return complete(dataset, train, val, shots, seed, kind)

@@ -1,0 +1,76 @@
+"""ImageNet and the four test sets that shift its domain: folders named by WordNet's or by labels' numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from complora_kernels.fewshot.datasets.dataset import Dataset, assemble
+from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES, COOP, LAYOUTS, Home
+from complora_kernels.fewshot.datasets.listing import class_folders, read_class_names, subfolders
+
+
+def read_imagenet(name: str, root: Path, home: Home) -> Dataset:
+    """ImageNet: shots are drawn from the folder train, and the folder val is the test set.
+
+    Raises:
+        ValueError: a class that only one of the two has, one without images, or a folder that is no class of ImageNet.
+    """
+    folders = check_imagenet(home)
+    names = _class_names(root, home)
+    class_names = [_name_of(folder, names, home) for folder in folders]
+    train, test = (class_folders(home.images / split, folders) for split in ("train", "val"))
+    return assemble(name, home.folder, class_names, {"train": train, "val": [], "test": test}, twins=True)
+
+
+def check_imagenet(home: Home) -> list[str]:
+    """The folders of the classes, which train and val must have both."""
+    train, val = (subfolders(home.images / split) for split in ("train", "val"))
+    for folder in sorted(set(train) ^ set(val)):
+        here, there = ("train", "val") if folder in train else ("val", "train")
+        raise ValueError(f"{home.images}: the class {folder!r} is in {here}/ and not in {there}/, expected it in both")
+    return train
+
+
+def read_shift(name: str, root: Path, home: Home) -> Dataset:
+    """A test set of ImageNet's classes: all of them, or some.
+
+    Folders are named by WordNet's numbers, or, in ImageNet-V2, by the label: 0, 1, 2 and so on.
+
+    Raises:
+        ValueError: a class without images, or a folder that is no class of ImageNet.
+    """
+    names = _class_names(root, home)
+    folders = subfolders(home.images)
+    if folders and all(folder.isdecimal() for folder in folders):
+        folders = [str(label) for label in range(len(names))]
+        class_names = list(names.values())
+    else:
+        class_names = [_name_of(folder, names, home) for folder in folders]
+    entries = class_folders(home.images, folders)
+    return assemble(
+        name, home.folder, class_names, {"train": [], "val": [], "test": entries}, source=home.images, twins=True
+    )
+
+
+def _class_names(root: Path, home: Home) -> dict[str, str]:
+    """CLIP's class names by WordNet number, in the order of the labels."""
+    imagenets = [root / folder for folder in LAYOUTS["imagenet"].folders]
+    for folder in (home.folder, *imagenets):
+        if (folder / CLASS_NAMES).is_file():
+            return read_class_names(folder / CLASS_NAMES)
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    try:
+        from timm.data.imagenet_info import ImageNetInfo  # open_clip brings it
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{home.folder / CLASS_NAMES} is missing, and timm, which knows the folder names of ImageNet's classes, "
+            f"cannot be imported ({error}); get the file as {COOP}#imagenet says, or install timm"
+        ) from error
+    return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
+
+
+def _name_of(folder: str, names: dict[str, str], home: Home) -> str:
+    if folder not in names:
+        raise ValueError(f"{home.images}: the folder {folder!r} is no class of ImageNet, or {CLASS_NAMES} lacks it")
+    return names[folder]

@@ -1,0 +1,92 @@
+"""A data set by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from complora_kernels.fewshot.datasets.bundled import digits, letters
+from complora_kernels.fewshot.datasets.dataset import Dataset
+from complora_kernels.fewshot.datasets.downloads import check_download, download, downloaded
+from complora_kernels.fewshot.datasets.folders import read_folder
+from complora_kernels.fewshot.datasets.imagenet import check_imagenet, read_imagenet, read_shift
+from complora_kernels.fewshot.datasets.layouts import DOMAIN_SHIFTS, ELEVEN, LAYOUTS, find, missing_message
+from complora_kernels.fewshot.datasets.split_files import read_csv, read_json_split, read_variants
+
+_BUNDLED = {"digits": digits, "letters": letters}
+_PATHS = {"folder": read_folder, "csv": read_csv}
+
+NAMES = (*_BUNDLED, *ELEVEN, *DOMAIN_SHIFTS)
+"""Every name that `load_dataset` knows without a path."""
+
+
+def load_dataset(name: str, root: Path | None = None, *, download: bool = False) -> Dataset:
+    """Load a data set: its lists of files, labels and class names; no image is read.
+
+    Args:
+        name: one of `NAMES`, "folder:PATH" for a folder with a folder for each class, or "csv:PATH" for a table.
+        root: the folder that holds the named data sets, each in a folder as CoOp or CLIP-LoRA call it.
+        download: let torchvision fetch what is not there, into root/torchvision. An earlier download is used without.
+
+    Raises:
+        ValueError: an unknown name, no root for a data set that needs one, or lists that do not hold together.
+        FileNotFoundError: a folder or file that is not there; the message shows what is expected and how to get it.
+        OSError: the download failed.
+    """
+    if name in _BUNDLED:
+        return _BUNDLED[name]()
+    kind, _, path = name.partition(":")
+    if kind in _PATHS and path:
+        return _PATHS[kind](Path(path).expanduser())
+    root = _check_root(name, root)
+    home = find(name, root)
+    if home is None:
+        return _load_download(name, root, fetch=download)
+    if LAYOUTS[name].split == "variants":
+        return read_variants(name, home)
+    if LAYOUTS[name].split == "folders":
+        return read_imagenet(name, root, home)
+    if LAYOUTS[name].split == "test":
+        return read_shift(name, root, home)
+    return read_json_split(name, home.folder, home.images, home.folder / LAYOUTS[name].split)
+
+
+def check_dataset(name: str, root: Path | None = None, *, download: bool = False) -> None:
+    """Find out what would fail in `load_dataset`, without downloading anything or listing all of ImageNet.
+
+    The arguments and errors are those of `load_dataset`.
+    """
+    if name in _BUNDLED:
+        return
+    if name not in LAYOUTS or root is None:
+        load_dataset(name, root)
+        return
+    root = _check_root(name, root)
+    home = find(name, root)
+    if home is None and downloaded(name, root) is None:
+        if not download:
+            raise FileNotFoundError(missing_message(name, root))
+        check_download(name, root)
+    elif home is not None and LAYOUTS[name].split == "folders":
+        check_imagenet(home)
+    else:
+        load_dataset(name, root)
+
+
+def _check_root(name: str, root: Path | None) -> Path:
+    if name not in LAYOUTS:
+        raise ValueError(f"data set {name!r}: expected {', '.join(NAMES)}, folder:PATH or csv:PATH")
+    if root is None:
+        raise ValueError(
+            f"data set {name!r}: no folder of data sets is given, expected the one that holds "
+            f"{LAYOUTS[name].folders[0]}/"
+        )
+    return root.expanduser()
+
+
+def _load_download(name: str, root: Path, fetch: bool) -> Dataset:
+    path = downloaded(name, root)
+    if path is None:
+        if not fetch:
+            raise FileNotFoundError(missing_message(name, root))
+        path = download(name, root)
+    return read_json_split(name, path.parent, path.parent, path)

@@ -1,0 +1,147 @@
+"""Splits that are written down: CoOp's JSON files, the text files of FGVC-Aircraft, tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from complora_kernels.fewshot.datasets.dataset import Dataset, Entry, assemble
+from complora_kernels.fewshot.datasets.layouts import Home
+from complora_kernels.fewshot.datasets.listing import first_missing, read_lines
+from complora_kernels.fewshot.datasets.ratio import ratio_split
+
+SPLITS = ("train", "val", "test")
+
+
+def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
+    """A data set whose files, labels and class names stand in a JSON file of CoOp's form.
+
+    Args:
+        name: of the data set.
+        root: what file names are relative to in draws.
+        images: what they are relative to in the file.
+        path: the file: `{"train": [[file, label, class name], ...], "val": ..., "test": ...}`.
+
+    Raises:
+        ValueError: another form, a label with two names or without any training image, two labels with one name; the
+            message has the file and the entry.
+        FileNotFoundError: an entry whose image is not there.
+    """
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON ({error})") from error
+    if not isinstance(content, dict) or any(not isinstance(content.get(split), list) for split in SPLITS):
+        raise ValueError(f"{path}: expected an object with the three lists {', '.join(SPLITS)}")
+    splits: dict[str, list[Entry]] = {}
+    named: dict[int, tuple[str, str]] = {}  # the name of each label, and the entry that gave it
+    for split in SPLITS:
+        splits[split] = []
+        for i, entry in enumerate(content[split]):
+            where = f"{split}[{i}]"
+            match entry:
+                case [str(file), int(label), str(class_name)] if label >= 0 and not isinstance(label, bool):
+                    splits[split].append((images / file, label))
+                case _:
+                    raise ValueError(f"{path}: {where} is {entry}, expected [file, label from 0, class name]")
+            first_name, first = named.setdefault(label, (class_name, where))
+            if class_name != first_name:
+                raise ValueError(f"{path}: {where} calls label {label} {class_name!r}, {first} calls it {first_name!r}")
+        missing = first_missing([file for file, _ in splits[split]])
+        if missing is not None:
+            raise FileNotFoundError(_no_file(f"{path}: {split}[{missing}]", splits[split][missing][0]))
+    class_names = []
+    for label in range(len(named)):
+        if label not in named:
+            raise ValueError(f"{path}: no image has label {label}, expected labels from 0 to {max(named)} without gaps")
+        class_names.append(named[label][0])
+    return assemble(name, root, class_names, splits, source=path)
+
+
+def read_variants(name: str, home: Home) -> Dataset:
+    """FGVC-Aircraft: class names line by line in variants.txt, and for each split lines of an image and its class.
+
+    Raises:
+        ValueError: a class that variants.txt does not have, with the file and the line.
+        FileNotFoundError: a line whose image is not there.
+    """
+    class_names = [line for line in read_lines(home.folder / "variants.txt") if line]
+    labels = {class_name: label for label, class_name in enumerate(class_names)}
+    splits: dict[str, list[Entry]] = {}
+    for split in SPLITS:
+        path = home.folder / f"images_variant_{split}.txt"
+        splits[split], numbers = [], []
+        for number, line in enumerate(read_lines(path), 1):
+            if not line:
+                continue
+            image, _, class_name = line.partition(" ")
+            if class_name not in labels:
+                raise ValueError(f"{path}, line {number}: {line!r}, expected an image and a class of variants.txt")
+            splits[split].append((home.images / f"{image}.jpg", labels[class_name]))
+            numbers.append(number)
+        missing = first_missing([file for file, _ in splits[split]])
+        if missing is not None:
+            raise FileNotFoundError(_no_file(f"{path}, line {numbers[missing]}", splits[split][missing][0]))
+    return assemble(name, home.folder, class_names, splits)
+
+
+def read_csv(path: Path) -> Dataset:
+    """A data set out of a table with the columns path, label and, if the split is given, split.
+
+    Paths are relative to the table; labels are class names, in sorted order; splits are train, val and test. Without
+    the column `ratio_split` decides, by the paths as they are written.
+
+    Raises:
+        FileNotFoundError: no such table, or a row whose image is not there.
+        ValueError: missing columns, an empty cell, an unknown split, an image named twice; with the file and the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"csv:{path}: there is no such file, expected a table with the columns path,label[,split]"
+        )
+    rows, numbers = _rows(path)
+    files = [path.parent / row[0] for row in rows]
+    missing = first_missing(files)
+    if missing is not None:
+        raise FileNotFoundError(_no_file(f"{path}, line {numbers[missing]}", files[missing]))
+    class_names = sorted({row[1] for row in rows})
+    labels = {class_name: label for label, class_name in enumerate(class_names)}
+    entries = [(file, labels[row[1]]) for file, row in zip(files, rows, strict=True)]
+    if rows and len(rows[0]) == 3:
+        splits = {
+            split: [entry for entry, row in zip(entries, rows, strict=True) if row[2] == split] for split in SPLITS
+        }
+    else:
+        splits = ratio_split(entries, [row[0] for row in rows], class_names, path)
+    return assemble(path.stem, path.parent, class_names, splits, source=path)
+
+
+def _rows(path: Path) -> tuple[list[list[str]], list[int]]:
+    """The cells of path, label and perhaps split of every row, and the lines they stand on."""
+    rows, numbers, seen = [], [], dict[str, int]()
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        header = list(reader.fieldnames or ())
+        columns = [column for column in ("path", "label", "split") if column in header]
+        if columns[:2] != ["path", "label"]:
+            raise ValueError(f"{path}: the columns are {', '.join(header) or 'missing'}, expected path,label[,split]")
+        for row in reader:
+            number = reader.line_num
+            cells = [(row[column] or "").strip() for column in columns]
+            for column, cell in zip(columns, cells, strict=True):
+                if not cell:
+                    raise ValueError(f"{path}, line {number}: {column} is empty")
+            if len(cells) == 3 and cells[2] not in SPLITS:
+                raise ValueError(f"{path}, line {number}: split is {cells[2]!r}, expected {', '.join(SPLITS)}")
+            if cells[0] in seen:
+                raise ValueError(f"{path}, line {number}: {cells[0]!r} stands on line {seen[cells[0]]} already")
+            seen[cells[0]] = number
+            rows.append(cells)
+            numbers.append(number)
+    return rows, numbers
+
+
+def _no_file(where: str, file: Path) -> str:
+    return f"{where} names {file}, and there is no such file"

@@ -1,0 +1,97 @@
+"""What a run writes down while it goes: its log, TensorBoard's and Weights & Biases' when asked, and a figure."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from complora_kernels.fewshot.config import TrainConfig
+from complora_kernels.fewshot.files import write_atomically
+
+LOG = "log.jsonl"
+FIGURE = "loss.png"
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Raise a ValueError for a logger that is asked for and not installed."""
+    asked = {"tensorboard": ("--tensorboard", config.tensorboard), "wandb": ("--wandb", config.wandb is not None)}
+    for package, (option, is_asked) in asked.items():
+        if is_asked and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{option}: {package} is not installed, expected `pip install {package}` before")
+
+
+class RunLog:
+    """The lines of one run.
+
+    Args:
+        config: which other loggers are asked for.
+        name: the run's.
+        folder: where everything goes; None writes nothing, as in all processes of a team but the first.
+        lines: those of the part of the run that went before.
+    """
+
+    def __init__(self, config: TrainConfig, name: str, folder: Path | None, lines: list[dict[str, Any]]):
+        self.lines, self.folder = lines, folder
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if folder is None:
+            return
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if config.wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb = wandb.init(project=config.wandb, name=name, id=name, dir=folder, resume="allow")
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+    def add(self, step: int, loss: float, learning_rate: float) -> None:
+        """After `step` steps."""
+        self.lines.append({"step": step, "loss": loss, "learning_rate": learning_rate})
+        self._tell({"loss": loss, "learning_rate": learning_rate}, step)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the log and its figure; `result` is the run's line in results.jsonl."""
+        numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+        self._tell({f"result/{name}": value for name, value in numbers.items()}, result["steps"])
+        if self.folder is not None:
+            write_atomically(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
+            if self.lines:
+                write_atomically(self.folder / FIGURE, _figure(self.lines))
+
+    def _tell(self, values: dict[str, float], step: int) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+
+def _figure(lines: list[dict[str, Any]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    steps = [line["step"] for line in lines]
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    axes.plot(steps, [line["loss"] for line in lines], color="#0072B2")
+    rates = axes.twinx()
+    rates.plot(steps, [line["learning_rate"] for line in lines], color="grey", linestyle=":")
+    rates.set_ylabel("learning rate", color="grey")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=100)
+    return image.getvalue()

@@ -1,0 +1,119 @@
+"""What a run has learned and what it has kept: the accuracies of its line in results.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from complora_kernels.apply import adapted_layers
+from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
+from complora_kernels.fewshot.config import TrainConfig
+from complora_kernels.fewshot.datasets import Dataset, Draw
+from complora_kernels.fewshot.evaluate import Task
+from complora_kernels.fewshot.setting import Setting
+from complora_kernels.fewshot.team import Team
+
+Accuracy = Callable[[Task, Tensor], float]  # of the images [N] of a task
+
+
+class Measurement:
+    """Which images the runs of one draw are measured on, and what the pretrained model answers to them.
+
+    Args:
+        config: how many images, and whether validation images too.
+        setting: the model and the tasks.
+        draw: the images of the new task that may be measured on.
+        team: the processes that share the work.
+    """
+
+    def __init__(self, config: TrainConfig, setting: Setting, draw: Draw, team: Team):
+        self.config, self.setting, self.draw, self.team = config, setting, draw, team
+        self.test = at_most(config.max_test_images, draw.test)
+        self.kept = {
+            name: at_most(config.max_test_images, test_images(task.dataset)) for name, task in setting.kept.items()
+        }
+
+    def zero_shot(self) -> dict[str, Any]:
+        """Accuracies before anything is trained."""
+        before = self._all(lambda task, indices: task.zero_shot_accuracy(indices, self.team))
+        return {"zero_shot_new": before["new"], "zero_shot_kept": before["kept"]}
+
+    def trained(self, model: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """Accuracies of an adapted model in eval mode, with shares of its update too where they are asked for."""
+        accuracy = lambda task, indices: task.accuracy(model, indices, dtype, self.team)
+        found = self._all(accuracy)
+        if self.config.validation:
+            found["val"] = accuracy(self.setting.new, self.draw.val) if len(self.draw.val) else None
+        interpolated = []
+        for share in self.config.interpolations:
+            with scaled_update(model, share):
+                interpolated.append({"share": share, **self._all(accuracy)})
+        return {**found, "interpolated": interpolated} if interpolated else found
+
+    def anchor(self, method: str) -> dict[str, Any]:
+        """Accuracies of Tip-Adapter or a linear probe; what is not about the new task's classes stays zero-shot."""
+        task, team = self.setting.new, self.team
+        model = self.setting.backbone.model
+        train_labels = task.dataset.labels[self.draw.train]
+        train_features = task.image_features(model, self.draw.train).cpu()
+        class_features = task.class_features(model).detach().cpu()
+
+        def accuracy(indices: Tensor) -> float:
+            own = team.share(indices)
+            features = task.image_features(model, own).cpu()
+            if method == "tip-adapter":
+                scale = float(model.logit_scale.detach().exp())
+                logits = tip_adapter(features, train_features, train_labels, class_features, scale=scale)
+            else:
+                logits = linear_probe(features, train_features, train_labels)
+            return task.mean(task.agrees(logits.argmax(-1), own), team)
+
+        found = self._all(
+            lambda other, indices: accuracy(indices) if other is task else other.zero_shot_accuracy(indices, team)
+        )
+        if self.config.validation:
+            found["val"] = accuracy(self.draw.val) if len(self.draw.val) else None
+        return found
+
+    def _all(self, accuracy: Accuracy) -> dict[str, Any]:
+        new = accuracy(self.setting.new, self.test)
+        tasks = {
+            name: [task.zero_shot_accuracy(self.kept[name], self.team), accuracy(task, self.kept[name])]
+            for name, task in self.setting.kept.items()
+        }
+        kept = sum(after for _, after in tasks.values()) / len(tasks) if tasks else None
+        return {"new": new, "kept": kept, "tasks": tasks}
+
+
+@contextmanager
+def scaled_update(model: Any, share: float) -> Iterator[None]:
+    """The adapted model with `share` of its update: weights between the pretrained and the trained ones (WiSE-FT)."""
+    layers = adapted_layers(model).values()
+    factors = [layer.factors(name)[1] for layer in layers for name in layer.weights]
+    trained = [B.detach().clone() for B in factors]
+    with torch.no_grad():
+        for B in factors:
+            B.mul_(share)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for B, kept in zip(factors, trained, strict=True):
+                B.copy_(kept)
+
+
+def test_images(dataset: Dataset) -> Tensor:
+    """The images [N] that a task which is not trained on is measured on: its test set, or all where it has none."""
+    return dataset.train if dataset.test is None else dataset.test
+
+
+def at_most(n: int | None, indices: Tensor) -> Tensor:
+    """All indices, or `n` of them chosen at random, always the same ones."""
+    if n is None or n >= len(indices):
+        return indices
+    chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:n]
+    return indices[chosen.sort().values]

@@ -1,0 +1,38 @@
+"""The vocabulary of methods: what each name adapts and protects, or what it does instead."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Method = Literal[
+    "lora",
+    "lora-wd",
+    "output",
+    "input",
+    "both",
+    "random",
+    "random-input",
+    "random-both",
+    "activations",
+    "activations-input",
+    "activations-both",
+    "tip-adapter",
+    "linear-probe",
+]
+
+# What each name means to `CompLoRAConfig`; None: the model stays as it is, see `anchors`. The order is that of tables.
+METHODS: dict[Method, dict[str, Any] | None] = {
+    "lora": {"sides": "none"},
+    "lora-wd": {"sides": "none"},
+    "output": {"sides": "output"},
+    "input": {"sides": "input"},
+    "both": {"sides": "both"},
+    "random": {"sides": "output", "subspace_source": "random"},
+    "random-input": {"sides": "input", "subspace_source": "random"},
+    "random-both": {"sides": "both", "subspace_source": "random"},
+    "activations": {"sides": "output", "subspace_source": "activations"},
+    "activations-input": {"sides": "input", "subspace_source": "activations"},
+    "activations-both": {"sides": "both", "subspace_source": "activations"},
+    "tip-adapter": None,
+    "linear-probe": None,
+}

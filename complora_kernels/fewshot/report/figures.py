@@ -1,0 +1,156 @@
+"""The pictures: accuracy against shots or learning rates, by data set too, and what is learned against what is kept."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.fewshot.report.intervals import differences
+from complora_kernels.fewshot.report.panels import WIDE, Panel, arrange, caption, draw_figure, error_bar, wrapped
+from complora_kernels.fewshot.report.styles import BARS, FEW, LINE, ZERO_SHOT, Look, display_name
+from complora_kernels.fewshot.report.summary import Cell, Spread, Summary
+from complora_kernels.fewshot.report.tradeoff import fronts, new_against_kept
+from complora_kernels.fewshot.report.wording import average_name, axis_names, measure_names, new_name, shots_name
+
+_SHOTS = "shots (training images per class)"
+_PATTERNS = (
+    "accuracy_against_*.png",
+    "accuracy_by_data_set*.png",
+    "new_against_kept.png",
+    "fronts.png",
+    "differences.png",
+)
+
+
+def figures(summary: Summary) -> dict[str, Figure]:
+    """The figures that suit what a protocol varied, by name."""
+    several = len(summary.data_sets) > 1
+    several_rates = len(summary.learning_rates) > 1
+    drawn = {}
+    if len(summary.shots) > 1 or not (several or several_rates):
+        drawn["accuracy_against_shots"] = accuracy_against_shots(summary)
+    elif several_rates:
+        drawn["accuracy_against_rate"] = accuracy_against_rate(summary)
+    if several:
+        for rate in summary.learning_rates or [None]:
+            suffix = f"_{rate:g}" if several_rates else ""
+            drawn[f"accuracy_by_data_set{suffix}"] = accuracy_by_data_set(summary, rate)
+    if "kept" in summary.measures:
+        drawn["new_against_kept"] = new_against_kept(summary)
+        if several_rates:
+            drawn["fronts"] = fronts(summary)
+    if figure := differences(summary):
+        drawn["differences"] = figure
+    return drawn
+
+
+def accuracy_against_shots(summary: Summary) -> Figure:
+    """One panel per learning rate: new-task accuracy over the number of shots, mean and standard deviation."""
+    grid = arrange([Panel(_rate(rate), summary, summary.methods, rate) for rate in summary.learning_rates or [None]])
+    return draw_figure(grid, _over_shots, _title(summary), _SHOTS, axis_names(summary)[0])
+
+
+def accuracy_against_rate(summary: Summary) -> Figure:
+    """New-task accuracy over the learning rates, at one number of shots."""
+    grid = arrange([Panel(shots_name(shots), summary, summary.methods, shots) for shots in summary.shots])
+    return draw_figure(grid, _over_rates, _title(summary), "learning rate", axis_names(summary)[0])
+
+
+def accuracy_by_data_set(summary: Summary, rate: float | None) -> Figure:
+    """Each data set at one learning rate: a panel with the shots across or, at one number of shots, a row of points."""
+    title = ", ".join(filter(None, ["Accuracy by data set", _rate(rate)]))
+    if len(summary.shots) == 1:
+        names = measure_names(summary)
+        panels = [Panel(name, summary, summary.methods, (rate, measure)) for measure, name in enumerate(names)]
+        height = 0.6 * len(summary.data_sets) + 1
+        title = f"{title}; {caption(summary, deviations=False)}"
+        return draw_figure([panels], _rows_of_data_sets, title, "accuracy, %", "", share="y", height=height)
+    panels = [Panel(data, part, part.methods, rate) for data, part in summary.by_data.items()]
+    title = f"{title}; {caption(summary)}"
+    return draw_figure(wrapped(panels, WIDE + 1), _over_shots, title, _SHOTS, axis_names(summary)[0], share="x")
+
+
+def write_figures(protocols: Sequence[Summary], folder: Path) -> list[Path]:
+    """Write the figures as PNG files into `folder`, of several protocols into a folder each, and return their paths.
+
+    Figures that an earlier report wrote there of fewer results, and that suit them no longer, are removed.
+    """
+    paths = []
+    for summary in protocols:
+        inside = folder / summary.protocol if len(protocols) > 1 else folder
+        inside.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures(summary).items():
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=150)
+            paths.append(inside / f"{name}.png")
+            write_atomically(paths[-1], image.getvalue())
+    for stale in {path for pattern in _PATTERNS for path in folder.rglob(pattern)} - set(paths):
+        stale.unlink()
+    return paths
+
+
+def _over_shots(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+    summary, rate = panel.summary, panel.at
+    for position, method in enumerate(panel.methods):
+        cells = {n: _cell(summary, method, rate, n) for n in summary.shots}
+        beside = 2 ** (0.07 * (position - (len(panel.methods) - 1) / 2))  # so that error bars do not overlap
+        beside = beside if len(looks) <= FEW else 1
+        _line(axes, {n * beside: cell.new for n, cell in cells.items() if cell}, method, looks)
+    zero_shot = {n: 100 * cell.new.mean for n, cell in summary.zero_shot.items()}
+    axes.plot(list(zero_shot), list(zero_shot.values()), label="zero-shot", **ZERO_SHOT)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(summary.shots, [str(n) for n in summary.shots])
+    axes.minorticks_off()
+
+
+def _over_rates(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+    summary, shots = panel.summary, panel.at
+    rates = summary.learning_rates
+    for method in panel.methods:
+        cells = {rate: _cell(summary, method, rate, shots) for rate in rates}
+        _line(axes, {rate: cell.new for rate, cell in cells.items() if cell}, method, looks)
+    if zero_shot := summary.zero_shot.get(shots):
+        axes.plot(rates, [100 * zero_shot.new.mean] * len(rates), label="zero-shot", **ZERO_SHOT)
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+
+
+def _line(axes: Axes, points: Mapping[float, Spread], method: str, looks: Mapping[str, Look]) -> None:
+    means = [100 * spread.mean for spread in points.values()]
+    bars = error_bar(points.values()) if len(looks) <= FEW else None
+    axes.errorbar(list(points), means, bars, label=display_name(method), **LINE, **BARS, **looks[method])
+
+
+def _rows_of_data_sets(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+    summary, (shots,), (rate, measure) = panel.summary, panel.summary.shots, panel.at
+    parts = {**summary.by_data, "average": summary}
+    for position, method in enumerate([*panel.methods, None]):
+        cells = [_cell(part, method, rate, shots) if method else part.zero_shot.get(shots) for part in parts.values()]
+        beside = 0.7 * (position / len(panel.methods) - 0.5)
+        points = [(100 * cell.means[measure], row + beside) for row, cell in enumerate(cells) if cell]
+        look = looks[method] if method else ZERO_SHOT
+        axes.plot(*zip(*points, strict=True), **{**LINE, **look, "linestyle": "none"})
+    for row in range(0, len(parts), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="black", alpha=0.04, linewidth=0)
+    axes.set_yticks(range(len(parts)), list(parts))
+    axes.set_ylim(len(parts) - 0.5, -0.5)
+    axes.tick_params(labelleft=measure == 0)
+
+
+def _cell(summary: Summary, method: str, rate: float | None, shots: int) -> Cell | None:
+    """At a learning rate, or of a method that has none."""
+    return summary.cells.get((method, rate, shots)) or summary.cells.get((method, None, shots))
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"learning rate {rate:g}"
+
+
+def _title(summary: Summary) -> str:
+    return "; ".join(filter(None, [f"Accuracy on the {new_name(summary)}", average_name(summary), caption(summary)]))

@@ -1,0 +1,100 @@
+"""What came out: a table on the terminal, table.md, table.csv and table.tex with the numbers, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as TerminalTable
+
+from complora_kernels.fewshot.files import read_json_lines, write_atomically
+from complora_kernels.fewshot.report.figures import write_figures
+from complora_kernels.fewshot.report.sections import rows, sections
+from complora_kernels.fewshot.report.spreadsheet import to_csv
+from complora_kernels.fewshot.report.summary import Summary, summaries
+from complora_kernels.fewshot.report.tables import to_latex, to_markdown
+from complora_kernels.fewshot.report.wording import (
+    accuracies,
+    average_name,
+    gaps,
+    measure_names,
+    sentences,
+    shots_name,
+    title,
+)
+
+
+def report(folder: Path, console: Console) -> None:
+    """Print the table of a results folder and write its table.md, table.csv, table.tex and figures.
+
+    Raises:
+        FileNotFoundError: the folder holds no results.
+    """
+    results = read_json_lines(folder / "results.jsonl")
+    failed = failures(results, read_json_lines(folder / "failures.jsonl"))
+    if not results:
+        because = f" ({len(failed)} failed, see failures.jsonl)" if failed else ""
+        raise FileNotFoundError(
+            f"{folder}: expected a folder in which `complora train` or `complora sweep` has finished a run{because}"
+        )
+    protocols = summaries(results)
+    for summary in protocols:
+        console.print(terminal_table(summary))
+        for text in (*gaps(summary), *sentences(summary)):
+            console.print(f"· {text}", highlight=False, markup=False)
+    for run, error in failed.items():
+        console.print(f"failed: {run}: {error}", highlight=False, markup=False)
+    contents = {"md": markdown(protocols, failed), "csv": to_csv(protocols), "tex": latex(protocols)}
+    for suffix, content in contents.items():
+        write_atomically(folder / f"table.{suffix}", content)
+    tables = [folder / f"table.{suffix}" for suffix in contents]
+    for path in (*tables, *write_figures(protocols, folder / "figures")):
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def failures(results: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The last error, on one line, of each run that has failed and has no result."""
+    finished = {result["run"] for result in results}
+    return {line["run"]: " ".join(line["error"].split()) for line in failed if line["run"] not in finished}
+
+
+def terminal_table(summary: Summary) -> TerminalTable:
+    """Methods and learning rates down, shots across; in each cell one accuracy above the other."""
+    names = measure_names(summary)
+    table = TerminalTable(
+        title=escape(", ".join(filter(None, [title(summary), average_name(summary)]))),
+        caption=escape(f"above: {names[0]}; below: {', '.join(names[1:])}" if len(names) > 1 else names[0]),
+        box=HORIZONTALS,
+        pad_edge=False,
+    )
+    table.add_column("method")
+    table.add_column("rate", no_wrap=True)
+    for shots in summary.shots:
+        table.add_column(shots_name(shots), justify="right", no_wrap=True)
+    lines = list(rows(summary))
+    for (method, rate, cells), following in zip(lines, [*lines[1:], None], strict=True):
+        texts = ["\n".join(accuracies(cell, summary)).replace(" ", "") if cell else "" for cell in cells]
+        last_of_method = following is None or following[0] != method
+        table.add_row(escape(method), rate, *texts, end_section=last_of_method)
+    return table
+
+
+def markdown(protocols: Sequence[Summary], failed: dict[str, str] | None = None) -> str:
+    """The content of table.md."""
+    parts = []
+    for summary in protocols:
+        parts += [f"# {summary.protocol}"] if len(protocols) > 1 else []
+        parts += map(to_markdown, sections(summary))
+    if failed:
+        parts += ["Failed runs without a result:", "\n".join(f"- {run}: {error}" for run, error in failed.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(protocols: Sequence[Summary]) -> str:
+    """The content of table.tex."""
+    tables = [to_latex(table) for summary in protocols for table in sections(summary)]
+    return "\n\n".join([r"% \usepackage{booktabs}", *tables]) + "\n"

@@ -1,0 +1,94 @@
+"""Is more kept at the same new-task accuracy? Fronts over learning rates, compared pair by pair over seeds.
+
+A method's front for one seed is the line through (new-task accuracy, retained accuracy) of the zero-shot model, which
+is learning rate 0, and of each learning rate in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from complora_kernels.fewshot.report.results import Result
+
+Array = NDArray[np.float64]
+
+_LEVELS = 101  # new-task accuracies at which fronts are compared, evenly over the range that they share
+
+
+def kept_at(new: Array, kept: Array, levels: Array) -> Array:
+    """What a front keeps at given new-task accuracies: the best point of the line at each level, NaN where it has none.
+
+    Args:
+        new: new-task accuracies along the front [P].
+        kept: retained accuracies along the front [P].
+        levels: new-task accuracies [L].
+
+    Returns:
+        Retained accuracies [L].
+    """
+    best = np.full(len(levels), -np.inf)
+    for (new_a, new_b), (kept_a, kept_b) in zip(pairwise(new), pairwise(kept), strict=True):
+        crossed = (levels >= min(new_a, new_b)) & (levels <= max(new_a, new_b))
+        if new_a == new_b:
+            on_segment = np.full(len(levels), max(kept_a, kept_b))
+        else:
+            on_segment = kept_a + (levels - new_a) / (new_b - new_a) * (kept_b - kept_a)
+        best = np.where(crossed, np.maximum(best, on_segment), best)
+    return np.where(np.isfinite(best), best, np.nan)
+
+
+class Paired(NamedTuple):
+    """A paired comparison of two methods over seeds, in the unit of the accuracies."""
+
+    mean: float
+    low: float  # of the 95% interval of the mean (Student's t)
+    high: float
+    wins: int  # seeds with a positive difference
+    seeds: int
+
+
+def paired(differences: Sequence[float]) -> Paired:
+    """The mean of paired differences [seeds] with its 95% interval; infinitely wide for fewer than two seeds."""
+    values = np.asarray(differences, dtype=np.float64)
+    n = len(values)
+    half = np.inf
+    if n >= 2:
+        half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    mean = float(values.mean())
+    return Paired(mean, mean - half, mean + half, int((values > 0).sum()), n)
+
+
+def retention_difference(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:
+    """How much more our front keeps than theirs, averaged over equal new-task accuracies.
+
+    The range goes from the zero-shot accuracy to the highest that both reach. There is none where one of the two learns
+    nothing, has fewer than two learning rates, or keeps nothing that was measured.
+
+    Args:
+        ours: the results of one method on one draw, one for each learning rate.
+        theirs: those of its rival on the same draw.
+    """
+    fronts = [_front(results) for results in (ours, theirs)]
+    if any(front is None for front in fronts):
+        return None
+    (our_new, our_kept), (their_new, their_kept) = (front for front in fronts if front is not None)
+    low, high = our_new[0], min(our_new.max(), their_new.max())
+    if low >= high:
+        return None
+    levels = np.linspace(low, high, _LEVELS)
+    difference = kept_at(our_new, our_kept, levels) - kept_at(their_new, their_kept, levels)
+    return float(np.trapezoid(difference, levels) / (high - low))
+
+
+def _front(results: Sequence[Result]) -> tuple[Array, Array] | None:
+    ascending = sorted((r.learning_rate, r.new, r.kept) for r in results if r.learning_rate and r.kept is not None)
+    if len(ascending) < 2 or results[0].zero_shot_kept is None:
+        return None
+    _, new, kept = zip(*ascending, strict=True)
+    return np.array([results[0].zero_shot_new, *new]), np.array([results[0].zero_shot_kept, *kept])

@@ -1,0 +1,63 @@
+"""A picture of the paired comparisons: a row each, the mean difference with its 95% interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from complora_kernels.fewshot.report.comparisons import Comparison, Gain
+from complora_kernels.fewshot.report.labels import parse
+from complora_kernels.fewshot.report.styles import family_colour
+from complora_kernels.fewshot.report.summary import Summary
+from complora_kernels.fewshot.report.wording import words
+
+
+def differences(summary: Summary) -> Figure | None:
+    """At equal new-task accuracy or, of one learning rate, at that: a panel for each accuracy.
+
+    None without any comparison.
+    """
+    titles = _titles(summary)
+    compared = [comparison for comparison in summary.comparisons if any(_gains(comparison, titles))]
+    if not compared:
+        return None
+    figure = Figure(figsize=(3.2 + 3.2 * len(titles), 1.3 + 0.24 * len(compared)), layout="constrained")
+    figure.suptitle("Paired differences in points, mean and 95% interval over seeds")
+    for column, title in enumerate(titles.values()):
+        axes = figure.add_subplot(1, len(titles), column + 1)
+        axes.set_title(title, fontsize="medium")
+        _draw(axes, compared, [_gains(comparison, titles)[column] for comparison in compared])
+        axes.tick_params(labelleft=column == 0)
+    return figure
+
+
+def _titles(summary: Summary) -> dict[tuple[float, str] | None, str]:
+    """By learning rate and measure; None: at equal new-task accuracy."""
+    names = words(summary.protocol)
+    if len(summary.learning_rates) != 1:
+        return {None: f"{names.kept_accuracy} at equal {names.equal}"}
+    (rate,) = summary.learning_rates
+    name = {"new": names.equal, "kept": names.kept_accuracy, "H": "H"}
+    return {(rate, measure): f"{name[measure]} at learning rate {rate:g}" for measure in summary.measures}
+
+
+def _gains(comparison: Comparison, titles: dict[tuple[float, str] | None, str]) -> list[Gain | None]:
+    return [comparison.at_rate.get((at[0], None), {}).get(at[1]) if at else comparison.overall for at in titles]
+
+
+def _draw(axes: Axes, compared: Sequence[Comparison], gains: Sequence[Gain | None]) -> None:
+    for row, (comparison, gain) in enumerate(zip(compared, gains, strict=True)):
+        if gain:
+            mean, _, high, _, seeds = gain.over_seeds
+            half = 100 * (high - mean) if seeds > 1 else None
+            colour = family_colour(comparison.method)
+            axes.errorbar(100 * mean, row, xerr=half, fmt="o", markersize=4.5, capsize=2, color=colour)
+    controls = [row for row, comparison in enumerate(compared) if parse(comparison.rival).source == "random"]
+    for row in controls[:1]:
+        axes.axhline(row - 0.5, color="grey", linewidth=0.8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_yticks(range(len(compared)), [f"{c.method} − {c.rival}" for c in compared], fontsize="small")
+    axes.set_ylim(len(compared) - 0.5, -0.5)

@@ -1,0 +1,147 @@
+"""Figures of several panels with one legend: who stands where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from complora_kernels.fewshot.report.labels import LORA, SIDES, SOURCES, in_order, parse
+from complora_kernels.fewshot.report.styles import (
+    FEW,
+    LINE,
+    SIDE_NAMES,
+    SOURCE_NAMES,
+    ZERO_SHOT,
+    Look,
+    is_spread,
+    looks,
+)
+from complora_kernels.fewshot.report.summary import Spread, Summary
+
+WIDE = 3  # panels side by side
+
+
+class Panel(NamedTuple):
+    """What is drawn into one panel."""
+
+    title: str
+    summary: Summary
+    methods: Sequence[str]
+    at: Any  # the learning rate or the number of shots that all its points have
+
+
+Grid = Sequence[Sequence[Panel | None]]
+Draw = Callable[[Axes, Panel, Mapping[str, Look]], None]
+Group = tuple[str, list[str]]  # a title and methods
+
+
+def arrange(panels: Sequence[Panel]) -> Grid:
+    """A few methods share each panel. Many are spread: a column for each side, a row for each panel or source.
+
+    Args:
+        panels: with the same methods.
+    """
+    methods = panels[0].methods
+    if len(methods) <= FEW:
+        return wrapped(panels, WIDE)
+    if len(panels) > 1 or not is_spread(methods):
+        sides = _by_side(methods)
+        return [
+            [panel._replace(title=_joined(title, panel.title), methods=of) for title, of in sides] for panel in panels
+        ]
+    (panel,) = panels
+    return [[part and panel._replace(title=part[0], methods=part[1]) for part in row] for row in _by_source(methods)]
+
+
+def wrapped(panels: Sequence[Panel], wide: int) -> Grid:
+    """In the order of reading, `wide` of them in a row."""
+    return [panels[start : start + wide] for start in range(0, len(panels), wide)]
+
+
+def draw_figure(
+    grid: Grid, draw: Draw, title: str, x: str, y: str, share: Iterable[str] = "xy", height: float = 2.8
+) -> Figure:
+    """Draw every panel of a grid, with labels at the edges and one legend for all.
+
+    Args:
+        grid: rows of panels; None leaves a place empty.
+        draw: draws a panel.
+        title: of the figure.
+        x: label of the horizontal axes.
+        y: label of the vertical axes.
+        share: the axes whose scale all panels share.
+        height: of a panel, in inches.
+    """
+    of, legend = looks(in_order(method for _, _, panel in _placed(grid) for method in panel.methods))
+    legend = [("zero-shot", ZERO_SHOT), *legend]
+    columns = 3 if max(len(name) for name, _ in legend) < 30 else 2
+    wide, high = max(map(len, grid)), len(grid)
+    tall = 1.1 + height * high + 0.2 * -(-len(legend) // columns)
+    figure = Figure(figsize=(1.2 + 3.2 * max(wide, 2), tall), layout="constrained")
+    figure.suptitle(title)
+    first = None
+    for row, column, panel in _placed(grid):
+        shared = {f"share{axis}": first for axis in share}
+        axes = figure.add_subplot(high, wide, row * wide + column + 1, **shared)
+        first = first or axes
+        axes.set_title(panel.title, fontsize="medium")
+        axes.grid(alpha=0.3)
+        draw(axes, panel, of)
+        axes.set_xlabel(
+            "" if any(grid[row + 1][column : column + 1] if row + 1 < high else ()) else x, fontsize="small"
+        )
+        axes.set_ylabel("" if any(grid[row][:column]) else y, fontsize="small")
+    handles = [Line2D([], [], label=name, **{**LINE, **look}) for name, look in legend]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+    return figure
+
+
+def caption(summary: Summary, deviations: bool = True) -> str:
+    """What lines and, for a few methods, error bars are."""
+    n = len(summary.seeds)
+    deviation = " ± sd" if deviations and len(summary.methods) <= FEW else ""
+    return f"mean{deviation} over {n} seeds" if n > 1 else f"seed {summary.seeds[0]} alone"
+
+
+def error_bar(spreads: Iterable[Spread]) -> list[float]:
+    """Deviations in percent; one seed has none."""
+    return [0.0 if math.isnan(spread.sd) else 100 * spread.sd for spread in spreads]
+
+
+def _placed(grid: Grid) -> list[tuple[int, int, Panel]]:
+    return [(i, j, panel) for i, row in enumerate(grid) for j, panel in enumerate(row) if panel]
+
+
+def _by_side(methods: Sequence[str]) -> list[Group]:
+    """Those that protect no subspace, then those of each side; plain LoRA stands among all."""
+    reference = [method for method in methods if method == LORA]
+    rest = [method for method in methods if not parse(method).source and method != LORA]
+    sides = {side: [m for m in methods if parse(m).source and parse(m).family == side] for side in SIDES}
+    groups = {"LoRA and others": rest, **{SIDE_NAMES[side]: of for side, of in sides.items()}}
+    return [(title, [*reference, *of]) for title, of in groups.items() if of]
+
+
+def _by_source(methods: Sequence[str]) -> list[list[Group | None]]:
+    """The same with a row for each source of the subspace; those without one stand in the first."""
+    rows: list[list[Group | None]] = []
+    for source in [source for source in SOURCES if any(parse(method).source == source for method in methods)]:
+        row: list[Group | None] = []
+        for title, of in _by_side(methods):
+            chosen = [method for method in of if parse(method).source == source]
+            if chosen:
+                reference = [method for method in of if method == LORA]
+                row.append((_joined(title, SOURCE_NAMES[source]), [*reference, *chosen]))
+            else:
+                protects = any(parse(method).source for method in of)
+                row.append(None if protects or rows else (title, of))
+        rows.append(row)
+    return rows
+
+
+def _joined(*titles: str) -> str:
+    return ", ".join(filter(None, titles))

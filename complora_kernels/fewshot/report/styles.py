@@ -1,0 +1,145 @@
+"""How methods are drawn: a line's colour, marker and dashes; many methods in panels by the side that they protect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.colors import to_hex
+
+from complora_kernels.fewshot.report.labels import SIDES, SOURCES, parse
+
+Look = dict[str, Any]  # of a line
+
+FEW = 6
+"""As many methods share a panel, with error bars."""
+
+LINE: Look = {"linewidth": 1.4, "markersize": 4.5}
+BARS: Look = {"capsize": 2, "elinewidth": 0.8}
+ZERO_SHOT: Look = {"color": "grey", "linestyle": ":", "marker": "*"}
+
+# Okabe and Ito's colours, which differ for colour-blind eyes too, then Tol's; and one marker each
+_LOOKS: dict[str, Look] = {
+    "lora": {"color": "#000000", "marker": "o"},
+    "lora-wd": {"color": "#666666", "marker": "P"},
+    "output": {"color": "#0072B2", "marker": "s"},
+    "input": {"color": "#CC79A7", "marker": "v"},
+    "both": {"color": "#D55E00", "marker": "D"},
+    "random": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
+    "random-both": {"color": "#E69F00", "marker": "D", "linestyle": "--"},
+    "activations": {"color": "#009E73", "marker": "s", "linestyle": "-."},
+    "activations-both": {"color": "#661100", "marker": "D", "linestyle": "-."},
+    "tip-adapter": {"color": "#882255", "marker": "^", "linestyle": ":"},
+    "linear-probe": {"color": "#999933", "marker": "X", "linestyle": ":"},
+}
+_NAMES = {
+    "lora": "LoRA",
+    "lora-wd": "LoRA, weight decay",
+    "output": "Comp-LoRA, output",
+    "input": "Comp-LoRA, input",
+    "both": "Comp-LoRA, both",
+    "random": "random subspace, output",
+    "random-both": "random subspace, both",
+    "activations": "activations' subspace, output",
+    "activations-both": "activations' subspace, both",
+    "tip-adapter": "Tip-Adapter",
+    "linear-probe": "linear probe",
+}
+_OTHERS = ("#44AA99", "#332288", "#AA4499", "#DDAA33", "#117733", "#CC6677", "#88CCEE")
+_OTHER_MARKERS = ("^", "v", "<", ">", "p")
+_SOURCE_LOOKS: dict[str, Look] = {
+    "weight": {"marker": "s", "linestyle": "-"},
+    "activations": {"marker": "^", "linestyle": "-."},
+    "random": {"marker": "D", "linestyle": "--"},
+}
+_SIDE_LOOKS: dict[str, Look] = {
+    "output": {"fillstyle": "full"},
+    "input": {"fillstyle": "left"},
+    "both": {"fillstyle": "none"},
+}
+SIDE_NAMES = {"output": "output side", "input": "input side", "both": "both sides"}
+SOURCE_NAMES = {
+    "weight": "weight's subspace",
+    "activations": "activations' subspace",
+    "random": "random subspace",
+}
+_SQUARE: Look = {"color": "grey", "marker": "s", "linestyle": "none"}
+_RAMPS = ("YlOrRd", "PuBu", "YlGn", "RdPu")  # of labels that differ in a number
+
+
+class Looks(NamedTuple):
+    """The line of each method, and the legend."""
+
+    of: dict[str, Look]
+    legend: list[tuple[str, Look]]
+
+
+def display_name(method: str) -> str:
+    """A method in a legend."""
+    return _NAMES.get(method, method)
+
+
+def family_colour(method: str) -> str:
+    """That of the side that it protects."""
+    return _LOOKS.get(method if method in _LOOKS else parse(method).family, {"color": "grey"})["color"]
+
+
+def is_spread(methods: Sequence[str]) -> bool:
+    """Whether there are many methods, and protected subspaces in several settings among them."""
+    return len(methods) > FEW and len({parse(method).setting for method in methods if parse(method).source}) > 1
+
+
+def looks(methods: Sequence[str]) -> Looks:
+    """A line of its own for each method.
+
+    Where many differ in settings, these have the colours, sources the dashes, and sides fill the markers.
+    """
+    protecting = [method for method in methods if parse(method).source]
+    settings = _sorted({parse(method).setting for method in protecting})
+    if not is_spread(methods):
+        of = _apart(methods)
+        return Looks(of, [(display_name(method), of[method]) for method in methods])
+    colours = dict(zip(settings, _ramp("viridis", len(settings), 0.0, 0.85), strict=True))
+    of = _apart([method for method in methods if method not in protecting])
+    legend = [(display_name(method), look) for method, look in of.items()]
+    for method in protecting:
+        side, source, setting = parse(method)
+        of[method] = {"color": colours[setting], **_SOURCE_LOOKS[source], **_SIDE_LOOKS[side]}
+    legend += [(setting or "default size", {"color": colour, "linewidth": 4}) for setting, colour in colours.items()]
+    sides, sources = ({parse(method)[part] for method in protecting} for part in (0, 1))
+    legend += [(SOURCE_NAMES[s], {"color": "grey", **_SOURCE_LOOKS[s]}) for s in SOURCES if s in sources]
+    legend += [(SIDE_NAMES[s], {**_SQUARE, **_SIDE_LOOKS[s]}) for s in SIDES if s in sides]
+    return Looks(of, legend)
+
+
+def _apart(methods: Sequence[str]) -> dict[str, Look]:
+    """Looks that differ from each other; labels that differ in a number alone go from light to dark."""
+    groups: dict[str, list[str]] = {}
+    for method in methods:
+        if method not in _LOOKS:
+            groups.setdefault(re.sub(r"\d+(\.\d+)?", "", method), []).append(method)
+    of = {method: _LOOKS[method] for method in methods if method in _LOOKS}
+    pairs = [{"color": c, "marker": m} for c, m in zip(_OTHERS * 5, _OTHER_MARKERS * 7, strict=True)]
+    singles, ramps = cycle(pairs), cycle(_RAMPS)
+    for group in groups.values():
+        if len(group) < 3:
+            of |= {method: next(singles) for method in group}
+        else:
+            marker = _OTHER_MARKERS[len(of) % len(_OTHER_MARKERS)]
+            colours = _ramp(next(ramps), len(group), 0.4, 0.95)
+            of |= {m: {"color": c, "marker": marker} for m, c in zip(_sorted(group), colours, strict=True)}
+    return {method: of[method] for method in methods}
+
+
+def _ramp(colormap: str, n: int, first: float, last: float) -> list[str]:
+    sampled = matplotlib.colormaps[colormap]
+    return [to_hex(sampled(first + (last - first) * i / max(n - 1, 1))) for i in range(n)]
+
+
+def _sorted(labels: Iterable[str]) -> list[str]:
+    """By their text, and numbers in it by value."""
+    parts = {label: re.split(r"(\d+(?:\.\d+)?)", label) for label in labels}
+    return sorted(parts, key=lambda label: [float(p) if i % 2 else p for i, p in enumerate(parts[label])])

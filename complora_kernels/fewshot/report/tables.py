@@ -1,0 +1,86 @@
+"""A table, as Markdown and as LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # after the end of a row it would begin the row's options
+    "*": "{*}",
+    "±": r"$\pm$",
+    "Δ": r"$\Delta$",
+    "–": "--",
+    **{character: rf"\{character}" for character in "&%$#_"},
+}
+
+
+@dataclass
+class Table:
+    """Cells of text with what is said about them.
+
+    Attributes:
+        text: lines that stand above it.
+        head: the names of the columns.
+        body: rows of as many cells.
+        labels: columns that name a row; the others hold numbers.
+        heading: of the section that the table begins, if any.
+        after: lines that stand below it.
+    """
+
+    text: Sequence[str]
+    head: Sequence[str]
+    body: Sequence[Sequence[str]]
+    labels: int = 1
+    heading: str | None = None
+    after: Sequence[str] = field(default_factory=tuple)
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """The rows of a Markdown table."""
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+
+
+def to_markdown(table: Table) -> str:
+    """Heading, text, table and what stands below, with empty lines between."""
+    heading = [f"## {table.heading}"] if table.heading else []
+    parts = [*heading, "\n".join(table.text), markdown_table(table.head, table.body), "\n".join(table.after)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def to_latex(table: Table) -> str:
+    """A `table` environment for the booktabs package."""
+    caption = " ".join([*([f"{table.heading}."] if table.heading else []), *table.text])
+    columns = "l" * table.labels + "r" * (len(table.head) - table.labels)
+    rows = [" & ".join(map(escape_latex, row)) + r" \\" for row in (table.head, *table.body)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering\small\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{escape_latex(caption)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            rows[0],
+            r"\midrule",
+            *rows[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def escape_latex(text: str) -> str:
+    """The text as LaTeX prints it; a minus before a number becomes one."""
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)

@@ -1,0 +1,178 @@
+"""What the numbers of a protocol are called, and the comparisons in words."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from complora_kernels.fewshot.report.comparisons import Comparison, Gain
+from complora_kernels.fewshot.report.summary import Cell, Spread, Summary
+
+
+class Words(NamedTuple):
+    """The names of both accuracies in a protocol."""
+
+    new: str = "new task"
+    kept: str = "retained"
+    short: str = "new"  # `new`, where many rows have it
+    equal: str = "new-task accuracy"  # what fronts are compared at
+    keeps: str = "keeps {} {}"  # a difference and the rival
+    kept_accuracy: str = "retained accuracy"
+    more: str = "Points more kept"
+
+
+def _elsewhere(kept: str) -> dict[str, str]:
+    return {
+        "kept": kept,
+        "keeps": f"reaches {{}} {{}} on the {kept}",
+        "kept_accuracy": f"accuracy on the {kept}",
+        "more": f"Points gained on the {kept}",
+    }
+
+
+_WORDS = {
+    "base-to-new": Words("base classes", short="base", equal="base-class accuracy", **_elsewhere("new classes")),
+    "transfer": Words(**_elsewhere("other data sets")),
+    "domain-shift": Words(**_elsewhere("shifted data sets")),
+}
+
+
+def words(protocol: str) -> Words:
+    """The names that suit a protocol."""
+    return _WORDS.get(protocol, Words())
+
+
+def new_name(summary: Summary) -> str:
+    """What is learned, such as "new task (digits)"."""
+    return words(summary.protocol).new + _data_set(summary)
+
+
+def kept_name(summary: Summary) -> str:
+    """What is kept, such as "retained (letters)"."""
+    return words(summary.protocol).kept + _tasks(summary)
+
+
+def axis_names(summary: Summary) -> tuple[str, str]:
+    """Both accuracies, such as "new-task accuracy (digits), %" and "retained accuracy (letters), %"."""
+    names = words(summary.protocol)
+    return f"{names.equal}{_data_set(summary)}, %", f"{names.kept_accuracy}{_tasks(summary)}, %"
+
+
+def _data_set(summary: Summary) -> str:
+    return f" ({summary.data_sets[0]})" if len(summary.data_sets) == 1 else ""
+
+
+def _tasks(summary: Summary) -> str:
+    tasks = [task for task in summary.tasks if task != words(summary.protocol).kept]
+    return f" ({', '.join(tasks) if len(tasks) <= 3 else f'mean of {len(tasks)}'})" if tasks else ""
+
+
+def measure_names(summary: Summary) -> list[str]:
+    """What stands in a cell, in this order."""
+    return [new_name(summary), kept_name(summary), "H (their harmonic mean)"][: len(summary.measures)]
+
+
+def short_name(summary: Summary, measure: str) -> str:
+    """A measure, where many rows have it."""
+    return {"new": words(summary.protocol).short, "kept": words(summary.protocol).kept}.get(measure, measure)
+
+
+def title(summary: Summary) -> str:
+    """What all accuracies are."""
+    n = len(summary.seeds)
+    return (
+        f"Accuracy in percent, mean ± standard deviation over {n} seeds" if n > 1 else "Accuracy in percent, one seed"
+    )
+
+
+def average_name(summary: Summary) -> str:
+    """What accuracies over several data sets are; nothing for a single one."""
+    n = len(summary.data_sets)
+    if n == 1:
+        return ""
+    complete = all(len(data_sets) == n for data_sets in summary.complete.values())
+    return f"average of {n} data sets" if complete else "average of the data sets that every method has"
+
+
+def gaps(summary: Summary) -> list[str]:
+    """What of an unfinished sweep averages leave out, and what they count unevenly."""
+    missing = {"methods": "Left out of averages, because a method has no result", "seeds": "Unequal numbers of seeds"}
+    lines = []
+    for kind, by_data in summary.gaps().items():
+        if found := [f"{data} ({', '.join(map(str, shots))})" for data, shots in by_data.items()]:
+            lines.append(f"{missing[kind]} (data set, shots): {'; '.join(found)}.")
+    return lines if len(summary.data_sets) > 1 else []
+
+
+def shots_name(n: int) -> str:
+    """Such as "4 shots"."""
+    return f"{n} shot" if n == 1 else f"{n} shots"
+
+
+def percent(spread: Spread) -> str:
+    """Such as "63.1 ± 0.4"; without the deviation of a single value."""
+    mean, sd = spread
+    return f"{100 * mean:.1f}" if math.isnan(sd) else f"{100 * mean:.1f} ± {100 * sd:.1f}"
+
+
+def accuracies(cell: Cell, summary: Summary, deviations: bool = True) -> list[str]:
+    """What a cell holds, of each of the summary's measures."""
+    spreads = [cell.new, *([cell.kept or Spread(math.nan, math.nan)] if "kept" in summary.measures else [])]
+    texts = [percent(spread if deviations else Spread(spread.mean, math.nan)) for spread in spreads]
+    if "H" in summary.measures:
+        texts.append(f"{100 * cell.h:.1f}")
+    return [text.replace("nan", "–") for text in texts]
+
+
+def interval(gain: Gain | None) -> str:
+    """Mean, 95% interval, seeds with a gain; with several data sets, those with a gain."""
+    if gain is None:
+        return "–"
+    mean, low, high, wins, seeds = gain.over_seeds
+    bounds = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if seeds > 1 else ""
+    data_sets = f", {gain.better}/{gain.data_sets}" if gain.data_sets > 1 else ""
+    return f"{100 * mean:+.1f}{bounds}, {wins}/{seeds}{data_sets}"
+
+
+def sentences(summary: Summary) -> list[str]:
+    """Each comparison in words: at equal new-task accuracy, where there are fronts, else at the one learning rate."""
+    if len(summary.learning_rates) == 1:
+        return [text for comparison in summary.comparisons for text in _at_rate(comparison, summary)]
+    if "kept" not in summary.measures:
+        return []
+    rated = {method for method, rate in summary.rows if rate is not None}
+    return [sentence(c, summary.protocol) for c in summary.comparisons if {c.method, c.rival} <= rated]
+
+
+def sentence(comparison: Comparison, protocol: str = "few-shot") -> str:
+    """The comparison at equal new-task accuracy, over all numbers of shots, in one sentence."""
+    method, rival = comparison.method, comparison.rival
+    if comparison.overall is None:
+        return f"{method} and {rival}: no seed has two learning rates or more at every number of shots."
+    names = words(protocol)
+    return f"At equal {names.equal}, {_difference(method, names.keeps, rival, comparison.overall)}."
+
+
+def _at_rate(comparison: Comparison, summary: Summary) -> list[str]:
+    names = words(summary.protocol)
+    verbs = {"new": f"reaches {{}} {{}} on the {names.new}", "kept": names.keeps, "H": "reaches {} {} in H"}
+    rate = summary.learning_rates[0]
+    gains = comparison.at_rate.get((rate, None), {})
+    where = "At" if (comparison.method, rate) in summary.rows else f"With {comparison.rival} at"
+    return [
+        f"{where} learning rate {rate:g}, {_difference(comparison.method, verbs[measure], comparison.rival, gain)}."
+        for measure, gain in gains.items()
+    ]
+
+
+def _difference(method: str, verb: str, rival: str, gain: Gain) -> str:
+    mean, low, high, wins, seeds = gain.over_seeds
+    points = round(100 * mean, 1)
+    difference = f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than" if points else "as much as"
+    data_sets = f"a gain on {gain.better} of {gain.data_sets} data sets" if gain.data_sets > 1 else ""
+    text = f"{method} {verb.format(difference, rival)}"
+    if seeds < 2:
+        return f"{text} ({'; '.join(filter(None, ['one seed: no interval', data_sets]))})"
+    verdict = "the interval excludes zero" if low * high > 0 else "the interval includes zero: no difference shown"
+    over = f"95% interval {100 * low:+.1f} to {100 * high:+.1f} over {seeds} seeds, {wins} of them with a gain"
+    return f"{text} ({'; '.join(filter(None, [over, data_sets, verdict]))})"

@@ -1,0 +1,218 @@
+"""`complora sweep`: data sets, shots, seeds, rates and named variants of methods in a YAML file, as one grid."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+from rich.console import Console
+
+from complora_kernels.fewshot import config as options
+from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
+from complora_kernels.fewshot.files import check_writable, read_json_lines, write_atomically
+from complora_kernels.fewshot.grid import DESCRIPTION, RESULTS, Job, check, check_same, run_jobs
+from complora_kernels.fewshot.methods import METHODS
+from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
+from complora_kernels.fewshot.team import ALONE, Team
+
+_CELLS = ("shots", "seeds", "learning_rates")
+_KEYS = ("data", *_CELLS, "methods", "options", "slurm")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Do every run of a YAML file, and report them together. The same command goes on where it was stopped.
+
+    The file holds data, shots, seeds and learning_rates, each a value or a list; methods, a list of names or a mapping
+    of the names in the tables to options of complora train, `method` among them; options, those that all runs share.
+    A run that fails is kept in failures.jsonl, does not stop the others, and is tried again by the next call.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """The YAML file."""
+    output: Path | None = None
+    """Folder for the results. None: runs/NAME for NAME.yaml."""
+    workers: int | None = None
+    """Processes that share the runs; None: one per core for the bundled model, otherwise one."""
+    slurm: bool = False
+    """Hand the runs to a Slurm cluster (pip install submitit), with what the file says under slurm: the parameters of
+    submitit's executor, such as timeout_min, gpus_per_node and slurm_partition."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a file.
+
+    Attributes:
+        jobs: all of them; seed by seed, so that a stopped sweep is balanced.
+        output: the folder of the results.
+        slurm: parameters of submitit's executor.
+    """
+
+    jobs: list[Job]
+    output: Path
+    slurm: dict[str, Any]
+
+
+def read_sweep(config: SweepConfig) -> Sweep:
+    """Read the file and check every option in it.
+
+    Raises:
+        FileNotFoundError: no such file, or a data set is not there.
+        ValueError: the file is no YAML, or holds an option that is unknown or cannot work.
+    """
+    file, content = config.file, _content(config.file)
+    output = config.output or Path("runs") / file.stem
+    shared = _mapping(file, content, "options")
+    names = [str(name) for name in _listed(content.get("data", shared.pop("data", "digits")))]
+    cells = {name: _listed(content[name]) for name in _CELLS if name in content}
+    jobs: list[Job] = []
+    for data in names:
+        for label, own in _variants(file, content).items():
+            asked = {**shared, **cells, **own, "data": data, "output": output}
+            variant = _train_config(file, label, asked)
+            names_of_run = {"data": data if len(names) > 1 else "", "label": label}
+            jobs += [Job(variant, dataclasses.replace(run, **names_of_run)) for run in variant.runs()]
+    _check(file, jobs)
+    jobs.sort(key=lambda job: job.run.seed)  # stable: within a seed in the order of the file
+    return Sweep(jobs, output, _mapping(file, content, "slurm"))
+
+
+def prepare_sweep(config: SweepConfig) -> Sweep:
+    """`read_sweep`, and open the folder. A folder that was begun may get more variants, shots, seeds and rates.
+
+    Raises:
+        ValueError: it holds results of the same variant with other options.
+        OSError: the folder cannot be written to.
+    """
+    sweep = read_sweep(config)
+    if config.slurm:
+        check_submitit()
+    path, asked = sweep.output / DESCRIPTION, _described(sweep)
+    known = json.loads(path.read_text()) if path.exists() and (sweep.output / RESULTS).exists() else {}
+    for variant in known.keys() & asked.keys():
+        check_same(known[variant], asked[variant], sweep.output)
+    check_writable(sweep.output)
+    write_atomically(path, json.dumps({**known, **asked}, indent=2) + "\n")
+    return sweep
+
+
+def _content(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected a YAML file that describes a sweep")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a mapping with any of {', '.join(_KEYS)}")
+    unknown = [key for key in content if key not in _KEYS]
+    if unknown:
+        raise ValueError(f"{file}: {unknown[0]}: expected any of {', '.join(_KEYS)}")
+    return content
+
+
+def _mapping(file: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: {key}: {value}: expected a mapping of names to values")
+    return dict(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _variants(file: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each method by its name in tables."""
+    methods = content.get("methods") or ["lora", "output"]
+    if not isinstance(methods, dict):
+        methods = {name: {} for name in _listed(methods)}
+    variants = {}
+    for label, own in methods.items():
+        own = {"method": label, **_mapping(file, {label: own}, label)}
+        method = own.pop("method")
+        if method not in METHODS:
+            raise ValueError(f"{file}: method {method}: expected any of {', '.join(METHODS)}")
+        variants[str(label)] = {**own, "methods": [method]}
+    return variants
+
+
+def _train_config(file: Path, label: str, asked: dict[str, Any]) -> TrainConfig:
+    """The options as `complora train` would read them."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(asked.keys() - known)
+    if unknown:
+        raise ValueError(f"{file}: {label}: option {unknown[0]}: expected any of complora train's (see its --help)")
+    preset, model = asked.get("preset"), asked.get("model")
+    arguments: list[str] = []
+    for name, value in asked.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments += [f"--{option}", *map(str, _listed(value))]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return tyro.cli(TrainConfig, default=PRESETS[preset_for(preset, model)], args=arguments)
+    except SystemExit:
+        words = " ".join(said.getvalue().translate(dict.fromkeys(map(ord, "─│╭╮╰╯"), " ")).split())
+        raise ValueError(f"{file}: {label}: {words}") from None
+
+
+def _check(file: Path, jobs: list[Job]) -> None:
+    """Every option, and each data set once."""
+    seen: set[Any] = set()
+    for variant in dict.fromkeys(job.config for job in jobs):
+        try:
+            options.check(variant)
+            data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw, variant.shots)
+            if data not in seen:
+                check(variant)
+            seen.add(data)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    names = [job.run.name for job in jobs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{file}: two runs are called {twice}, expected names of methods that differ in their letters")
+
+
+def _described(sweep: Sweep) -> dict[str, Any]:
+    """The options of each variant that determine its results, but which of its runs there are."""
+    described = {}
+    for job in sweep.jobs:
+        config = to_json(job.config)
+        described[f"{job.config.data}: {job.run.label}"] = {
+            name: value for name, value in config.items() if name not in _CELLS
+        }
+    return described
+
+
+def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = ALONE, device: str = "auto") -> int:
+    """Do the runs that have no result yet.
+
+    Args:
+        config: where and how they run.
+        sweep: that of `prepare_sweep`.
+        console: where progress is shown.
+        team: processes that train each run together, each of which calls this.
+        device: that of this process, in a team.
+
+    Returns:
+        How many runs have no result because they failed.
+    """
+    if config.slurm:
+        run_on_slurm(sweep.jobs, sweep.output, sweep.slurm, console)
+    else:
+        run_jobs(sweep.jobs, sweep.output, console, workers=config.workers, team=team, device=device, keep_going=True)
+    finished = {result["run"] for result in read_json_lines(sweep.output / RESULTS)}
+    return sum(job.run.name not in finished for job in sweep.jobs)

@@ -1,0 +1,128 @@
+"""The processes that train one model together, started by torchrun: what each does, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process among `size`. The group is torch's default one."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def group(self) -> Any:
+        """The process group; None of a process alone."""
+        return distributed.group.WORLD if self.size > 1 else None
+
+    def share(self, items: Tensor) -> Tensor:
+        """Every `size`-th of the items [N] from the `rank`-th on."""
+        return items[self.rank :: self.size] if self.size > 1 else items
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes of tensors of one shape."""
+        if self.size > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes of tensors of one shape."""
+        return self.sum(values) / self.size if self.size > 1 else values
+
+    def agree(self, value: Any) -> Any:
+        """The leader's value, in all processes."""
+        values = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(values)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def gather(self, rows: Tensor, total: int) -> Tensor:
+        """All rows [total, D] out of every process's share of them, differentiable.
+
+        Args:
+            rows: [n, D], the share of `rows_of`.
+            total: the number of all rows.
+        """
+        return _Gather.apply(rows, self, total) if self.size > 1 else rows
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """This process's part of the rows [total, ...], one after the other; the last row again where they run out."""
+        if self.size == 1:
+            return tensor
+        rows = _rows(len(tensor), self.size)
+        indices = torch.arange(self.rank * rows, (self.rank + 1) * rows, device=tensor.device)
+        return tensor[indices.clamp(max=len(tensor) - 1)]
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes one after the other; backward, the sum over all of each row's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, team: Team, total: int) -> Tensor:  # [n, D] to [total, D]
+        ctx.team, ctx.total = team, total
+        parts = [torch.empty_like(rows) for _ in range(team.size)]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)[:total]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads  # [total, D]
+        rows = _rows(ctx.total, ctx.team.size)
+        padded = grad.new_zeros(ctx.team.size * rows, grad.shape[1])
+        padded[: ctx.total] = grad
+        distributed.all_reduce(padded)
+        return padded[ctx.team.rank * rows :][:rows], None, None
+
+
+def _rows(total: int, size: int) -> int:
+    return -(-total // size)
+
+
+ALONE = Team()
+
+
+def leads() -> bool:
+    """Whether this process will lead, before the team is assembled."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def assemble(device: str) -> Iterator[tuple[Team, str]]:
+    """The team that torchrun has started, and the device of this process; alone without torchrun.
+
+    Args:
+        device: that of the command line: "auto", "cpu", "cuda" or "cuda:N".
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE, device
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield Team(distributed.get_rank(), size), device
+    finally:
+        distributed.destroy_process_group()

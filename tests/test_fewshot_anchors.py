@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
+
+
+def features(n, seed, classes=None):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, 6, generator=generator)
+    return F.normalize(noise if classes is None else noise + 3 * F.one_hot(classes, 6), dim=-1)
+
+
+def test_tip_adapter_is_the_papers_sum_over_the_shots():
+    images, shots, texts = features(4, 0), features(5, 1), features(3, 2)
+    labels = torch.tensor([2, 0, 1, 1, 2])
+    found = tip_adapter(images, shots, labels, texts, scale=50.0, alpha=2.0, beta=3.0)
+    for n in range(4):
+        for c in range(3):
+            cosines = [float(images[n] @ shot) for shot in shots]
+            votes = sum(
+                math.exp(-3.0 * (1 - cosine)) for cosine, label in zip(cosines, labels, strict=True) if label == c
+            )
+            assert float(found[n, c]) == pytest.approx(50 * float(images[n] @ texts[c]) + 2 * votes, rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_linear_probe_is_where_the_penalised_loss_is_flat(classes):
+    labels = torch.arange(40) % classes
+    shots = features(40, 3, labels).double()
+    logits = linear_probe(
+        torch.cat([torch.zeros(1, 6, dtype=torch.double), torch.eye(6, dtype=torch.double)]), shots, labels
+    )
+    bias, weight = logits[0], logits[1:] - logits[0]  # read off at the origin and the unit vectors
+    if classes == 2:  # scikit-learn fits one weight vector there: its logits are -z and z with z = 2 · ours
+        bias, weight = bias / 2, weight / 2
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    penalty = weight.square().sum() / 2 * (2 if classes == 2 else 1)
+    loss = 0.316 * F.cross_entropy(shots @ weight + bias, labels, reduction="sum") + penalty
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().max() < 1e-3
+    assert logits.shape == (7, classes)
+
+
+def test_both_name_what_is_easy():
+    labels = torch.arange(18) % 3
+    train, test = features(18, 4, labels), features(18, 5, labels)
+    texts = F.normalize(torch.eye(3, 6), dim=-1)
+    for logits in (tip_adapter(test, train, labels, texts), linear_probe(test, train, labels)):
+        assert (logits.argmax(1) == labels).double().mean() > 0.8

@@ -1,0 +1,703 @@
+"""Data sets against the images in them: miniatures, in which an image's colour is its class."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from miniature_datasets import COLOURS, MINIATURES, WNIDS, colour_of, draw_image, make_miniature
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from torch import Tensor
+
+from complora_kernels.fewshot.datasets import (
+    DOMAIN_SHIFTS,
+    ELEVEN,
+    NAMES,
+    Dataset,
+    base_and_new,
+    check_dataset,
+    digits,
+    letters,
+    load_dataset,
+)
+from complora_kernels.fewshot.datasets.ratio import ratio_split
+from complora_kernels.fewshot.images import load_crops
+
+BY_JSON = [name for name in ELEVEN if name not in ("imagenet", "fgvc_aircraft")]
+FIRST_FOUR = ("red", "green", "dark_blue", "yellow")
+
+
+def colours(dataset: Dataset, indices: Tensor) -> list[str]:
+    """What the images of these indices show."""
+    assert isinstance(dataset.images, tuple)
+    return [colour_of(dataset.images[i]) for i in indices.tolist()]
+
+
+def names(dataset: Dataset, indices: Tensor) -> list[str]:
+    """What the data set calls the classes of these images."""
+    return [dataset.class_names[label].replace(" ", "_") for label in dataset.labels[indices].tolist()]
+
+
+def edit(path: Path, change: Any) -> Path:
+    """Change what a JSON file holds."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """The split file of a miniature in place."""
+    return make_miniature(tmp_path, "oxford_pets") / "split_zhou_OxfordPets.json"
+
+
+# ---- the known data sets
+
+
+@pytest.mark.parametrize("spelling", [0, 1])
+@pytest.mark.parametrize("name", ELEVEN)
+def test_images_have_the_names_of_what_they_show(tmp_path, name, spelling):
+    folder = make_miniature(tmp_path, name, spelling=spelling)
+    dataset = load_dataset(name, tmp_path)
+    assert (dataset.name, dataset.root, dataset.can_be_mirrored) == (name, folder, True)
+    assert dataset.test is not None
+    for indices, n in ((dataset.train, 3), (dataset.val, 0 if name == "imagenet" else 1), (dataset.test, 2)):
+        assert (indices.dtype, dataset.labels.dtype) == (torch.int64, torch.int64)
+        assert Counter(dataset.labels[indices].tolist()) == {label: n for label in range(4) if n}
+        if name != "imagenet" or spelling == 0:
+            assert names(dataset, indices) == colours(dataset, indices)
+    everything = torch.cat([dataset.train, dataset.val, dataset.test])
+    assert sorted(everything.tolist()) == list(range(len(dataset.images)))
+    assert len(set(dataset.images)) == len(dataset.images)
+
+
+@pytest.mark.parametrize("name", DOMAIN_SHIFTS)
+def test_shifted_domains_are_for_testing_only(tmp_path, name):
+    make_miniature(tmp_path, name)
+    dataset = load_dataset(name, tmp_path)
+    assert dataset.test is not None
+    assert len(dataset.train) == len(dataset.val) == 0
+    assert Counter(dataset.labels[dataset.test].tolist()) == dict.fromkeys(range(4), 2)
+    assert names(dataset, dataset.test) == colours(dataset, dataset.test)
+
+
+def test_labels_of_files_are_those_of_the_split(tmp_path):
+    """In whatever order they stand there."""
+    folder = make_miniature(tmp_path, "dtd")
+    edit(folder / "split_zhou_DescribableTextures.json", lambda split: [part.reverse() for part in split.values()])
+    dataset = load_dataset("dtd", tmp_path)
+    assert dataset.class_names == FIRST_FOUR
+    assert dataset.labels[dataset.train].tolist() == [3] * 3 + [2] * 3 + [1] * 3 + [0] * 3
+    assert dataset.image_names(dataset.train[:2]) == ["images/yellow/yellow_0021.jpg", "images/yellow/yellow_0020.jpg"]
+    assert names(dataset, dataset.train) == colours(dataset, dataset.train)
+
+
+def test_folders_of_numbers_are_ordered_as_numbers(tmp_path):
+    """10 comes after 2, other than in torchvision's ImageFolder."""
+    make_miniature(tmp_path, "imagenet_v2", classes=12)
+    dataset = load_dataset("imagenet_v2", tmp_path)
+    assert dataset.test is not None
+    assert names(dataset, dataset.test) == colours(dataset, dataset.test)
+    assert dataset.class_names[10] == "orange"
+
+
+def test_imagenets_class_names_are_known_without_a_file(tmp_path):
+    make_miniature(tmp_path, "imagenet", spelling=1)
+    dataset = load_dataset("imagenet", tmp_path)
+    assert (
+        dataset.class_names
+        == tuple(IMAGENET_CLASSNAMES[:4])
+        == ("tench", "goldfish", "great white shark", "tiger shark")
+    )
+    for name in ("imagenet_a", "imagenet_sketch"):
+        folder = make_miniature(tmp_path, name)
+        (folder / "classnames.txt").unlink()
+        assert load_dataset(name, tmp_path).class_names == dataset.class_names
+
+
+def test_imagenets_file_of_class_names_serves_its_variants(tmp_path):
+    make_miniature(tmp_path, "imagenet")
+    folder = make_miniature(tmp_path, "imagenet_r", classes=2)
+    (folder / "classnames.txt").unlink()
+    assert load_dataset("imagenet_r", tmp_path).class_names == ("red", "green")
+
+
+def test_without_the_file_and_without_timm_the_message_says_how_to_get_it(tmp_path, monkeypatch):
+    make_miniature(tmp_path, "imagenet", spelling=1)
+    monkeypatch.setitem(sys.modules, "timm.data.imagenet_info", None)
+    with pytest.raises(FileNotFoundError, match=r"imagenet/classnames.txt is missing, .*DATASETS.md#imagenet says"):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_two_classes_of_imagenet_may_have_one_name(tmp_path):
+    folder = make_miniature(tmp_path, "imagenet")
+    (folder / "classnames.txt").write_text("".join(f"{wnid} missile\n" for wnid in WNIDS[:4]))
+    assert load_dataset("imagenet", tmp_path).class_names == ("missile",) * 4
+
+
+def test_no_image_is_read(tmp_path):
+    for name in MINIATURES:
+        make_miniature(tmp_path, name)
+    for path in tmp_path.rglob("*"):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+            path.write_bytes(b"")
+    for name in (*ELEVEN, *DOMAIN_SHIFTS, f"folder:{tmp_path}/my folder", f"csv:{tmp_path}/my csv/table.csv"):
+        check_dataset(name, tmp_path)
+        load_dataset(name, tmp_path)
+
+
+def test_names_are_all_that_is_known():
+    assert len(NAMES) == len({"digits", "letters", *ELEVEN, *DOMAIN_SHIFTS} & set(NAMES)) == 17
+
+
+# ---- what is missing
+
+
+@pytest.mark.parametrize("name", [*ELEVEN, *DOMAIN_SHIFTS])
+def test_a_missing_data_set_is_described(tmp_path, name):
+    """By a tree in which every name is one that the miniature has."""
+    with pytest.raises(FileNotFoundError, match=rf"{name}: there is no folder {tmp_path}.*; expected in") as raised:
+        load_dataset(name, tmp_path)
+    with pytest.raises(FileNotFoundError) as checked:
+        check_dataset(name, tmp_path)
+    assert str(checked.value) == str(raised.value)
+    make_miniature(tmp_path, name)
+    lines = str(raised.value).splitlines()
+    tree = [line.split()[0] for line in lines[1:] if line.startswith("  ")]
+    present = {path.name + ("/" if path.is_dir() else "") for path in tmp_path.rglob("*")}
+    assert len(tree) >= 2
+    assert set(tree) <= present
+    assert "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md#" in lines[-2]
+    assert lines[-1].startswith(("Or let torchvision download", "There is no download: "))
+
+
+@pytest.mark.parametrize("check", [load_dataset, check_dataset])
+def test_a_missing_part_is_named(tmp_path, check):
+    for name, part in (
+        ("oxford_pets", "oxford_pets/split_zhou_OxfordPets.json"),
+        ("dtd", "dtd/images"),
+        ("fgvc_aircraft", "fgvc_aircraft/variants.txt"),
+        ("imagenet", "imagenet/images/val"),
+    ):
+        make_miniature(tmp_path, name)
+        path = tmp_path / part
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{name}: {path} is missing; expected in {tmp_path}"):
+            check(name, tmp_path)
+
+
+@pytest.mark.parametrize("check", [load_dataset, check_dataset])
+def test_unknown_names_and_no_folder_are_refused(check, tmp_path):
+    for name in ("cifar10", "folder:", "csv", "digits:x"):
+        with pytest.raises(
+            ValueError, match=rf"data set '{name}': expected digits, letters, imagenet, .*, folder:PATH or"
+        ):
+            check(name, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"data set 'dtd': no folder of data sets is given, expected the one that holds dtd/"
+    ):
+        check("dtd")
+    with pytest.raises(FileNotFoundError, match=rf"dtd: there is no folder {tmp_path}/none; expected in"):
+        check("dtd", tmp_path / "none")
+
+
+# ---- splits that do not hold together
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["val"].append(["Gone.jpg", 0, "red"]), r"val\[4\] names .*/images/Gone.jpg, and there is no such"),
+        (lambda s: s["test"][3].__setitem__(2, "lime"), r"test\[3\] calls label 1 'lime', train\[3\] calls it 'green'"),
+        (
+            lambda s: [e.__setitem__(1, 9) for p in s.values() for e in p if e[1] == 2],
+            r"no image has label 2, expected .* 0 to 9",
+        ),
+        (
+            lambda s: s["train"][2].__setitem__(1, -1),
+            r"train\[2\] is \['Red_3.jpg', -1, 'red'\], expected \[file, label",
+        ),
+        (
+            lambda s: s["train"][2].__setitem__(1, "0"),
+            r"train\[2\] is \['Red_3.jpg', '0', 'red'\], expected \[file, label",
+        ),
+        (lambda s: s["train"][2].__setitem__(1, True), r"train\[2\] is \['Red_3.jpg', True, 'red'\], expected"),
+        (lambda s: s["train"].__setitem__(1, "Red_2.jpg"), r"train\[1\] is Red_2.jpg, expected \[file, label from 0"),
+        (lambda s: s.pop("val"), r"expected an object with the three lists train, val, test"),
+        (lambda s: s.__setitem__("test", []), r"there are no images to test on"),
+        (lambda s: s.__setitem__("train", s["train"][3:]), r"class 'red' \(label 0\) has no train image"),
+        (
+            lambda s: [e.__setitem__(2, "dark blue") for p in s.values() for e in p if e[1] == 0],
+            r"classes 0 and 2 are both called 'dark_blue', expected distinct names",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_split_is_named(pets, change, message):
+    edit(pets, change)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{pets}: {message}"):
+        load_dataset("oxford_pets", pets.parents[1])
+
+
+def test_a_split_that_is_no_json_is_named(pets):
+    for content in (b"{", b"\xff\xfe", b"[1]"):
+        pets.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{pets}: expected (JSON|an object)"):
+            load_dataset("oxford_pets", pets.parents[1])
+
+
+def test_lines_of_aircraft_are_named(tmp_path):
+    folder = make_miniature(tmp_path, "fgvc_aircraft")
+    lines = folder / "images_variant_val.txt"
+    (folder / "images" / "0000014.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{lines}, line 2 names .*0000014.jpg, and there is no such file"):
+        load_dataset("fgvc_aircraft", tmp_path)
+    lines.write_text(lines.read_text().replace(" green", " concorde"))
+    with pytest.raises(ValueError, match=rf"{lines}, line 2: '0000014 concorde', expected an image and a class of var"):
+        load_dataset("fgvc_aircraft", tmp_path)
+    with (folder / "variants.txt").open("a") as file:
+        file.write("red\n")
+    lines.write_text(lines.read_text().replace(" concorde", " green"))
+    draw_image(folder / "images" / "0000014.jpg", "green", 14)
+    with pytest.raises(ValueError, match=r"classes 0 and 4 are both called 'red', expected distinct names"):
+        load_dataset("fgvc_aircraft", tmp_path)
+
+
+@pytest.mark.parametrize("check", [load_dataset, check_dataset])
+def test_a_class_in_one_half_of_imagenet_is_named(tmp_path, check):
+    folder = make_miniature(tmp_path, "imagenet")
+    shutil.rmtree(folder / "images" / "val" / WNIDS[2])
+    with pytest.raises(ValueError, match=rf"the class '{WNIDS[2]}' is in train/ and not in val/, expected it in both"):
+        check("imagenet", tmp_path)
+
+
+def test_empty_and_unknown_classes_of_imagenet_are_named(tmp_path):
+    folder = make_miniature(tmp_path, "imagenet_sketch")
+    for path in (folder / "images" / WNIDS[1]).iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(ValueError, match=r"images: class 'green' \(label 1\) has no test image"):
+        load_dataset("imagenet_sketch", tmp_path)
+    (folder / "images" / WNIDS[1]).rename(folder / "images" / "n00000000")
+    with pytest.raises(ValueError, match=r"the folder 'n00000000' is no class of ImageNet, or classnames.txt lacks it"):
+        load_dataset("imagenet_sketch", tmp_path)
+
+
+def test_lines_of_class_names_are_named(tmp_path):
+    folder = make_miniature(tmp_path, "imagenet")
+    for lines, message in (
+        ("n01440764", "expected a folder name, a"),
+        ("n1 a\n\nn1 b", "the folder 'n1' has a name alr"),
+    ):
+        (folder / "classnames.txt").write_text(lines)
+        with pytest.raises(ValueError, match=rf"classnames.txt, line {len(lines.splitlines())}: .*{message}"):
+            load_dataset("imagenet", tmp_path)
+    (folder / "classnames.txt").write_bytes(b"n01440764 \xe9")
+    with pytest.raises(ValueError, match=r"classnames.txt: .*, expected text in UTF-8"):
+        load_dataset("imagenet", tmp_path)
+
+
+# ---- one's own
+
+
+def test_a_folder_of_classes_is_split_by_name(tmp_path):
+    folder = make_miniature(tmp_path, "folder", per_class=(5, 2, 3))
+    (folder / "red" / "notes.txt").write_text("no image")
+    (folder / "red" / ".hidden.png").write_bytes(b"")
+    (folder / ".git").mkdir()
+    dataset = load_dataset(f"folder:{folder}")
+    assert dataset.test is not None
+    assert dataset.name == "my folder"
+    assert dataset.class_names == tuple(sorted(FIRST_FOUR))
+    for indices, n in ((dataset.train, 5), (dataset.val, 2), (dataset.test, 3)):
+        assert Counter(names(dataset, indices)) == dict.fromkeys(FIRST_FOUR, n)
+        assert names(dataset, indices) == colours(dataset, indices)
+    first = dataset.image_names(dataset.test)
+    # The first three of the ten by `printf 'dark_blue/0 é.png' | sha256sum`
+    assert first[:3] == ["dark_blue/3 é.png", "dark_blue/5 é.png", "dark_blue/8 é.png"]
+    shutil.move(folder, tmp_path / "moved")
+    moved = load_dataset(f"folder:{tmp_path}/moved")
+    assert moved.test is not None
+    assert moved.image_names(moved.test) == first
+
+
+def test_the_split_does_not_depend_on_order_or_other_images():
+    files = [f"{label}/{i}.jpg" for label in "ab" for i in range(20)]
+    entries = [(Path(file), "ab".index(file[0])) for file in files]
+    split = ratio_split(entries, files, "ab", Path())
+    assert {part: len(found) for part, found in split.items()} == {"train": 20, "val": 8, "test": 12}
+    backwards = ratio_split(entries[::-1], files[::-1], "ab", Path())
+    assert {part: set(found) for part, found in split.items()} == {
+        part: set(found) for part, found in backwards.items()
+    }
+    without_b = ratio_split(entries[:20], files[:20], "ab", Path())
+    assert without_b["test"] == [entry for entry in split["test"] if entry[1] == 0]
+
+
+def test_both_unicode_forms_of_a_name_are_split_alike():
+    tested = []
+    for form in ("caf\u00e9", "cafe\u0301"):
+        files = [f"{form} {i}.jpg" for i in range(20)]
+        split = ratio_split([(Path(str(i)), 0) for i in range(20)], files, ["a"], Path())
+        tested.append([path for path, _ in split["test"]])
+    assert tested[0] == tested[1]
+
+
+@pytest.mark.parametrize(
+    ("n", "shares"), [(2, (1, 0, 1)), (3, (1, 1, 1)), (4, (2, 1, 1)), (10, (5, 2, 3)), (99, (49, 20, 30))]
+)
+def test_small_classes_can_be_split(n, shares):
+    files = [str(i) for i in range(n)]
+    split = ratio_split([(Path(file), 0) for file in files], files, ["a"], Path())
+    assert tuple(len(split[part]) for part in ("train", "val", "test")) == shares
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path):
+    folder = make_miniature(tmp_path, "folder")
+    draw_image(folder / "white" / "alone.png", "white", 0)
+    with pytest.raises(ValueError, match=r"my folder: class 'white' has 1 image, expected at least 2 to split it"):
+        load_dataset(f"folder:{folder}")
+
+
+@pytest.mark.parametrize("parts", [("train", "val", "test"), ("train", "test")])
+def test_a_folder_with_a_split_is_taken_as_it_is(tmp_path, parts):
+    for part in parts:
+        for colour in FIRST_FOUR:
+            for number in range(len(part)):
+                draw_image(tmp_path / part / colour / f"{number}.JPG", colour, number)
+    (tmp_path / "other").mkdir()
+    dataset = load_dataset(f"folder:{tmp_path}")
+    assert dataset.test is not None
+    for indices, part in ((dataset.train, "train"), (dataset.val, "val"), (dataset.test, "test")):
+        n = len(part) if part in parts else 0
+        assert Counter(names(dataset, indices)) == {colour: n for colour in FIRST_FOUR if n}
+        assert names(dataset, indices) == colours(dataset, indices)
+    assert dataset.image_names(dataset.test[:1]) == ["test/dark_blue/0.JPG"]
+
+
+def test_classes_of_a_folder_can_be_named(tmp_path):
+    folder = make_miniature(tmp_path, "folder")
+    (folder / "red").rename(folder / "0 red")
+    lines = ["green the green one", "dark_blue  dark blue", "0 red\tred", "yellow yellow", "more than there is"]
+    (folder / "classnames.txt").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    dataset = load_dataset(f"folder:{folder}")
+    assert dataset.class_names == ("red", "dark blue", "the green one", "yellow")
+    (folder / "classnames.txt").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match=r"classnames.txt: there is no line for the folder 'green'"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_names_with_blanks_and_of_any_script_work(tmp_path):
+    folder = tmp_path / "mes données"
+    for label, colour in enumerate(FIRST_FOUR[:2]):
+        for number in range(4):
+            draw_image(folder / f"класс {label}" / f"图 {number} ü.png", colour, number)
+    dataset = load_dataset(f"folder:{folder}")
+    assert dataset.class_names == ("класс 0", "класс 1")
+    assert isinstance(dataset.images, tuple)
+    assert load_crops(dataset.images, (8, 8)).shape == (8, 3, 8, 8)
+
+
+def test_folders_that_are_no_data_set_are_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=rf"folder:{tmp_path}/none: there is no such folder, expected\n  train/CLASS"
+    ):
+        load_dataset(f"folder:{tmp_path}/none")
+    with pytest.raises(FileNotFoundError, match=r"there are no folders of classes, expected\n  train/CLASS"):
+        check_dataset(f"folder:{tmp_path}")
+    draw_image(tmp_path / "train" / "red" / "0.png", "red", 0)
+    with pytest.raises(FileNotFoundError, match=r"there is train/ and no test/, expected\n  train/CLASS"):
+        load_dataset(f"folder:{tmp_path}")
+    draw_image(tmp_path / "test" / "red" / "0.png", "red", 0)
+    draw_image(tmp_path / "test" / "green" / "0.png", "green", 0)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: class 'green' \(label 0\) has no train image"):
+        load_dataset(f"folder:{tmp_path}")
+
+
+def table(folder: Path, *rows: str) -> Path:
+    (folder / "table.csv").write_text("\n".join(rows) + "\n", encoding="utf-8-sig")
+    return folder / "table.csv"
+
+
+def test_a_table_is_split_as_the_folder_would_be(tmp_path):
+    by_table = load_dataset(f"csv:{make_miniature(tmp_path, 'csv', per_class=(5, 2, 3))}")
+    by_folder = load_dataset(f"folder:{make_miniature(tmp_path, 'folder', per_class=(5, 2, 3))}")
+    assert by_table.name == "table"
+    assert by_table.test is not None
+    assert by_folder.test is not None
+    assert by_table.class_names == by_folder.class_names
+    for ours, theirs in (
+        (by_table.train, by_folder.train),
+        (by_table.val, by_folder.val),
+        (by_table.test, by_folder.test),
+    ):
+        assert set(by_table.image_names(ours)) == set(by_folder.image_names(theirs))
+        assert names(by_table, ours) == colours(by_table, ours)
+
+
+def test_a_table_with_a_split_is_taken_as_it_is(tmp_path):
+    (tmp_path / "lists").mkdir()
+    rows = ["split,note,label,path"]
+    for i, (colour, part) in enumerate((c, p) for c in FIRST_FOUR for p in ("train", "test", "val")):
+        draw_image(tmp_path / f"{i}, é.png", colour, i)
+        rows.append(f'{part},"two\nlines","{colour}","../{i}, é.png"')
+    dataset = load_dataset(f"csv:{table(tmp_path / 'lists', *rows)}")
+    assert dataset.test is not None
+    assert dataset.class_names == tuple(sorted(FIRST_FOUR))
+    for indices in (dataset.train, dataset.val, dataset.test):
+        assert names(dataset, indices) == colours(dataset, indices) == list(FIRST_FOUR)
+    assert dataset.image_names(dataset.test[:1]) == ["../1, é.png"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (("path,name", "a.png,x"), r": the columns are path, name, expected path,label\[,split\]"),
+        ((), r": the columns are missing, expected path,label\[,split\]"),
+        (("path,label", "a.png,x", "gone.png,x"), r", line 3 names .*gone.png, and there is no such file"),
+        (("path,label", "a.png"), r", line 2: label is empty"),
+        (("path,label", ",x"), r", line 2: path is empty"),
+        (
+            ("path,label,split", "a.png,x,train", "b.png,x,valid"),
+            r", line 3: split is 'valid', expected train, val, test",
+        ),
+        (("path,label", "a.png,x", "b.png,x", "a.png,y"), r", line 4: 'a.png' stands on line 2 already"),
+        (("path,label", "a.png,x", "b.png,y"), r": class 'x' has 1 image, expected at least 2 to split it"),
+        (("path,label,split", "a.png,x,train"), r": there are no images to test on"),
+        (("path,label",), r": there are no images to test on"),
+    ],
+)
+def test_rows_that_cannot_work_are_named(tmp_path, rows, message):
+    for name in ("a", "b"):
+        draw_image(tmp_path / f"{name}.png", "red", 0)
+    path = table(tmp_path, *rows)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{path}{message}"):
+        check_dataset(f"csv:{path}")
+
+
+def test_a_missing_table_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"csv:.*none.csv: there is no such file, expected a table with the columns"
+    ):
+        load_dataset(f"csv:{tmp_path}/none.csv")
+
+
+# ---- downloads: torchvision's own classes on what they would have downloaded
+
+
+def lay_download(root: Path, name: str) -> None:
+    """What torchvision finds on the disk after a download, and takes as it is."""
+    from scipy.io import savemat
+
+    folder = root / "torchvision" / name
+    colours = list(COLOURS)[:4]
+    files = [(colour, number) for colour in colours for number in range(1, 11)]
+    splits = {"train": range(1, 6), "val": range(6, 8), "test": range(8, 11)}
+    if name == "dtd":
+        for part, numbers in splits.items():
+            lines = "".join(f"{colour}/{number}.jpg\n" for colour, number in files if number in numbers)
+            write(folder / "dtd" / "dtd" / "labels" / f"{part}1.txt", lines)
+        images = {file: folder / "dtd" / "dtd" / "images" / file[0] / f"{file[1]}.jpg" for file in files}
+    elif name == "food101":
+        for part, numbers in {"train": range(1, 8), "test": range(8, 11)}.items():
+            lists = {colour: [f"{colour}/{number}" for number in numbers] for colour in colours}
+            write(folder / "food-101" / "meta" / f"{part}.json", json.dumps(lists))
+        images = {file: folder / "food-101" / "images" / file[0] / f"{file[1]}.jpg" for file in files}
+    elif name == "fgvc_aircraft":
+        data = folder / "fgvc-aircraft-2013b" / "data"
+        for part, numbers in splits.items():
+            lines = "".join(f"{colour}{number} {colour}\n" for colour, number in files if number in numbers)
+            write(data / f"images_variant_{part}.txt", lines)
+        write(data / "variants.txt", "\n".join(colours))
+        images = {file: data / "images" / f"{file[0]}{file[1]}.jpg" for file in files}
+    elif name == "oxford_pets":
+        data = folder / "oxford-iiit-pet"
+        for part, numbers in {"trainval": range(1, 8), "test": range(8, 11)}.items():
+            lines = (
+                f"{colour}_{number} {colours.index(colour) + 1} 1 1" for colour, number in files if number in numbers
+            )
+            write(data / "annotations" / f"{part}.txt", "\n".join(lines))
+        images = {file: data / "images" / f"{file[0]}_{file[1]}.jpg" for file in files}
+    elif name == "oxford_flowers":
+        data = folder / "flowers-102"
+        data.mkdir(parents=True)
+        savemat(data / "imagelabels.mat", {"labels": [[colours.index(colour) + 1 for colour, _ in files]]})
+        ids = {part: [i for i, (_, n) in enumerate(files, 1) if n in numbers] for part, numbers in splits.items()}
+        savemat(data / "setid.mat", {"trnid": [ids["train"]], "valid": [ids["val"]], "tstid": [ids["test"]]})
+        images = {file: data / "jpg" / f"image_{i:05d}.jpg" for i, file in enumerate(files, 1)}
+    elif name == "caltech101":
+        data = folder / "caltech101" / "101_ObjectCategories"
+        images = {file: data / file[0] / f"image_{file[1]:04d}.jpg" for file in files}
+        for extra in ("BACKGROUND_Google", "Faces_easy"):
+            draw_image(data / extra / "image_0001.jpg", "white", 0)
+    elif name == "eurosat":
+        images = {file: folder / "eurosat" / "2750" / file[0] / f"{file[1]}.jpg" for file in files}
+    else:
+        data = folder / "SUN397"
+        write(data / "ClassName.txt", "".join(f"/{colour[0]}/{colour}\n" for colour in colours))
+        images = {file: data / file[0][0] / file[0] / f"sun_{file[1]}.jpg" for file in files}
+    for (colour, number), path in images.items():
+        draw_image(path, colour, number)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+SHARES = {
+    "food101": (7, 0, 3),
+    "oxford_pets": (7, 0, 3),
+    **dict.fromkeys(("dtd", "oxford_flowers", "fgvc_aircraft"), (5, 2, 3)),
+    **dict.fromkeys(("caltech101", "eurosat", "sun397"), (5, 2, 3)),  # split by us
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_downloads_are_split_and_named(tmp_path, name, monkeypatch):
+    lay_download(tmp_path, name)
+    if name == "oxford_flowers":  # checks the sums of its files
+        monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda *_: True)
+        monkeypatch.setattr(torchvision.datasets.Flowers102, "classes", list(COLOURS))
+    check_dataset(name, tmp_path, download=True)
+    dataset = load_dataset(name, tmp_path, download=True)
+    assert dataset.test is not None
+    for indices, n in zip((dataset.train, dataset.val, dataset.test), SHARES[name], strict=True):
+        assert Counter(dataset.labels[indices].tolist()) == {label: n for label in range(4) if n}
+        assert [found.lower() for found in names(dataset, indices)] == colours(dataset, indices)
+        assert dataset.image_names(indices) == sorted(map(str, dataset.image_names(indices)))
+    for attribute in (
+        "DTD",
+        "Flowers102",
+        "Food101",
+        "FGVCAircraft",
+        "OxfordIIITPet",
+        "SUN397",
+        "Caltech101",
+        "EuroSAT",
+    ):
+        monkeypatch.delattr(torchvision.datasets, attribute)
+    check_dataset(name, tmp_path)
+    again = load_dataset(name, tmp_path)
+    assert again.images == dataset.images
+    assert torch.equal(again.labels, dataset.labels)
+
+
+def test_poor_names_of_classes_are_coops(tmp_path):
+    data = tmp_path / "torchvision" / "eurosat" / "eurosat" / "2750"
+    for number in range(4):
+        for name in ("AnnualCrop", "SeaLake", "River"):
+            draw_image(data / name / f"{number}.jpg", "green", number)
+    assert load_dataset("eurosat", tmp_path, download=True).class_names == ("Annual Crop Land", "River", "Sea or Lake")
+    data = tmp_path / "torchvision" / "sun397" / "SUN397"
+    write(data / "ClassName.txt", "/a/abbey\n/c/church/outdoor\n")
+    for number in range(4):
+        draw_image(data / "a" / "abbey" / f"sun_{number}.jpg", "green", number)
+        draw_image(data / "c" / "church" / "outdoor" / f"sun_{number}.jpg", "green", number)
+    assert load_dataset("sun397", tmp_path, download=True).class_names == ("abbey", "outdoor church")
+
+
+def test_coops_layout_comes_before_a_download(tmp_path, monkeypatch):
+    make_miniature(tmp_path, "dtd")
+    monkeypatch.delattr(torchvision.datasets, "DTD")
+    assert load_dataset("dtd", tmp_path, download=True).root == tmp_path / "dtd"
+
+
+def test_a_download_that_fails_says_what_else_can_be_done(tmp_path, monkeypatch):
+    def no_network(self: Any) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.DTD, "_download", no_network)
+    with pytest.raises(
+        OSError, match=r"dtd: torchvision's download failed: .*no route to host.*\ndtd: there is no folder"
+    ):
+        load_dataset("dtd", tmp_path, download=True)
+
+
+@pytest.mark.parametrize("check", [load_dataset, check_dataset])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("stanford_cars", "torchvision's download of it is dead"),
+        ("imagenet", "torchvision does not download it"),
+        ("ucf101", "torchvision does not have it"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_said(tmp_path, check, name, reason):
+    with pytest.raises(FileNotFoundError, match=rf"(?s){name}: there is no folder .*There is no download: {reason}"):
+        check(name, tmp_path, download=True)
+
+
+# ---- halves
+
+
+@pytest.mark.parametrize("name", ["digits", "oxford_pets", "imagenet_v2"])
+def test_halves_share_the_classes_out(tmp_path, name):
+    if name != "digits":
+        make_miniature(tmp_path, name, classes=5)
+    whole = load_dataset(name, tmp_path)
+    n = len(whole.class_names)
+    halves = base_and_new(whole)
+    assert [half.name for half in halves] == [f"{name}-base", f"{name}-new"]
+    assert halves[0].class_names == whole.class_names[: (n + 1) // 2]
+    assert halves[1].class_names == whole.class_names[(n + 1) // 2 :]
+    for half, labels in zip(halves, (range((n + 1) // 2), range((n + 1) // 2, n)), strict=True):
+        members = [i for i, label in enumerate(whole.labels.tolist()) if label in labels]
+        assert len(half.images) == len(half.labels) == len(members)
+        assert half.labels.tolist() == [label - labels[0] for label in whole.labels[members].tolist()]
+        assert (half.can_be_mirrored, half.root) == (whole.can_be_mirrored, whole.root)
+        for ours, theirs in ((half.train, whole.train), (half.val, whole.val), (half.test, whole.test)):
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs is not None:
+                expected = [i for i in theirs.tolist() if whole.labels[i] in labels]
+                for i, j in zip(ours.tolist(), expected, strict=True):
+                    same = half.images[i] == whole.images[j]
+                    assert same.all() if isinstance(same, Tensor) else same
+
+
+def test_a_single_class_has_no_halves():
+    one = dataclasses.replace(digits(), class_names=("digit",))
+    with pytest.raises(ValueError, match=r"digits has 1 class, expected at least 2"):
+        base_and_new(one)
+
+
+# ---- the bundled ones
+
+
+def test_digits_are_the_scans_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    scans: Any = load_digits()
+    ours = digits()
+    assert isinstance(ours.images, Tensor)
+    assert ours.images.dtype == torch.uint8
+    assert ours.images.shape == (1797, 3, 8, 8)
+    grey = torch.from_numpy(scans.images / 16 * 255)
+    for channel in range(3):
+        assert (ours.images[:, channel] - grey).abs().max() <= 0.5
+    assert ours.labels.tolist() == scans.target.tolist()
+    assert ours.class_names[7] == "digit seven"
+    assert ours.train.tolist() == list(range(1797))
+    assert (len(ours.val), ours.test, ours.can_be_mirrored) == (0, None, False)
+    assert np.array_equal(load_dataset("digits").labels, ours.labels)
+    check_dataset("digits")
+
+
+def test_letters_are_labelled_by_their_names():
+    ours = letters()
+    assert ours.images[:].shape[1:] == (3, 32, 32)  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(ours.images) == len(ours.labels)
+    assert Counter(ours.labels.tolist()) == dict.fromkeys(range(26), len(ours.labels) // 26)
+    assert ours.class_names[16] == "letter q"
+    assert ours.test is not None
+    assert ours.train.tolist() == ours.test.tolist() == list(range(len(ours.labels)))
+    assert (len(ours.val), ours.can_be_mirrored) == (0, False)

@@ -1,0 +1,268 @@
+"""Every protocol on made-up miniatures of the data sets, with the bundled CLIP, from the command line to the tables."""
+
+import contextlib
+import json
+import math
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from miniature_datasets import make_miniature
+
+import complora_kernels as ck
+from complora_kernels.fewshot import measure
+from complora_kernels.fewshot.__main__ import main, parse
+from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN, base_and_new, draw, load_dataset
+from complora_kernels.fewshot.files import read_json_lines
+from complora_kernels.fewshot.images import load_crops
+from complora_kernels.fewshot.recipe import DRAW
+from complora_kernels.fewshot.setting import NEW_CLASSES, Settings
+
+FEW = [
+    "--preset",
+    "glyphs",
+    "--shots",
+    "2",
+    "--seeds",
+    "1",
+    "--learning-rates",
+    "0.003",
+    "--steps",
+    "2",
+    "--workers",
+    "1",
+    "--methods",
+    "output",
+]
+FEW += ["--template", "a photo of a {}."]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data sets with a spáce")
+    for name in (*ELEVEN, *DOMAIN_SHIFTS):
+        make_miniature(folder, name)
+    return folder
+
+
+def train(folder, root, *options):
+    """The results of a grid that ends well."""
+    output = folder / "out"
+    assert main(["train", *FEW, "--data-root", str(root), "--output", str(output), *options]) == 0
+    return read_json_lines(output / "results.jsonl")
+
+
+@pytest.mark.parametrize("name", ELEVEN)
+def test_few_shot_on_each_data_set(root, tmp_path, name):
+    (result,) = train(tmp_path, root, "--data", name, "--no-save-adapters")
+    assert (result["data"], result["protocol"], result["kept"], result["tasks"]) == (name, "few-shot", None, {})
+    dataset = load_dataset(name, root)
+    assert 0 <= result["new"] * len(draw(dataset, 2, 1).test) <= len(draw(dataset, 2, 1).test)
+    folder = tmp_path / "out" / "runs" / result["run"]
+    assert {path.name for path in folder.iterdir()} == {"config.json", DRAW, "log.jsonl", "loss.png"}
+    assert json.loads((folder / "config.json").read_text())["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("protocol", "kept"), [("transfer", ELEVEN), ("domain-shift", DOMAIN_SHIFTS)])
+def test_transfer_and_domain_shift_from_imagenet(root, tmp_path, protocol, kept):
+    (result,) = train(tmp_path, root, "--data", "imagenet", "--protocol", protocol)
+    assert list(result["tasks"]) == [name for name in kept if name != "imagenet"]
+    after = [accuracy for _, accuracy in result["tasks"].values()]
+    assert result["kept"] == pytest.approx(sum(after) / len(after))
+    assert result["zero_shot_kept"] == pytest.approx(sum(before for before, _ in result["tasks"].values()) / len(after))
+
+
+def test_retention_is_zero_shot_elsewhere_before_and_after(root, tmp_path):
+    (result,) = train(tmp_path, root, "--data", "dtd", "--protocol", "retention", "--max-test-images", "5")
+    assert list(result["tasks"]) == [name for name in ELEVEN if name != "dtd"]
+    # One of them by hand: the saved adapter on its test images
+    setting = Settings().load(parsed(tmp_path, root, "--data", "eurosat"), "cpu")
+    task = setting.new
+    model = ck.load_adapter(setting.backbone.model, tmp_path / "out" / "runs" / result["run"] / "adapter").eval()
+    dataset = load_dataset("eurosat", root)
+    assert dataset.test is not None
+    files: Any = dataset.images
+    indices = measure.at_most(5, dataset.test)
+    crops = load_crops([files[i] for i in indices.tolist()], setting.backbone.size)
+    texts = setting.backbone.tokenize([f"a photo of a {name.replace('_', ' ')}." for name in dataset.class_names])
+    with torch.no_grad():
+        answers = (
+            model.encode_image(setting.backbone.normalize(crops / 255), normalize=True)
+            @ model.encode_text(texts, normalize=True).T
+        )
+    share = (answers.argmax(1) == dataset.labels[indices]).double().mean().item()
+    assert result["tasks"]["eurosat"][1] == share == task.accuracy(model, indices)
+
+
+def parsed(folder, root, *options) -> Any:
+    return parse(["train", *FEW, "--data-root", str(root), "--output", str(folder / "out"), *options])
+
+
+def test_base_to_new_learns_base_classes_and_names_new_ones(root, tmp_path):
+    options = ("--data", "oxford_pets", "--protocol", "base-to-new")
+    (result,) = train(tmp_path, root, *options)
+    base, new = base_and_new(load_dataset("oxford_pets", root))
+    assert base.class_names + new.class_names == load_dataset("oxford_pets", root).class_names
+    assert list(result["tasks"]) == [NEW_CLASSES]
+    setting = Settings().load(parsed(tmp_path, root, *options), "cpu")
+    assert setting.new.dataset.class_names == base.class_names
+    assert setting.new.tokens.shape[0] == len(base.class_names)  # base images are named among base classes alone
+    assert setting.kept[NEW_CLASSES].tokens.shape[0] == len(new.class_names)
+    drawn = json.loads((tmp_path / "out" / "runs" / result["run"] / DRAW).read_text())
+    assert all(name in drawn for name in ("shots", "seed"))
+    text = (tmp_path / "out" / "table.md").read_text()
+    total = result["new"] + result["kept"]
+    harmonic = 2 * result["new"] * result["kept"] / total if total else math.nan
+    assert f"{100 * harmonic:.1f}" in text or not total
+
+
+def test_anchors_interpolation_validation_and_ensembles(root, tmp_path):
+    results = train(
+        tmp_path,
+        root,
+        *("--data", "dtd", "--keep", "eurosat", "--methods", "lora", "tip-adapter", "linear-probe", "activations"),
+        *("--interpolations", "0.5", "0.25", "--validation", "--template", "clip"),
+    )
+    lora, tip, probe, activations = results
+    assert [r["method"] for r in results] == ["lora", "tip-adapter", "linear-probe", "activations"]
+    assert [i["share"] for i in lora["interpolated"]] == [0.5, 0.25]
+    assert lora["interpolated"][0].keys() == {"share", "new", "kept", "tasks"}
+    for anchor in (tip, probe):
+        assert anchor["learning_rate"] is None
+        assert anchor["kept"] == anchor["zero_shot_kept"]
+    assert all(0 <= r["val"] <= 1 for r in results)
+    assert activations["k"] > 0
+    shutil.rmtree(tmp_path / "out")
+    (ensemble,) = train(tmp_path, root, "--data", "eurosat", "--template", "ensemble", "--methods", "lora")
+    assert ensemble["run"] == "lora-2shot-lr0.003-seed1"
+
+
+def test_a_draw_is_used_again(root, tmp_path):
+    (first,) = train(tmp_path, root, "--data", "dtd", "--draw", "clip-lora")
+    drawn = tmp_path / "out" / "runs" / first["run"] / DRAW
+    (second,) = train(tmp_path / "again", root, "--data", "dtd", "--draw", str(drawn), "--seeds", "1")
+    assert (first["loss"], first["new"]) == (second["loss"], second["new"])
+
+
+def test_own_images_in_class_folders(tmp_path):
+    folder = make_miniature(tmp_path, "folder")
+    (result,) = train(tmp_path, tmp_path, "--data", f"folder:{folder}", "--augmentation", "crop-flip")
+    assert result["data"] == f"folder:{folder}"
+    assert (tmp_path / "out" / "table.md").exists()
+
+
+def test_an_adapter_is_measured_again_and_exported(root, tmp_path, capsys):
+    (result,) = train(tmp_path, root, "--data", "dtd", "--keep", "eurosat")
+    adapter = str(tmp_path / "out" / "runs" / result["run"] / "adapter")
+    saved = tmp_path / "accuracies.json"
+    assert main(["eval", adapter, "--data-root", str(root), "--output", str(saved)]) == 0
+    expected = {"dtd": [result["zero_shot_new"], result["new"]], **result["tasks"]}
+    assert json.loads(saved.read_text()) == expected
+    assert main(["eval", adapter, "--data", "ucf101", "--data-root", str(root), "--output", str(saved)]) == 0
+    assert list(json.loads(saved.read_text())) == ["ucf101"]
+    assert main(["export", adapter, "--output", str(tmp_path / "peft")]) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert main(["eval", str(tmp_path / "nothing")]) == 2
+    assert "nothing: expected the folder of an adapter" in capsys.readouterr().err
+
+
+def test_sweep_over_data_sets_and_its_report(root, tmp_path, capsys):
+    text = f"""
+        data: [dtd, eurosat, oxford_pets]
+        shots: [1, 2]
+        seeds: [1, 2]
+        learning_rates: 3e-3
+        methods:
+          lora: {{}}
+          "output, energy 0.8": {{method: output, subspace_energy: 0.8, subspace_ratio: null}}
+        options: {{preset: glyphs, steps: 1, data_root: "{root}", template: clip, augmentation: crop-flip}}
+    """
+    (tmp_path / "pets.yaml").write_text(text)
+    command = ["sweep", str(tmp_path / "pets.yaml"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    results = read_json_lines(tmp_path / "out" / "results.jsonl")
+    assert len(results) == 3 * 2 * 2 * 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"table.md", "table.csv", "table.tex", "figures"}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(word in table for word in ("eurosat", "oxford_pets", "output, energy 0.8"))
+    before = table
+    (tmp_path / "out" / "table.md").unlink()
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "table.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "dtds"], "dtds"),
+        (["--data", "dtd", "--keep", "nowhere"], "nowhere"),
+        (["--data", "dtd", "--shots", "100"], "shots=100"),
+        (["--data", "dtd", "--protocol", "base-to-old"], "base-to-old"),
+        (["--data", "dtd", "--methods", "loras"], "loras"),
+        (["--data", "dtd", "--template", "a photo"], "--template a photo: expected one {}"),
+        (["--data", "dtd", "--interpolations", "1.5"], "--interpolations 1.5: expected shares between 0 and 1"),
+        (["--data", "dtd", "--draw", "theirs"], "theirs"),
+        (["--data", "folder:/nowhere"], "/nowhere"),
+        (["--data", "dtd", "--wandb", "clip"], "pip install wandb"),
+    ],
+)
+def test_bad_options_name_themselves(root, tmp_path, options, message, capsys):
+    arguments = ["train", *FEW, "--data-root", str(root), "--output", str(tmp_path / "out"), *options]
+    with contextlib.suppress(SystemExit):  # of what the parser finds
+        assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_data_set_tells_its_layout(tmp_path, capsys):
+    arguments = ["train", *FEW, "--data", "dtd", "--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("dtd", "images", "split_zhou_DescribableTextures.json", str(tmp_path)))
+
+
+def test_a_full_disk_stops_the_grid_and_keeps_what_is_finished(root, tmp_path, monkeypatch, capsys):
+    from complora_kernels.fewshot import files, recipe
+
+    output = tmp_path / "out"
+    written = files.write_atomically
+    drawn = []
+
+    def full(path, content):
+        if path.name == DRAW:
+            drawn.append(path)
+        if len(drawn) > 1:
+            raise OSError(28, "No space left on device", str(path))
+        written(path, content)
+
+    monkeypatch.setattr(recipe, "write_atomically", full)
+    monkeypatch.setattr("complora_kernels.fewshot.logs.write_atomically", full)
+    monkeypatch.setattr("complora_kernels.fewshot.datasets.draw_files.write_atomically", full)
+    arguments = ["train", *FEW, "--data", "dtd", "--data-root", str(root), "--output", str(output), "--seeds", "1", "2"]
+    assert main(arguments) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [result["seed"] for result in read_json_lines(output / "results.jsonl")] == [1]
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert [result["seed"] for result in read_json_lines(output / "results.jsonl")] == [1, 2]
+
+
+def test_a_corrupted_image_is_named(root, tmp_path, capsys):
+    copy = tmp_path / "data"
+    shutil.copytree(root / "dtd", copy / "dtd")
+    dataset = load_dataset("dtd", copy)
+    files: Any = dataset.images
+    broken = files[draw(dataset, 2, 1).train[0]]
+    broken.write_bytes(broken.read_bytes()[:40])
+    arguments = ["train", *FEW, "--data", "dtd", "--data-root", str(copy), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--augmentation", "crop-flip"]) == 1
+    assert str(broken) in capsys.readouterr().err

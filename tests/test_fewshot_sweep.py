@@ -1,0 +1,185 @@
+import io
+import json
+
+import fewshot_standin as standin
+import pytest
+import yaml
+from rich.console import Console
+
+from complora_kernels.fewshot import grid, slurm, sweep
+from complora_kernels.fewshot.__main__ import main
+from complora_kernels.fewshot.files import read_json_lines
+from complora_kernels.fewshot.recipe import MEASURED, train
+from complora_kernels.fewshot.sweep import SweepConfig, prepare_sweep, run_sweep
+
+CONSOLE = Console(file=io.StringIO())
+CONTENT = {
+    "shots": [1, 2],
+    "seeds": [0, 3],
+    "learning_rates": [0.001, 0.01],
+    "methods": {
+        "lora": {},
+        "lora, wd 0.5": {"method": "lora", "weight_decay": 0.5},
+        "both, k 3": {"method": "both", "subspace_k": 3, "subspace_ratio": None},
+        "linear-probe": {},
+    },
+    "options": {"preset": "glyphs", "steps": 3, "r": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2},
+}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs in this process on the stand-in; the list tells which runs were trained."""
+    names = []
+
+    def counted(config, run, *rest):
+        names.append(run.name)
+        return train(config, run, *rest)
+
+    monkeypatch.setattr(grid.Settings, "load", lambda settings, config, device: standin.setting())
+    monkeypatch.setattr(grid, "train", counted)
+    return names
+
+
+def write(folder, content, **changes):
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+    return SweepConfig(path, folder / "out", workers=1)
+
+
+def run(config):
+    return run_sweep(config, prepare_sweep(config), CONSOLE)
+
+
+def without_measurements(results):
+    return [{name: value for name, value in r.items() if name not in (*MEASURED, "versions")} for r in results]
+
+
+def test_every_cell_is_run_once_under_its_label(tmp_path, trained):
+    config = write(tmp_path, CONTENT)
+    assert run(config) == 0
+    results = read_json_lines(tmp_path / "out" / "results.jsonl")
+    cells = {(r["method"], r["shots"], r["seed"], r["learning_rate"]) for r in results}
+    trainable, anchors = 3 * 2 * 2 * 2, 2 * 2  # the probe has no learning rate
+    assert len(results) == len(cells) == len(trained) == trainable + anchors
+    assert {r["method"] for r in results} == set(CONTENT["methods"])
+    assert {r["k"] for r in results if r["method"] == "both, k 3"} == {3}
+    assert {r["data"] for r in results} == {"digits"}
+    assert [r["seed"] for r in results] == sorted(r["seed"] for r in results)  # a stopped sweep is balanced
+    assert (tmp_path / "out" / "runs" / "both_k_3-2shot-lr0.01-seed3" / "log.jsonl").exists()
+    trained.clear()
+    assert run(config) == 0
+    assert trained == []
+
+
+def test_killed_and_resumed_gives_the_same_results(tmp_path, trained, monkeypatch):
+    whole = write(tmp_path, CONTENT)
+    assert run(whole) == 0
+    stopped = SweepConfig(whole.file, tmp_path / "stopped", workers=1)
+    step = grid.GridProgress.step
+
+    def interrupt(self, job, done, loss):
+        if (job.run.label, job.run.shots, done) == ("lora, wd 0.5", 2, 3):
+            raise KeyboardInterrupt
+        step(self, job, done, loss)
+
+    monkeypatch.setattr(grid.GridProgress, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped)
+    monkeypatch.setattr(grid.GridProgress, "step", step)
+    assert 0 < len(read_json_lines(tmp_path / "stopped" / "results.jsonl")) < 28
+    assert run(stopped) == 0
+    results = (read_json_lines(tmp_path / name / "results.jsonl") for name in ("stopped", "out"))
+    found, expected = map(without_measurements, results)
+    assert found == expected
+
+
+def test_a_failed_run_is_kept_does_not_stop_the_others_and_is_tried_again(tmp_path, trained, monkeypatch):
+    config = write(tmp_path, CONTENT, shots=1, seeds=0)
+    counted = grid.train
+
+    def fail(config, run, *rest):
+        if run.label == "both, k 3" and run.learning_rate == 0.01:
+            raise FloatingPointError("the loss is nan")
+        return counted(config, run, *rest)
+
+    monkeypatch.setattr(grid, "train", fail)
+    assert run(config) == 1
+    name = "both_k_3-1shot-lr0.01-seed0"
+    assert read_json_lines(tmp_path / "out" / "failures.jsonl") == [{"run": name, "error": "the loss is nan"}]
+    assert len(read_json_lines(tmp_path / "out" / "results.jsonl")) == 6
+    monkeypatch.setattr(grid, "train", counted)
+    trained.clear()
+    assert run(config) == 0
+    assert trained == [name]
+
+
+def test_a_sweep_grows_and_refuses_other_options(tmp_path, trained):
+    assert run(write(tmp_path, CONTENT, shots=[1], seeds=[0], learning_rates=[0.01])) == 0
+    trained.clear()
+    methods = {**CONTENT["methods"], "output": {}}
+    assert run(write(tmp_path, CONTENT, shots=[1, 2], seeds=[0], learning_rates=[0.01], methods=methods)) == 0
+    assert len(trained) == 6
+    methods["lora, wd 0.5"] = {"method": "lora", "weight_decay": 0.6}
+    with pytest.raises(ValueError, match=r"--weight-decay was 0.5, now 0.6"):
+        run(write(tmp_path, CONTENT, methods=methods))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shot": 1}, r"small.yaml: shot: expected any of data, shots, seeds, learning_rates, methods, options, slurm"),
+        ({"methods": ["dora"]}, r"small.yaml: method dora: expected any of lora, lora-wd, output"),
+        ({"methods": {"a": {"method": "lora", "rank": 3}}}, r"small.yaml: a: option rank: expected any of"),
+        ({"methods": {"a": {"method": "lora", "r": "many"}}}, r"small.yaml: a: .*many"),
+        ({"methods": {"a b": {"method": "lora"}, "a_b": {"method": "both"}}}, r"two runs are called a_b-1shot"),
+        ({"methods": {"a": 3}}, r"small.yaml: a: 3: expected a mapping"),
+        ({"shots": [0]}, r"small.yaml: --shots 0: expected at least 1"),
+        ({"shots": [900]}, r"class .* has 1\d\d"),
+        ({"data": "cifar"}, r"cifar"),
+        ({"options": ["r"]}, r"small.yaml: options: \['r'\]: expected a mapping"),
+        ({"options": {"preset": "full"}}, r"--preset full: expected one of"),
+    ],
+)
+def test_bad_files_are_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_sweep(write(tmp_path, CONTENT, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "expected a mapping"), ("a: [", "is no YAML")])
+def test_files_that_are_no_sweep(tmp_path, text, message, capsys):
+    (tmp_path / "small.yaml").write_text(text)
+    assert main(["sweep", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_file(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: expected a YAML file that describes a sweep" in capsys.readouterr().err
+
+
+def test_submitit_runs_what_is_missing_and_keeps_failures(tmp_path, trained, monkeypatch):
+    """With submitit's executor for this machine: the processes train the bundled model."""
+    options = {"preset": "glyphs", "steps": 2, "max_test_images": 20, "threads": 1, "towers": ["image"]}
+    methods = {"lora": {}, "too large": {"method": "output", "subspace_k": 999, "subspace_ratio": None}}
+    content = {"shots": 1, "seeds": 0, "learning_rates": 0.01, "methods": methods, "options": options}
+    prepared = prepare_sweep(write(tmp_path, content))
+    for _ in range(2):
+        slurm.run_on_slurm(
+            prepared.jobs, prepared.output, {"timeout_min": 5}, CONSOLE, cluster="local", seconds_between_looks=0.1
+        )
+    (result,) = read_json_lines(tmp_path / "out" / "results.jsonl")
+    assert result["method"] == "lora"
+    failures = read_json_lines(tmp_path / "out" / "failures.jsonl")
+    assert [failure["run"] for failure in failures] == ["too_large-1shot-lr0.01-seed0"] * 2
+    assert "subspace_k=999" in failures[0]["error"]
+    assert json.loads((tmp_path / "out" / "submitted.json").read_text()) == {}
+
+
+def test_slurm_without_submitit_says_how_to_get_it(tmp_path, monkeypatch):
+    config = write(tmp_path, CONTENT)
+    monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install submitit"):
+        prepare_sweep(SweepConfig(config.file, config.output, slurm=True))
+    assert sweep.check_submitit is slurm.check_submitit

@@ -1,0 +1,273 @@
+import csv
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from complora_kernels.fewshot.methods import METHODS
+from complora_kernels.fewshot.report.comparisons import harmonic
+from complora_kernels.fewshot.report.folder import latex, markdown, terminal_table
+from complora_kernels.fewshot.report.labels import Label, in_order, parse, rivals
+from complora_kernels.fewshot.report.results import read_results
+from complora_kernels.fewshot.report.sections import accuracy_table, data_set_table, kept_table, sections
+from complora_kernels.fewshot.report.spreadsheet import to_csv
+from complora_kernels.fewshot.report.summary import Summary, summaries
+from complora_kernels.fewshot.report.tables import Table, escape_latex, markdown_table, to_latex
+
+
+def line(
+    data, method, seed, new, kept=None, shots=4, rate: float | None = 2e-4, protocol="few-shot", tasks=None, **more
+):
+    return {
+        "run": f"{data}-{method}-{shots}shot-lr{rate}-seed{seed}",
+        "data": data,
+        "protocol": protocol,
+        "method": method,
+        "shots": shots,
+        "seed": seed,
+        "learning_rate": rate,
+        "new": new,
+        "kept": kept,
+        "zero_shot_new": 0.25,
+        "zero_shot_kept": None if kept is None else 0.5,
+        "tasks": tasks or {},
+        "interpolated": [],
+        **more,
+    }
+
+
+def summary(lines) -> Summary:
+    (found,) = summaries(lines)
+    return found
+
+
+def column(table: Table, name: str) -> dict[tuple[str, ...], str]:
+    index = list(table.head).index(name)
+    return {tuple(row[: table.labels]): row[index] for row in table.body}
+
+
+def test_line_without_a_protocol_is_of_the_digits():
+    old = {"method": "lora", "shots": 1, "learning_rate": 0.1, "seed": 0, "new": 0.7, "kept": 0.8, "share": 0.5}
+    (result,) = read_results([{**old, "zero_shot_new": 0.6, "zero_shot_kept": 0.9, "relative_update": 0.1}])
+    assert (result.protocol, result.data, result.tasks) == ("few-shot", "digits", {"letters": (0.9, 0.8)})
+    assert (result.method, result.new, result.relative_update) == ("lora", 0.7, 0.1)
+
+
+def test_share_of_the_update_is_a_method_of_its_own():
+    parts = [
+        {"share": share, "new": share, "kept": 1 - share, "tasks": {"a": [0.5, 1 - share]}} for share in (0, 0.5, 1)
+    ]
+    lines = [line("dtd", "lora", 0, 0.9, 0.4, relative_update=0.2, interpolated=parts, tasks={"a": [0.5, 0.4]})]
+    whole, half = read_results(lines)
+    assert (whole.method, whole.new, whole.relative_update) == ("lora", 0.9, 0.2)
+    assert (half.method, half.new, half.kept, half.relative_update) == ("lora, 0.5 of the update", 0.5, 0.5, 0.1)
+    assert (half.zero_shot_new, half.tasks, half.seed) == (0.25, {"a": (0.5, 0.5)}, 0)
+    found = summary(lines)
+    assert found.methods == ["lora", "lora, 0.5 of the update"]
+    assert [(c.method, c.rival) for c in found.comparisons] == [("lora, 0.5 of the update", "lora")]
+    assert "| lora, 0.5 of the update | 0.0002 | 50.0 / 50.0 | 0.100 |" in markdown([found])
+
+
+def test_last_line_of_a_run_counts():
+    assert [r.new for r in read_results([line("dtd", "lora", 0, 0.1), line("dtd", "lora", 0, 0.2)])] == [0.2]
+
+
+def test_names_are_read():
+    assert parse("both, energy 0.8, random") == Label("both", "random", "energy 0.8")
+    assert parse("random-both") == Label("both", "random", "")
+    assert parse("activations") == Label("output", "activations", "")
+    assert parse("input, r 4") == Label("input", "weight", "r 4")
+    assert parse("lora, wd 0.3") == Label("lora", "", "wd 0.3")
+    assert parse("linear-probe") == Label("linear-probe", "", "")
+
+
+def test_order_is_that_of_the_vocabulary_then_of_appearance():
+    assert in_order(["mine", "both", "output, r 4", "lora", "mine"]) == ["lora", "both", "mine", "output, r 4"]
+    assert in_order(reversed(METHODS)) == list(METHODS)
+
+
+def test_who_is_compared_with_whom():
+    assert rivals(["lora", "output", "input", "both", "random", "random-both"]) == [
+        ("output", "lora"),
+        ("input", "lora"),
+        ("both", "lora"),
+        ("random", "lora"),
+        ("random-both", "lora"),
+        ("output", "random"),
+        ("both", "random-both"),
+    ]
+    labels = ["lora", "lora, wd 1", "both, wd 1", "both, wd 1, random", "both, wd 1, activations", "output, wd 1"]
+    assert rivals(labels)[len(labels) - 1 :] == [
+        ("both, wd 1", "lora, wd 1"),
+        ("both, wd 1, random", "lora, wd 1"),
+        ("both, wd 1, activations", "lora, wd 1"),
+        ("output, wd 1", "lora, wd 1"),
+        ("both, wd 1", "both, wd 1, random"),
+        ("both, wd 1, activations", "both, wd 1, random"),
+    ]
+    assert rivals(["output", "mine"]) == []
+
+
+UNEVEN = [
+    *(line("cars", "lora", seed, new) for seed, new in enumerate((0.50, 0.54))),
+    *(line("cars", "both", seed, new) for seed, new in enumerate((0.60, 0.62))),
+    *(line("pets", "lora", seed, new) for seed, new in enumerate((0.90, 0.80, 0.70))),
+    *(line("pets", "both", seed, new) for seed, new in enumerate((0.84, 0.86))),
+    line("food", "lora", 0, 0.99),
+]
+
+
+def test_average_is_of_the_means_of_the_data_sets_that_every_method_has():
+    found = summary(UNEVEN)
+    assert found.complete == {4: ["cars", "pets"]}
+    lora = found.cells["lora", 2e-4, 4].new
+    assert lora.mean == pytest.approx((0.52 + 0.80) / 2)
+    assert lora.sd == pytest.approx((0.70 - 0.67) / 2**0.5)  # of the averages of seeds 0 and 1, 0.70 and 0.67
+    assert found.cells["both", 2e-4, 4].new.mean == pytest.approx((0.61 + 0.85) / 2)
+    assert found.zero_shot[4].new.mean == 0.25
+    table = data_set_table(found, 4)
+    assert list(table.head) == ["method", "learning rate", "cars", "pets", "food", "average"]
+    assert list(table.body[0]) == ["zero-shot", "", "25.0", "25.0", "25.0", "25.0"]
+    assert list(table.body[1]) == ["lora", "0.0002", "52.0", "80.0", "99.0", "66.0"]
+    assert list(table.body[2]) == ["both", "0.0002", "61.0", "85.0", "", "73.0"]
+    text = markdown([found])
+    assert "average over 2 of 3 data sets" in text
+    assert "Left out of averages, because a method has no result (data set, shots): food (4).\n" in text
+    assert "Unequal numbers of seeds (data set, shots): pets (4).\n" in text
+
+
+def test_nothing_is_averaged_without_a_common_data_set():
+    found = summary([line("cars", "lora", 0, 0.5), line("pets", "both", 0, 0.6), line("pets", "both", 0, 0.6, shots=8)])
+    assert found.complete == {4: [], 8: ["pets"]}
+    assert list(found.cells) == [("both", 2e-4, 8)]
+    assert column(data_set_table(found, 4), "average") == dict.fromkeys(
+        [("zero-shot", ""), ("lora", "0.0002"), ("both", "0.0002")], ""
+    )
+    assert "cars (4, 8); pets (4)" in markdown([found])
+    for table in (terminal_table(found), *sections(found)):
+        assert table
+
+
+BASE_TO_NEW = [
+    line(data, "lora", seed, base, new, 16, protocol="base-to-new", tasks={"new classes": [0.5, new]})
+    for data, bases, new in (("cars", (0.7, 0.9), 0.4), ("pets", (0.6, 0.6), 0.6))
+    for seed, base in enumerate(bases)
+]
+
+
+def test_harmonic_mean_is_of_averages():
+    assert round(harmonic(69.34, 74.22), 2) == 71.70  # CLIP in CoCoOp's table: H of the averages
+    assert harmonic(0.0, 0.0) == 0.0
+    found = summary(BASE_TO_NEW)
+    table = data_set_table(found, 16)
+    # Of the means over seeds, 0.8 and 0.4: 0.64 / 1.2. Of the averages, 0.7 and 0.5: 0.7 / 1.2; the mean of Hs is 56.7.
+    assert list(table.body[1][2:]) == ["80.0 / 40.0 / 53.3", "60.0 / 60.0 / 60.0", "70.0 / 50.0 / 58.3"]
+    assert list(table.body[0][2:]) == ["25.0 / 50.0 / 33.3"] * 3
+    assert "base classes / new classes / H" in table.text[0]
+    assert not any((table.heading or "").startswith("Each task kept") for table in sections(found))
+
+
+def test_difference_in_harmonic_mean_is_one_of_averages():
+    ours = [{**result, "method": "output", "kept": 0.8, "tasks": {}} for result in BASE_TO_NEW]
+    (comparison,) = summary([*BASE_TO_NEW, *ours]).comparisons
+    gain = comparison.at_rate[2e-4, None]["H"]
+    seeds = [harmonic(0.65, 0.8) - harmonic(0.65, 0.5), harmonic(0.75, 0.8) - harmonic(0.75, 0.5)]
+    assert gain.over_seeds.mean == pytest.approx(sum(seeds) / 2)
+    assert (gain.over_seeds.wins, gain.better, gain.data_sets) == (2, 2, 2)
+
+
+def test_tasks_kept_are_changes_averaged_over_data_sets():
+    tasks = {
+        ("cars", 0): {"imagenet": [0.6, 0.5], "pets": [0.9, 0.88]},
+        ("cars", 1): {"imagenet": [0.6, 0.52], "pets": [0.9, 0.9]},
+        ("pets", 0): {"imagenet": [0.6, 0.56], "cars": [0.7, 0.74]},
+    }
+    lines = [line(data, "lora", seed, 0.5, 0.5, protocol="retention", tasks=of) for (data, seed), of in tasks.items()]
+    table = kept_table(summary(lines), 4)
+    assert list(table.head) == ["method", "learning rate", "imagenet", "pets", "cars", "mean"]
+    assert list(table.body[0]) == ["zero-shot", "", "60.0", "90.0", "70.0", "73.3"]
+    # imagenet: -9 points on the cars, -4 on the pets; the mean over tasks: (-6.5 - 1 + 4) / 3
+    assert list(table.body[1]) == ["lora", "0.0002", "-6.5", "-1.0", "+4.0", "-1.2"]
+    assert "Each task kept, 4 shots" in markdown([summary(lines)])
+
+
+def test_method_without_a_learning_rate_has_one_row():
+    lines = [line("dtd", "lora", 0, 0.5, rate=rate, relative_update=0.1) for rate in (1e-4, 1e-3)]
+    table = accuracy_table(summary([*lines, line("dtd", "tip-adapter", 0, 0.6, rate=None)]))
+    names = [tuple(row[:2]) for row in table.body]
+    assert names == [("zero-shot", ""), ("lora", "0.0001"), ("lora", "0.001"), ("tip-adapter", "")]
+    assert column(table, "ΔW / W")["tip-adapter", ""] == ""
+    assert column(table, "4 shots")["tip-adapter", ""] == "60.0"
+
+
+def test_missing_kept_accuracy_beside_others():
+    lines = [line("imagenet", "lora", 0, 0.5), line("dtd", "lora", 0, 0.6, 0.4, tasks={"imagenet": [0.5, 0.4]})]
+    assert list(data_set_table(summary(lines), 4).body[1][2:]) == ["50.0 / –", "60.0 / 40.0", "55.0 / 40.0"]
+
+
+def test_terminal_takes_labels_as_they_are():
+    shown = io.StringIO()
+    found = summary([line("dtd", "both [bold], r 4", 0, 0.5)])
+    Console(file=shown, width=100).print(terminal_table(found))
+    assert "both [bold], r 4" in shown.getvalue()
+    assert "50.0" in shown.getvalue()
+
+
+def test_csv_is_tidy():
+    lines = [*UNEVEN, line("cars", 'both, "r" 4', 0, 0.4, 0.3, rate=None, tasks={"letters": [0.9, 0.3]}, shots=1)]
+    found = list(csv.DictReader(io.StringIO(to_csv([summary(lines)]))))
+    assert len(found) == 6
+    row = found[0]
+    assert (row["protocol"], row["data"], row["method"]) == ("few-shot", "cars", "lora")
+    assert (row["learning_rate"], row["shots"], row["seeds"]) == ("0.0002", "4", "2")
+    assert float(row["new_mean"]) == pytest.approx(0.52)
+    assert float(row["new_sd"]) == pytest.approx(0.028284)
+    assert (row["zero_shot_new_mean"], row["kept_mean"], row["letters_after_mean"]) == ("0.25", "", "")
+    label = found[2]
+    assert (label["method"], label["learning_rate"], label["new_sd"]) == ('both, "r" 4', "", "")
+    assert (label["letters_before_mean"], label["letters_after_mean"]) == ("0.9", "0.3")
+
+
+def latex_tables(text: str) -> list[tuple[str, list[list[str]]]]:
+    """Columns and rows of each table, braces and environments checked."""
+    plain = re.sub(r"\\[\\&%$#_{}]", "", text)
+    assert plain.count("{") == plain.count("}")
+    depth = 0
+    for character in plain:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        assert depth >= 0
+    assert plain.count("$") % 2 == 0
+    begun = re.findall(r"\\(begin|end)\{(\w+)\}", text)
+    assert begun == [("begin", "table"), ("begin", "tabular"), ("end", "tabular"), ("end", "table")] * (len(begun) // 4)
+    found = []
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL):
+        rows = [row for row in body.splitlines() if not re.fullmatch(r"\\(top|mid|bottom)rule", row)]
+        assert all(row.endswith(r" \\") for row in rows)
+        found.append((columns, [re.split(r"(?<!\\)&", row) for row in rows]))
+    return found
+
+
+def test_latex_is_well_formed():
+    lines = [*UNEVEN, *(line("cars", method, 0, 0.4) for method in ("a_b & 50% {x}", "[c]", "*d", r"e\f^2~<1>#$"))]
+    for found in (summary(lines), summary(BASE_TO_NEW)):
+        text = latex([found])
+        tables = latex_tables(text)
+        assert len(tables) == len(sections(found))
+        for columns, rows in tables:
+            assert {len(row) for row in rows} == {len(columns)}
+        assert r"\usepackage{booktabs}" in text
+        assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+
+
+def test_latex_prints_the_characters():
+    assert escape_latex("fgvc_aircraft & 50%") == r"fgvc\_aircraft \& 50\%"
+    assert escape_latex("-1.5 [-2.0, +0.1], wd-3, 63.1 ± 0.4") == r"$-$1.5 {[}$-$2.0, +0.1], wd-3, 63.1 $\pm$ 0.4"
+    assert escape_latex(r"\{~^") == r"\textbackslash{}\{\textasciitilde{}\textasciicircum{}"
+    table = Table(["50%"], ["method", "a_b"], [["[x]", "1"]])
+    assert r"{[}x] & 1 \\" in to_latex(table)
+    assert r"\caption{50\%}" in to_latex(table)
+
+
+def test_bar_in_a_label_does_not_split_a_cell():
+    assert markdown_table(["a|b"], [["c"]]) == "| a\\|b |\n| --- |\n| c |"
