@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import Comparison, Work, pedantic
+from benchmarks.interleaved import replays
 from complora_kernels import backends, reference
 from complora_kernels.functional import fold_factors, project_complement
 
@@ -23,6 +24,14 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # of activations; factors and bases are float32
 TOKENS = 197 * (256 if ON_GPU else 32)
 EXACT = 1e-5  # sums of 768 to 50,432 products in float32
+REMARKS = {
+    "torch's four products": "rounds its sums to the dtype of the activations",
+    f"{LAYERS} calls of the torch backend": "ours, layer by layer",
+    "torch backend": "ours by another backend",
+    "triton": "ours by another backend",
+    "one read of the bases": "the floor: computes nothing of it",
+    "one read of dY and x": "the floor: computes nothing of it",
+}
 
 Step = Callable[[], Sequence[Tensor]]
 
@@ -142,10 +151,24 @@ def compare(
     tolerance: float = EXACT,
 ) -> None:
     """Checks everyone's results but a mere read's, and times all in turns."""
-    for name, step in steps.items():
+
+    def check(name: str, results: Sequence[Tensor]) -> None:
         if not name.startswith("one read"):
-            for mine, true in zip(step(), exact, strict=True):
+            for mine, true in zip(results, exact, strict=True):
                 assert (mine - true).norm() <= tolerance * true.norm(), name
+
+    for name, step in steps.items():
+        check(name, step())
     reads = {name: None for name in steps if name.startswith("one read")}
-    comparison.time(shape, steps, ours=OURS, targets=targets, work=work, floors=reads)
+    comparison.time(
+        shape,
+        steps,
+        ours=OURS,
+        targets=targets,
+        work=work,
+        floors=reads,
+        remarks=REMARKS,
+        replays=replays(DEVICE),
+        check=check,
+    )
     pedantic(benchmark, steps[OURS])

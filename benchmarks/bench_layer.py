@@ -1,33 +1,39 @@
 """How fast is one adapted layer, forward and backward, against other ways to compute it?
 
 `make bench` runs it: on a CPU in float32, on a GPU in bfloat16, with and without dropout. Every rival starts from the
-same weights and factors and is checked before it is timed.
+same weights and factors and is checked before it is timed, on a GPU its CUDA graph too. `--lorafusion PATH`, a checkout
+of LoRAFusion, adds its layer to those on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
-from benchmarks.comparison import Comparison, Work, bounds, pedantic
+from benchmarks import lorafusion
+from benchmarks.comparison import Comparison, Missing, Work, bounds, needed, pedantic
+from benchmarks.interleaved import reason, replays
 from complora_kernels import plans, reference
 from complora_kernels.functional import complora_linear
 from complora_kernels.subspace import principal_basis
 
 SCALING = 1.0
-PEFT = "PEFT lora.Linear"
+PEFT, LORAFUSION = "PEFT lora.Linear", "LoRAFusion's kernels"
 OURS, FLOOR, FOLDED = "complora_linear", "frozen F.linear", "torch.compile of the folded layer"
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-BATCH = 256 if ON_GPU else 8
+BATCH, PROMPTS = (256, 1000) if ON_GPU else (8, 100)
+BARELY = 1e-30  # a dropout that drops nothing
 
 
 class Shape(NamedTuple):
@@ -45,18 +51,19 @@ class Shape(NamedTuple):
         return f"{self.where} {sizes}, {str(DTYPE).removeprefix('torch.')}"
 
 
-SHAPES = [Shape("ViT-B/16 o", BATCH * 197, 768, 768), Shape("ViT-B/16 fc1", BATCH * 197, 768, 3072)]
-if ON_GPU:
-    SHAPES += [
-        Shape("ViT-B/16 o", BATCH * 197, 768, 768, rank=2),
-        Shape("ViT-B/16 o", BATCH * 197, 768, 768, rank=64),
-        Shape("ViT-B/16 o", BATCH * 197, 768, 768, k=64),
-        Shape("ViT-B/32 fc1", BATCH * 50, 768, 3072),
-        Shape("ViT-L/14 o", BATCH * 257, 1024, 1024, k=512),
-        Shape("ViT-L/14 fc1", BATCH * 257, 1024, 4096, k=512),
-        Shape("text fc1", 1000 * 24, 512, 2048, k=256),
-    ]
-COMPILED = SHAPES[:2]  # torch.compile takes its time for each
+SHAPES = [
+    Shape("ViT-B/16 o", BATCH * 197, 768, 768),
+    Shape("ViT-B/16 fc1", BATCH * 197, 768, 3072),
+    Shape("ViT-B/16 o", BATCH * 197, 768, 768, rank=2),
+    Shape("ViT-B/16 o", BATCH * 197, 768, 768, rank=64),
+    Shape("ViT-B/16 o", BATCH * 197, 768, 768, k=64),
+    Shape("ViT-B/32 fc1", BATCH * 50, 768, 3072),
+    Shape("ViT-L/14 o", BATCH * 257, 1024, 1024, k=512),
+    *([Shape("ViT-L/14 fc1", BATCH * 257, 1024, 4096, k=512)] if ON_GPU else []),
+    Shape("text fc1", PROMPTS * 24, 512, 2048, k=256),
+]
+MAIN = SHAPES if ON_GPU else SHAPES[:2]  # a CPU compares the variants of ours, and what else takes long, there alone
+COMPILED = SHAPES[: 2 if ON_GPU else 1]  # torch.compile and Triton take their time for each
 
 
 @dataclass
@@ -70,16 +77,17 @@ class Layer:
     B: nn.Parameter  # [out, r], float32
     basis: Tensor  # [out, k]
     dY: Tensor  # [M, out]
+    plain: tuple[nn.Parameter, nn.Parameter]  # A and P B in the dtype of x: plain LoRA that computes the same
     dropout_p: float = 0.0
-    copies: tuple[nn.Parameter, ...] = ()  # of A and B, where a rival trains those
 
-    def step(self, forward: Callable[[], Tensor]) -> Tensor:
-        """One forward and backward pass; gradients of x, A and B."""
-        for tensor in (self.x, self.A, self.B, *self.copies):
-            tensor.grad = None
+    def step(self, forward: Callable[[], Tensor]) -> list[Tensor]:
+        """One forward and backward pass: y, and the gradients of x and of the factors that a rival trains."""
+        leaves = (self.x, self.A, self.B, *self.plain)
+        for leaf in leaves:
+            leaf.grad = None
         y = forward()
         y.backward(self.dY)
-        return y.detach()
+        return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def make_layer(shape: Shape) -> Layer:
@@ -91,7 +99,9 @@ def make_layer(shape: Shape) -> Layer:
     x = torch.randn(tokens, inputs, device=DEVICE, dtype=DTYPE, requires_grad=True)
     basis = principal_basis(linear.weight, k=k)
     dY = torch.randn(tokens, outputs, device=DEVICE, dtype=DTYPE)
-    return Layer(x, linear.weight.to(DTYPE), linear.bias.to(DTYPE), A, B, basis, dY)
+    projected = B.detach() - basis @ (basis.mT @ B.detach())  # P B
+    plain = nn.Parameter(A.detach().to(DTYPE, copy=True)), nn.Parameter(projected.to(DTYPE))
+    return Layer(x, linear.weight.to(DTYPE), linear.bias.to(DTYPE), A, B, basis, dY, plain)
 
 
 def ours(layer: Layer, weight: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -141,7 +151,15 @@ def folded(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, basis:
 
 def compiled(layer: Layer) -> Callable[[], Tensor]:
     function = torch.compile(folded, dynamic=False)
-    return lambda: function(layer.x, layer.weight, layer.bias, layer.A, layer.B, layer.basis, layer.dropout_p)
+
+    def forward() -> Tensor:
+        return function(layer.x, layer.weight, layer.bias, layer.A, layer.B, layer.basis, layer.dropout_p)
+
+    try:
+        forward()
+    except BackendCompilerFailed as error:  # there is no C++ compiler
+        raise Missing(f"not compiled: {reason(error.inner_exception)}") from error
+    return forward
 
 
 def dense_projector(layer: Layer) -> Callable[[], Tensor]:
@@ -169,7 +187,7 @@ def projected_activations(layer: Layer) -> Callable[[], Tensor]:
 
 
 def peft_linear(layer: Layer) -> Callable[[], Tensor]:
-    """PEFT's LoRA layer around the same weight and factors: plain LoRA, it projects nothing."""
+    """PEFT's LoRA layer around the same weight."""
     import peft
 
     rank = len(layer.A)
@@ -181,31 +199,64 @@ def peft_linear(layer: Layer) -> Callable[[], Tensor]:
     wrapped = peft.get_peft_model(nn.ModuleDict({"base": base}), config).get_submodule("base_model.model.base")
     assert isinstance(wrapped, peft.tuners.lora.Linear)
     # PEFT keeps float32 factors and casts its input to them: the adapter in the dtype of the base is its fast form.
-    layer.copies = tuple(nn.Parameter(factor.detach().to(DTYPE)) for factor in (layer.A, layer.B))
-    wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight = layer.copies
+    wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight = layer.plain
     return lambda: wrapped(layer.x)
+
+
+def lorafusion_linear(checkout: Path, layer: Layer) -> Callable[[], Tensor]:
+    """LoRAFusion's layer, which takes tokens in three dimensions only."""
+    fused, (A, B) = lorafusion.fused_linear_lora(checkout), layer.plain
+
+    def forward() -> Tensor:
+        x = layer.x[None]  # [1, M, in]
+        y = fused(x, layer.weight, A, B, SCALING, dropout_p=layer.dropout_p, linear_bias=layer.bias)
+        return y.flatten(0, 1)
+
+    return forward
 
 
 @dataclass(frozen=True)
 class Rival:
-    make: Callable[[Layer], Callable[[], Tensor]]
+    make: Callable[..., Callable[[], Tensor]]  # of a Layer
     remark: str = ""
     plan: plans.Plan | None = None  # that this rival is ours with
+    shapes: Sequence[Shape] = tuple(MAIN)
+    drops: bool = True  # it can with dropout
+    plain: bool = False  # it is plain LoRA
+    checkout: str = ""  # the option that says where its code lies, which `make` takes first
+    checked_with: float = 0.0  # the dropout that its results are checked with
 
 
+TWICE = "in half precision it rounds twice and loses small updates"
 RIVALS = {
-    OURS: Rival(complora),
-    FLOOR: Rival(frozen, "the floor: no adapter"),
-    "dense P_perp": Rival(dense_projector, "4·M·out² operations more"),
-    "projection of the activations": Rival(projected_activations, "8·M·out·k operations more"),
-    PEFT: Rival(peft_linear, "plain LoRA: no projection; in half precision it rounds twice"),
+    OURS: Rival(complora, shapes=SHAPES),
+    FLOOR: Rival(frozen, "the floor: no adapter, of the gradients dX alone", shapes=SHAPES),
+    "dense P_perp": Rival(dense_projector, f"4·M·out² operations more; {TWICE}", shapes=SHAPES),
+    "projection of the activations": Rival(projected_activations, f"8·M·out·k operations more; {TWICE}"),
+    PEFT: Rival(peft_linear, f"plain LoRA: no projection; {TWICE}", shapes=SHAPES, plain=True),
     "torch backend": Rival(by_torch, "ours by another backend"),
-    "addmm": Rival(partial(by_plan, "addmm"), "ours by another plan; rounds twice", plans.Plan("addmm")),
-    "merge": Rival(partial(by_plan, "merge"), "ours by another plan", plans.Plan("merge")),
-    "concat": Rival(partial(by_plan, "concat"), "ours by another plan", plans.Plan("concat")),
+    "addmm": Rival(
+        partial(by_plan, "addmm"), f"ours by another plan, as Unsloth and Axolotl do; {TWICE}", plans.Plan("addmm")
+    ),
+    "merge": Rival(
+        partial(by_plan, "merge"),
+        "ours by another plan, as RunLoRA does; from a float32 weight, else it loses small updates; not with dropout",
+        plans.Plan("merge"),
+        drops=False,
+    ),
+    "concat": Rival(partial(by_plan, "concat"), "ours by another plan; copies x and the weight", plans.Plan("concat")),
+    FOLDED: Rival(compiled, f"compiled anew for each shape, which is not in its time; {TWICE}", shapes=COMPILED),
 }
 if ON_GPU:
-    RIVALS[FOLDED] = Rival(compiled)
+    RIVALS[LORAFUSION] = Rival(
+        lorafusion_linear,
+        "plain LoRA: no projection; fails without dropout; keeps a dropped x and its mask; sums gradients by atomics, "
+        "in any order; without TMA, for which it needs Triton 3.2; an H100's tiles where it does not list the GPU",
+        shapes=COMPILED,
+        plain=True,
+        checkout=lorafusion.OPTION,
+        checked_with=BARELY,
+    )
 TARGETS = {
     FLOOR: "layer/frozen",
     PEFT: "layer/PEFT",
@@ -218,7 +269,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_backward(benchmark, comparison, shape, dropout_p):
+def test_forward_backward(benchmark, comparison, checkouts, shape, dropout_p):
     _, M, inputs, outputs, rank, _ = shape
     # y and dX with W; h, h B^T, g, g A, dA and dB. x twice (y, dA), dY once, y and dX out, W twice.
     operations = 4 * M * inputs * outputs + 6 * M * rank * (inputs + outputs)
@@ -228,22 +279,23 @@ def test_forward_backward(benchmark, comparison, shape, dropout_p):
     if ON_GPU and shape == SHAPES[0]:
         targets = {name: f"{target}, dropout" if dropout_p else target for name, target in TARGETS.items()}
         targets = {name: target for name, target in targets.items() if target in bounds()}
-    steps = compare(comparison, shape, label, dropout_p, work, targets)
+    steps = compare(comparison, checkouts, shape, label, dropout_p, work, targets)
     pedantic(benchmark, steps[OURS])
 
 
 @pytest.mark.parametrize("shape", SHAPES[: 2 if ON_GPU else 1], ids=str)
-def test_forward(benchmark, comparison, shape):
+def test_forward(benchmark, comparison, checkouts, shape):
     _, M, inputs, outputs, rank, _ = shape
     # y with W, h and h B^T; x, W and y once.
     operations = 2 * M * inputs * outputs + 2 * M * rank * (inputs + outputs)
     work = Work(operations, DTYPE.itemsize * (M * (inputs + outputs) + inputs * outputs))
-    steps = compare(comparison, shape, f"{shape}, forward", 0.0, work, {}, backward=False)
+    steps = compare(comparison, checkouts, shape, f"{shape}, forward", 0.0, work, {}, backward=False)
     pedantic(benchmark, steps[OURS])
 
 
 def compare(
     comparison: Comparison,
+    checkouts: Mapping[str, Path | None],
     shape: Shape,
     label: str,
     dropout_p: float,
@@ -251,58 +303,87 @@ def compare(
     targets: dict[str, str],
     *,
     backward: bool = True,
-) -> dict[str, Callable[[], Tensor]]:
+) -> dict[str, Callable[[], Any]]:
     torch.compiler.reset()
     layer, steps = make_layer(shape), {}
+    truths = true_results(layer)
     for name, rival in RIVALS.items():
-        if not (dropout_p and name == "merge") and (name != FOLDED or shape in COMPILED):
-            steps[name] = comparison.attempt(label, name, partial(step, layer, rival))
-    steps = {name: step for name, step in steps.items() if step is not None}
-    check(layer, steps)
+        if shape in rival.shapes and (rival.drops or not dropout_p):
+            make = partial(prepare, name, layer, truths, checkouts, dropout_p, backward=backward)
+            prepared = comparison.attempt(label, name, make, foreign=bool(rival.checkout))
+            if prepared is not None:
+                steps[name] = prepared
     layer.dropout_p = dropout_p
-    steps = {name: step(layer, RIVALS[name], backward=backward) for name in steps}
-    remarks = {name: rival.remark for name, rival in RIVALS.items()}
     product = Work((4 if backward else 2) * shape.tokens * shape.inputs * shape.outputs, work.bytes)
-    floors = {FLOOR: product}
-    comparison.time(label, steps, ours=OURS, work=work, floors=floors, targets=targets, remarks=remarks)
+    comparison.time(
+        label,
+        steps,
+        ours=OURS,
+        work=work,
+        floors={FLOOR: product},
+        targets=targets,
+        remarks={name: rival.remark for name, rival in RIVALS.items()},
+        replays=replays(DEVICE),
+        check=None if dropout_p else partial(check, truths),  # masks are random
+    )
     return steps
 
 
-def step(layer: Layer, rival: Rival, *, backward: bool = True) -> Callable[[], Tensor]:
+def prepare(
+    name: str,
+    layer: Layer,
+    truths: Mapping[str, list[Tensor]],
+    checkouts: Mapping[str, Path | None],
+    dropout_p: float,
+    *,
+    backward: bool,
+) -> Callable[[], Any]:
+    """The step of a rival, whose results are right without dropout."""
+    rival = RIVALS[name]
+    make = partial(rival.make, needed(rival.checkout, checkouts)) if rival.checkout else rival.make
+    layer.dropout_p = rival.checked_with
+    check(truths, name, step(layer, make(layer), rival.plan)())
+    layer.dropout_p = dropout_p
+    run = step(layer, make(layer), rival.plan, backward=backward)
+    if rival.checkout:
+        run()  # what fails with this dropout alone
+    return run
+
+
+def step(
+    layer: Layer, forward: Callable[[], Tensor], plan: plans.Plan | None, *, backward: bool = True
+) -> Callable[[], Any]:
     """One training step of a rival, or its forward pass as it is taken in training."""
-    forward = rival.make(layer)
-    run = partial(layer.step, forward) if backward else forward
-    if rival.plan is None:
+    run = partial(layer.step, forward) if backward else lambda: [forward().detach()]
+    if plan is None:
         return run
 
-    def planned() -> Tensor:
-        assert rival.plan is not None
-        with plans.override(rival.plan):
+    def planned() -> list[Tensor]:
+        with plans.override(plan):
             return run()
 
     return planned
 
 
-def check(layer: Layer, steps: dict[str, Callable[[], Tensor]]) -> None:
-    """Everyone's output, and everyone's gradients but the frozen layer's, against float64; without dropout."""
-    wide = [tensor.detach().double() for tensor in (layer.x, layer.weight, layer.bias, layer.A, layer.B, layer.basis)]
-    x, weight, bias, A, B, basis = wide
-    for name, run in steps.items():
-        leaves = [leaf.clone().requires_grad_() for leaf in (x, A, B)]
-        projection = None if name == PEFT else basis
-        factor = 0.0 if name == FLOOR else SCALING
-        truth = reference.complora_linear(
-            leaves[0], weight, bias, leaves[1], leaves[2], output_basis=projection, scaling=factor
-        )
-        truth.backward(layer.dY.double())
-        y = run()
-        pairs = [(y, truth.detach()), (layer.x.grad, leaves[0].grad)]
-        if name != FLOOR:
-            factors = layer.copies if name == PEFT else (layer.A, layer.B)
-            pairs += [(factor.grad, leaf.grad) for factor, leaf in zip(factors, leaves[1:], strict=True)]
-        # Sums of 768 to 6304 products in float32; roundings of intermediate results to bfloat16.
-        tolerance = 1e-5 if torch.float32 == DTYPE else 2e-2
-        for mine, true in pairs:
-            assert mine is not None
-            assert true is not None
-            assert (mine - true).norm() <= tolerance * true.norm(), name
+def true_results(layer: Layer) -> dict[str, list[Tensor]]:
+    """Those of a step in float64 without dropout: y, dX, dA, dB. Of the layer, of plain LoRA, of the frozen layer."""
+    x, weight, bias, basis = (t.detach().double() for t in (layer.x, layer.weight, layer.bias, layer.basis))
+    factors = {"ours": (layer.A, layer.B), "plain": layer.plain}
+    truths = {}
+    for name, (A, B) in factors.items():
+        leaves = [leaf.detach().double().requires_grad_() for leaf in (x, A, B)]
+        projection = basis if name == "ours" else None
+        y = reference.complora_linear(leaves[0], weight, bias, *leaves[1:], output_basis=projection, scaling=SCALING)
+        truths[name] = [y.detach(), *torch.autograd.grad(y, leaves, layer.dY.double())]
+    truths["frozen"] = [F.linear(x, weight, bias), layer.dY.double() @ weight]
+    return truths
+
+
+def check(truths: Mapping[str, list[Tensor]], name: str, results: Sequence[Tensor]) -> None:
+    """The output and all gradients of a rival's step, or the output of its forward pass."""
+    true = truths["frozen" if name == FLOOR else "plain" if RIVALS[name].plain else "ours"]
+    assert len(results) in (1, len(true)), name
+    # Sums of 512 to 6304 products in float32; roundings of intermediate results to bfloat16.
+    tolerance = 1e-5 if torch.float32 == DTYPE else 2e-2
+    for mine, value in zip(results, true, strict=False):
+        assert (mine - value).norm() <= tolerance * value.norm(), name

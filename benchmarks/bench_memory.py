@@ -20,6 +20,7 @@ from benchmarks.bench_step import (
     Batch,
     Case,
     check,
+    compared,
     loss_of,
     make_batch,
     make_ours,
@@ -73,9 +74,10 @@ def test_memory_of_a_step(comparison, checkouts, case):
             check(name, trainee, make_step(trainee, batch)(), weights, truth)
         return peak_bytes(trainee, batch) if ON_GPU else saved_bytes(trainee, batch)
 
-    for name in (OURS, *case.rivals):
+    for name in (OURS, *compared(case, checkouts)):
         make = partial(make_trainee, name, case, plain, ours, weights, checkouts)
-        taken = comparison.attempt(str(case), name, lambda name=name, make=make: measure(name, make()))
+        foreign = name in RIVALS and bool(RIVALS[name].checkout)
+        taken = comparison.attempt(str(case), name, lambda name=name, make=make: measure(name, make()), foreign=foreign)
         if taken is None:
             continue
         own = taken if own is None else own

@@ -6,13 +6,14 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from benchmarks import results
-from benchmarks.interleaved import clock, time_interleaved, wall_seconds
+from benchmarks.interleaved import Clock, Replays, Step, captured, clock, reason, time_interleaved, wall_seconds
 from benchmarks.results import Row
 
 if sys.version_info >= (3, 11):
@@ -21,6 +22,7 @@ else:
     import tomli as tomllib  # pytest brings it there  # pyright: ignore[reportMissingImports]
 
 TARGETS = Path(__file__).with_name("targets.toml")
+NOT_CAPTURED = "not captured: timed with launches"
 Made = TypeVar("Made")
 
 
@@ -50,8 +52,12 @@ class Comparison:
         if self.path is not None:
             results.write(self.path, self.found)
 
-    def attempt(self, shape: str, rival: str, make: Callable[[], Made]) -> Made | None:
-        """What `make` returns; None, and a row that says why, where the rival is not installed or does not fit."""
+    def attempt(self, shape: str, rival: str, make: Callable[[], Made], *, foreign: bool = False) -> Made | None:
+        """What `make` returns; None, and a row that says why, where the rival is not installed or does not fit.
+
+        Args:
+            foreign: whatever fails in it is a row too: code that is not ours to mend.
+        """
         try:
             return make()
         except ModuleNotFoundError as error:
@@ -60,13 +66,17 @@ class Comparison:
             remark = str(missing)
         except torch.OutOfMemoryError:
             remark = "does not fit in memory"
+        except Exception as error:
+            if not foreign:
+                raise
+            remark = f"fails: {reason(error)}"
         self.record(Row(self.benchmark, shape, rival, remark))
         return None
 
     def time(
         self,
         shape: str,
-        steps: Mapping[str, Callable[[], object]],
+        steps: Mapping[str, Step],
         *,
         ours: str,
         work: Work | None = None,
@@ -75,7 +85,9 @@ class Comparison:
         remarks: Mapping[str, str] | None = None,
         targets: Mapping[str, str | None] | None = None,
         warm_up: int | None = None,
-        measure: Callable[[Callable[[], object]], float] | None = None,
+        measure: Clock | None = None,
+        replays: Replays | None = None,
+        check: Callable[[str, Any], None] | None = None,
     ) -> None:
         """Times the steps, which were checked before, in turns, and records a row for each.
 
@@ -86,20 +98,32 @@ class Comparison:
             targets: a rival's name -> the id of what it measures.
             warm_up: rounds that are not counted; None: three on a GPU, one on a CPU, where nothing is tuned meanwhile.
             measure: the clock; None: the device's.
+            replays: instead of it, times the steps without their launches, with a warm and a cold L2 cache.
+            check: what a replay gave, a rival's name first; it raises where that is wrong.
         """
         remarks, targets, floors = remarks or {}, targets or {}, floors or {}
         rounds = min(self.rounds, rounds or self.rounds)
-        measure = measure or clock(self.device)
+        measure = measure or (clock(self.device) if replays is None else replays.warm)
         warm_up = (3 if self.device.type == "cuda" else 1) if warm_up is None else warm_up
+        time_all = partial(time_interleaved, ours=ours, rounds=rounds)
+        launched, cold = {}, {}
         try:
-            timings = time_interleaved(steps, ours=ours, rounds=rounds, measure=measure, warm_up=warm_up)
+            if replays is not None:
+                steps, launched = captured(steps, replays.recorder, check)
+            timings = time_all(steps, measure=measure, warm_up=warm_up)
+            if replays is not None:
+                cold = time_all(steps, measure=replays.cold, warm_up=1)
         except torch.OutOfMemoryError:
             for rival in steps:
                 self.record(Row(self.benchmark, shape, rival, "does not fit in memory beside the others"))
             return
         for rival, timing in timings.items():
             (p20, median, p80), (ratio, low, high) = timing.spread(), timing.ratio()
-            row = Row(self.benchmark, shape, rival, remarks.get(rival, ""), rounds, median, p20, p80, ratio, low, high)
+            known = [remarks.get(rival, ""), f"{NOT_CAPTURED} ({launched[rival]})" if rival in launched else ""]
+            remark = "; ".join(filter(None, known))
+            row = Row(self.benchmark, shape, rival, remark, rounds, median, p20, p80, ratio, low, high)
+            if rival in cold:
+                row = replace(row, cold_s=cold[rival].spread()[1], cold_ratio=cold[rival].ratio()[0])
             least = floors.get(rival, work)
             changes = {} if least is None else self._roofline(least, median)
             self.record(replace(row, **changes, **measures(targets.get(rival), ratio)))
@@ -110,7 +134,15 @@ class Comparison:
         return {"roofline": least / seconds} | ({"intensity": work.operations / work.bytes} if work.bytes else {})
 
 
-def pedantic(benchmark: Any, step: Callable[[], object]) -> None:
+def needed(option: str, checkouts: Mapping[str, Path | None]) -> Path:
+    """Where the code of a rival lies that no index has."""
+    path = checkouts[option]
+    if path is None:
+        raise Missing(f"not given: {option} PATH")
+    return path
+
+
+def pedantic(benchmark: Any, step: Step) -> None:
     """A row of pytest-benchmark's own table, with everything that the step has asked of a GPU."""
     benchmark.pedantic(lambda: wall_seconds(step), rounds=3)
 

@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="keep what is measured in this JSON file, or in a file of this folder with the machine and the date",
     )
     parser.addoption("--clip-lora", type=Path, help="a checkout of CLIP-LoRA, whose layer is then a rival of ours")
+    parser.addoption("--lorafusion", type=Path, help="a checkout of LoRAFusion, whose layer is then a rival on a GPU")
     parser.addoption("--rounds", type=int, default=20, help="paired repeats of every comparison")
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch")
 
@@ -32,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def checkouts(request: pytest.FixtureRequest) -> dict[str, Path | None]:
     """Where the code of rivals lies that no index has."""
-    return {"--clip-lora": request.config.option.clip_lora}
+    options = request.config.option
+    return {"--clip-lora": options.clip_lora, "--lorafusion": options.lorafusion}
 
 
 @pytest.fixture
@@ -69,6 +71,8 @@ def line(row: Row) -> str:
     words = f"{row.shape:<60} {row.rival:<34} "
     if row.median_s is not None:
         words += f"{1e3 * row.median_s:9.2f} ms  {report.ratio(row):<19} "
+    if row.cold_s is not None:
+        words += f"warm L2; cold {1e3 * row.cold_s:.2f} ms  {row.cold_ratio:.2f}  "
     if row.roofline is not None:
         words += f"{row.roofline:4.0%} of the roofline  "
     if row.peak_bytes is not None:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # All that needs a GPU, on a machine that has one and perhaps no network: `make gpu`. In stages; a stage that fails does
-# not stop the next, and a second call goes on with those that are not done. RESULTS is where they and their logs go.
+# not stop the next, and a second call goes on with those that are not done. RESULTS is where they and their logs go,
+# with all logs once more in one file, logs.tar.gz.
 #
 #   PYTHON=python3      the interpreter, with torch and triton in it
 #   WHEELS=.whl         a folder of wheels that it lacks; they go into build/gpu alone
 #   RESULTS=benchmarks/results
-#   STAGES="tests bench_step"   these alone, done or not
-#   ARGS="--clip-lora PATH"     more arguments for the benchmarks
+#   STAGES="tests bench_step"   these alone, done or not; bench_step-2 is one of several of its name
+#   ARGS="--clip-lora PATH --lorafusion PATH"   more arguments for the benchmarks
 #   COMPLORA_REVISION=…  of the code, where there is no git checkout
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -43,24 +44,30 @@ tune() { "$python" -m complora_kernels.tune; }
 
 bench() {
     # shellcheck disable=SC2086
-    "$python" -m pytest "benchmarks/$1.py" -q -o faulthandler_timeout=3600 --results "$results" ${ARGS:-}
+    "$python" -m pytest "benchmarks/$1.py" "${@:2}" -q -o faulthandler_timeout=3600 --results "$results" ${ARGS:-}
 }
 
 report() { "$python" -m benchmarks.report --results "$results"; }
 
-# A name, the seconds it may take, the command.
+pack() { tar -C "$results" -czf "$results/logs.tar.gz" logs done; }
+
+# A name, the seconds it may take, the command. What takes long has stages of one case each: -k selects it.
 all=(
     "wheels 60 wheels"
     "environment 60 environment"
     "extension 180 extension"
     "tests 240 tests"
     "tune 120 tune"
-    "bench_layer 90 bench bench_layer"
+    "bench_layer 180 bench bench_layer"
     "bench_factors 40 bench bench_factors"
     "bench_accuracy 40 bench bench_accuracy"
-    "bench_step 400 bench bench_step"
+    "bench_step-1 300 bench bench_step -k case-1"
+    "bench_step-2 240 bench bench_step -k case-2"
+    "bench_step-3 120 bench bench_step -k case-3"
+    "bench_step-4 120 bench bench_step -k case-4"
     "bench_memory 60 bench bench_memory"
-    "bench_train 300 bench bench_train"
+    "bench_train-1 360 bench bench_train -k until_trained"
+    "bench_train-2 120 bench bench_train -k iterations"
     "report 30 report"
 )
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -74,7 +81,7 @@ failed=() outcome=()
 for entry in "${all[@]}"; do
     read -r name seconds command <<<"$entry"
     if [ -n "${STAGES:-}" ]; then
-        [[ " $STAGES " == *" $name "* ]] || continue
+        [[ " $STAGES " == *" $name "* || " $STAGES " == *" ${name%-*} "* ]] || continue
     elif [ -e "$done/$name" ] && [ "$name" != report ]; then
         outcome+=("$name: done before")
         continue
@@ -91,6 +98,7 @@ for entry in "${all[@]}"; do
         outcome+=("$name: $why, see $logs/$name.log")
         tail -n 15 "$logs/$name.log"
     fi
+    pack
 done
 printf '%s\n' "== make gpu" "${outcome[@]}"
 "$python" -m benchmarks.targets --results "$results" || true

@@ -70,7 +70,7 @@ def tables(files: Iterable[Results]) -> str:
     lines = ["| target | machine | |", "| --- | --- | --- |"]
     for target in bounds().values():
         words = verdict(target, figures.get((target["id"], target["machine"])))
-        lines.append(f"| {target['id']} | {target['machine']} | {words.strip()} |")
+        lines.append(f"| {target['id']} | {target['machine']} | {words} |")
     return "\n\n".join([*parts, "\n".join(lines)])
 
 

@@ -20,7 +20,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One rival at one shape. Times are in seconds, ratios are times over ours in the same round."""
+    """One rival at one shape. Times are in seconds, ratios are times over ours in the same round.
+
+    A row with `cold_s` was timed on a GPU without launches, as replays of a CUDA graph: `median_s`, and what is made of
+    it, with a warm L2 cache (the step before it was the same one), `cold_s` with one that holds nothing of the step's.
+    Without it, times are those of the step as Python runs it. A remark says which rival of such rows could not be
+    captured, and has its launches in both times.
+    """
 
     benchmark: str  # the file: "layer" for bench_layer.py
     shape: str
@@ -33,6 +39,8 @@ class Row:
     ratio: float | None = None  # the median of the rounds' ratios
     ratio_low: float | None = None  # its 95% interval, from six rounds on
     ratio_high: float | None = None
+    cold_s: float | None = None  # the median with a cold L2 cache
+    cold_ratio: float | None = None  # the median of those rounds' ratios
     roofline: float | None = None  # the least time that its operations and bytes take here, over median_s
     intensity: float | None = None  # operations a byte
     peak_bytes: int | None = None  # the most memory of a step beyond what was there before it

@@ -1,7 +1,8 @@
 """Other ways to train an adapted model: its frozen weights and its factors, in the code of others.
 
-Every rival has the residual block of Hugging Face's CLIP, with q, k, v and o in linear layers of their own: PEFT cannot
-adapt an `nn.MultiheadAttention` correctly, and copies q, k and v less often than open_clip's own block does.
+Every rival has the residual block of Hugging Face's CLIP, with q, k, v and o in linear layers of their own: PEFT adds
+the update of an `nn.MultiheadAttention`'s output projection twice (https://github.com/huggingface/peft/pull/3774), and
+the block copies q, k and v less often than open_clip's own does. `transformers_clip` has that library's own model.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.interleaved import Replay
 from complora_kernels.apply import adapted_layers
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.graphs import CUDAGraphs
 from complora_kernels.integrations import open_clip
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -45,7 +48,7 @@ class Trainee:
     factors: dict[str, Factors]
     plain: bool = False  # its factors are those of plain LoRA
     merges: bool = False  # in evaluation, where its factors then get no gradient
-    inputs: list[Tensor] = field(default_factory=list)  # where nothing is trained: see `block_inputs`
+    inputs: list[Tensor] = field(default_factory=list)  # of what has no factors: see `block_inputs`
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -122,14 +125,15 @@ def without_adapters(plain: nn.Module, _weights: dict[str, Adapter], _config: Co
 
 
 def block_inputs(model: Any) -> list[Tensor]:
-    """Asks for the gradient of what the image tower's first block gets, which the list holds after a forward pass."""
-    inputs: list[Tensor] = []
+    """Zeros [L, d], added to what the image tower's first block gets: their gradient is its own, summed over images."""
+    zeros = torch.zeros_like(model.visual.positional_embedding).requires_grad_()
 
-    def ask(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[:] = [args[0].requires_grad_()]
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *others = args  # [N, L, d]
+        return (x + zeros, *others)
 
-    model.visual.transformer.register_forward_pre_hook(ask)
-    return inputs
+    model.visual.transformer.register_forward_pre_hook(add)
+    return [zeros]
 
 
 class LoRALinear(nn.Module):
@@ -194,26 +198,37 @@ def by_linear(
 
 def by_peft(plain: nn.Module, weights: dict[str, Adapter], config: CompLoRAConfig) -> Trainee:
     """PEFT's LoRA layers: plain LoRA, which projects nothing."""
+    model = with_blocks(plain)
+    return Trainee(model, adapt_by_peft(model, {name: name for name in weights}, weights, config), plain=True)
+
+
+def adapt_by_peft(
+    model: Any,
+    paths: dict[str, str],  # where the linear layer of each adapter is
+    weights: dict[str, Adapter],
+    config: CompLoRAConfig,
+) -> dict[str, Factors]:
+    """Puts PEFT's layers into `model`; their factors by the names of the adapters."""
     import peft
 
-    model, factors = with_blocks(plain), {}
     peft_config = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        target_modules=list(weights),
+        target_modules=list(paths.values()),
     )
-    peft.get_peft_model(model, peft_config)  # puts its layers into `model`
-    for path, adapter in weights.items():
-        layer = model.get_submodule(path)
+    peft.get_peft_model(model, peft_config)
+    factors = {}
+    for name, adapter in weights.items():
+        layer = model.get_submodule(paths[name])
         assert isinstance(layer, peft.tuners.lora.Linear)
         # PEFT keeps float32 factors and casts its input to them: the adapter in the dtype of the base is its fast form.
         dtype = next(layer.get_base_layer().parameters()).dtype
         A, B = nn.Parameter(adapter.A.to(dtype)), nn.Parameter(adapter.project(adapter.B).to(dtype))
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
-        factors[path] = (A, B)
-    return Trainee(model, factors, plain=True)
+        factors[name] = (A, B)
+    return factors
 
 
 def by_clip_lora(checkout: Path, plain: nn.Module, weights: dict[str, Adapter], config: CompLoRAConfig) -> Trainee:
@@ -250,18 +265,6 @@ def cut_context(model: Any, length: int) -> None:
 
 def graphed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """One CUDA graph of a whole training step on tensors that stay where they are."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
+    recorder = CUDAGraphs(torch.device("cuda"))
+    recorder.warm_up(step)
+    return Replay(step, *recorder.capture(step))

@@ -7,13 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from open_clip.model import CLIP
 
-from benchmarks import comparison, report, results
+from benchmarks import bench_step, bench_train, comparison, report, results, rivals, targets
 from benchmarks.comparison import Comparison, Work
 from benchmarks.interleaved import Timing, time_interleaved
 from benchmarks.results import Results, Row
@@ -192,7 +194,114 @@ def test_every_target_is_measured_and_every_figure_wanted():
     wanted = comparison.bounds().keys()
     assert named <= wanted
     with_dropout = {f"{name}, dropout" for name in named if name.startswith("layer/")}
-    assert wanted - named - with_dropout == {"step/8000 iterations"}  # by `complora train` on weights of the user's
+    assert wanted <= named | with_dropout
+
+
+# ---- the rivals of a step
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, ...]:
+    """What `prepare` takes after the name of a rival, of a CLIP with two small blocks in each tower."""
+    torch.manual_seed(0)
+    image: Any = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+    text: Any = {"context_length": 20, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    plain = CLIP(32, image, text, quick_gelu=True).to(bench_step.DEVICE, bench_step.DTYPE).requires_grad_(False)
+    case = bench_step.Case("tiny", 4, {}, r=4, prompts=5)
+    ours = bench_step.make_ours(plain, case.config)
+    weights, batch = rivals.adapters(ours), bench_step.make_batch(case, plain)
+    truth, _ = bench_step.true_results(case, plain, weights, batch)
+    return case, plain, ours, weights, batch, truth, {}
+
+
+RIVALS = ("PEFT eager", "PEFT on transformers' CLIP", "PEFT eager, prompts cut", "dense P_perp", "merge", "addmm")
+
+
+@pytest.mark.parametrize("name", [bench_step.OURS, *RIVALS])
+def test_a_rival_computes_what_ours_does(tiny, name):
+    bench_step.prepare(name, *tiny)
+
+
+@pytest.mark.parametrize("broken", ["text_model.encoder.layers.1.mlp.fc2", "visual_projection"])
+def test_a_rival_with_another_weight_is_not_timed(tiny, monkeypatch, broken):
+    def make(*given: Any) -> rivals.Trainee:
+        trainee = bench_step.transformers_clip.by_peft(*given)
+        layer = trainee.model.clip.get_submodule(broken)
+        weight = next(
+            parameter for name, parameter in layer.named_parameters() if "lora" not in name and "weight" in name
+        )
+        weight.data = weight.flip(0)  # a copy: the others share the weight
+        return trainee
+
+    monkeypatch.setitem(bench_step.RIVALS, "broken", bench_step.Rival(make))
+    with pytest.raises(AssertionError, match="apart"):
+        bench_step.prepare("broken", *tiny)
+
+
+def test_a_rival_that_cannot_be_compiled_is_a_row(tiny, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an operation is unknown")
+
+    monkeypatch.setattr(torch, "compile", lambda _: fail)
+    compared = compare()
+    prepare = lambda: bench_step.prepare("PEFT, torch.compile", *tiny)
+    assert compared.attempt("s", "PEFT, torch.compile", prepare) is None
+    assert [row.remark for row in compared.found.rows] == ["cannot be compiled: RuntimeError: an operation is unknown"]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "names"), [(False, ["CLIP-LoRA's own code"]), (True, ["CLIP-LoRA's layer", "CLIP-LoRA's own code"])]
+)
+def test_a_checkout_replaces_our_copy_where_time_is_short(monkeypatch, on_gpu, names):
+    monkeypatch.setattr(bench_step, "ON_GPU", on_gpu)
+    case = bench_step.Case("m", 1, {"CLIP-LoRA's layer": None, "CLIP-LoRA's own code": None})
+    assert bench_step.compared(case, {"--clip-lora": Path("there")}) == names
+    assert bench_step.compared(case, {"--clip-lora": None}) == list(case.rivals)
+
+
+def test_every_case_names_rivals_that_there_are():
+    for case in (*bench_step.GPU_CASES, *bench_step.CPU_CASES, bench_train.CASE):
+        assert case.rivals.keys() <= bench_step.RIVALS.keys()
+
+
+# ---- until trained
+
+
+def test_a_run_of_its_own_finds_nothing_compiled(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "full")
+    found = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        found.append((command[-1], [Path(options["env"][variable]) for variable in bench_train.CACHES]))
+        assert all(path.parent.is_dir() for path in found[-1][1])
+        return subprocess.CompletedProcess(command, 0, stdout="a word\n12.5\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert [bench_train.in_fresh_process(name) for name in ("ours", "theirs")] == [12.5, 12.5]
+    assert [name for name, _ in found] == ["ours", "theirs"]
+    caches = [path for _, paths in found for path in paths]
+    assert len(set(caches)) == 8
+    assert not any(path.exists() for path in caches)
+    assert os.environ["TRITON_CACHE_DIR"] == "full"
+
+
+def test_a_row_after_every_run(monkeypatch):
+    seconds = {bench_step.OURS: 10.0, "PEFT eager": 25.0}
+    rows_before: list[int] = []
+    compared = compare()
+
+    def run(name: str) -> float:
+        rows_before.append(len(compared.found.rows))
+        return seconds[name]
+
+    monkeypatch.setattr(bench_train, "in_fresh_process", run)
+    names = (bench_step.OURS, "CLIP-LoRA's layer", "PEFT eager", bench_train.COMPILED)
+    bench_train.each_alone(compared, "s", names)
+    assert rows_before == [0, 1, 2, 3]
+    rows = compared.found.rows
+    assert [row.ratio for row in rows] == [1.0, None, 2.5, None]
+    assert rows[1].remark.startswith("fails: KeyError")
+    assert rows[2].remark.endswith("nothing to decompose")
 
 
 # ---- the report
@@ -224,6 +333,43 @@ def test_tables():
 
 def test_a_ratio_of_few_rounds():
     assert report.ratio(Row("train", "s", "PEFT", rounds=3, ratio=1.25)) == "1.25 (3 rounds)"
+
+
+AT_MOST, AT_LEAST = {"id": "most", "at_most": 1.25}, {"id": "least", "at_least": 2.0, "reason": "a reason"}
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "interval", "words"),
+    [
+        (AT_LEAST, 2.5, (2.0, 2.9), "met: 2.50 [2.00, 2.90] (at least 2)"),
+        (AT_LEAST, 2.1, (1.9, 2.3), "met, within noise: 2.10 [1.90, 2.30] (at least 2)"),
+        (AT_LEAST, 1.9, (1.8, 2.1), "missed by 5%, within noise: 1.90 [1.80, 2.10] (at least 2) a reason"),
+        (AT_LEAST, 1.8, (1.7, 1.9), "missed by 10%: 1.80 [1.70, 1.90] (at least 2) a reason"),
+        (AT_LEAST, 1.8, None, "missed by 10%: 1.80 (at least 2) a reason"),
+        (AT_MOST, 1.1, (1.0, 1.25), "met: 1.10 [1.00, 1.25] (at most 1.25)"),
+        (AT_MOST, 1.2, (1.1, 1.3), "met, within noise: 1.20 [1.10, 1.30] (at most 1.25)"),
+        (AT_MOST, 1.3, (1.2, 1.4), "missed by 4%, within noise: 1.30 [1.20, 1.40] (at most 1.25)"),
+        (AT_MOST, 1.5, (1.4, 1.6), "missed by 20%: 1.50 [1.40, 1.60] (at most 1.25)"),
+        (AT_MOST, 1.1, None, "met: 1.10 (at most 1.25)"),
+    ],
+)
+def test_a_bound_within_the_interval_is_noise(target, value, interval, words):
+    assert targets.verdict(target, targets.Figure(value, interval)) == words
+
+
+def test_the_interval_of_an_upper_bound_is_that_of_the_reciprocal(monkeypatch):
+    monkeypatch.setattr(targets, "bounds", lambda: {"most": AT_MOST, "least": AT_LEAST})
+    ratios: dict[str, Any] = {"ratio": 0.8, "ratio_low": 0.5, "ratio_high": 1.0}
+    rows = [
+        Row("layer", "s", "floor", **ratios, target="most", figure=1.25),
+        Row("layer", "s", "rival", **ratios, target="least", figure=0.8),
+        Row("memory", "s", "rival", target="of another file", figure=0.4),
+    ]
+    assert targets.measured([Results({**MACHINE}, rows)]) == {
+        ("most", "a CPU"): (1.25, (1.0, 2.0)),
+        ("least", "a CPU"): (0.8, (0.5, 1.0)),
+        ("of another file", "a CPU"): (0.4, None),
+    }
 
 
 def run_report(folder: Path, readme: Path) -> subprocess.CompletedProcess[str]:
@@ -303,12 +449,41 @@ def test_every_stage_and_none_twice(gpu):
     for path in (ROOT / "benchmarks").glob("bench_*.py"):
         assert f"benchmarks/{path.name}" in calls
     code, output, calls = gpu()
-    assert (code, output.count("done before")) == (0, 11)
+    assert (code, output.count("done before")) == (0, 15)
     assert [call.split()[1] for call in calls.splitlines()[1:]] == ["benchmarks.report", "benchmarks.targets"]
     _, _, calls = gpu(STAGES="tune bench_step")
     assert "complora_kernels.tune" in calls
-    assert "bench_step.py" in calls
+    assert re.findall(r"bench_step.py -k (\S+)", calls) == [f"case-{n}" for n in range(1, 5)]
     assert "bench_layer.py" not in calls
+    _, _, calls = gpu(STAGES="bench_step-3")
+    assert re.findall(r"bench_\S+ -k \S+", calls) == ["bench_step.py -k case-3"]
+
+
+def test_every_case_of_a_step_has_its_stage():
+    stages = re.findall(
+        r'"bench_step-(\d) \d+ bench bench_step -k case-(\d)"', (ROOT / "benchmarks/gpu.sh").read_text()
+    )
+    assert stages == [(str(n), str(n)) for n in range(1, len(bench_step.GPU_CASES) + 1)]
+
+
+def test_a_case_that_was_stopped_costs_no_other(gpu):
+    code, output, calls = gpu("case-2")
+    assert (code, output.count("failed")) == (1, 1)
+    assert "bench_step-2: failed with 3" in output
+    assert "case-3" in calls
+    code, output, calls = gpu()
+    assert (code, output.count("done before")) == (0, 14)
+    assert re.findall(r"-k (\S+)", calls) == ["case-2"]
+
+
+def test_the_logs_come_back_in_one_file(gpu, tmp_path):
+    gpu("tests/test_triton.py")
+    folder = tmp_path / "benchmarks" / "results"
+    with tarfile.open(folder / "logs.tar.gz") as packed:
+        log = packed.extractfile("logs/tests.log")
+        assert log is not None
+        assert log.read() == (folder / "logs" / "tests.log").read_bytes()
+        assert {"done/tune", "done/report", "logs/report.log"} <= set(packed.getnames())
 
 
 def test_a_stage_that_fails_is_named_and_done_again(gpu):
