@@ -39,11 +39,14 @@ def work(rank: int, folder: str) -> None:
 
 
 def resume(team: Team, root: Path) -> None:
+    """One run with dropout to its end, one that is killed in between."""
+
     def kill(done: int, loss: float) -> None:
         if done == 5:
             raise Killed
 
-    config = standin.config(root, **CASES["one size"])
+    config = standin.config(root, **CASES["one size"], lora_dropout=0.3)
+    train(config, RUN, standin.setting(), root / "whole", team=team)
     try:
         train(config, RUN, standin.setting(), root / "resumed", kill, team)
     except Killed:

@@ -31,7 +31,7 @@ def test_linear_probe_is_where_the_penalised_loss_is_flat(classes):
     labels = torch.arange(40) % classes
     shots = features(40, 3, labels).double()
     logits = linear_probe(
-        torch.cat([torch.zeros(1, 6, dtype=torch.double), torch.eye(6, dtype=torch.double)]), shots, labels
+        torch.cat([torch.zeros(1, 6, dtype=torch.double), torch.eye(6, dtype=torch.double)]), shots, labels, classes
     )
     bias, weight = logits[0], logits[1:] - logits[0]  # read off at the origin and the unit vectors
     if classes == 2:  # scikit-learn fits one weight vector there: its logits are -z and z with z = 2 · ours
@@ -49,5 +49,14 @@ def test_both_name_what_is_easy():
     labels = torch.arange(18) % 3
     train, test = features(18, 4, labels), features(18, 5, labels)
     texts = F.normalize(torch.eye(3, 6), dim=-1)
-    for logits in (tip_adapter(test, train, labels, texts), linear_probe(test, train, labels)):
+    for logits in (tip_adapter(test, train, labels, texts), linear_probe(test, train, labels, 3)):
         assert (logits.argmax(1) == labels).double().mean() > 0.8
+
+
+def test_classes_without_a_shot_are_never_named():
+    labels = torch.tensor([2, 0, 2, 0])
+    logits = linear_probe(features(5, 6), features(4, 7), labels, 4)
+    assert logits[:, [1, 3]].isneginf().all()
+    assert logits[:, [0, 2]].isfinite().all()
+    assert linear_probe(features(5, 6), features(4, 7), labels * 0 + 3, 4).argmax(1).tolist() == [3] * 5
+    assert linear_probe(features(0, 6), features(4, 7), labels, 4).shape == (0, 4)

@@ -46,6 +46,19 @@ def test_weights_and_biases_gets_them_and_learns_how_it_ended(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train(standin.config(tmp_path, wandb="clip"), RUN, standin.setting(), tmp_path / "stopped", stop)
     assert said[-1] == 1
+    first, second = (options["id"] for options in said if isinstance(options, dict))
+    assert first != second  # the same name in another folder
+
+
+def test_a_run_that_ends_badly_leaves_its_log(tmp_path):
+    def stop(done: int, loss: float) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(standin.config(tmp_path, log_every=1), RUN, standin.setting(), tmp_path / "run", stop)
+    assert [line["step"] for line in read_json_lines(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
+    assert (tmp_path / "run" / "loss.png").exists()
 
 
 @pytest.mark.parametrize(("options", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "x"}, "wandb")])

@@ -16,6 +16,7 @@ from complora_kernels.fewshot.__main__ import main, parse
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN, base_and_new, draw, load_dataset
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.images import load_crops
+from complora_kernels.fewshot.measure import columns_of
 from complora_kernels.fewshot.recipe import DRAW
 from complora_kernels.fewshot.setting import NEW_CLASSES, Settings
 
@@ -125,6 +126,28 @@ def test_base_to_new_learns_base_classes_and_names_new_ones(root, tmp_path):
     assert f"{100 * harmonic:.1f}" in text or not total
 
 
+def test_base_to_new_of_the_bundled_digits_keeps_the_new_ones_alone(tmp_path):
+    (result,) = train(tmp_path, tmp_path, "--protocol", "base-to-new", "--max-test-images", "20")
+    assert list(result["tasks"]) == [NEW_CLASSES]
+    (result,) = train(
+        tmp_path / "more", tmp_path, "--protocol", "base-to-new", "--max-test-images", "20", "--keep", "letters"
+    )
+    assert list(result["tasks"]) == [NEW_CLASSES, "letters"]
+    assert result["kept"] == result["tasks"][NEW_CLASSES][1]
+    assert result["zero_shot_kept"] == result["tasks"][NEW_CLASSES][0]
+
+
+def test_anchors_name_the_same_classes_elsewhere(root, tmp_path):
+    methods = ("--methods", "tip-adapter", "linear-probe", "--keep", "eurosat")
+    for result in train(tmp_path, root, "--data", "imagenet", "--protocol", "domain-shift", *methods):
+        same = [before == after for before, after in result["tasks"].values()]
+        assert same[-1]  # EuroSAT has other classes
+        assert not all(same[:-1])  # with random images the answers differ somewhere
+    assert columns_of(("b", "a"), ("a", "b", "c")) == [1, 0]
+    assert columns_of(("a", "d"), ("a", "b", "c")) is None
+    assert columns_of(("a", "a"), ("a", "a")) == [0, 1]
+
+
 def test_anchors_interpolation_validation_and_ensembles(root, tmp_path):
     results = train(
         tmp_path,
@@ -135,7 +158,7 @@ def test_anchors_interpolation_validation_and_ensembles(root, tmp_path):
     lora, tip, probe, activations = results
     assert [r["method"] for r in results] == ["lora", "tip-adapter", "linear-probe", "activations"]
     assert [i["share"] for i in lora["interpolated"]] == [0.5, 0.25]
-    assert lora["interpolated"][0].keys() == {"share", "new", "kept", "tasks"}
+    assert lora["interpolated"][0].keys() == {"share", "new", "kept", "tasks", "val"}
     for anchor in (tip, probe):
         assert anchor["learning_rate"] is None
         assert anchor["kept"] == anchor["zero_shot_kept"]
@@ -169,6 +192,12 @@ def test_an_adapter_is_measured_again_and_exported(root, tmp_path, capsys):
     assert json.loads(saved.read_text()) == expected
     assert main(["eval", adapter, "--data", "ucf101", "--data-root", str(root), "--output", str(saved)]) == 0
     assert list(json.loads(saved.read_text())) == ["ucf101"]
+    assert (
+        main(["eval", adapter, "--data", "dtd", "--max-test-images", "3", "--output", str(saved)]) == 0
+    )  # its root too
+    assert json.loads(saved.read_text())["dtd"][1] * 3 % 1 == pytest.approx(0)
+    assert main(["eval", adapter, "--device", "tpu"]) == 2
+    assert "--device tpu: expected cpu, cuda or auto" in capsys.readouterr().err
     assert main(["export", adapter, "--output", str(tmp_path / "peft")]) == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert main(["eval", str(tmp_path / "nothing")]) == 2
@@ -211,6 +240,7 @@ def test_sweep_over_data_sets_and_its_report(root, tmp_path, capsys):
         (["--data", "dtd", "--template", "a photo"], "--template a photo: expected one {}"),
         (["--data", "dtd", "--interpolations", "1.5"], "--interpolations 1.5: expected shares between 0 and 1"),
         (["--data", "dtd", "--draw", "theirs"], "theirs"),
+        (["--data", "dtd", "--draw", "a.json", "--seeds", "1", "2"], "expected {seed} in the path"),
         (["--data", "folder:/nowhere"], "/nowhere"),
         (["--data", "dtd", "--wandb", "clip"], "pip install wandb"),
     ],

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 
@@ -66,7 +67,7 @@ def test_every_cell_is_run_once_under_its_label(tmp_path, trained):
     assert {r["k"] for r in results if r["method"] == "both, k 3"} == {3}
     assert {r["data"] for r in results} == {"digits"}
     assert [r["seed"] for r in results] == sorted(r["seed"] for r in results)  # a stopped sweep is balanced
-    assert (tmp_path / "out" / "runs" / "both_k_3-2shot-lr0.01-seed3" / "log.jsonl").exists()
+    assert (tmp_path / "out" / "runs" / "digits-both_k_3-2shot-lr0.01-seed3" / "log.jsonl").exists()
     trained.clear()
     assert run(config) == 0
     assert trained == []
@@ -105,7 +106,7 @@ def test_a_failed_run_is_kept_does_not_stop_the_others_and_is_tried_again(tmp_pa
 
     monkeypatch.setattr(grid, "train", fail)
     assert run(config) == 1
-    name = "both_k_3-1shot-lr0.01-seed0"
+    name = "digits-both_k_3-1shot-lr0.01-seed0"
     assert read_json_lines(tmp_path / "out" / "failures.jsonl") == [{"run": name, "error": "the loss is nan"}]
     assert len(read_json_lines(tmp_path / "out" / "results.jsonl")) == 6
     monkeypatch.setattr(grid, "train", counted)
@@ -125,6 +126,56 @@ def test_a_sweep_grows_and_refuses_other_options(tmp_path, trained):
         run(write(tmp_path, CONTENT, methods=methods))
 
 
+def test_other_options_are_refused_before_the_first_result_too(tmp_path, trained, monkeypatch):
+    def stop(self, job, done, loss):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid.GridProgress, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(write(tmp_path, CONTENT))
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+    renamed = {"LoRA": {"method": "lora"}, "lora": {"weight_decay": 0.7}}
+    with pytest.raises(ValueError, match=r"--weight-decay was 0.01, now 0.7"):
+        run(write(tmp_path, CONTENT, methods=renamed))
+
+
+def test_another_data_set_in_the_same_folder_is_another_run(tmp_path, trained):
+    content = {**CONTENT, "shots": 1, "seeds": 0, "learning_rates": 0.01, "methods": ["lora"]}
+    assert run(write(tmp_path, content)) == 0
+    assert run(write(tmp_path, {**content, "data": ["letters", "digits"]})) == 0
+    assert trained == ["digits-lora-1shot-lr0.01-seed0", "letters-lora-1shot-lr0.01-seed0"]
+
+
+def test_errors_in_words_that_look_like_markup_are_shown(tmp_path, trained, monkeypatch):
+    text = io.StringIO()
+    shown = Console(file=text, width=200)
+
+    def fail(config, run, *rest):
+        raise ValueError("cannot read [/data/x.jpg], expected [in, out]")
+
+    monkeypatch.setattr(grid, "train", fail)
+    config = write(tmp_path, CONTENT, shots=1, seeds=0, learning_rates=0.01, methods=["lora"])
+    assert run_sweep(config, prepare_sweep(config), shown) == 1
+    assert "cannot read [/data/x.jpg], expected [in, out]" in text.getvalue()
+
+
+def test_a_full_disk_ends_the_sweep(tmp_path, trained, monkeypatch):
+    def fail(config, run, *rest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(grid, "train", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run(write(tmp_path, CONTENT))
+    assert not (tmp_path / "out" / "failures.jsonl").exists()
+
+
+def test_wrong_parameters_of_slurm(tmp_path):
+    prepared = prepare_sweep(write(tmp_path, CONTENT))
+    with pytest.raises(ValueError, match=r"slurm: \{'gpus': 2\}"):
+        slurm.run_on_slurm(prepared.jobs, prepared.output, {"gpus": 2}, CONSOLE, cluster="local")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -132,8 +183,12 @@ def test_a_sweep_grows_and_refuses_other_options(tmp_path, trained):
         ({"methods": ["dora"]}, r"small.yaml: method dora: expected any of lora, lora-wd, output"),
         ({"methods": {"a": {"method": "lora", "rank": 3}}}, r"small.yaml: a: option rank: expected any of"),
         ({"methods": {"a": {"method": "lora", "r": "many"}}}, r"small.yaml: a: .*many"),
-        ({"methods": {"a b": {"method": "lora"}, "a_b": {"method": "both"}}}, r"two runs are called a_b-1shot"),
+        ({"methods": {"a b": {"method": "lora"}, "a_b": {"method": "both"}}}, r"two runs are called digits-a_b-1shot"),
         ({"methods": {"a": 3}}, r"small.yaml: a: 3: expected a mapping"),
+        ({"methods": {"a": {"method": "lora", "workers": 3}}}, r"small.yaml: a: workers: expected outside of a"),
+        ({"methods": {"a": {"method": "lora", "seeds": []}}}, r"small.yaml: a: .*seeds|--seeds \(\)"),
+        ({"options": {"shots": 3}}, r"small.yaml: options: shots: expected outside of options"),
+        ({"methods": {"a": {"method": "lora", "model": "ViT-X"}}}, r"small.yaml: --model ViT-X: expected one of"),
         ({"shots": [0]}, r"small.yaml: --shots 0: expected at least 1"),
         ({"shots": [900]}, r"class .* has 1\d\d"),
         ({"data": "cifar"}, r"cifar"),
@@ -172,7 +227,7 @@ def test_submitit_runs_what_is_missing_and_keeps_failures(tmp_path, trained, mon
     (result,) = read_json_lines(tmp_path / "out" / "results.jsonl")
     assert result["method"] == "lora"
     failures = read_json_lines(tmp_path / "out" / "failures.jsonl")
-    assert [failure["run"] for failure in failures] == ["too_large-1shot-lr0.01-seed0"] * 2
+    assert [failure["run"] for failure in failures] == ["digits-too_large-1shot-lr0.01-seed0"] * 2
     assert "subspace_k=999" in failures[0]["error"]
     assert json.loads((tmp_path / "out" / "submitted.json").read_text()) == {}
 

@@ -271,3 +271,34 @@ def test_latex_prints_the_characters():
 
 def test_bar_in_a_label_does_not_split_a_cell():
     assert markdown_table(["a|b"], [["c"]]) == "| a\\|b |\n| --- |\n| c |"
+
+
+def test_validation_chooses_among_the_variants_and_rates_of_a_family():
+    lines = [
+        line("dtd", "lora", 0, 0.5, 0.6, rate=0.1, val=0.4),
+        line("dtd", "lora", 1, 0.7, 0.6, rate=0.1, val=0.6),  # mean 0.5
+        line("dtd", "lora", 0, 0.9, 0.2, rate=0.2, val=0.8),
+        line("dtd", "lora", 1, 0.9, 0.2, rate=0.2, val=0.1),  # mean 0.45, though the best on the test images
+        line("dtd", "both, k 3", 0, 0.3, 0.9, rate=0.1, val=0.5),
+        line("dtd", "both, k 4", 0, 0.2, 0.8, rate=0.1, val=0.5),  # equal: the first one
+        line("dtd", "input", 0, 0.2, 0.8, rate=0.1),
+    ]
+    (table,) = [table for table in sections(summary(lines)) if table.heading == "Chosen by validation"]
+    assert table.body == [["lora", "60.0 / 60.0: 0.1"], ["both", "30.0 / 90.0: k 3, 0.1"]]
+    lines += [
+        line("cars", "lora", seed, 0.8, 0.4, rate=rate, val=val)
+        for seed in (0, 1)
+        for rate, val in ((0.1, 0.2), (0.2, 0.3))
+    ]
+    (table,) = [table for table in sections(summary(lines)) if table.heading == "Chosen by validation"]
+    assert table.body == [["lora", "70.0 / 50.0: 0.1 (1); 0.2 (1)"]]  # cars has no other method
+    assert "val_mean" in to_csv([summary(lines)]).splitlines()[0]
+
+
+def test_without_validation_images_nothing_is_chosen():
+    assert all(table.heading != "Chosen by validation" for table in sections(summary([line("dtd", "lora", 0, 0.5)])))
+
+
+def test_activations_have_no_control_of_the_same_share_of_energy():
+    names = ["both, energy 0.8, activations", "both, energy 0.8, random", "both, k 9, activations", "both, k 9, random"]
+    assert rivals(names) == [("both, k 9, activations", "both, k 9, random")]

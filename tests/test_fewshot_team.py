@@ -40,8 +40,9 @@ def test_two_processes_compute_what_one_computes(found, tmp_path, case):
 
 
 def test_a_team_that_is_killed_goes_on(found):
-    whole, resumed = (read_json_lines(found / name / "log.jsonl") for name in ("one size", "resumed"))
+    whole, resumed = (read_json_lines(found / name / "log.jsonl") for name in ("whole", "resumed"))
     assert whole == resumed
+    assert whole != read_json_lines(found / "one size" / "log.jsonl")  # there without dropout
 
 
 def test_ensembles_and_uneven_prompts_are_gathered(found):
@@ -91,3 +92,23 @@ def test_torchrun_gives_the_results_of_one_process(tmp_path):
         same = together[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value)
         assert same or name in ("tasks", "share"), name  # the share is rounding alone
     assert math.isfinite(together["loss"])
+
+
+def test_a_team_keeps_a_run_that_diverges_and_goes_on(tmp_path):
+    (tmp_path / "two.yaml").write_text(
+        """
+        shots: 1
+        seeds: 0
+        learning_rates: [1.0e+30, 0.003]
+        methods: [lora]
+        options: {preset: glyphs, steps: 3, max_test_images: 20, towers: [image], batch_size: 10}
+        """
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "complora_kernels.fewshot"]
+    command += ["sweep", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stderr
+    (failure,) = read_json_lines(tmp_path / "out" / "failures.jsonl")
+    assert failure["run"] == "digits-lora-1shot-lr1e+30-seed0"
+    (result,) = read_json_lines(tmp_path / "out" / "results.jsonl")
+    assert result["learning_rate"] == 0.003

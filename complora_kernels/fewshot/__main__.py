@@ -15,11 +15,11 @@ from rich.console import Console
 
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.files import check_writable, read_json_lines
-from complora_kernels.fewshot.grid import FAILURES, RESULTS, check, prepare, run_grid
+from complora_kernels.fewshot.grid import FAILURES, RESULTS, prepare, run_grid
 from complora_kernels.fewshot.pretrain import PretrainConfig, pretrain
 from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.saved import EvalConfig, ExportConfig, evaluate, export
-from complora_kernels.fewshot.sweep import Sweep, SweepConfig, prepare_sweep, read_sweep, run_sweep
+from complora_kernels.fewshot.sweep import Sweep, SweepConfig, prepare_sweep, run_sweep
 from complora_kernels.fewshot.team import assemble, leads
 
 
@@ -64,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(command: Command, console: Console) -> Any:
     """Find what would stop the command before anything is computed; the commands of a moment are done at once."""
+    if isinstance(command, (TrainConfig, SweepConfig)) and not leads():
+        return None  # the first process of a team looks, and fetches what is missing, for all
     if isinstance(command, TrainConfig):
-        return prepare(command) if leads() else check(command)
+        return prepare(command)
     if isinstance(command, SweepConfig):
-        return prepare_sweep(command) if leads() else read_sweep(command)
+        return prepare_sweep(command)
     if isinstance(command, PretrainConfig):
         return check_writable(command.output)
     if isinstance(command, ReportConfig):
@@ -80,14 +82,15 @@ def _run(command: Command, ready: Any, console: Console) -> int:
         pretrain(command)
     if not isinstance(command, (TrainConfig, SweepConfig)):
         return 0
-    asked = command.device if isinstance(command, TrainConfig) else "auto"
-    output = command.output if isinstance(command, TrainConfig) else ready.output
     failed = 0
-    with assemble(asked) as (team, device):
+    with assemble() as team:
         if isinstance(command, TrainConfig):
-            run_grid(command, console, team, device)
+            output = command.output
+            run_grid(command, console, team)
         else:
-            failed = run_sweep(command, ready, console, team, device)
+            sweep: Sweep = team.agree(ready)
+            output = sweep.output
+            failed = run_sweep(command, sweep, console, team)
         if team.leads:
             report(output, console)
     if failed:

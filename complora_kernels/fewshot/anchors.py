@@ -36,17 +36,26 @@ def linear_probe(
     features: Tensor,  # [N, D]
     train_features: Tensor,  # [S, D]
     train_labels: Tensor,  # int64 [S]
+    classes: int,
     *,
     C: float = 0.316,
 ) -> Tensor:
     """Logits [N, classes] of scikit-learn's logistic regression on the shots' features.
 
-    `C`, the inverse strength of its L2 penalty, is CLIP's (arXiv 2103.00020, its published example). The classes are
-    those of the shots: every class has one.
+    `C`, the inverse strength of its L2 penalty, is CLIP's (arXiv 2103.00020, its published example). Classes without
+    a shot get -inf.
     """
     from sklearn.linear_model import LogisticRegression
 
+    logits = torch.full([len(features), classes], -torch.inf, dtype=torch.float64)
+    seen = train_labels.unique()
+    if len(features) == 0 or len(seen) == 1:
+        logits[:, seen] = 0.0
+        return logits
     probe = LogisticRegression(C=C, max_iter=1000)
     probe.fit(train_features.cpu().numpy(), train_labels.cpu().numpy())
-    decision = torch.from_numpy(probe.decision_function(features.cpu().numpy()))  # [N, C], of two classes [N]
-    return decision if decision.dim() == 2 else torch.stack([-decision, decision], 1)
+    decision = torch.from_numpy(probe.decision_function(features.cpu().numpy())).double()  # [N, C], of two classes [N]
+    logits[:, torch.from_numpy(probe.classes_)] = (
+        decision if decision.dim() == 2 else torch.stack([-decision, decision], 1)
+    )
+    return logits

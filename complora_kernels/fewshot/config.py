@@ -66,7 +66,8 @@ class TrainConfig:
     transfer, domain-shift, retention: what is learned, and zero-shot accuracy before and after on others: the eleven
     data sets; ImageNet's four variants; the eleven. The first two are meant for --data imagenet."""
     keep: tuple[str, ...] | None = None
-    """More data sets whose zero-shot accuracy is measured before and after. None: letters for the digits."""
+    """More data sets whose zero-shot accuracy is measured before and after. None: letters for the digits, unless
+    base-to-new."""
     draw: str = "own"
     """Which images a seed draws. own: ours, the smaller part of the larger; coop: CoOp's, from its files beside the
     data or computed alike; clip-lora: CLIP-LoRA's; or a draw.json of an earlier run, or one of CoOp's .pkl files."""
@@ -116,7 +117,8 @@ class TrainConfig:
     """crop-flip: random resized crops (8 to 100% of an image, bicubic), every second one mirrored unless it shows
     characters; none: whole images."""
     image_memory_gib: float = 8.0
-    """Training images are kept decoded on the GPU up to this much memory, beyond it in pinned host memory."""
+    """Training images are kept decoded on the GPU up to this much memory, beyond it in pinned host memory. Up to as
+    much, those of each data set that is measured stay decoded in host memory; beyond it they are decoded each time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What the frozen model computes in; factors, logits and the loss are float32, fp16 scales its loss.
     auto: bf16 on a GPU, fp32 on a CPU, where half precision is slow."""
@@ -179,7 +181,8 @@ class TrainConfig:
 
     def kept(self) -> tuple[str, ...]:
         """The data sets whose zero-shot accuracy is measured before and after."""
-        more = (("letters",) if self.data == "digits" else ()) if self.keep is None else self.keep
+        bundled = self.data == "digits" and self.protocol != "base-to-new"
+        more = (("letters",) if bundled else ()) if self.keep is None else self.keep
         return tuple(name for name in dict.fromkeys((*PROTOCOLS[self.protocol], *more)) if name != self.data)
 
     def steps_for(self, shots: int) -> int:
@@ -206,7 +209,7 @@ class Run:
     shots: int
     learning_rate: float | None  # None: nothing is trained
     seed: int
-    data: str = ""  # of a sweep over several data sets
+    data: str = ""  # of a sweep, which may have several data sets
     label: str = ""  # what a sweep calls its variant of the method
 
     @property
@@ -217,9 +220,13 @@ class Run:
     @property
     def name(self) -> str:
         """The run's name and folder, such as `output-4shot-lr0.003-seed0`."""
-        words = [self.data, self.title, f"{self.shots}shot"]
-        words += [] if self.learning_rate is None else [f"lr{self.learning_rate}"]
-        return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [*words, f"seed{self.seed}"])))
+        rate = "" if self.learning_rate is None else f"lr{self.learning_rate}"
+        return "-".join(filter(None, [self.variant, f"{self.shots}shot", rate, f"seed{self.seed}"]))
+
+    @property
+    def variant(self) -> str:
+        """What all runs of one method on one data set share of their names, such as `dtd-lora_wd_0.3`."""
+        return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [self.data, self.title])))
 
 
 _GLYPH_RECIPE = {

@@ -47,7 +47,9 @@ class Task:
 
     def class_features(self, model: Any, team: Team = ALONE) -> Tensor:  # float32 [C, D]
         """The normalised features of the classes, differentiable; every process of a team encodes its part of them."""
-        features = model.encode_text(team.rows_of(self.tokens), normalize=True).float()
+        tokens = team.rows_of(self.tokens)
+        parts = [tokens] if torch.is_grad_enabled() else tokens.split(max(self.batch_size, 1))  # memory for one part
+        features = torch.cat([model.encode_text(part, normalize=True).float() for part in parts])
         features = team.gather(features, len(self.tokens))  # [T · C, D]
         if len(features) == len(self.dataset.class_names):
             return features
@@ -109,10 +111,11 @@ class Task:
     def _decoded(self, indices: Tensor) -> Tensor:  # uint8 [B, 3, S, S]
         images: Any = self.dataset.images
         crop_bytes = 3 * self.backbone.size[0] * self.backbone.size[1]
-        if self._crops is None and crop_bytes * len(images) > self._cache_bytes:
+        measured = len(images) if self.dataset.test is None else len(self.dataset.test)
+        if self._crops is None and crop_bytes * measured > self._cache_bytes:
             return self._decode(indices)
         if self._crops is None:
-            self._crops = torch.empty(len(images), 3, *self.backbone.size, dtype=torch.uint8)
+            self._crops = torch.empty(len(images), 3, *self.backbone.size, dtype=torch.uint8)  # takes what is written
         unknown = indices[~self._is_decoded[indices]]
         if len(unknown):
             self._crops[unknown] = self._decode(unknown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -71,31 +72,58 @@ def prepare(config: TrainConfig) -> None:
 
 def check(config: TrainConfig) -> None:
     """Raise for options that cannot work: `prepare` without its folder."""
+    check_options(config)
+    check_data(config)
+
+
+def check_options(config: TrainConfig) -> None:
+    """`check` without the data."""
     options.check(config)
     check_backbone(config.model, config.pretrained, config.activation)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        raise ValueError(f"--device {config.device}: expected cpu, cuda or auto")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {config.device}: expected cpu, because torch finds no CUDA device")
+    check_device(config.device)
     if config.graph == "on" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(f"--graph on: expected auto or off on a CPU (--device {config.device})")
     check_loggers(config)
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError for a device that is none, or not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: expected cpu, cuda or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: expected cpu, because torch finds no CUDA device")
+
+
+def check_data(config: TrainConfig) -> None:
+    """Find out whether the data sets are there, or fetch them, and draw what every run will draw."""
     for name in config.kept():
-        datasets.check_dataset(name, config.data_root, download=config.download)
+        if config.download:
+            load(config, name)
+        else:
+            datasets.check_dataset(name, config.data_root)
     learned = load(config, config.data)
     if config.protocol == "base-to-new":
         learned, _ = datasets.base_and_new(learned)
-    datasets.draw(learned, max(config.shots), config.seeds[0], config.draw)
+    is_file = config.draw.endswith((".json", ".pkl"))
+    if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
+        raise ValueError(f"--draw {config.draw}: one draw for the seeds {config.seeds}, expected {{seed}} in the path")
+    for seed in config.seeds:
+        for shots in config.shots:
+            datasets.draw(learned, shots, seed, config.draw)
 
 
 def open_folder(folder: Path, described: dict[str, Any]) -> None:
     """Make the folder of a grid, and note what it is of; refuse one that holds something else."""
     description = folder / DESCRIPTION
-    begun = (folder / RESULTS).exists() or any(folder.glob(f"runs/*/{CHECKPOINT}"))
-    if description.exists() and begun:
+    if description.exists() and is_begun(folder):
         check_same(json.loads(description.read_text()), described, folder)
     check_writable(folder)
     write_atomically(description, json.dumps(described, indent=2) + "\n")
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds results, or checkpoints from which runs would go on."""
+    return (folder / RESULTS).exists() or any(folder.glob(f"runs/*/{CHECKPOINT}"))
 
 
 def check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
@@ -113,7 +141,7 @@ def check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> No
         )
 
 
-def run_grid(config: TrainConfig, console: Console, team: Team = ALONE, device: str = "auto") -> list[dict[str, Any]]:
+def run_grid(config: TrainConfig, console: Console, team: Team = ALONE) -> list[dict[str, Any]]:
     """Do every run of the grid that results.jsonl does not hold yet, and return all results.
 
     A KeyboardInterrupt stops the workers and is raised again; the next call goes on from the last checkpoints.
@@ -122,12 +150,11 @@ def run_grid(config: TrainConfig, console: Console, team: Team = ALONE, device: 
         config: the grid.
         console: where progress is shown.
         team: processes that train each run together, each of which calls this.
-        device: that of this process, in a team.
     """
     if team.leads:
         prepare(config)
     jobs = [Job(config, run) for run in config.runs()]
-    return run_jobs(jobs, config.output, console, workers=config.workers, team=team, device=device)
+    return run_jobs(jobs, config.output, console, workers=config.workers, team=team)
 
 
 def run_jobs(
@@ -137,7 +164,6 @@ def run_jobs(
     *,
     workers: int | None = None,
     team: Team = ALONE,
-    device: str = "auto",
     keep_going: bool = False,
 ) -> list[dict[str, Any]]:
     """Do every job that the folder's results do not hold yet, and return all results.
@@ -148,21 +174,22 @@ def run_jobs(
         console: where progress is shown.
         workers: processes that share the jobs; None: one per core for the bundled model, otherwise one.
         team: as in `run_grid`.
-        device: as in `run_grid`.
         keep_going: a run that fails is noted in failures.jsonl and does not stop the others.
     """
     results_file = output / RESULTS
-    finished = {result["run"] for result in read_json_lines(results_file)}
-    remaining = [job for job in jobs if job.run.name not in team.agree(finished)]
+    finished = team.agree({result["run"] for result in read_json_lines(results_file)})
+    remaining = [job for job in jobs if job.run.name not in finished]
     if not remaining:
         return read_json_lines(results_file)
     shown: Any = GridProgress(remaining, len(jobs) - len(remaining), console) if team.leads else nullcontext(_Silent())
-    with shown as progress, closing(_work_off(remaining, progress, workers, team, device)) as done:
+    with shown as progress, closing(_work_off(remaining, progress, workers, team)) as done:
         for number, (job, result) in enumerate(done):
+            if isinstance(result, Exception) and not keep_going:
+                raise result
             if not team.leads:
                 continue
             if isinstance(result, Exception):
-                if not keep_going:
+                if _is_full(result):
                     raise result
                 append_json_line(output / FAILURES, {"run": job.run.name, "error": _words(result)})
                 progress.fail(job, _words(result))
@@ -178,7 +205,7 @@ def run_jobs(
 
 def run_alone(job: Job) -> dict[str, Any] | RuntimeError:
     """The result of one job in a process of its own, or the error that it ended with."""
-    torch.set_num_threads(job.config.threads or torch.get_num_threads())
+    torch.set_num_threads(_threads(job.config) or torch.get_num_threads())
     return _sendable(job, _outcome(job, Settings(), lambda done, loss: None))
 
 
@@ -189,6 +216,11 @@ class _Silent:
         pass
 
 
+def _is_full(error: Exception) -> bool:
+    """Whether there is no room for the results of other runs either."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
@@ -196,15 +228,13 @@ def _words(error: Exception) -> str:
 Outcome = tuple[Job, Any]  # a result, or the exception that the run ended with
 
 
-def _work_off(
-    jobs: list[Job], progress: Any, workers: int | None, team: Team, device: str
-) -> Generator[Outcome, None, None]:
+def _work_off(jobs: list[Job], progress: Any, workers: int | None, team: Team) -> Generator[Outcome, None, None]:
     config = jobs[0].config
     bundled = config.model == GLYPHS
     workers = min(workers or (_cores() if bundled and team.size == 1 else 1), len(jobs))
     if team.size > 1 and workers > 1:
         raise ValueError(f"--workers {workers}: expected 1 under torchrun, whose processes share each run")
-    threads = config.threads or (1 if bundled else None)
+    threads = _threads(config)
     if workers > 1:
         yield from _in_processes(jobs, progress, workers, threads)
         return
@@ -214,20 +244,27 @@ def _work_off(
     try:
         for job in jobs:
             on_step = lambda done, loss, job=job: progress.step(job, done, loss)
-            yield job, _outcome(job, settings, on_step, team, device)
+            yield job, _outcome(job, settings, on_step, team)
     finally:
         torch.set_num_threads(before)
 
 
-def _outcome(job: Job, settings: Settings, on_step: Any, team: Team = ALONE, device: str = "auto") -> Any:
+def _outcome(job: Job, settings: Settings, on_step: Any, team: Team = ALONE) -> Any:
     config = job.config
     try:
-        setting = settings.load(config, device if team.size > 1 else config.device)
+        setting = settings.load(config, team.device(config.device))
         return train(config, job.run, setting, job.folder, on_step, team)
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, ArithmeticError) as error:  # in a team all processes meet these alike
+        return error.with_traceback(None)  # whose frames would keep the model
+    except (OSError, RuntimeError) as error:
         if team.size > 1:
             raise  # the others wait for this one: all have to end
-        return error
+        return error.with_traceback(None)
+
+
+def _threads(config: TrainConfig) -> int | None:
+    """Of a process that trains; None: torch's own number."""
+    return config.threads or (1 if config.model == GLYPHS else None)
 
 
 def _cores() -> int:
@@ -317,5 +354,6 @@ def _run_in_worker(job: Job, number: int) -> Any:
 def _sendable(job: Job, outcome: Any) -> Any:
     """An exception as one that can be sent to another process, which not every one can."""
     if isinstance(outcome, Exception):
-        return RuntimeError(f"run {job.run.name} failed: {_words(outcome)}")
+        words = f"run {job.run.name} failed: {_words(outcome)}"
+        return OSError(errno.ENOSPC, words) if _is_full(outcome) else RuntimeError(words)
     return outcome

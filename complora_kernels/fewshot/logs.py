@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +27,7 @@ def check_loggers(config: TrainConfig) -> None:
 
 
 class RunLog:
-    """The lines of one run.
+    """The lines of one run, written to its folder with a figure when it ends, well or not.
 
     Args:
         config: which other loggers are asked for.
@@ -43,11 +45,15 @@ class RunLog:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            # What was logged after the checkpoint that the run goes on from is logged again.
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=self._last_step() + 1)
         if config.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
-            self._wandb = wandb.init(project=config.wandb, name=name, id=name, dir=folder, resume="allow")
+            place = zlib.crc32(str(folder.resolve()).encode())  # grids of one project have runs of the same names
+            self._wandb = wandb.init(
+                project=config.wandb, name=name, id=f"{name}-{place:08x}", dir=folder, resume="allow"
+            )
 
     def __enter__(self) -> RunLog:
         return self
@@ -59,6 +65,11 @@ class RunLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
+        if error is None:
+            self._write()
+        else:
+            with contextlib.suppress(OSError):  # the error that ends the run is the news
+                self._write()
 
     def add(self, step: int, loss: float, learning_rate: float) -> None:
         """After `step` steps."""
@@ -66,13 +77,17 @@ class RunLog:
         self._tell({"loss": loss, "learning_rate": learning_rate}, step)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the log and its figure; `result` is the run's line in results.jsonl."""
+        """Tell what came out: the run's line in results.jsonl."""
         numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
         self._tell({f"result/{name}": value for name, value in numbers.items()}, result["steps"])
-        if self.folder is not None:
+
+    def _write(self) -> None:
+        if self.folder is not None and self.lines:
             write_atomically(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
-            if self.lines:
-                write_atomically(self.folder / FIGURE, _figure(self.lines))
+            write_atomically(self.folder / FIGURE, _figure(self.lines))
+
+    def _last_step(self) -> int:
+        return self.lines[-1]["step"] if self.lines else 0
 
     def _tell(self, values: dict[str, float], step: int) -> None:
         if self._tensorboard is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
 from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.datasets import Dataset, Draw
 from complora_kernels.fewshot.evaluate import Task
-from complora_kernels.fewshot.setting import Setting
+from complora_kernels.fewshot.setting import NEW_CLASSES, Setting
 from complora_kernels.fewshot.team import Team
 
 Accuracy = Callable[[Task, Tensor], float]  # of the images [N] of a task
@@ -33,6 +33,8 @@ class Measurement:
     def __init__(self, config: TrainConfig, setting: Setting, draw: Draw, team: Team):
         self.config, self.setting, self.draw, self.team = config, setting, draw, team
         self.test = at_most(config.max_test_images, draw.test)
+        if not len(self.test):
+            raise ValueError(f"{setting.new.dataset.name}: the draw leaves no image to measure on")
         self.kept = {
             name: at_most(config.max_test_images, test_images(task.dataset)) for name, task in setting.kept.items()
         }
@@ -46,8 +48,6 @@ class Measurement:
         """Accuracies of an adapted model in eval mode, with shares of its update too where they are asked for."""
         accuracy = lambda task, indices: task.accuracy(model, indices, dtype, self.team)
         found = self._all(accuracy)
-        if self.config.validation:
-            found["val"] = accuracy(self.setting.new, self.draw.val) if len(self.draw.val) else None
         interpolated = []
         for share in self.config.interpolations:
             with scaled_update(model, share):
@@ -55,29 +55,27 @@ class Measurement:
         return {**found, "interpolated": interpolated} if interpolated else found
 
     def anchor(self, method: str) -> dict[str, Any]:
-        """Accuracies of Tip-Adapter or a linear probe; what is not about the new task's classes stays zero-shot."""
-        task, team = self.setting.new, self.team
+        """Accuracies of Tip-Adapter or a linear probe. On tasks with other classes the model stays zero-shot."""
+        new, team = self.setting.new, self.team
         model = self.setting.backbone.model
-        train_labels = task.dataset.labels[self.draw.train]
-        train_features = task.image_features(model, self.draw.train).cpu()
-        class_features = task.class_features(model).detach().cpu()
+        train_labels = new.dataset.labels[self.draw.train]
+        train_features = new.image_features(model, self.draw.train).cpu()
+        class_features = new.class_features(model).detach().cpu()
 
-        def accuracy(indices: Tensor) -> float:
+        def accuracy(task: Task, indices: Tensor) -> float:
+            columns = columns_of(task.dataset.class_names, new.dataset.class_names)
+            if columns is None:
+                return task.zero_shot_accuracy(indices, team)
             own = team.share(indices)
             features = task.image_features(model, own).cpu()
             if method == "tip-adapter":
                 scale = float(model.logit_scale.detach().exp())
                 logits = tip_adapter(features, train_features, train_labels, class_features, scale=scale)
             else:
-                logits = linear_probe(features, train_features, train_labels)
-            return task.mean(task.agrees(logits.argmax(-1), own), team)
+                logits = linear_probe(features, train_features, train_labels, len(class_features))
+            return task.mean(task.agrees(logits[:, columns].argmax(-1), own), team)
 
-        found = self._all(
-            lambda other, indices: accuracy(indices) if other is task else other.zero_shot_accuracy(indices, team)
-        )
-        if self.config.validation:
-            found["val"] = accuracy(self.draw.val) if len(self.draw.val) else None
-        return found
+        return self._all(accuracy)
 
     def _all(self, accuracy: Accuracy) -> dict[str, Any]:
         new = accuracy(self.setting.new, self.test)
@@ -85,8 +83,28 @@ class Measurement:
             name: [task.zero_shot_accuracy(self.kept[name], self.team), accuracy(task, self.kept[name])]
             for name, task in self.setting.kept.items()
         }
-        kept = sum(after for _, after in tasks.values()) / len(tasks) if tasks else None
-        return {"new": new, "kept": kept, "tasks": tasks}
+        found = {"new": new, "kept": _kept({name: after for name, (_, after) in tasks.items()}), "tasks": tasks}
+        if not self.config.validation:
+            return found
+        return {**found, "val": accuracy(self.setting.new, self.draw.val) if len(self.draw.val) else None}
+
+
+def _kept(accuracies: dict[str, float]) -> float | None:
+    """That of the new classes, or the mean of all that should be kept."""
+    if NEW_CLASSES in accuracies:
+        return accuracies[NEW_CLASSES]
+    return sum(accuracies.values()) / len(accuracies) if accuracies else None
+
+
+def columns_of(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
+    """Where the names are among the known ones; None where some are not. Names that are the same list keep their order.
+
+    ImageNet has two classes of one name, which only the order tells apart.
+    """
+    if tuple(names) == tuple(known):
+        return list(range(len(known)))
+    places = {name: place for place, name in enumerate(known)}
+    return [places[name] for name in names] if set(names) <= places.keys() else None
 
 
 @contextmanager

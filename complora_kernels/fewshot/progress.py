@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ class GridProgress:
         """The run has done so many steps."""
         name = job.run.name
         if name not in self.bar_of:
-            self.bar_of[name] = self.bars.add_task(name, total=job.steps)
+            self.bar_of[name] = self.bars.add_task(escape(name), total=job.steps)
         self.steps_done[name] = done
-        self.bars.update(self.bar_of[name], completed=done, description=f"{name}  loss {loss:.3f}")
+        self.bars.update(self.bar_of[name], completed=done, description=f"{escape(name)}  loss {loss:.3f}")
         self.bars.update(self.overall, completed=sum(self.steps_done.values()))
         if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
             self._print(f"{name}: step {done} of {job.steps}, loss {loss:.3f}")
@@ -95,7 +96,7 @@ class GridProgress:
     def _print(self, line: str) -> None:
         self.last_line = time.monotonic()
         left = "" if self.console.is_terminal else f"; {self._time_left()} left"
-        self.console.print(line + left, highlight=False, soft_wrap=True)
+        self.console.print(line + left, highlight=False, markup=False, soft_wrap=True)
 
     def _time_left(self) -> str:
         done = sum(self.steps_done.values())

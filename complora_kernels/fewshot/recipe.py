@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import complora_kernels as ck
+from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.config import Run, TrainConfig
 from complora_kernels.fewshot.datasets import Draw, draw, write_draw
@@ -27,10 +28,12 @@ from complora_kernels.fewshot.images import DeviceImages, draw_boxes, load_crops
 from complora_kernels.fewshot.logs import RunLog
 from complora_kernels.fewshot.measure import Measurement
 from complora_kernels.fewshot.profile import StepProfile
-from complora_kernels.fewshot.resume import load_checkpoint, save_checkpoint
+from complora_kernels.fewshot.resume import load_checkpoint, random_state, save_checkpoint
 from complora_kernels.fewshot.sampler import batch_indices
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import ALONE, Team
+from complora_kernels.integrations import open_clip
+from complora_kernels.modules.prompts import cut_prompts
 
 CHECKPOINT = "checkpoint.safetensors"
 DRAW = "draw.json"
@@ -54,7 +57,8 @@ def train(
     model stays as it is; torch's global random state is seeded.
 
     The processes of a team share every batch, the prompts and the images to be measured; without dropout they compute
-    what one process would. The first of them writes the files.
+    what one process would. The first of them writes the files. A run that is resumed by as many processes as before
+    ends as if it had never been stopped; by another number of them, with other dropout masks.
 
     Args:
         config: the options shared by all runs.
@@ -78,7 +82,8 @@ def train(
     if team.leads:
         folder.mkdir(parents=True, exist_ok=True)
         write_draw(folder / DRAW, setting.new.dataset, drawn)
-        described = {"run": run.name, **options.to_json(config), "versions": versions()}
+        root = None if config.data_root is None else str(config.data_root)
+        described = {"run": run.name, **options.to_json(config), "data_root": root, "versions": versions()}
         write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
     measurement = Measurement(config, setting, drawn, team)
     before = {
@@ -127,26 +132,29 @@ def _train(
     # Model: a copy of the pretrained one; every method of a seed starts from the same factors
     torch.manual_seed(run.seed)
     model = adapted_model(config, run, setting, drawn).train()
+    if team.size > 1:  # rounding differs between machines, and with it what is decomposed
+        load_raw_adapter_state(model, team.agree({name: t.cpu() for name, t in raw_adapter_state(model).items()}))
+        torch.manual_seed(hash((run.seed, team.rank)))  # masks of its own
     if config.recompute:
         ck.set_recompute(model, "mlp")
     logit_scale = model.logit_scale.detach().exp()  # fixed, 100 for a trained CLIP
     dtype = precision_for(config.precision, device)
     model.to(dtype)  # the factors stay float32
     optimizer = make_optimizer(model, config, run, peak_rate)
-    with torch.no_grad():
-        class_features = setting.new.class_features(model)  # [C, D], final where text is frozen
+    class_features = None  # [C, D], final where text is frozen
+    if "text" not in config.towers:
+        with torch.no_grad():
+            class_features = setting.new.class_features(model)
 
     # Resume
     checkpoint = folder / CHECKPOINT
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
     if team.agree(checkpoint.exists()):
-        progress = load_checkpoint(checkpoint, model, optimizer)
+        progress = load_checkpoint(checkpoint, model, optimizer, team.rank)
     first_step = progress["step"]
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     if scaler is not None and progress.get("scaler"):
         scaler.load_state_dict(progress["scaler"])
-    if not team.leads:
-        torch.manual_seed(hash((run.seed, first_step, team.rank)))  # masks of its own
 
     # Training
     def batch(step: int) -> tuple[Tensor, Tensor]:  # [B, 3, S, S], [B], this process's share
@@ -156,7 +164,7 @@ def _train(
 
     def loss_of(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
         image_features = model.encode_image(pixels, normalize=True).float()  # [B, D]
-        features = setting.new.class_features(model, team) if "text" in config.towers else class_features
+        features = setting.new.class_features(model, team) if class_features is None else class_features
         loss = F.cross_entropy(logit_scale * image_features @ features.T, labels)
         # Shares of a batch may differ by an image: the mean over the processes is then that of the batch.
         return loss if team.size == 1 else loss * (len(labels) * team.size / batch_size)
@@ -210,11 +218,12 @@ def _train(
             if is_logged:
                 log.add(done, values[-1], learning_rate(step))
             if is_kept:
+                random_states = team.collect(random_state(device))
                 if team.leads:
                     seconds = progress["seconds"] + time.perf_counter() - started
                     scale = {} if scaler is None else scaler.state_dict()
                     state = {"step": done, "seconds": seconds, "log": log.lines, "scaler": scale}
-                    save_checkpoint(checkpoint, model, optimizer, state)
+                    save_checkpoint(checkpoint, model, optimizer, state, random_states)
                 good_step = done
             on_step(done, values[-1])
         training_seconds = time.perf_counter() - training_started
@@ -243,6 +252,9 @@ def adapted_model(config: TrainConfig, run: Run, setting: Setting, drawn: Draw) 
     model = copy.deepcopy(setting.backbone.model)
     if adapter.subspace_source != "activations":
         return ck.apply_complora(model, adapter, progress=False)
+
+    # What follows the end of a text is no part of what the weights see: nothing is read there.
+    cut_prompts(model, open_clip.text_tower)
 
     def calibrate(model: Any) -> None:  # on the shots, without their labels, and the prompts
         for pixels in setting.new.pixels(drawn.train):

@@ -6,6 +6,7 @@ One safetensors file, replaced as a whole. The batches need no state: they are a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,19 @@ from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
 from complora_kernels.fewshot.files import write_atomically
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's global random state in this process, by "cpu" and "cuda"."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    random_states: Sequence[dict[str, Tensor]],
+) -> None:
     """Write the state of a run.
 
     Args:
@@ -26,20 +39,22 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         model: an adapted model; its raw factors and its bases are written.
         optimizer: over the model's factors.
         progress: whatever else the run needs to go on, as JSON.
+        random_states: `random_state` of every process that trains the model.
     """
     tensors = {f"adapter.{name}": tensor for name, tensor in raw_adapter_state(model).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    for rank, state in enumerate(random_states):
+        tensors |= {f"random.{rank}.{kind}": value for kind, value in state.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, save(tensors, metadata={"progress": json.dumps(progress)}))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote into an adapted model and a new optimizer, and return `progress`."""
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote into an adapted model and a new optimizer, and return `progress`.
+
+    The random state is that of the process `rank`; it stays as it is where the file has none for it.
+    """
     with safe_open(path, framework="pt") as file:
         progress = json.loads(file.metadata()["progress"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -49,10 +64,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         index, _, moment = name.partition(".")
         moments.setdefault(int(index), {})[moment] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    torch.set_rng_state(tensors["random.cpu"])
-    device = next(model.parameters()).device
-    if "random.cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    state, device = _under(f"random.{rank}.", tensors), next(model.parameters()).device
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     return progress
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 import complora_kernels as ck
 from complora_kernels.fewshot.backbone import check_backbone
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
-from complora_kernels.fewshot.datasets import check_dataset, read_draw
+from complora_kernels.fewshot.datasets import Dataset, check_dataset, read_draw
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import check_writable, write_atomically
-from complora_kernels.fewshot.grid import DESCRIPTION
+from complora_kernels.fewshot.grid import DESCRIPTION, check_device
 from complora_kernels.fewshot.measure import at_most, test_images
 from complora_kernels.fewshot.recipe import DRAW, precision_for
 from complora_kernels.fewshot.setting import Settings
@@ -55,7 +55,7 @@ class EvalConfig:
     """As for complora train."""
     test_batch_size: int = 256
     """As for complora train."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     """As for complora train."""
     device: str = "auto"
     """As for complora train."""
@@ -91,11 +91,12 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
     """
     options = _of_run(config)
     check_backbone(options.model, options.pretrained, options.activation)
+    check_device(config.device)
     settings = Settings()
     for name in config.data:
         check_dataset(name, options.data_root, download=options.download)
     backbone = settings.backbone(options, config.device)
-    dtype = precision_for(config.precision, backbone.device)
+    dtype = precision_for(options.precision, backbone.device)
     model = ck.load_adapter(copy.deepcopy(backbone.model), config.adapter).to(dtype).eval()
     table = Table("data set", box=HORIZONTALS, title=f"Accuracy in percent, {config.adapter}")
     table.add_column("zero-shot", justify="right")
@@ -128,19 +129,23 @@ def export(config: ExportConfig, console: Console) -> None:
 
 
 def _measured(config: EvalConfig, options: TrainConfig, settings: Settings) -> Iterator[tuple[str, Task, Tensor]]:
-    """The data sets with their test images: those that are asked for, or the run's, with those of its draw."""
+    """The data sets with their test images: those that are asked for, or the run's; never those of the run's shots."""
+    if not config.data:
+        setting = settings.load(options, config.device)
+        yield options.data, setting.new, _test_images(config, setting.new.dataset)
+        for name, task in setting.kept.items():
+            yield name, task, test_images(task.dataset)
     for name in config.data:
         alone = dataclasses.replace(options, data=name, protocol="few-shot", keep=())
         task = settings.load(alone, config.device).new
-        yield name, task, test_images(task.dataset)
-    if config.data:
-        return
-    setting = settings.load(options, config.device)
+        is_whole = name == options.data and options.protocol != "base-to-new"
+        yield name, task, _test_images(config, task.dataset) if is_whole else test_images(task.dataset)
+
+
+def _test_images(config: EvalConfig, dataset: Dataset) -> Tensor:
+    """The images [N] that the draw of the run leaves, where it is known."""
     drawn = config.adapter.parent / DRAW
-    dataset = setting.new.dataset
-    yield options.data, setting.new, read_draw(drawn, dataset).test if drawn.is_file() else test_images(dataset)
-    for name, task in setting.kept.items():
-        yield name, task, test_images(task.dataset)
+    return read_draw(drawn, dataset).test if drawn.is_file() else test_images(dataset)
 
 
 def _of_run(config: EvalConfig | ExportConfig) -> TrainConfig:
@@ -150,12 +155,12 @@ def _of_run(config: EvalConfig | ExportConfig) -> TrainConfig:
     described, known = config.adapter.parent / DESCRIPTION, {}
     if described.is_file():
         known = json.loads(described.read_text())
-    asked = {name: value for name, value in vars(config).items() if value not in (None, ())}
-    names = ("model", "pretrained", "activation", "template", "data", "protocol", "keep", "max_test_images")
-    found: dict[str, Any] = {name: known[name] for name in names if name in known}
-    for name in ("model", "pretrained", "activation", "template", "data_root", "download", "test_batch_size"):
-        if name in asked:
-            found[name] = asked[name]
+    names = ("model", "pretrained", "activation", "template", "data_root", "precision", "max_test_images")
+    run_names = (*names, "data", "protocol", "keep", "test_batch_size")
+    asked = {name: value for name, value in vars(config).items() if value is not None}
+    found: dict[str, Any] = {name: known[name] for name in run_names if name in known}
+    found |= {name: asked[name] for name in (*names, "download", "test_batch_size") if name in asked}
     found["keep"] = None if found.get("keep") is None else tuple(found["keep"])
+    found["data_root"] = None if found.get("data_root") is None else Path(found["data_root"])
     defaults = PRESETS[preset_for(None, found.get("model", GLYPHS))]
     return dataclasses.replace(defaults, **found)

@@ -49,7 +49,10 @@ def run_on_slurm(
 
     folder = output / "slurm"
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    executor.update_parameters(**{"name": output.name, **parameters})
+    try:
+        executor.update_parameters(**{"name": output.name, **parameters})
+    except (NameError, TypeError) as error:
+        raise ValueError(f"slurm: {parameters}: {error}") from error
     finished = {result["run"] for result in read_json_lines(output / RESULTS)}
     remaining = {job.run.name: job for job in jobs if job.run.name not in finished}
     known = json.loads((output / SUBMITTED).read_text()) if (output / SUBMITTED).exists() else {}
@@ -82,8 +85,8 @@ def _collect(job: Job, task: Any, output: Path, console: Console) -> None:
     outcome = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
     if isinstance(outcome, Exception):
         append_json_line(output / FAILURES, {"run": job.run.name, "error": str(outcome)})
-        console.print(f"failed: {job.run.name}: {outcome}", highlight=False, soft_wrap=True)
+        console.print(f"failed: {job.run.name}: {outcome}", highlight=False, markup=False, soft_wrap=True)
         return
     append_json_line(output / RESULTS, outcome)
     job.end()
-    console.print(f"{job.run.name}: done", highlight=False, soft_wrap=True)
+    console.print(f"{job.run.name}: done", highlight=False, markup=False, soft_wrap=True)

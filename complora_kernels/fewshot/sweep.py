@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,24 @@ import tyro
 import yaml
 from rich.console import Console
 
-from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
 from complora_kernels.fewshot.files import check_writable, read_json_lines, write_atomically
-from complora_kernels.fewshot.grid import DESCRIPTION, RESULTS, Job, check, check_same, run_jobs
+from complora_kernels.fewshot.grid import (
+    DESCRIPTION,
+    RESULTS,
+    Job,
+    check_data,
+    check_options,
+    check_same,
+    is_begun,
+    run_jobs,
+)
 from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
 from complora_kernels.fewshot.team import ALONE, Team
 
 _CELLS = ("shots", "seeds", "learning_rates")
+_OUTSIDE = ("methods", "output", "workers")  # of the file itself, or of the command line
 _KEYS = ("data", *_CELLS, "methods", "options", "slurm")
 
 
@@ -71,16 +82,18 @@ def read_sweep(config: SweepConfig) -> Sweep:
     file, content = config.file, _content(config.file)
     output = config.output or Path("runs") / file.stem
     shared = _mapping(file, content, "options")
+    _refuse(file, "options", shared, (*_OUTSIDE, *(key for key in ("data", *_CELLS) if key in content)))
     names = [str(name) for name in _listed(content.get("data", shared.pop("data", "digits")))]
     cells = {name: _listed(content[name]) for name in _CELLS if name in content}
     jobs: list[Job] = []
+    variants: list[TrainConfig] = []
     for data in names:
         for label, own in _variants(file, content).items():
             asked = {**shared, **cells, **own, "data": data, "output": output}
             variant = _train_config(file, label, asked)
-            names_of_run = {"data": data if len(names) > 1 else "", "label": label}
-            jobs += [Job(variant, dataclasses.replace(run, **names_of_run)) for run in variant.runs()]
-    _check(file, jobs)
+            variants.append(variant)
+            jobs += [Job(variant, dataclasses.replace(run, data=data, label=label)) for run in variant.runs()]
+    _check(file, variants, jobs)
     jobs.sort(key=lambda job: job.run.seed)  # stable: within a seed in the order of the file
     return Sweep(jobs, output, _mapping(file, content, "slurm"))
 
@@ -95,8 +108,10 @@ def prepare_sweep(config: SweepConfig) -> Sweep:
     sweep = read_sweep(config)
     if config.slurm:
         check_submitit()
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("--slurm: expected without torchrun, which starts the processes of one run")
     path, asked = sweep.output / DESCRIPTION, _described(sweep)
-    known = json.loads(path.read_text()) if path.exists() and (sweep.output / RESULTS).exists() else {}
+    known = json.loads(path.read_text()) if path.exists() and is_begun(sweep.output) else {}
     for variant in known.keys() & asked.keys():
         check_same(known[variant], asked[variant], sweep.output)
     check_writable(sweep.output)
@@ -108,7 +123,7 @@ def _content(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected a YAML file that describes a sweep")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -139,6 +154,7 @@ def _variants(file: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for label, own in methods.items():
         own = {"method": label, **_mapping(file, {label: own}, label)}
         method = own.pop("method")
+        _refuse(file, label, own, ("data", "threads", *_OUTSIDE))
         if method not in METHODS:
             raise ValueError(f"{file}: method {method}: expected any of {', '.join(METHODS)}")
         variants[str(label)] = {**own, "methods": [method]}
@@ -168,16 +184,26 @@ def _train_config(file: Path, label: str, asked: dict[str, Any]) -> TrainConfig:
         raise ValueError(f"{file}: {label}: {words}") from None
 
 
-def _check(file: Path, jobs: list[Job]) -> None:
-    """Every option, and each data set once."""
+def _refuse(file: Path, where: str, asked: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise a ValueError for an option that would have no effect there."""
+    for name in names:
+        if name in asked:
+            raise ValueError(f"{file}: {where}: {name}: expected outside of {where}, for all runs")
+
+
+def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> None:
+    """Every option, and each draw of each data set once."""
     seen: set[Any] = set()
-    for variant in dict.fromkeys(job.config for job in jobs):
+    for variant in variants:
         try:
-            options.check(variant)
-            data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw, variant.shots)
-            if data not in seen:
-                check(variant)
-            seen.add(data)
+            check_options(variant)
+            data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw)
+            draws = (*data, variant.shots, variant.seeds)
+            if draws not in seen:
+                check_data(variant)
+            seen.add(draws)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{file}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     names = [job.run.name for job in jobs]
@@ -191,13 +217,11 @@ def _described(sweep: Sweep) -> dict[str, Any]:
     described = {}
     for job in sweep.jobs:
         config = to_json(job.config)
-        described[f"{job.config.data}: {job.run.label}"] = {
-            name: value for name, value in config.items() if name not in _CELLS
-        }
+        described[job.run.variant] = {name: value for name, value in config.items() if name not in _CELLS}
     return described
 
 
-def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = ALONE, device: str = "auto") -> int:
+def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = ALONE) -> int:
     """Do the runs that have no result yet.
 
     Args:
@@ -205,7 +229,6 @@ def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = 
         sweep: that of `prepare_sweep`.
         console: where progress is shown.
         team: processes that train each run together, each of which calls this.
-        device: that of this process, in a team.
 
     Returns:
         How many runs have no result because they failed.
@@ -213,6 +236,6 @@ def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = 
     if config.slurm:
         run_on_slurm(sweep.jobs, sweep.output, sweep.slurm, console)
     else:
-        run_jobs(sweep.jobs, sweep.output, console, workers=config.workers, team=team, device=device, keep_going=True)
+        run_jobs(sweep.jobs, sweep.output, console, workers=config.workers, team=team, keep_going=True)
     finished = {result["run"] for result in read_json_lines(sweep.output / RESULTS)}
     return sum(job.run.name not in finished for job in sweep.jobs)

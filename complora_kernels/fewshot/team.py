@@ -24,6 +24,12 @@ class Team:
         """Whether this process writes the files and talks to the user."""
         return self.rank == 0
 
+    def device(self, asked: str) -> str:
+        """The device of this process where "auto", "cpu", "cuda" or "cuda:N" is asked for; of several its own GPU."""
+        if self.size == 1 or asked == "cpu" or not torch.cuda.is_available():
+            return asked
+        return f"cuda:{torch.cuda.current_device()}"
+
     @property
     def group(self) -> Any:
         """The process group; None of a process alone."""
@@ -50,6 +56,13 @@ class Team:
         if self.size > 1:
             distributed.broadcast_object_list(values)
         return values[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every process's value, in all of them."""
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until all have come here."""
@@ -107,22 +120,21 @@ def leads() -> bool:
 
 
 @contextmanager
-def assemble(device: str) -> Iterator[tuple[Team, str]]:
-    """The team that torchrun has started, and the device of this process; alone without torchrun.
+def assemble() -> Iterator[Team]:
+    """The team that torchrun has started; a process alone without torchrun.
 
-    Args:
-        device: that of the command line: "auto", "cpu", "cuda" or "cuda:N".
+    Where there are GPUs each process takes the one of its local rank, and speaks through NCCL and, on CPUs, gloo.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE, device
+        yield ALONE
         return
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        distributed.init_process_group("gloo")
     try:
-        yield Team(distributed.get_rank(), size), device
+        yield Team(distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()

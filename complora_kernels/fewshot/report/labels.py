@@ -46,7 +46,8 @@ def rivals(methods: list[str]) -> list[tuple[str, str]]:
     """Who is compared with whom.
 
     Every method with plain LoRA, then with LoRA in the same setting, and every protected subspace with the random one
-    of the same side and setting: the control that tells whether its directions matter.
+    of the same side and setting: the control that tells whether its directions matter. A share of energy is not the
+    same number of directions for activations, so that there it has no control.
     """
     method_of: dict[Label, str] = {}
     for method in methods:
@@ -56,6 +57,6 @@ def rivals(methods: list[str]) -> list[tuple[str, str]]:
         if label.setting:
             pairs.append((method, method_of.get(Label(LORA, "", label.setting), method)))
     for label, method in method_of.items():
-        if label.source:
+        if label.source and not (label.source == "activations" and "energy" in label.setting):
             pairs.append((method, method_of.get(label._replace(source="random"), method)))
     return [(method, rival) for method, rival in pairs if method != rival]

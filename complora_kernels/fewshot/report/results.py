@@ -25,6 +25,7 @@ class Result:
     zero_shot_kept: float | None
     tasks: Mapping[str, tuple[float, float]]  # each task that is kept: before and after
     relative_update: float | None  # |ΔW| / |W|
+    val: float | None = None  # accuracy on validation images of the new task
 
 
 def read_results(lines: Iterable[Mapping[str, Any]]) -> list[Result]:
@@ -57,6 +58,7 @@ def _results(line: Mapping[str, Any]) -> Iterator[Result]:
             zero_shot_kept=line["zero_shot_kept"],
             tasks={task: (before, after) for task, (before, after) in _tasks(line, part).items()},
             relative_update=None if update is None else share * update,
+            val=part.get("val"),
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from complora_kernels.fewshot.report.comparisons import Comparison
 from complora_kernels.fewshot.report.summary import Cell, Row, Summary
 from complora_kernels.fewshot.report.tables import Table
+from complora_kernels.fewshot.report.validation import validation_table
 from complora_kernels.fewshot.report.wording import (
     accuracies,
     average_name,
@@ -31,6 +32,8 @@ def sections(summary: Summary) -> list[Table]:
         tables += [data_set_table(summary, shots) for shots in summary.shots]
     if summary.protocol != "base-to-new" and summary.tasks and (several or len(summary.tasks) > 1):
         tables += [kept_table(summary, shots) for shots in summary.shots]
+    if (validated := validation_table(summary)) is not None:
+        tables.append(validated)
     if summary.comparisons:
         tables += comparison_tables(summary)
     if several:

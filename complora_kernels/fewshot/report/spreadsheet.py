@@ -44,7 +44,7 @@ def _line(data: str, row: Row, shots: int, results: list[Result]) -> dict[str, A
         "shots": shots,
         "seeds": len(results),
     }
-    for name in ("new", "kept", "zero_shot_new", "zero_shot_kept", "relative_update"):
+    for name in ("new", "kept", "zero_shot_new", "zero_shot_kept", "val", "relative_update"):
         line |= _mean_and_sd(name, (getattr(result, name) for result in results))
     for task in dict.fromkeys(task for result in results for task in result.tasks):
         for index, when in enumerate(("before", "after")):
