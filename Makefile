@@ -62,7 +62,7 @@ report: .venv/.installed  ## the tables of the README and the figures, from the 
 bench-gpu:  ## the benchmarks of `make gpu` alone
 	STAGES="$(basename $(notdir $(wildcard benchmarks/bench_*.py))) report" benchmarks/gpu.sh
 
-gpu:  ## all that needs a GPU, in stages, with PYTHON as it is: build, tests, tuning, benchmarks; needs no network
+gpu:  ## all that needs a GPU, in stages, with PYTHON as it is: build, tests, benchmarks; needs no network
 	benchmarks/gpu.sh
 
 targets: .venv/.installed  ## which targets of the benchmarks are met, missed or not yet measured

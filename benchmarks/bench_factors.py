@@ -151,14 +151,14 @@ def compare(
     tolerance: float = EXACT,
 ) -> None:
     """Checks everyone's results but a mere read's, and times all in turns."""
+    if comparison.known(shape, steps):
+        return
 
-    def check(name: str, results: Sequence[Tensor]) -> None:
+    def check(name: str, run: Step) -> None:
         if not name.startswith("one read"):
-            for mine, true in zip(results, exact, strict=True):
+            for mine, true in zip(run(), exact, strict=True):
                 assert (mine - true).norm() <= tolerance * true.norm(), name
 
-    for name, step in steps.items():
-        check(name, step())
     reads = {name: None for name in steps if name.startswith("one read")}
     comparison.time(
         shape,

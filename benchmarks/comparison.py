@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,20 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from benchmarks import results
-from benchmarks.interleaved import Clock, Replays, Step, captured, clock, reason, time_interleaved, wall_seconds
+from benchmarks import machine, results
+from benchmarks.interleaved import (
+    Capturer,
+    Clock,
+    Replays,
+    Step,
+    Timing,
+    clock,
+    free_memory,
+    reason,
+    time_interleaved,
+    wall_seconds,
+    warm_seconds,
+)
 from benchmarks.results import Row
 
 if sys.version_info >= (3, 11):
@@ -46,17 +58,28 @@ class Comparison:
     device: torch.device
     found: results.Results
     path: Path | None  # of the results file
+    go_on: bool = False  # what the file has of this revision is not measured again
 
     def record(self, row: Row) -> None:
         self.found.add(replace(row, revision=self.found.machine["revision"]))
         if self.path is not None:
             results.write(self.path, self.found)
 
-    def attempt(self, shape: str, rival: str, make: Callable[[], Made], *, foreign: bool = False) -> Made | None:
+    def known(self, shape: str, rivals: Collection[str]) -> bool:
+        """Whether an earlier run of this revision measured a shape, which is then left as it is."""
+        now, rows = self.found.machine["revision"], self.found.rows
+        found = {r.rival for r in rows if (r.benchmark, r.shape, r.revision) == (self.benchmark, shape, now)}
+        told = now != "unknown" and not now.endswith("+")  # else nobody knows what code it was
+        return self.go_on and told and set(rivals) <= found
+
+    def attempt(
+        self, shape: str, rival: str, make: Callable[[], Made], *, foreign: bool = False, again: bool = False
+    ) -> Made | None:
         """What `make` returns; None, and a row that says why, where the rival is not installed or does not fit.
 
         Args:
             foreign: whatever fails in it is a row too: code that is not ours to mend.
+            again: it has its row from an earlier comparison, which stays.
         """
         try:
             return make()
@@ -70,7 +93,9 @@ class Comparison:
             if not foreign:
                 raise
             remark = f"fails: {reason(error)}"
-        self.record(Row(self.benchmark, shape, rival, remark))
+        if not again:
+            self.record(Row(self.benchmark, shape, rival, remark))
+        free_memory()  # not while the error is handled, which holds what `make` has made
         return None
 
     def time(
@@ -87,7 +112,10 @@ class Comparison:
         warm_up: int | None = None,
         measure: Clock | None = None,
         replays: Replays | None = None,
-        check: Callable[[str, Any], None] | None = None,
+        check: Callable[[str, Step], None] | None = None,
+        launched: Mapping[str, str] | None = None,
+        foreign: Collection[str] = (),
+        again: Collection[str] = (),
     ) -> None:
         """Times the steps, which were checked before, in turns, and records a row for each.
 
@@ -95,43 +123,84 @@ class Comparison:
             work: of the shape, whoever computes it.
             floors: the work of those that do less.
             rounds: fewer than those of the command line, for slow steps.
-            targets: a rival's name -> the id of what it measures.
+            targets: a rival's name -> the id of what it measures. It has a figure where it was timed as ours was.
             warm_up: rounds that are not counted; None: three on a GPU, one on a CPU, where nothing is tuned meanwhile.
             measure: the clock; None: the device's.
             replays: instead of it, times the steps without their launches, with a warm and a cold L2 cache.
-            check: what a replay gave, a rival's name first; it raises where that is wrong.
+            check: what is timed, step or replay, a rival's name first; it raises where its results are wrong.
+            launched: why a step is not to be captured, by the rival's name.
+            foreign: whose code is not ours to mend: whatever fails in it is a row.
+            again: those that are here to compare with and have their rows from an earlier comparison.
         """
         remarks, targets, floors = remarks or {}, targets or {}, floors or {}
         rounds = min(self.rounds, rounds or self.rounds)
-        measure = measure or (clock(self.device) if replays is None else replays.warm)
         warm_up = (3 if self.device.type == "cuda" else 1) if warm_up is None else warm_up
-        time_all = partial(time_interleaved, ours=ours, rounds=rounds)
-        launched, cold = {}, {}
-        try:
-            if replays is not None:
-                steps, launched = captured(steps, replays.recorder, check)
-            timings = time_all(steps, measure=measure, warm_up=warm_up)
-            if replays is not None:
-                cold = time_all(steps, measure=replays.cold, warm_up=1)
-        except torch.OutOfMemoryError:
-            for rival in steps:
+        runs, launched = self._ready(shape, steps, replays, check, launched or {}, foreign, again)
+        time_all, cold = partial(time_interleaved, ours=ours, rounds=rounds), {}
+        if replays is None:
+            timings = time_all(runs, measure=measure or clock(self.device), warm_up=warm_up)
+        else:
+            timings = time_all(runs, measure=partial(warm_seconds, replays.warm), warm_up=warm_up)
+            cold = time_all({rival: runs[rival] for rival in timings}, measure=replays.cold, warm_up=1)
+        state = machine.gpu_state() if self.device.type == "cuda" else {}
+        for rival in (rival for rival in runs if rival not in again):
+            if rival not in timings:
                 self.record(Row(self.benchmark, shape, rival, "does not fit in memory beside the others"))
-            return
-        for rival, timing in timings.items():
-            (p20, median, p80), (ratio, low, high) = timing.spread(), timing.ratio()
-            known = [remarks.get(rival, ""), f"{NOT_CAPTURED} ({launched[rival]})" if rival in launched else ""]
-            remark = "; ".join(filter(None, known))
-            row = Row(self.benchmark, shape, rival, remark, rounds, median, p20, p80, ratio, low, high)
-            if rival in cold:
-                row = replace(row, cold_s=cold[rival].spread()[1], cold_ratio=cold[rival].ratio()[0])
-            least = floors.get(rival, work)
-            changes = {} if least is None else self._roofline(least, median)
-            self.record(replace(row, **changes, **measures(targets.get(rival), ratio)))
+                continue
+            why = f"{NOT_CAPTURED} ({launched[rival]})" if rival in launched else ""
+            row = Row(self.benchmark, shape, rival, "; ".join(filter(None, [remarks.get(rival, ""), why])), rounds)
+            row = replace(row, **state, **times_of(timings[rival]))
+            row = replace(row, **times_of(cold[rival], "cold_")) if rival in cold else row
+            least, alike = floors.get(rival, work), (rival in launched) == (ours in launched)
+            roofline = {} if least is None else self._roofline(least, timings[rival].spread()[1])
+            self.record(replace(row, **roofline, **measures(targets.get(rival) if alike else None, row.ratio)))
+
+    def _ready(
+        self,
+        shape: str,
+        steps: Mapping[str, Step],
+        replays: Replays | None,
+        check: Callable[[str, Step], None] | None,
+        launched: Mapping[str, str],
+        foreign: Collection[str],
+        again: Collection[str],
+    ) -> tuple[dict[str, Step], dict[str, str]]:
+        """What is timed, whose results are right, and why some of it is no replay, where replays are timed."""
+        runs, reasons, capture = {}, {}, None if replays is None else Capturer(replays)
+        for rival, step in steps.items():
+            make = partial(ready, rival, step, capture, check, launched.get(rival, ""))
+            made = self.attempt(shape, rival, make, foreign=rival in foreign, again=rival in again)
+            if made is not None:
+                runs[rival], why = made
+                reasons |= {rival: why} if why else {}
+        return runs, reasons
 
     def _roofline(self, work: Work, seconds: float) -> dict[str, float]:
-        limits = self.found.machine
+        limits = {name: self.found.machine[name] for name in ("operations_per_s", "bytes_per_s")}
         least = max(work.operations / limits["operations_per_s"], work.bytes / limits["bytes_per_s"])
-        return {"roofline": least / seconds} | ({"intensity": work.operations / work.bytes} if work.bytes else {})
+        intensity = {"intensity": work.operations / work.bytes} if work.bytes else {}
+        return {"roofline": least / seconds, **intensity, **limits}
+
+
+def ready(
+    rival: str, step: Step, capture: Capturer | None, check: Callable[[str, Step], None] | None, launched: str
+) -> tuple[Step, str]:
+    """A step or its replay, and why it is no replay, where there are some; `launched` says so beforehand."""
+    run, why = step, ""
+    if capture is not None:
+        made = launched or capture(step)
+        run, why = (step, made) if isinstance(made, str) else (made, "")
+    if check is not None:
+        check(rival, run)
+    return run, why
+
+
+def times_of(timing: Timing, kind: str = "") -> dict[str, Any]:
+    """The fields of a row; `kind` begins the names of those of a cold L2 cache."""
+    (p20, median, p80), (ratio, low, high) = timing.spread(), timing.ratio()
+    median_name = "s" if kind else "median_s"
+    seconds = {f"{kind}p20_s": p20, f"{kind}{median_name}": median, f"{kind}p80_s": p80}
+    return seconds | {f"{kind}ratio": ratio, f"{kind}ratio_low": low, f"{kind}ratio_high": high}
 
 
 def needed(option: str, checkouts: Mapping[str, Path | None]) -> Path:
@@ -142,14 +211,15 @@ def needed(option: str, checkouts: Mapping[str, Path | None]) -> Path:
     return path
 
 
-def pedantic(benchmark: Any, step: Step) -> None:
+def pedantic(benchmark: Any, step: Step | None) -> None:
     """A row of pytest-benchmark's own table, with everything that the step has asked of a GPU."""
-    benchmark.pedantic(lambda: wall_seconds(step), rounds=3)
+    if step is not None:  # it does not fit, or was measured before
+        benchmark.pedantic(lambda: wall_seconds(step), rounds=3)
 
 
-def measures(target: str | None, over_ours: float) -> dict[str, Any]:
+def measures(target: str | None, over_ours: float | None) -> dict[str, Any]:
     """The fields of a row that measures a target: what a rival takes over ours, or, of an upper bound, ours over it."""
-    if target is None:
+    if target is None or over_ours is None:
         return {}
     return {"target": target, "figure": 1 / over_ours if "at_most" in bounds()[target] else over_ours}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--clip-lora", type=Path, help="a checkout of CLIP-LoRA, whose layer is then a rival of ours")
     parser.addoption("--lorafusion", type=Path, help="a checkout of LoRAFusion, whose layer is then a rival on a GPU")
+    parser.addoption("--go-on", action="store_true", help="leave what --results has of this revision as it is")
+    parser.addoption("--extra", action="store_true", help="on a GPU, rivals too that no target asks for")
     parser.addoption("--rounds", type=int, default=20, help="paired repeats of every comparison")
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch")
 
@@ -38,18 +41,29 @@ def checkouts(request: pytest.FixtureRequest) -> dict[str, Path | None]:
 
 
 @pytest.fixture
-def comparison(request: pytest.FixtureRequest) -> Comparison:
+def extra(request: pytest.FixtureRequest) -> bool:
+    return request.config.option.extra
+
+
+@pytest.fixture
+def comparison(request: pytest.FixtureRequest, checkouts: dict[str, Path | None]) -> Comparison:
     options, made = request.config.option, request.config.stash[COMPARISONS]
     torch.set_num_threads(options.threads)
-    described = made[0].found.machine if made else {**machine.describe(), **machine.ceilings()}
+    described = made[0].found.machine if made else described_with(checkouts)
     found, path = Results(described, []), options.results
     if path is not None:
         path = path if path.suffix == ".json" else path / machine.file_name(described)
         found = Results(described, results.read(path).rows if path.exists() else [])
     device = torch.device("cuda" if machine.on_gpu() else "cpu")
     benchmark = request.path.stem.removeprefix("bench_")
-    made.append(Comparison(benchmark, options.rounds, device, found, path))
+    made.append(Comparison(benchmark, options.rounds, device, found, path, options.go_on))
     return made[-1]
+
+
+def described_with(checkouts: dict[str, Path | None]) -> dict[str, Any]:
+    """The machine, its ceilings, and the commits of what was given."""
+    commits = {option.lstrip("-"): machine.revision(path) for option, path in checkouts.items() if path is not None}
+    return {**machine.describe(), **commits, **machine.ceilings()}
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -72,7 +86,7 @@ def line(row: Row) -> str:
     if row.median_s is not None:
         words += f"{1e3 * row.median_s:9.2f} ms  {report.ratio(row):<19} "
     if row.cold_s is not None:
-        words += f"warm L2; cold {1e3 * row.cold_s:.2f} ms  {row.cold_ratio:.2f}  "
+        words += f"warm L2; cold {1e3 * row.cold_s:.2f} ms  {report.cold_ratio(row)}  "
     if row.roofline is not None:
         words += f"{row.roofline:4.0%} of the roofline  "
     if row.peak_bytes is not None:

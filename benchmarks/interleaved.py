@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -18,6 +19,7 @@ from complora_kernels.graphs import CUDAGraphs
 Step = Callable[[], Any]
 Clock = Callable[[Step], float]  # the seconds of a step
 FLUSHED = 2**28  # bytes, twice the largest L2 cache
+SHORT, TOGETHER = 50e-6, 10  # a replay of fewer seconds is repeated so often in one graph
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Timing:
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         return fifths[0], statistics.median(self.seconds), fifths[3]
 
-    def ratio(self) -> tuple[float, float | None, float | None]:
+    def ratio(self) -> tuple[float | None, float | None, float | None]:
         """The median of the ratios, and the 95% interval that their order gives it; fewer than six give none."""
+        if not self.ratios:
+            return None, None, None
         interval = scipy.stats.quantile_test(self.ratios, p=0.5).confidence_interval(0.95)
         low, high = (None if math.isnan(bound) else float(bound) for bound in interval)
         return statistics.median(self.ratios), low, high
@@ -48,17 +52,40 @@ def time_interleaved(
     measure: Clock,
     warm_up: int,
 ) -> dict[str, Timing]:
-    """Runs every step once per round, in alternating order (ABBA), after some rounds that are not counted."""
+    """Runs every step once per round, in alternating order (ABBA), after some rounds that are not counted.
+
+    One that runs out of memory has no timing; the others go on. Without ours there are no ratios.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-warm_up, rounds):
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            elapsed = measure(steps[name])
-            if number >= 0:
+        for name in list(seconds)[:: 1 if number % 2 else -1]:
+            elapsed = measured_or_none(measure, steps[name])
+            if elapsed is None:
+                del seconds[name]
+            elif number >= 0:
                 seconds[name].append(elapsed)
+    own = seconds.get(ours)
     return {
-        name: Timing(taken, [rival / own for rival, own in zip(taken, seconds[ours], strict=True)])
+        name: Timing(taken, [] if own is None else [rival / mine for rival, mine in zip(taken, own, strict=True)])
         for name, taken in seconds.items()
     }
+
+
+def measured_or_none(measure: Clock, step: Step) -> float | None:
+    """The seconds of a step; None where there is no memory for it, which is then as it was."""
+    try:
+        return measure(step)
+    except torch.OutOfMemoryError:
+        pass  # not here: the error holds what the step has made
+    free_memory()
+    return None
+
+
+def free_memory() -> None:
+    """Gives back what a step that failed has left: cycles of its autograd graph, and memory that torch keeps."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def wall_seconds(step: Step) -> float:
@@ -153,31 +180,60 @@ class Replay(NamedTuple):
     step: Step  # whose tensors the graph reads: they live as long as it does
     replay: Callable[[], None]
     results: Any
+    several: Callable[[], None] | None = None  # repeats a short one `TOGETHER` times
 
     def __call__(self) -> Any:
         self.replay()
         return self.results
 
 
-def captured(
-    steps: Mapping[str, Step],
-    make_recorder: Callable[[], Recorder],
-    check: Callable[[str, Any], None] | None = None,  # of a name and the results of its replay
-) -> tuple[dict[str, Step], dict[str, str]]:
-    """The steps as replays; one that cannot be captured as it is, its name with the reason."""
-    runs, reasons, recorder = dict(steps), {}, make_recorder()
-    for name, step in steps.items():
-        recorder.warm_up(step)
+class Capturer:
+    """Captures step after step, in memory that their graphs share."""
+
+    def __init__(self, replays: Replays) -> None:
+        self.replays, self.recorder = replays, replays.recorder()
+
+    def __call__(self, step: Step) -> Replay | str:
+        """A replay of the step, or why it cannot be captured."""
         try:
-            runs[name] = replay = Replay(step, *recorder.capture(step))
+            self.recorder.warm_up(step)
+            return self._captured(step)
+        except NotCaptured as error:
+            why = str(error)
+        except BaseException:
+            self.recorder = self.replays.recorder()
+            raise
+        self.recorder = self.replays.recorder()  # the old one's memory is of the broken capture
+        free_memory()  # what is left of its autograd graph belongs to the old one's stream
+        return why
+
+    def _captured(self, step: Step) -> Replay:
+        try:
+            replay = Replay(step, *self.recorder.capture(step))
+            if self.replays.warm(replay) >= SHORT:
+                return replay
+            # The launch of a graph takes a few microseconds, in which the GPU would wait.
+            several, _ = self.recorder.capture(partial(several_times, step))
+            return replay._replace(several=several)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reasons[name], recorder = reason(error), make_recorder()  # the old one's memory is of the broken capture
-            continue
-        if check is not None:
-            check(name, replay())
-    return runs, reasons
+            raise NotCaptured(reason(error)) from None
+
+
+class NotCaptured(Exception):
+    """Says why a step cannot be captured."""
+
+
+def several_times(step: Step) -> None:
+    for _ in range(TOGETHER):
+        step()  # the results of the last are given back: all write the same memory
+
+
+def warm_seconds(warm: Clock, run: Step) -> float:
+    """The seconds of a replay, or of a step that was not captured, with a warm L2 cache."""
+    several = getattr(run, "several", None)
+    return warm(run) if several is None else warm(several) / TOGETHER
 
 
 def reason(error: Exception) -> str:

@@ -21,8 +21,12 @@ import torch
 import complora_kernels
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "peft", "open_clip_torch")
+PACKAGES = ("torch", "triton", "peft", "open_clip_torch", "transformers")
 GPU_FACTS = ("driver_version", "power.limit", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+# What a row keeps of the GPU, by the names of its fields.
+GPU_STATE = {"sm_clock": "clocks.sm", "power": "power.draw", "slowed": "clocks_event_reasons.active"}
+# What is written while benchmarks run: not code.
+WRITTEN = (":!README.md", ":!benchmarks/results")
 
 
 def describe() -> dict[str, Any]:
@@ -61,22 +65,36 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def revision() -> str:
-    """Of the checkout, with a + where files differ from it; `COMPLORA_REVISION` where there is no checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+def revision(checkout: Path = ROOT) -> str:
+    """Of a checkout, with a + where its code differs from it; `COMPLORA_REVISION` where ours is none."""
+    checkout = checkout.resolve()
+    git = ["git", "--git-dir", str(checkout / ".git"), "--work-tree", str(checkout)]  # not those of a folder around it
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command = [*git, "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command = [*git, "diff", "--quiet", "HEAD", "--", ".", *WRITTEN]
+        return commit + ("+" if subprocess.run(command, cwd=checkout, capture_output=True).returncode else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMPLORA_REVISION", "unknown")
+        return os.environ.get("COMPLORA_REVISION", "unknown") if checkout == ROOT else "unknown"
 
 
 def gpu_facts() -> dict[str, str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader", "--id=0"]
+    return _asked(GPU_FACTS)
+
+
+def gpu_state() -> dict[str, Any]:
+    """What the GPU did a moment ago: fields of a row; none where there is no GPU to ask."""
+    found = _asked(tuple(GPU_STATE.values()))
+    return {field: found[fact] for field, fact in GPU_STATE.items() if fact in found}
+
+
+def _asked(facts: tuple[str, ...]) -> dict[str, str]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(facts)}", "--format=csv,noheader", "--id=0"]
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         return {"nvidia-smi": f"{type(error).__name__}"}
-    return dict(zip(GPU_FACTS, map(str.strip, line.split(",")), strict=True))
+    return dict(zip(facts, map(str.strip, line.split(",")), strict=True))
 
 
 def ceilings() -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Makes README's tables and two figures of the results files: `make report`.
 
 A table for each benchmark and machine: rivals down, shapes across, each cell the time over ours in the same round with
-its 95% interval. The README's lines between `<!-- measured -->` and `<!-- /measured -->` are replaced; figures go to
-the results folder.
+its 95% interval, on a GPU once with a warm and once with a cold L2 cache where steps were timed without their launches.
+The README's lines between `<!-- measured -->` and `<!-- /measured -->` are replaced; figures go to the results folder.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks import machine, results
-from benchmarks.comparison import bounds
+from benchmarks.comparison import NOT_CAPTURED, bounds
 from benchmarks.results import Results, Row
 from benchmarks.targets import measured, verdict
 
 ROOT = Path(__file__).parents[1]
+MARKS = "†‡§¶‖"  # of what holds for some shapes of a rival and not for others, said below the table
+WARM_AND_COLD = (
+    "Times are of replays of a CUDA graph, without launches: with a warm L2 cache (the replay before was of the same "
+    "step), then with a cold one."
+)
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 OURS = ("complora_linear", "complora_kernels", "extension")  # what times are compared with
 TITLES = {
@@ -60,11 +65,11 @@ def tables(files: Iterable[Results]) -> str:
     """The tables of all files, then what is not yet measured."""
     parts = []
     for file in files:
-        facts = file.machine
-        names = ("threads", "torch", "triton", "peft", "revision")
-        parts.append(f"**{machine.name(facts)}** ({', '.join(f'{name} {facts[name]}' for name in names)})")
+        parts.append(f"**{machine.name(file.machine)}** ({', '.join(facts(file))})")
         for benchmark in dict.fromkeys(row.benchmark for row in file.rows):
-            parts += [f"{TITLES[benchmark]}:", table([row for row in file.rows if row.benchmark == benchmark])]
+            rows = [row for row in file.rows if row.benchmark == benchmark]
+            replayed = any(row.cold_s is not None for row in rows)
+            parts += [f"{TITLES[benchmark]}:{f' {WARM_AND_COLD}' if replayed else ''}", table(rows)]
     figures = measured(files)
     parts.append("Targets ([what each means](benchmarks/targets.toml)):")
     lines = ["| target | machine | |", "| --- | --- | --- |"]
@@ -74,17 +79,41 @@ def tables(files: Iterable[Results]) -> str:
     return "\n\n".join([*parts, "\n".join(lines)])
 
 
+def facts(file: Results) -> list[str]:
+    """What a machine is, of a GPU with its driver and limit, and the revisions of all code that was measured on it."""
+    names = ("driver_version", "cuda", "power.limit", "threads", "torch", "triton", "peft", "transformers")
+    known = [f"{name} {file.machine[name]}" for name in names if name in file.machine]
+    revisions = dict.fromkeys(row.revision or file.machine["revision"] for row in file.rows)
+    return [*known, f"revision{'s' if len(revisions) > 1 else ''} {' '.join(revisions)}"]
+
+
 def table(rows: list[Row]) -> str:
-    """Rivals down, shapes across; remarks beside the rivals."""
+    """Rivals down, shapes across; remarks beside the rivals, and those of some shapes alone below the table."""
+    notes: dict[str, str] = {}  # what is said below -> its mark
     shapes = list(dict.fromkeys(row.shape for row in rows))
     rivals = dict.fromkeys(row.rival for row in rows)
     lines = [_line(["", *shapes]), "|" + " --- |" * (len(shapes) + 1)]
     for rival in rivals:
         own = {row.shape: row for row in rows if row.rival == rival}
-        remark = next((row.remark for row in own.values() if row.remark and row.rounds), "")
-        cells = [cell(own[shape]) if shape in own else "" for shape in shapes]
-        lines.append(_line([f"{rival}{f': {remark}' if remark else ''}", *cells]))
-    return "\n".join(lines)
+        said = {shape: remarks(row) for shape, row in own.items() if row.rounds}
+        always = [part for part in next(iter(said.values()), []) if all(part in parts for parts in said.values())]
+        marks = {shape: [mark(part, notes) for part in parts if part not in always] for shape, parts in said.items()}
+        cells = [cell(own[shape]) + "".join(marks.get(shape, "")) if shape in own else "" for shape in shapes]
+        lines.append(_line([f"{rival}{f': {remark}' if (remark := '; '.join(always)) else ''}", *cells]))
+    below = "; ".join(f"{mark} {part}" for part, mark in notes.items())
+    return "\n".join([*lines, *(["", f"{below}."] if below else [])])
+
+
+def remarks(row: Row) -> list[str]:
+    """The parts of a row's remark, without the reason why it was not captured."""
+    always, launched, _ = row.remark.partition(NOT_CAPTURED)
+    return [*filter(None, always.split("; ")), *([launched] if launched else [])]
+
+
+def mark(part: str, notes: dict[str, str]) -> str:
+    """That of a remark below the table; as many letters as are needed."""
+    number = len(notes)
+    return notes.setdefault(part, MARKS[number % len(MARKS)] * (number // len(MARKS) + 1))
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -96,13 +125,25 @@ def cell(row: Row) -> str:
         return f"{row.share:.2f}"
     if row.median_s is None:
         return row.remark if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
-    return time_of(row.median_s) if row.rival in OURS else ratio(row)
+    if row.rival in OURS or row.ratio is None:  # ours did not fit
+        return time_of(row.median_s) + ("" if row.cold_s is None else f"; cold {time_of(row.cold_s)}")
+    return ratio(row) + ("" if row.cold_ratio is None else f"; cold {cold_ratio(row)}")
 
 
 def ratio(row: Row) -> str:
-    """`1.05 [1.04, 1.07]`, or without an interval `1.05 (3 rounds)`."""
-    between = f"({row.rounds} rounds)" if row.ratio_low is None else f"[{row.ratio_low:.2f}, {row.ratio_high:.2f}]"
-    return f"{row.ratio:.2f} {between}"
+    """`1.05 [1.04, 1.07]`, or without an interval `1.05 (3 rounds)`; nothing where ours did not fit."""
+    return "" if row.ratio is None else _ratio(row.rounds, row.ratio, row.ratio_low, row.ratio_high)
+
+
+def cold_ratio(row: Row) -> str:
+    """The same with a cold L2 cache."""
+    ratio, low, high = row.cold_ratio, row.cold_ratio_low, row.cold_ratio_high
+    return "" if ratio is None else _ratio(row.rounds, ratio, low, high)
+
+
+def _ratio(rounds: int, ratio: float, low: float | None, high: float | None) -> str:
+    few = f"({rounds} round{'s' if rounds > 1 else ''})"
+    return f"{ratio:.2f} {few if low is None else f'[{low:.2f}, {high:.2f}]'}"
 
 
 def time_of(seconds: float) -> str:
@@ -149,18 +190,18 @@ def roofline(files: list[Results], path: Path) -> None:
     """How near each measured shape comes to the least time that its operations and bytes take on that machine."""
     figure, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4.5), squeeze=False, layout="constrained")
     for axis, file in zip(axes[0], files, strict=True):
-        limits = file.machine
-        peak, rate = limits.get("operations_per_s"), limits.get("bytes_per_s")
         rows = [row for row in file.rows if row.roofline is not None and row.intensity is not None]
-        if peak and rate and rows:
-            intensities = sorted({row.intensity or 1.0 for row in rows} | {peak / rate})
-            ends = [intensities[0] / 3, *intensities, intensities[-1] * 3]
-            axis.plot(ends, [min(peak, i * rate) for i in ends], color="#444444", linewidth=1)
+        roofs = {row: ceilings(row, file) for row in rows}
+        if rows:
+            for peak, rate in dict.fromkeys(roofs.values()):
+                intensities = sorted({row.intensity or 1.0 for row in rows} | {peak / rate})
+                ends = [intensities[0] / 3, *intensities, intensities[-1] * 3]
+                axis.plot(ends, [min(peak, i * rate) for i in ends], color="#444444", linewidth=1)
             for ours, color in ((True, "#1f5f8b"), (False, "#d08c4a")):
                 points = [row for row in rows if (row.rival in OURS) == ours]
                 axis.scatter(
                     [row.intensity or 0.0 for row in points],
-                    [(row.roofline or 0.0) * min(peak, (row.intensity or 0.0) * rate) for row in points],
+                    [(row.roofline or 0.0) * under(roofs[row], row.intensity or 0.0) for row in points],
                     s=22 if ours else 10,
                     color=color,
                     label="ours" if ours else "rivals",
@@ -168,9 +209,20 @@ def roofline(files: list[Results], path: Path) -> None:
                 )
             axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
             axis.legend(frameon=False)
-        axis.set_title(machine.name(limits), loc="left", fontsize=9)
+        axis.set_title(machine.name(file.machine), loc="left", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def ceilings(row: Row, file: Results) -> tuple[float, float]:
+    """Operations and bytes a second that a row's roofline was made of; an older row has those of its file."""
+    facts = file.machine
+    return row.operations_per_s or facts["operations_per_s"], row.bytes_per_s or facts["bytes_per_s"]
+
+
+def under(ceilings: tuple[float, float], intensity: float) -> float:
+    peak, rate = ceilings
+    return min(peak, intensity * rate)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Row:
     A row with `cold_s` was timed on a GPU without launches, as replays of a CUDA graph: `median_s`, and what is made of
     it, with a warm L2 cache (the step before it was the same one), `cold_s` with one that holds nothing of the step's.
     Without it, times are those of the step as Python runs it. A remark says which rival of such rows could not be
-    captured, and has its launches in both times.
+    captured, and has its launches in both times. Of a GPU, `sm_clock`, `power` and `slowed` are what nvidia-smi said
+    right after the comparison that the row is of.
     """
 
     benchmark: str  # the file: "layer" for bench_layer.py
@@ -40,14 +41,23 @@ class Row:
     ratio_low: float | None = None  # its 95% interval, from six rounds on
     ratio_high: float | None = None
     cold_s: float | None = None  # the median with a cold L2 cache
+    cold_p20_s: float | None = None
+    cold_p80_s: float | None = None
     cold_ratio: float | None = None  # the median of those rounds' ratios
+    cold_ratio_low: float | None = None  # its 95% interval, from six rounds on
+    cold_ratio_high: float | None = None
     roofline: float | None = None  # the least time that its operations and bytes take here, over median_s
     intensity: float | None = None  # operations a byte
+    operations_per_s: float | None = None  # the ceilings of that roofline, as measured in the same run
+    bytes_per_s: float | None = None
     peak_bytes: int | None = None  # the most memory of a step beyond what was there before it
     share: float | None = None  # of the update that arrives in the output
     target: str | None = None  # an id in targets.toml
     figure: float | None = None  # what that target is about
     revision: str = ""  # of the code that was measured
+    sm_clock: str | None = None
+    power: str | None = None
+    slowed: str | None = None  # the bits of the reasons why the clock was not higher
 
 
 @dataclass
@@ -67,7 +77,7 @@ def read(path: Path) -> Results:
     """A results file.
 
     Raises:
-        ValueError: it is none, or of another schema.
+        ValueError: it is none, or of another schema, or has a field that no schema knows.
     """
     try:
         content = json.loads(path.read_text())
@@ -76,6 +86,9 @@ def read(path: Path) -> Results:
         raise ValueError(f"{path} is no results file ({error!r}), expected JSON with schema={SCHEMA}") from error
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema={schema!r}, expected {SCHEMA}: measure again with `make bench`")
+    unknown = {name for row in content["rows"] for name in row} - {field.name for field in fields(Row)}
+    if unknown:
+        raise ValueError(f"{path} has rows with {', '.join(sorted(unknown))}, expected fields of schema {SCHEMA} alone")
     return Results(content["machine"], [Row(**row) for row in content["rows"]])
 
 

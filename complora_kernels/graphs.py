@@ -314,12 +314,16 @@ class CUDAGraphs:
                     except Exception as error:
                         failures.append(error)
                         raise
+                return graph.replay, result
             except Exception as error:
                 # The generator would go on as if it were captured, and refuse to draw.
                 generator = torch.cuda.default_generators[torch.cuda.current_device()]
                 generator.graphsafe_set_state(generator.clone_state())
-                raise failures[0] if failures else error from None
-        return graph.replay, result
+                if not failures:
+                    failures.append(error)
+        # Out of the list, and not while another is handled: an error knows this frame and what the step has made, whose
+        # memory and nodes on this stream a cycle would keep.
+        raise failures.pop()
 
 
 _kept: list[Tensor] | None = None  # of the capture under way; seen by the thread of the backward pass too

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,10 +19,10 @@ from cuda_graph_on_cpu import CUDAGraphsOnCPU
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
-from benchmarks import bench_layer, comparison, conftest, lorafusion, results
-from benchmarks.bench_layer import FOLDED, LORAFUSION, OURS, PEFT, Rival, Shape
+from benchmarks import bench_factors, bench_layer, comparison, conftest, lorafusion, results
+from benchmarks.bench_layer import FLOOR, FOLDED, LORAFUSION, OURS, PEFT, Rival, Shape
 from benchmarks.comparison import Comparison, Missing, Work
-from benchmarks.interleaved import GPU, Replays, captured, replays
+from benchmarks.interleaved import GPU, SHORT, TOGETHER, Capturer, Replay, Replays, replays, time_interleaved
 from benchmarks.results import Results, Row
 from complora_kernels.graphs import WARM_UPS
 
@@ -112,8 +114,9 @@ def test_replays_are_timed_and_checked():
         runs[name] += 1
         return [x * 2]
 
-    def check(name: str, found: list[Tensor]) -> None:
-        checked[name] = found[0].tolist()
+    def check(name: str, run: Any) -> None:
+        assert isinstance(run, Replay)
+        checked[name] = run()[0].tolist()
 
     compared = compare()
     steps = {name: partial(step, name) for name in runs}
@@ -122,9 +125,9 @@ def test_replays_are_timed_and_checked():
     assert runs == {"ours": WARM_UPS + 1, "rival": WARM_UPS + 1}  # Python runs them before and while they are captured
     assert checked == {"ours": [0, 2, 4], "rival": [0, 2, 4]}
     rows = {row.rival: row for row in compared.found.rows}
-    assert rows["rival"] == Row(
-        "layer", "s", "rival", "slow", 3, 1, 1, 1, 1, cold_s=2, cold_ratio=1, roofline=1, intensity=20, revision="abc"
-    )
+    known = {"roofline": 1, "intensity": 20, "operations_per_s": 1e9, "bytes_per_s": 1e8, "revision": "abc"}
+    cold = {"cold_s": 2, "cold_p20_s": 2, "cold_p80_s": 2, "cold_ratio": 1}
+    assert rows["rival"] == Row("layer", "s", "rival", "slow", 3, 1, 1, 1, 1, **cold, **known)
 
 
 def test_cold_ratios_are_of_their_own_rounds():
@@ -134,11 +137,35 @@ def test_cold_ratios_are_of_their_own_rounds():
     compared.time("s", steps, ours="ours", replays=clocks()._replace(cold=lambda _: next(times)))
     (row,) = (row for row in compared.found.rows if row.rival == "rival")
     assert (row.median_s, row.ratio, row.cold_s, row.cold_ratio) == (1, 1, 4, 2)
+    assert (row.cold_p20_s, row.cold_p80_s, row.cold_ratio_low) == (4, pytest.approx(6.4), None)
+
+
+def test_short_replays_are_repeated_in_one_graph_with_a_warm_cache():
+    """Half the seconds of a launch, and those of ten steps in one graph; a cold cache is for one of them."""
+    runs, x = [], torch.zeros(())
+
+    def step() -> Tensor:
+        runs.append(1)
+        return x.add_(1)
+
+    def timed(run: Any) -> float:
+        before = float(x)
+        run()
+        return 4e-6 + 1e-6 * (float(x) - before)
+
+    compared = compare()
+    compared.time("s", {"ours": step}, ours="ours", replays=clocks()._replace(warm=timed, cold=timed))
+    (row,) = compared.found.rows
+    assert len(runs) == WARM_UPS + 1 + TOGETHER
+    assert (row.median_s, row.cold_s) == (pytest.approx(1.4e-6), pytest.approx(5e-6))
+    long = Capturer(clocks(warm=SHORT))(step)
+    assert isinstance(long, Replay)
+    assert long.several is None
 
 
 def test_a_replay_that_is_wrong_ends_the_benchmark():
-    def check(_name: str, found: list[Tensor]) -> None:
-        assert found[0].isfinite().all(), "nothing wrote it"
+    def check(_name: str, run: Any) -> None:
+        assert run()[0].isfinite().all(), "nothing wrote it"
 
     class Forgetful(CUDAGraphsOnCPU):
         def capture(self, run: Any) -> Any:
@@ -178,8 +205,45 @@ def test_a_step_that_cannot_be_captured_is_timed_with_its_launches():
     assert remarks["another"].startswith(why)
     assert remarks["ours"] == ""
     assert len(made) == 3  # none that broke off a capture is used again
-    assert checked == ["ours"]
+    assert checked == ["rival", "another", "ours"]
     assert all(row.cold_s == 2 for row in compared.found.rows)
+
+
+def test_what_is_known_to_read_the_host_is_not_captured(monkeypatch):
+    monkeypatch.setattr(CUDAGraphsOnCPU, "capture", lambda *_: pytest.fail("captured"))
+    compared = compare()
+    compared.time("s", {"ours": lambda: 1}, ours="ours", replays=clocks(), launched={"ours": "reads the host"})
+    assert [row.remark for row in compared.found.rows] == ["not captured: timed with launches (reads the host)"]
+
+
+def test_a_capture_that_fails_leaves_nothing_of_its_step():
+    """Not even what only the collector of cycles can free."""
+    made: list[weakref.ref[Any]] = []
+
+    class Node:
+        def __init__(self) -> None:
+            self.itself = self
+            made.append(weakref.ref(self))
+
+    def step() -> float:
+        node = Node()
+        return torch.ones(3).sum().item() + bool(node)
+
+    gc.disable()
+    try:
+        assert isinstance(Capturer(clocks())(step), str)
+        assert [node() for node in made] == [None] * (WARM_UPS + 1)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("launched", "figure"), [([], 1), (["ours"], None), (["rival"], None), (["ours", "rival"], 1)])
+def test_a_figure_is_of_two_times_of_one_kind(monkeypatch, launched, figure):
+    monkeypatch.setattr(comparison, "bounds", lambda: {"a target": {"at_least": 2}})
+    compared, steps = compare(), {"ours": lambda: None, "rival": lambda: None}
+    reasons = dict.fromkeys(launched, "reads the host")
+    compared.time("s", steps, ours="ours", targets={"rival": "a target"}, replays=clocks(), launched=reasons)
+    assert {row.rival: row.figure for row in compared.found.rows} == {"ours": None, "rival": figure}
 
 
 def test_a_step_that_fails_at_once_is_no_question_of_graphs():
@@ -187,7 +251,20 @@ def test_a_step_that_fails_at_once_is_no_question_of_graphs():
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        captured({"ours": wrong}, clocks().recorder)
+        compare().time("s", {"ours": wrong}, ours="ours", replays=clocks())
+
+
+def test_foreign_code_that_fails_when_it_is_warmed_up_is_a_row():
+    def wrong() -> None:
+        raise RuntimeError("an illegal address")
+
+    compared = compare()
+    steps = {"ours": lambda: None, "theirs": wrong}
+    compared.time("s", steps, ours="ours", replays=clocks(), foreign=["theirs"])
+    assert {row.rival: (row.remark, row.rounds) for row in compared.found.rows} == {
+        "theirs": ("fails: RuntimeError: an illegal address", 0),
+        "ours": ("", 3),
+    }
 
 
 def test_a_graph_that_does_not_fit():
@@ -197,7 +274,84 @@ def test_a_graph_that_does_not_fit():
 
     compared = compare()
     compared.time("s", {"ours": lambda: None}, ours="ours", replays=clocks()._replace(recorder=partial(Large, CPU)))
-    assert [row.remark for row in compared.found.rows] == ["does not fit in memory beside the others"]
+    assert [row.remark for row in compared.found.rows] == ["does not fit in memory"]
+
+
+def no_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_costs_the_others_nothing():
+    """It gives back what it took, and is left out from then on."""
+    calls, held = [], []
+
+    def grows() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            big = torch.ones(3)
+            held.append(weakref.ref(big))
+            no_memory()
+        assert all(tensor() is None for tensor in held)
+
+    steps = {"ours": lambda: None, "grows": grows, "rival": lambda: None}
+    timings = time_interleaved(steps, ours="ours", rounds=4, warm_up=1, measure=lambda step: step() or 1.0)
+    assert {name: len(timing.ratios) for name, timing in timings.items()} == {"ours": 4, "rival": 4}
+    assert held[0]() is None
+
+
+@pytest.mark.parametrize("with_replays", [True, False])
+def test_where_ours_does_not_fit_there_are_no_ratios(with_replays):
+    compared = compare()
+    compared.time(
+        "s",
+        {"ours": no_memory, "rival": lambda: None},
+        ours="ours",
+        targets={"rival": "layer/PEFT"},
+        replays=clocks() if with_replays else None,
+        measure=lambda step: step() or 1.0,
+    )
+    rows = {row.rival: row for row in compared.found.rows}
+    assert rows["ours"].remark.startswith("does not fit in memory")
+    rival = rows["rival"]
+    assert (rival.rounds, rival.median_s, rival.ratio, rival.figure) == (3, 1, None, None)
+
+
+def test_a_row_of_a_gpu_has_its_state_and_the_ceilings_of_its_roofline(monkeypatch):
+    monkeypatch.setattr(comparison.machine, "gpu_state", lambda: {"sm_clock": "1980 MHz", "slowed": "0x4"})
+    compared = replace(compare(), device=torch.device("cuda"))
+    compared.time("s", {"ours": lambda: None}, ours="ours", measure=lambda _: 1.0, work=Work(1e9, 1e8))
+    compared.found.machine |= {"operations_per_s": 2e9}  # as a later stage measures it
+    (row,) = compared.found.rows
+    assert (row.sm_clock, row.slowed, row.power) == ("1980 MHz", "0x4", None)
+    assert (row.operations_per_s, row.bytes_per_s) == (1e9, 1e8)
+
+
+def test_rows_of_an_earlier_comparison_stay():
+    compared = compare()
+    compared.time("s", {"ours": lambda: None, "rival": lambda: None}, ours="ours", replays=clocks())
+    second = {"ours": no_memory, "compiled": lambda: None}
+    compared.time("s", second, ours="ours", replays=clocks(3.0), again=["ours"])
+    rows = {row.rival: row for row in compared.found.rows}
+    assert rows.keys() == {"ours", "rival", "compiled"}
+    assert (rows["ours"].median_s, rows["ours"].remark) == (1, "")
+    assert rows["compiled"].median_s == 3
+
+
+@pytest.mark.parametrize(
+    ("now", "rivals", "go_on", "known"),
+    [
+        ("abc", ["ours", "rival"], True, True),
+        ("abc", ["ours", "rival"], False, False),
+        ("abc", ["ours", "rival", "another"], True, False),
+        ("abd", ["ours"], True, False),
+        ("abc+", ["ours"], True, False),
+    ],
+)
+def test_what_was_measured_of_this_revision_is_left_where_that_is_asked(now, rivals, go_on, known):
+    rows = [Row("layer", "s", rival, rounds=1, revision=now.replace("d", "c")) for rival in ("ours", "rival")]
+    compared = Comparison("layer", 3, CPU, Results({"revision": now}, rows), None, go_on)
+    assert compared.known("s", rivals) == known
+    assert not compared.known("t", rivals)
 
 
 # ---- rows
@@ -205,12 +359,13 @@ def test_a_graph_that_does_not_fit():
 
 def test_warm_and_cold_in_the_files_and_the_terminal(tmp_path):
     path = tmp_path / "gpu.json"
-    timed = Row("layer", "s", "ours", "", 20, 1e-3, 1e-3, 1e-3, 1, 0.9, 1.1, cold_s=1.5e-3, cold_ratio=1.25)
+    cold: dict[str, Any] = {"cold_s": 1.5e-3, "cold_ratio": 1.25, "cold_ratio_low": 1.2, "cold_ratio_high": 1.3}
+    timed = Row("layer", "s", "ours", "", 20, 1e-3, 1e-3, 1e-3, 1, 0.9, 1.1, **cold)
     compared = compare(path)
     compared.record(timed)
     compared.record(Row("layer", "s", "rival", "with launches", 20, 2e-3, 2e-3, 2e-3, 2, 1.9, 2.1))
     content = json.loads(path.read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert [row.get("cold_s") for row in content["rows"]] == [1.5e-3, None]
     assert [row.get("cold_ratio") for row in content["rows"]] == [1.25, None]
     with path.with_suffix(".csv").open() as file:
@@ -219,14 +374,14 @@ def test_warm_and_cold_in_the_files_and_the_terminal(tmp_path):
     assert results.read(path).rows == compared.found.rows
     ours, rival = map(conftest.line, compared.found.rows)
     assert "1.00 ms  1.00 [0.90, 1.10]" in ours
-    assert "warm L2; cold 1.50 ms  1.25" in ours
+    assert "warm L2; cold 1.50 ms  1.25 [1.20, 1.30]" in ours
     assert "L2" not in rival
 
 
-def test_an_older_file_has_no_cold_times(tmp_path):
+def test_a_file_of_a_cpu_has_no_cold_times(tmp_path):
     path = tmp_path / "older.json"
     row = {"benchmark": "layer", "shape": "s", "rival": "ours", "rounds": 20, "median_s": 1.0, "ratio": 1.0}
-    path.write_text(json.dumps({"schema": 1, "machine": {}, "rows": [row]}))
+    path.write_text(json.dumps({"schema": 2, "machine": {}, "rows": [row]}))
     assert results.read(path).rows == [Row(**row)]
     assert results.read(path).rows[0].cold_s is None
 
@@ -244,17 +399,25 @@ def layer_rows(monkeypatch):
     def rows(
         rivals: dict[str, Rival], dropout_p: float = 0.0, *, backward: bool = True, checkout: Path | None = None
     ) -> dict[str, Row]:
-        monkeypatch.setattr(bench_layer, "RIVALS", {name: replace(r, shapes=[TINY]) for name, r in rivals.items()})
         compared = compare()
         checkouts = {"--clip-lora": None, "--lorafusion": checkout}
-        bench_layer.compare(compared, checkouts, TINY, "s", dropout_p, Work(1, 1), {}, backward=backward)
+        shape = TINY._replace(tokens=256) if dropout_p else TINY  # masks are known by what they are in the mean
+        made = {name: replace(r, shapes=[shape]) for name, r in rivals.items()}
+        monkeypatch.setattr(bench_layer, "RIVALS", made)
+        bench_layer.compare(compared, checkouts, shape, "s", dropout_p, Work(1, 1), {}, backward=backward)
         return {row.rival: row for row in compared.found.rows}
 
     return rows
 
 
 ON_A_CPU = {name: rival for name, rival in bench_layer.RIVALS.items() if name not in (FOLDED, LORAFUSION)}
-THEIRS = Rival(bench_layer.lorafusion_linear, plain=True, checkout="--lorafusion", checked_with=bench_layer.BARELY)
+THEIRS = Rival(
+    bench_layer.lorafusion_linear,
+    plain=True,
+    checkout="--lorafusion",
+    checked_with=bench_layer.BARELY,
+    host_seed="kept",
+)
 
 
 @pytest.mark.parametrize("backward", [True, False])
@@ -268,8 +431,63 @@ def test_every_rival_of_a_layer_is_captured(layer_rows, backward):
 def test_every_rival_of_a_layer_with_dropout(layer_rows):
     rows = layer_rows(ON_A_CPU, 0.25)
     assert ON_A_CPU.keys() - rows.keys() == {"merge"}
-    launched = {name for name, row in rows.items() if "not captured: timed with launches" in row.remark}
-    assert launched == {"torch backend"}  # its seeds are numbers of the host
+    launched = {name: row.remark for name, row in rows.items() if "not captured: timed with launches" in row.remark}
+    assert launched.keys() == {"torch backend"}
+    assert launched["torch backend"].endswith("(draws its seed on the host)")
+
+
+@pytest.fixture
+def dropped(monkeypatch):
+    """A layer of 256 tokens on a CPU that drops, and what its results are without."""
+    monkeypatch.setattr(bench_layer, "DEVICE", CPU)
+    monkeypatch.setattr(bench_layer, "DTYPE", torch.float32)
+    layer = bench_layer.make_layer(TINY._replace(tokens=256))
+    truths = bench_layer.true_results(layer)
+    layer.dropout_p = 0.25
+    torch.manual_seed(1)
+    return layer, truths
+
+
+@pytest.mark.parametrize("name", [*(name for name in ON_A_CPU if name != "merge"), FLOOR])
+def test_what_drops_as_it_must(dropped, name):
+    layer, truths = dropped
+    run = bench_layer.step(layer, ON_A_CPU[name].make(layer), ON_A_CPU[name].plan)
+    bench_layer.check_dropout(truths, layer, name, run)
+
+
+def mistake(kind: str, layer: bench_layer.Layer) -> Tensor:
+    """y of a layer with one mistake in its dropout."""
+    x, p = layer.x.detach(), layer.dropout_p
+    masks = {
+        "does not scale": (torch.rand_like(x) >= p).float(),
+        "another rate": (torch.rand_like(x) >= 0.5).float() * 2,
+        "drops nothing": torch.ones_like(x),
+        "one mask": (torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) >= p).float() / (1 - p),
+    }
+    update = bench_layer.update_of(layer, layer.A, layer.B, "ours").float()
+    return torch.nn.functional.linear(x, layer.weight, layer.bias) + (x * masks[kind]) @ update.mT
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("does not scale", "0.7[0-9]+ of the update arrives with dropout"),
+        ("another rate", "drops [23].[0-9]+ times what its rate says"),
+        ("drops nothing", "drops 0.000 times what its rate says"),
+        ("one mask", "two runs differ by 0.000 of two independent masks"),
+    ],
+)
+def test_what_drops_otherwise_is_not_timed(dropped, monkeypatch, kind, message):
+    layer, truths = dropped
+    monkeypatch.setitem(bench_layer.RIVALS, "wrong", Rival(bench_layer.frozen))
+    with pytest.raises(AssertionError, match=f"^wrong: {message}"):
+        bench_layer.check_dropout(truths, layer, "wrong", lambda: [mistake(kind, layer)])
+
+
+def test_a_seed_that_is_kept_repeats_its_mask(dropped, monkeypatch):
+    layer, truths = dropped
+    monkeypatch.setitem(bench_layer.RIVALS, "theirs", Rival(bench_layer.frozen, host_seed="kept"))
+    bench_layer.check_dropout(truths, layer, "theirs", lambda: [mistake("one mask", layer)])
 
 
 @pytest.mark.parametrize("name", [OURS, PEFT])
@@ -313,6 +531,31 @@ def test_foreign_code_that_fails_is_a_row():
     assert compared.found.rows[0].remark == "fails: AttributeError: 'NoneType' object has no attribute 'shape'"
     with pytest.raises(AttributeError):
         compared.attempt("s", "ours", fails)
+
+
+# ---- operations on factors
+
+
+def test_everyone_but_a_mere_read_is_checked(monkeypatch):
+    monkeypatch.setattr(bench_factors, "replays", lambda _: clocks())
+    x, benchmarked = torch.arange(3.0), []
+
+    class Benchmark:
+        def pedantic(self, run: Any, rounds: int) -> None:
+            benchmarked.append(run)
+
+    def rows(**steps: Any) -> dict[str, Row]:
+        compared = compare()
+        named = {name.replace("_", " "): step for name, step in steps.items()}
+        bench_factors.compare(Benchmark(), compared, "s", named, [x.double() * 2], {}, Work(1, 1))
+        return {row.rival: row for row in compared.found.rows}
+
+    found = rows(extension=lambda: [x * 2], one_read_of_x=lambda: [x.sum()])
+    assert {row.cold_s for row in found.values()} == {2}
+    assert found["one read of x"].roofline is None
+    assert len(benchmarked) == 1
+    with pytest.raises(AssertionError, match="torch"):
+        rows(extension=lambda: [x * 2], torch=lambda: [x * 2.001])
 
 
 # ---- LoRAFusion

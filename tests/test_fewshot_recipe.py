@@ -185,7 +185,16 @@ def test_half_precision_learns_what_float32_learns(tmp_path, precision, towers):
     half, single = run(precision), run("fp32")
     assert (half["precision"], single["precision"]) == ({"bf16": "bfloat16", "fp16": "float16"}[precision], "float32")
     assert half["loss"] == pytest.approx(single["loss"], abs=0.15)  # 40 steps apart at a high rate
-    assert half["new"] > half["zero_shot_new"] == single["zero_shot_new"]
+    assert half["new"] > half["zero_shot_new"] == pytest.approx(single["zero_shot_new"], abs=0.1)  # three of 30 images
+
+
+def test_the_pretrained_model_is_measured_in_the_dtype_of_the_run(tmp_path):
+    setting = standin.setting()
+    result = train(standin.config(tmp_path, steps=1, precision="bf16"), RUN, setting, tmp_path / "run")
+    _, rest = draw_shots(setting.new.dataset.labels, 2, 0)
+    plain = copy.deepcopy(setting.backbone.model).bfloat16()
+    assert result["zero_shot_new"] == standin.setting().new.accuracy(plain, rest, torch.bfloat16)
+    assert next(setting.backbone.model.parameters()).dtype == torch.float32
 
 
 def test_fp16_scales_its_loss(tmp_path, monkeypatch):

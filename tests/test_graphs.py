@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from triton_device import DEVICE
 
 import complora_kernels as ck
+from complora_kernels import graphs
 
 STEPS = 50
 
@@ -441,6 +443,54 @@ def test_a_parameter_without_a_gradient_is_refused_where_processes_share_them(de
             ck.GraphedTrainStep(model, loss, optimizer, inputs, process_group=group, graph=True)
     finally:
         distributed.destroy_process_group()
+
+
+# ---- a capture that fails
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_failed_capture_keeps_nothing_of_its_step(monkeypatch, ends):
+    """With stand-ins for torch's graphs; what is left would hold nodes of a stream that is not used again.
+
+    A capture that was broken off often cannot be ended either, which is a second error.
+    """
+
+    @contextlib.contextmanager
+    def stand_in(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if not ends:
+                raise RuntimeError("the capture was invalidated")
+
+    class Generator:
+        graphsafe_set_state = clone_state = lambda *_: None
+
+    stand_ins = {"current_device": lambda: 0, "default_generators": [Generator()], "current_stream": lambda _: None}
+    stand_ins |= {"CUDAGraph": object, "device": stand_in, "stream": stand_in, "graph": graph}
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = object.__new__(graphs.CUDAGraphs)
+    recorder.device, recorder.stream, recorder.pool = torch.device("cuda"), None, None  # pyright: ignore
+    kept: list[weakref.ref[Tensor]] = []
+
+    def step() -> None:
+        y = torch.ones(3, requires_grad=True) * 2
+        kept.append(weakref.ref(y))
+        raise RuntimeError("not permitted when stream is capturing")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(RuntimeError):
+            recorder.capture(step)
+            pytest.fail("captured")
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 # ---- the emulation

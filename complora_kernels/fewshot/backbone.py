@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import warnings
@@ -34,6 +35,15 @@ class Backbone:
     size: tuple[int, int]  # height and width of the model's images
     normalize: Callable[[Tensor], Tensor]  # float32 [N, 3, H, W] in [0, 1] -> the same, normalised
     resize: Mapping[str, Any] = field(default_factory=dict)  # how files are brought to size, for `load_crops`
+    _copies: dict[torch.dtype, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def in_dtype(self, dtype: torch.dtype) -> Any:
+        """The model, or a copy of it in another dtype than float32, made once."""
+        if dtype == torch.float32:
+            return self.model
+        if dtype not in self._copies:
+            self._copies[dtype] = copy.deepcopy(self.model).to(dtype)
+        return self._copies[dtype]
 
 
 def load_backbone(

@@ -40,7 +40,7 @@ class Task:
         self.batch_size = batch_size
         texts = [text for template in templates for text in prompts(template, dataset.class_names)]
         self.tokens = backbone.tokenize(texts).to(backbone.device)  # [T · C, L]
-        self._zero_shot = torch.full([len(dataset.labels)], -1)  # 1 correct, 0 wrong, -1 not asked yet
+        self._zero_shot: dict[torch.dtype, Tensor] = {}  # [N]: 1 correct, 0 wrong, -1 not asked yet
         self._crops: Tensor | None = None  # uint8 [N, 3, S, S], of which those are there that _is_decoded says
         self._is_decoded = torch.zeros(len(dataset.labels), dtype=torch.bool)
         self._cache_bytes = cache_bytes
@@ -85,13 +85,14 @@ class Task:
         """Share of the images `indices` [N] that `model` names correctly; the processes of a team share them."""
         return self.mean(self.is_correct(model, team.share(indices), dtype, team), team)
 
-    def zero_shot_accuracy(self, indices: Tensor, team: Team = ALONE) -> float:
+    def zero_shot_accuracy(self, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> float:
         """`accuracy` of the pretrained model, which is asked about every image once only."""
+        answers = self._zero_shot.setdefault(dtype, torch.full([len(self.dataset.labels)], -1))
         indices = team.share(indices)
-        unknown = indices[self._zero_shot[indices] < 0]
+        unknown = indices[answers[indices] < 0]
         if len(unknown):
-            self._zero_shot[unknown] = self.is_correct(self.backbone.model, unknown).long()
-        return self.mean(self._zero_shot[indices] > 0, team)
+            answers[unknown] = self.is_correct(self.backbone.in_dtype(dtype), unknown, dtype).long()
+        return self.mean(answers[indices] > 0, team)
 
     def mean(self, correct: Tensor, team: Team = ALONE) -> float:
         """The share of correct answers, bool [N], over all processes of a team."""

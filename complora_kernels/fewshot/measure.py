@@ -27,11 +27,12 @@ class Measurement:
         config: how many images, and whether validation images too.
         setting: the model and the tasks.
         draw: the images of the new task that may be measured on.
+        dtype: of the models, the pretrained one too: rounding is no forgetting.
         team: the processes that share the work.
     """
 
-    def __init__(self, config: TrainConfig, setting: Setting, draw: Draw, team: Team):
-        self.config, self.setting, self.draw, self.team = config, setting, draw, team
+    def __init__(self, config: TrainConfig, setting: Setting, draw: Draw, dtype: torch.dtype, team: Team):
+        self.config, self.setting, self.draw, self.dtype, self.team = config, setting, draw, dtype, team
         self.test = at_most(config.max_test_images, draw.test)
         if not len(self.test):
             raise ValueError(f"{setting.new.dataset.name}: the draw leaves no image to measure on")
@@ -41,12 +42,12 @@ class Measurement:
 
     def zero_shot(self) -> dict[str, Any]:
         """Accuracies before anything is trained."""
-        before = self._all(lambda task, indices: task.zero_shot_accuracy(indices, self.team))
+        before = self._all(self._zero_shot)
         return {"zero_shot_new": before["new"], "zero_shot_kept": before["kept"]}
 
-    def trained(self, model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    def trained(self, model: Any) -> dict[str, Any]:
         """Accuracies of an adapted model in eval mode, with shares of its update too where they are asked for."""
-        accuracy = lambda task, indices: task.accuracy(model, indices, dtype, self.team)
+        accuracy = lambda task, indices: task.accuracy(model, indices, self.dtype, self.team)
         found = self._all(accuracy)
         interpolated = []
         for share in self.config.interpolations:
@@ -57,17 +58,17 @@ class Measurement:
     def anchor(self, method: str) -> dict[str, Any]:
         """Accuracies of Tip-Adapter or a linear probe. On tasks with other classes the model stays zero-shot."""
         new, team = self.setting.new, self.team
-        model = self.setting.backbone.model
+        model, dtype = self.setting.backbone.in_dtype(self.dtype), self.dtype
         train_labels = new.dataset.labels[self.draw.train]
-        train_features = new.image_features(model, self.draw.train).cpu()
+        train_features = new.image_features(model, self.draw.train, dtype).cpu()
         class_features = new.class_features(model).detach().cpu()
 
         def accuracy(task: Task, indices: Tensor) -> float:
             columns = columns_of(task.dataset.class_names, new.dataset.class_names)
             if columns is None:
-                return task.zero_shot_accuracy(indices, team)
+                return self._zero_shot(task, indices)
             own = team.share(indices)
-            features = task.image_features(model, own).cpu()
+            features = task.image_features(model, own, dtype).cpu()
             if method == "tip-adapter":
                 scale = float(model.logit_scale.detach().exp())
                 logits = tip_adapter(features, train_features, train_labels, class_features, scale=scale)
@@ -77,10 +78,13 @@ class Measurement:
 
         return self._all(accuracy)
 
+    def _zero_shot(self, task: Task, indices: Tensor) -> float:
+        return task.zero_shot_accuracy(indices, self.dtype, self.team)
+
     def _all(self, accuracy: Accuracy) -> dict[str, Any]:
         new = accuracy(self.setting.new, self.test)
         tasks = {
-            name: [task.zero_shot_accuracy(self.kept[name], self.team), accuracy(task, self.kept[name])]
+            name: [self._zero_shot(task, self.kept[name]), accuracy(task, self.kept[name])]
             for name, task in self.setting.kept.items()
         }
         found = {"new": new, "kept": _kept({name: after for name, (_, after) in tasks.items()}), "tasks": tasks}

@@ -85,7 +85,8 @@ def train(
         root = None if config.data_root is None else str(config.data_root)
         described = {"run": run.name, **options.to_json(config), "data_root": root, "versions": versions()}
         write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
-    measurement = Measurement(config, setting, drawn, team)
+    dtype = precision_for(config.precision, setting.backbone.device)
+    measurement = Measurement(config, setting, drawn, dtype, team)
     before = {
         "run": run.name,
         "data": config.data,
@@ -94,6 +95,7 @@ def train(
         "shots": run.shots,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
+        "precision": str(dtype).removeprefix("torch."),
         **measurement.zero_shot(),
     }
     if run.learning_rate is None:
@@ -138,7 +140,7 @@ def _train(
     if config.recompute:
         ck.set_recompute(model, "mlp")
     logit_scale = model.logit_scale.detach().exp()  # fixed, 100 for a trained CLIP
-    dtype = precision_for(config.precision, device)
+    dtype = measurement.dtype
     model.to(dtype)  # the factors stay float32
     optimizer = make_optimizer(model, config, run, peak_rate)
     class_features = None  # [C, D], final where text is frozen
@@ -232,8 +234,7 @@ def _train(
         model.eval()
         result = {
             "steps": steps,
-            "precision": str(dtype).removeprefix("torch."),
-            **measurement.trained(model, dtype),
+            **measurement.trained(model),
             "loss": log.lines[-1]["loss"],
             **mean_over_layers(model),
             "seconds_before": progress["seconds"],

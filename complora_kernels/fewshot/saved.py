@@ -104,7 +104,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
     results = {}
     for name, task, indices in _measured(config, options, settings):
         indices = at_most(options.max_test_images, indices)
-        results[name] = [task.zero_shot_accuracy(indices), task.accuracy(model, indices, dtype)]
+        results[name] = [task.zero_shot_accuracy(indices, dtype), task.accuracy(model, indices, dtype)]
         table.add_row(name, *(f"{100 * accuracy:.1f}" for accuracy in results[name]))
     console.print(table)
     if config.output is not None:

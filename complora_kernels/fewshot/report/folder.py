@@ -27,6 +27,8 @@ from complora_kernels.fewshot.report.wording import (
     title,
 )
 
+_MOST_SENTENCES = 12  # that somebody reads on a terminal
+
 
 def report(folder: Path, console: Console) -> None:
     """Print the table of a results folder and write its table.md, table.csv, table.tex and figures.
@@ -44,7 +46,11 @@ def report(folder: Path, console: Console) -> None:
     protocols = summaries(results)
     for summary in protocols:
         console.print(terminal_table(summary))
-        for text in (*gaps(summary), *sentences(summary)):
+        compared = sentences(summary)
+        more = [f"{len(compared) - _MOST_SENTENCES} more comparisons are in table.md"] * (
+            len(compared) > _MOST_SENTENCES
+        )
+        for text in (*gaps(summary), *compared[:_MOST_SENTENCES], *more):
             console.print(f"· {text}", highlight=False, markup=False)
     for run, error in failed.items():
         console.print(f"failed: {run}: {error}", highlight=False, markup=False)
