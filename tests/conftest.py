@@ -66,3 +66,22 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def stand_in_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in for open_clip 4 counts as open_clip's."""
     monkeypatch.setattr(extend, "LIBRARIES", (*extend.LIBRARIES, "stand_in"))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs of the few-shot program in this process on the stand-in; the list tells which runs were trained."""
+    import fewshot_standin as standin
+
+    from complora_kernels.fewshot import grid
+    from complora_kernels.fewshot.recipe import train
+
+    names = []
+
+    def counted(config, run, *rest):
+        names.append(run.name)
+        return train(config, run, *rest)
+
+    monkeypatch.setattr(grid.Settings, "load", lambda settings, config, device: standin.setting())
+    monkeypatch.setattr(grid, "train", counted)
+    return names

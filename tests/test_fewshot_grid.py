@@ -26,20 +26,6 @@ from complora_kernels.fewshot.sampler import draw_shots
 CONSOLE = Console(file=io.StringIO())
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Runs in this process on the stand-in; the list tells which runs were trained."""
-    names = []
-
-    def counted(config, run, *rest):
-        names.append(run.name)
-        return train(config, run, *rest)
-
-    monkeypatch.setattr(grid.Settings, "load", lambda settings, config, device: standin.setting())
-    monkeypatch.setattr(grid, "train", counted)
-    return names
-
-
 def test_every_cell_of_the_grid_is_trained_once(tmp_path, trained):
     config = standin.config(
         tmp_path / "out", methods=("lora", "both"), shots=(1, 2), seeds=(0, 3), learning_rates=(1e-3, 1e-2), steps=3

@@ -2,7 +2,6 @@ import errno
 import io
 import json
 
-import fewshot_standin as standin
 import pytest
 import yaml
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.console import Console
 from complora_kernels.fewshot import grid, slurm, sweep
 from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.recipe import MEASURED, train
+from complora_kernels.fewshot.recipe import MEASURED
 from complora_kernels.fewshot.sweep import SweepConfig, prepare_sweep, run_sweep
 
 CONSOLE = Console(file=io.StringIO())
@@ -26,20 +25,6 @@ CONTENT = {
     },
     "options": {"preset": "glyphs", "steps": 3, "r": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2},
 }
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Runs in this process on the stand-in; the list tells which runs were trained."""
-    names = []
-
-    def counted(config, run, *rest):
-        names.append(run.name)
-        return train(config, run, *rest)
-
-    monkeypatch.setattr(grid.Settings, "load", lambda settings, config, device: standin.setting())
-    monkeypatch.setattr(grid, "train", counted)
-    return names
 
 
 def write(folder, content, **changes):
