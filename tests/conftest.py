@@ -73,7 +73,7 @@ def trained(monkeypatch):
     """Runs of the few-shot program in this process on the stand-in; the list tells which runs were trained."""
     import fewshot_standin as standin
 
-    from complora_kernels.fewshot import grid
+    from complora_kernels.fewshot import jobs
     from complora_kernels.fewshot.recipe import train
 
     names = []
@@ -82,6 +82,6 @@ def trained(monkeypatch):
         names.append(run.name)
         return train(config, run, *rest)
 
-    monkeypatch.setattr(grid.Settings, "load", lambda settings, config, device: standin.setting())
-    monkeypatch.setattr(grid, "train", counted)
+    monkeypatch.setattr(jobs.Settings, "load", lambda settings, config, device: standin.setting())
+    monkeypatch.setattr(jobs, "train", counted)
     return names

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import complora_kernels as ck
-from complora_kernels.fewshot import grid
+from complora_kernels.fewshot import grid, jobs
 from complora_kernels.fewshot.__main__ import main, parse
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
 from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
@@ -26,11 +26,16 @@ from complora_kernels.fewshot.sampler import draw_shots
 CONSOLE = Console(file=io.StringIO())
 
 
+def run(config: TrainConfig) -> list[dict]:
+    grid.prepare(config)
+    return grid.run_grid(config, CONSOLE)
+
+
 def test_every_cell_of_the_grid_is_trained_once(tmp_path, trained):
     config = standin.config(
         tmp_path / "out", methods=("lora", "both"), shots=(1, 2), seeds=(0, 3), learning_rates=(1e-3, 1e-2), steps=3
     )
-    results = grid.run_grid(config, CONSOLE)
+    results = run(config)
     cells = {(r["method"], r["shots"], r["seed"], r["learning_rate"]) for r in results}
     assert len(results) == len(cells) == len(trained) == 16
     assert json.loads((tmp_path / "out" / "config.json").read_text())["shots"] == [1, 2]
@@ -41,7 +46,7 @@ def test_every_cell_of_the_grid_is_trained_once(tmp_path, trained):
 def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, trained, monkeypatch):
     config = standin.config(tmp_path / "out", methods=("lora", "output", "both"), lora_dropout=0.2)
     whole = standin.config(tmp_path / "whole", methods=config.methods, lora_dropout=0.2)
-    expected = grid.run_grid(whole, CONSOLE)
+    expected = run(whole)
     trained.clear()
 
     step = grid.GridProgress.step
@@ -53,23 +58,23 @@ def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, tr
 
     monkeypatch.setattr(grid.GridProgress, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        grid.run_grid(config, CONSOLE)
+        run(config)
     assert [r["method"] for r in read_json_lines(tmp_path / "out" / "results.jsonl")] == ["lora"]
     monkeypatch.setattr(grid.GridProgress, "step", step)
     trained.clear()
-    found = grid.run_grid(config, CONSOLE)
+    found = run(config)
     assert [name.split("-")[0] for name in trained] == ["output", "both"]
     for result in expected + found:
         assert all(result.pop(name) > 0 for name in MEASURED)
     assert found == expected
     trained.clear()
-    assert len(grid.run_grid(config, CONSOLE)) == 3
+    assert len(run(config)) == 3
     assert trained == []
 
 
 def test_trained_adapter_is_saved_and_computes_the_measured_accuracy(tmp_path, trained):
     config = standin.config(tmp_path / "out", save_adapters=True, steps=20, lora_dropout=0.8)
-    (result,) = grid.run_grid(config, CONSOLE)
+    (result,) = run(config)
     setting = standin.setting()
     model = ck.load_adapter(setting.backbone.model, tmp_path / "out" / "runs" / result["run"] / "adapter").eval()
     assert setting.kept["dark"].accuracy(model, torch.arange(30)) == result["kept"]
@@ -77,20 +82,20 @@ def test_trained_adapter_is_saved_and_computes_the_measured_accuracy(tmp_path, t
 
 
 def test_folder_with_results_of_other_options_is_refused(tmp_path, trained):
-    grid.run_grid(standin.config(tmp_path, steps=2), CONSOLE)
+    run(standin.config(tmp_path, steps=2))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"--r was 2, now 4; --shots was \[2\], now \[2, 3\]"):
-        grid.run_grid(standin.config(tmp_path, steps=2, shots=(2, 3), r=4), CONSOLE)
+        run(standin.config(tmp_path, steps=2, shots=(2, 3), r=4))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    grid.run_grid(standin.config(tmp_path, steps=2, workers=2, checkpoint_every=7), CONSOLE)  # these change no result
+    run(standin.config(tmp_path, steps=2, workers=2, checkpoint_every=7))  # these change no result
 
 
 def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(
-        grid, "train", lambda config, run, *rest: 1 / 0 if run.method == "both" else train(config, run, *rest)
+        jobs, "train", lambda config, run, *rest: 1 / 0 if run.method == "both" else train(config, run, *rest)
     )
     with pytest.raises(ZeroDivisionError):
-        grid.run_grid(standin.config(tmp_path, methods=("lora", "both"), steps=2), CONSOLE)
+        run(standin.config(tmp_path, methods=("lora", "both"), steps=2))
     assert [r["method"] for r in read_json_lines(tmp_path / "results.jsonl")] == ["lora"]
 
 
@@ -278,7 +283,7 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
     stopped, whole = (parse([*command, "1"]), parse(["train", *options, "--output", str(tmp_path / "whole")]))
     assert isinstance(stopped, TrainConfig)
     assert isinstance(whole, TrainConfig)
-    found, expected = grid.run_grid(stopped, CONSOLE), grid.run_grid(dataclasses.replace(whole, workers=1), CONSOLE)
+    found, expected = run(stopped), run(dataclasses.replace(whole, workers=1))
     for result in found + expected:
         assert all(result.pop(name) > 0 for name in MEASURED)
     assert sorted(found, key=lambda result: result["run"]) == sorted(expected, key=lambda result: result["run"])

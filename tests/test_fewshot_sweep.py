@@ -1,12 +1,13 @@
 import errno
 import io
-import json
+import time
 
 import pytest
+import submitit
 import yaml
 from rich.console import Console
 
-from complora_kernels.fewshot import grid, slurm, sweep
+from complora_kernels.fewshot import grid, jobs, slurm, sweep
 from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.recipe import MEASURED
@@ -45,11 +46,15 @@ def test_every_cell_is_run_once_under_its_label(tmp_path, trained):
     config = write(tmp_path, CONTENT)
     assert run(config) == 0
     results = read_json_lines(tmp_path / "out" / "results.jsonl")
-    cells = {(r["method"], r["shots"], r["seed"], r["learning_rate"]) for r in results}
+    cells = {(r["label"], r["shots"], r["seed"], r["learning_rate"]) for r in results}
     trainable, anchors = 3 * 2 * 2 * 2, 2 * 2  # the probe has no learning rate
     assert len(results) == len(cells) == len(trained) == trainable + anchors
-    assert {r["method"] for r in results} == set(CONTENT["methods"])
-    assert {r["k"] for r in results if r["method"] == "both, k 3"} == {3}
+    assert {(r["label"], r["method"]) for r in results} == {
+        (label, own.get("method", label)) for label, own in CONTENT["methods"].items()
+    }
+    assert {r["k"] for r in results if r["label"] == "both, k 3"} == {3}
+    decayed = next(r["options"] for r in results if r["label"] == "lora, wd 0.5")
+    assert decayed == {"weight_decay": 0.5, "steps": 3, "r": 2, "batch_size": 4}
     assert {r["data"] for r in results} == {"digits"}
     assert [r["seed"] for r in results] == sorted(r["seed"] for r in results)  # a stopped sweep is balanced
     assert (tmp_path / "out" / "runs" / "digits-both_k_3-2shot-lr0.01-seed3" / "log.jsonl").exists()
@@ -82,19 +87,19 @@ def test_killed_and_resumed_gives_the_same_results(tmp_path, trained, monkeypatc
 
 def test_a_failed_run_is_kept_does_not_stop_the_others_and_is_tried_again(tmp_path, trained, monkeypatch):
     config = write(tmp_path, CONTENT, shots=1, seeds=0)
-    counted = grid.train
+    counted = jobs.train
 
     def fail(config, run, *rest):
         if run.label == "both, k 3" and run.learning_rate == 0.01:
             raise FloatingPointError("the loss is nan")
         return counted(config, run, *rest)
 
-    monkeypatch.setattr(grid, "train", fail)
+    monkeypatch.setattr(jobs, "train", fail)
     assert run(config) == 1
     name = "digits-both_k_3-1shot-lr0.01-seed0"
     assert read_json_lines(tmp_path / "out" / "failures.jsonl") == [{"run": name, "error": "the loss is nan"}]
     assert len(read_json_lines(tmp_path / "out" / "results.jsonl")) == 6
-    monkeypatch.setattr(grid, "train", counted)
+    monkeypatch.setattr(jobs, "train", counted)
     trained.clear()
     assert run(config) == 0
     assert trained == [name]
@@ -139,7 +144,7 @@ def test_errors_in_words_that_look_like_markup_are_shown(tmp_path, trained, monk
     def fail(config, run, *rest):
         raise ValueError("cannot read [/data/x.jpg], expected [in, out]")
 
-    monkeypatch.setattr(grid, "train", fail)
+    monkeypatch.setattr(jobs, "train", fail)
     config = write(tmp_path, CONTENT, shots=1, seeds=0, learning_rates=0.01, methods=["lora"])
     assert run_sweep(config, prepare_sweep(config), shown) == 1
     assert "cannot read [/data/x.jpg], expected [in, out]" in text.getvalue()
@@ -149,7 +154,7 @@ def test_a_full_disk_ends_the_sweep(tmp_path, trained, monkeypatch):
     def fail(config, run, *rest):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(grid, "train", fail)
+    monkeypatch.setattr(jobs, "train", fail)
     with pytest.raises(OSError, match="No space left"):
         run(write(tmp_path, CONTENT))
     assert not (tmp_path / "out" / "failures.jsonl").exists()
@@ -205,16 +210,48 @@ def test_submitit_runs_what_is_missing_and_keeps_failures(tmp_path, trained, mon
     methods = {"lora": {}, "too large": {"method": "output", "subspace_k": 999, "subspace_ratio": None}}
     content = {"shots": 1, "seeds": 0, "learning_rates": 0.01, "methods": methods, "options": options}
     prepared = prepare_sweep(write(tmp_path, content))
-    for _ in range(2):
+    folder, collect = tmp_path / "out" / "slurm", slurm._collect
+    submitted, map_array = [], submitit.AutoExecutor.map_array
+
+    def noted(executor, *arguments):
+        submitted.extend(map_array(executor, *arguments))
+        return submitted[-len(arguments[-1]) :]
+
+    monkeypatch.setattr(submitit.AutoExecutor, "map_array", noted)
+
+    def submit_and_collect() -> None:
         slurm.run_on_slurm(
             prepared.jobs, prepared.output, {"timeout_min": 5}, CONSOLE, cluster="local", seconds_between_looks=0.1
         )
+
+    def stop(job, task, *rest):
+        while not all(task.done() for task in submitted):
+            time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm, "_collect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        submit_and_collect()
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+    monkeypatch.setattr(slurm, "_collect", collect)
+    submit_and_collect()
+    assert len(submitted) == 2  # found, not submitted again
     (result,) = read_json_lines(tmp_path / "out" / "results.jsonl")
-    assert result["method"] == "lora"
+    assert result["label"] == "lora"
+    (failure,) = read_json_lines(tmp_path / "out" / "failures.jsonl")
+    assert "subspace_k=999" in failure["error"]
+    submit_and_collect()
+    assert len(submitted) == 3
     failures = read_json_lines(tmp_path / "out" / "failures.jsonl")
     assert [failure["run"] for failure in failures] == ["digits-too_large-1shot-lr0.01-seed0"] * 2
-    assert "subspace_k=999" in failures[0]["error"]
-    assert json.loads((tmp_path / "out" / "submitted.json").read_text()) == {}
+    assert not list(folder.glob("*_submitted.pkl"))
+
+
+def test_what_the_cluster_preempts_is_queued_again(tmp_path):
+    job = prepare_sweep(write(tmp_path, CONTENT)).jobs[0]
+    again = slurm.ClusterRun().checkpoint(job)
+    assert isinstance(again.function, slurm.ClusterRun)
+    assert again.args == (job,)
 
 
 def test_slurm_without_submitit_says_how_to_get_it(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from complora_kernels.fewshot.report.results import read_results
 from complora_kernels.fewshot.report.sections import accuracy_table, data_set_table, kept_table, sections
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
-from complora_kernels.fewshot.report.tables import Table, escape_latex, markdown_table, to_latex
+from complora_kernels.fewshot.report.tables import LATEX_HEAD, Table, escape_latex, markdown_table, to_latex
 
 
 def line(
@@ -107,6 +107,15 @@ def test_who_is_compared_with_whom():
         ("both, wd 1, activations", "both, wd 1, random"),
     ]
     assert rivals(["output", "mine"]) == []
+
+
+def test_plain_lora_is_known_under_another_name():
+    named = [("LoRA (r=2)", "lora"), ("LoRA (r=2, decayed)", "lora"), ("ours", "both")]
+    lines = [{**line("dtd", kind, seed, 0.5), "label": label} for label, kind in named for seed in (0, 1)]
+    found = summary(lines)
+    assert found.methods == ["LoRA (r=2)", "LoRA (r=2, decayed)", "ours"]
+    pairs = [(c.method, c.rival) for c in found.comparisons]
+    assert pairs == [("LoRA (r=2, decayed)", "LoRA (r=2)"), ("ours", "LoRA (r=2)")]
 
 
 UNEVEN = [
@@ -256,7 +265,7 @@ def test_latex_is_well_formed():
         assert len(tables) == len(sections(found))
         for columns, rows in tables:
             assert {len(row) for row in rows} == {len(columns)}
-        assert r"\usepackage{booktabs}" in text
+        assert LATEX_HEAD in text
         assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
 
 

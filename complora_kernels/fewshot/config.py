@@ -118,7 +118,7 @@ class TrainConfig:
     characters; none: whole images."""
     image_memory_gib: float = 8.0
     """Training images are kept decoded on the GPU up to this much memory, beyond it in pinned host memory. Up to as
-    much, those of each data set that is measured stay decoded in host memory; beyond it they are decoded each time."""
+    much, the images that are measured stay decoded in host memory; beyond it they are decoded each time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What the frozen model computes in; factors, logits and the loss are float32, fp16 scales its loss.
     auto: bf16 on a GPU, fp32 on a CPU, where half precision is slow."""
@@ -298,6 +298,12 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     """The options that determine the results, as JSON knows them (tuples become lists)."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _LOGISTICS}
     return json.loads(json.dumps(options))
+
+
+def changed(config: TrainConfig) -> dict[str, Any]:
+    """The options that determine a run's result and are not its preset's, but those that make up a grid."""
+    usual, cells = to_json(PRESETS[config.preset]), ("methods", "shots", "seeds", "learning_rates")
+    return {name: value for name, value in to_json(config).items() if value != usual[name] and name not in cells}
 
 
 def check(config: TrainConfig) -> None:

@@ -16,6 +16,24 @@ from complora_kernels.fewshot.team import ALONE, Team
 from complora_kernels.fewshot.templates import prompts
 
 
+class MemoryBudget:
+    """Bytes that several users share, first come, first served; None sets no limit."""
+
+    def __init__(self, total: int | None = None):
+        self.free = float("inf") if total is None else total
+
+    def take(self, size: int) -> bool:
+        """Take so many bytes, if they are there."""
+        if size > self.free:
+            return False
+        self.free -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Those that are no longer used."""
+        self.free += size
+
+
 class Task:
     """A data set on one backbone: its prompts, its images as the model takes them, what the pretrained model answers.
 
@@ -24,7 +42,8 @@ class Task:
         backbone: the pretrained model.
         templates: the prompts, each with {} for the class name; the features of several are averaged.
         batch_size: images per forward pass.
-        cache_bytes: images of files are kept decoded, up to this much for all of them, or decoded at each use.
+        budget: what decoded images of files may take; None: as much as they need. Those beyond it are decoded at each
+            use.
     """
 
     def __init__(
@@ -33,7 +52,7 @@ class Task:
         backbone: Backbone,
         templates: Sequence[str],
         batch_size: int = 256,
-        cache_bytes: int = 2**33,
+        budget: MemoryBudget | None = None,
     ):
         self.dataset = dataset
         self.backbone = backbone
@@ -41,9 +60,8 @@ class Task:
         texts = [text for template in templates for text in prompts(template, dataset.class_names)]
         self.tokens = backbone.tokenize(texts).to(backbone.device)  # [T · C, L]
         self._zero_shot: dict[torch.dtype, Tensor] = {}  # [N]: 1 correct, 0 wrong, -1 not asked yet
-        self._crops: Tensor | None = None  # uint8 [N, 3, S, S], of which those are there that _is_decoded says
-        self._is_decoded = torch.zeros(len(dataset.labels), dtype=torch.bool)
-        self._cache_bytes = cache_bytes
+        self._crops: dict[int, Tensor] = {}  # uint8 [3, S, S], by image
+        self._budget = MemoryBudget() if budget is None else budget
 
     def class_features(self, model: Any, team: Team = ALONE) -> Tensor:  # float32 [C, D]
         """The normalised features of the classes, differentiable; every process of a team encodes its part of them."""
@@ -109,21 +127,19 @@ class Task:
                 crops = self._decoded(batch).to(self.backbone.device)
                 yield self.backbone.normalize(crops.float() / 255)
 
+    def forget(self) -> None:
+        """Let go of the decoded images."""
+        self._budget.give_back(sum(crop.numel() for crop in self._crops.values()))
+        self._crops = {}
+
     def _decoded(self, indices: Tensor) -> Tensor:  # uint8 [B, 3, S, S]
         images: Any = self.dataset.images
-        crop_bytes = 3 * self.backbone.size[0] * self.backbone.size[1]
-        measured = len(images) if self.dataset.test is None else len(self.dataset.test)
-        if self._crops is None and crop_bytes * measured > self._cache_bytes:
-            return self._decode(indices)
-        if self._crops is None:
-            self._crops = torch.empty(len(images), 3, *self.backbone.size, dtype=torch.uint8)  # takes what is written
-        unknown = indices[~self._is_decoded[indices]]
-        if len(unknown):
-            self._crops[unknown] = self._decode(unknown)
-            self._is_decoded[unknown] = True
-        return self._crops[indices]
-
-    def _decode(self, indices: Tensor) -> Tensor:  # uint8 [B, 3, S, S]
-        images: Any = self.dataset.images
-        paths = [images[i] for i in indices.tolist()]
-        return load_crops(paths, self.backbone.size, **self.backbone.resize, progress=False)
+        unknown = [i for i in indices.tolist() if i not in self._crops]
+        fresh: dict[int, Tensor] = {}
+        if unknown:
+            paths = [images[i] for i in unknown]
+            crops = load_crops(paths, self.backbone.size, **self.backbone.resize, progress=False)
+            fresh = dict(zip(unknown, crops, strict=True))
+            if self._budget.take(crops.numel()):
+                self._crops |= fresh
+        return torch.stack([fresh[i] if i in fresh else self._crops[i] for i in indices.tolist()])

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from complora_kernels.fewshot.grid import Job
+    from complora_kernels.fewshot.jobs import Job
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -83,6 +83,10 @@ class GridProgress:
         self.failed += 1
         self._end(job)
         self._print(f"failed: {job.run.name}: {error}")
+
+    def say(self, text: str) -> None:
+        """What is no news of a single run."""
+        self._print(text)
 
     def _end(self, job: Job) -> None:
         self.steps_done[job.run.name] = job.steps

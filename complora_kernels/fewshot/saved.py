@@ -18,11 +18,12 @@ from torch import Tensor
 
 import complora_kernels as ck
 from complora_kernels.fewshot.backbone import check_backbone
+from complora_kernels.fewshot.checks import check_device
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.datasets import Dataset, check_dataset, read_draw
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import check_writable, write_atomically
-from complora_kernels.fewshot.grid import DESCRIPTION, check_device
+from complora_kernels.fewshot.grid import DESCRIPTION
 from complora_kernels.fewshot.measure import at_most, test_images
 from complora_kernels.fewshot.recipe import DRAW, precision_for
 from complora_kernels.fewshot.setting import Settings

@@ -9,7 +9,7 @@ import torch
 from complora_kernels.fewshot.backbone import Backbone, load_backbone
 from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.datasets import Dataset, base_and_new, load_dataset
-from complora_kernels.fewshot.evaluate import Task
+from complora_kernels.fewshot.evaluate import MemoryBudget, Task
 from complora_kernels.fewshot.templates import templates_for
 
 NEW_CLASSES = "new classes"  # what base-to-new keeps
@@ -30,6 +30,7 @@ class Settings:
     def __init__(self) -> None:
         self._backbones: dict[tuple[str, str | None, str, str], Backbone] = {}
         self._tasks: dict[tuple[object, ...], Task] = {}
+        self._budgets: dict[float, MemoryBudget] = {}  # of decoded images, by --image-memory-gib: the last one
 
     def backbone(self, config: TrainConfig, device: str) -> Backbone:
         """The pretrained model that `config` asks for."""
@@ -37,7 +38,7 @@ class Settings:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         key = (config.model, config.pretrained, config.activation, device)
         if key not in self._backbones:
-            self._tasks = {}
+            self._keep({})
             self._backbones = {key: load_backbone(*key)}
         return self._backbones[key]
 
@@ -46,22 +47,32 @@ class Settings:
         backbone = self.backbone(config, device)
         halves = ("base", "new") if config.protocol == "base-to-new" else ("",)
         parts = [(config.data, half) for half in halves] + [(name, "") for name in config.kept()]
-        tasks: dict[tuple[object, ...], Task] = {}
-        for name, half in parts:
-            key = (name, half, config.data_root, config.template, config.test_batch_size, config.image_memory_gib)
-            tasks[key] = self._tasks.get(key) or _task(config, name, half, backbone)
-        self._tasks = tasks
+        gib, options = config.image_memory_gib, (config.data_root, config.template, config.test_batch_size)
+        keys = [(name, half, *options, gib) for name, half in parts]
+        self._keep({key: task for key, task in self._tasks.items() if key in keys})
+        if gib not in self._budgets:
+            self._budgets = {gib: MemoryBudget(round(gib * 2**30))}
+        for key in keys:
+            if key not in self._tasks:
+                self._tasks[key] = _task(config, *key[:2], backbone, self._budgets[gib])
+        tasks = {key: self._tasks[key] for key in keys}
         new, *kept = tasks.values()
         names = [NEW_CLASSES if half else name for name, half in parts[1:]]
         return Setting(backbone, new, dict(zip(names, kept, strict=True)))
 
+    def _keep(self, tasks: dict[tuple[object, ...], Task]) -> None:
+        for key, task in self._tasks.items():
+            if key not in tasks:
+                task.forget()
+        self._tasks = tasks
 
-def _task(config: TrainConfig, name: str, half: str, backbone: Backbone) -> Task:
+
+def _task(config: TrainConfig, name: str, half: str, backbone: Backbone, budget: MemoryBudget) -> Task:
     dataset = load(config, name)
     if half:
         dataset = base_and_new(dataset)[half == "new"]
     templates = templates_for(config.template, dataset.name)
-    return Task(dataset, backbone, templates, config.test_batch_size, round(config.image_memory_gib * 2**30))
+    return Task(dataset, backbone, templates, config.test_batch_size, budget)
 
 
 def load(config: TrainConfig, name: str) -> Dataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
-from complora_kernels.fewshot.grid import FAILURES, RESULTS, Job, run_alone
+from complora_kernels.fewshot.files import append_json_line, read_json_lines
+from complora_kernels.fewshot.grid import FAILURES, RESULTS
+from complora_kernels.fewshot.jobs import Job, run_alone, words_of
 
-SUBMITTED = "submitted.json"
+FOLDER = "slurm"
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -22,6 +22,20 @@ def check_submitit() -> None:
     """Raise a ValueError where submitit is not installed."""
     if importlib.util.find_spec("submitit") is None:
         raise ValueError("--slurm: submitit is not installed, expected `pip install submitit` before")
+
+
+class ClusterRun:
+    """`run_alone` on a node of a cluster; what is preempted or runs out of time is queued again, and goes on."""
+
+    def __call__(self, job: Job) -> dict[str, Any] | Exception:
+        """The result of the job, or the error that it ended with."""
+        return run_alone(job)
+
+    def checkpoint(self, job: Job) -> Any:
+        """What submitit queues instead: the same, since a run finds its own checkpoint."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, job)
 
 
 def run_on_slurm(
@@ -47,7 +61,7 @@ def run_on_slurm(
     """
     import submitit
 
-    folder = output / "slurm"
+    folder = output / FOLDER
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     try:
         executor.update_parameters(**{"name": output.name, **parameters})
@@ -55,38 +69,44 @@ def run_on_slurm(
         raise ValueError(f"slurm: {parameters}: {error}") from error
     finished = {result["run"] for result in read_json_lines(output / RESULTS)}
     remaining = {job.run.name: job for job in jobs if job.run.name not in finished}
-    known = json.loads((output / SUBMITTED).read_text()) if (output / SUBMITTED).exists() else {}
-    kind = type(executor._executor).job_class
-    submitted = {name: kind(folder, known[name]) for name in remaining if name in known}
-    submitted = {name: task for name, task in submitted.items() if not _is_lost(task)}
+    under_way = _under_way(folder, type(executor._executor).job_class)
+    submitted = {name: task for name, task in under_way.items() if name in remaining}
     fresh = [job for name, job in remaining.items() if name not in submitted]
+    console.print(f"{len(submitted)} runs were under way, {len(fresh)} are submitted", highlight=False)
     if fresh:
-        tasks = executor.map_array(run_alone, fresh)
+        tasks = executor.map_array(ClusterRun(), fresh)
         submitted |= {job.run.name: task for job, task in zip(fresh, tasks, strict=True)}
-        write_atomically(output / SUBMITTED, json.dumps({name: task.job_id for name, task in submitted.items()}))
-    console.print(f"{len(fresh)} runs submitted, {len(submitted) - len(fresh)} were under way", highlight=False)
     while submitted:
         ended = [name for name, task in submitted.items() if task.done()]
         for name in ended:
             _collect(remaining[name], submitted.pop(name), output, console)
-        if ended:
-            write_atomically(output / SUBMITTED, json.dumps({name: task.job_id for name, task in submitted.items()}))
-        elif submitted:
+        if submitted and not ended:
             time.sleep(seconds_between_looks)
 
 
-def _is_lost(task: Any) -> bool:
-    """Whether a task of an earlier call ended without an outcome: it is submitted again, and goes on."""
-    return task.done() and not task.paths.result_pickle.exists()
+def _under_way(folder: Path, kind: Any) -> dict[str, Any]:
+    """What earlier calls have submitted and not collected, by the names of the runs: a file of submitit's tells each.
+
+    A task that ended without an outcome is lost: its run is submitted again, and goes on.
+    """
+    found = {}
+    for path in folder.glob("*_submitted.pkl"):
+        task = kind(folder, path.name.removesuffix("_submitted.pkl"))
+        if task.done() and not task.paths.result_pickle.exists():
+            continue
+        (job,) = task.submission().args
+        found[job.run.name] = task
+    return found
 
 
 def _collect(job: Job, task: Any, output: Path, console: Console) -> None:
     lost = task.exception()  # of the cluster: the process was killed, or never began
     outcome = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
     if isinstance(outcome, Exception):
-        append_json_line(output / FAILURES, {"run": job.run.name, "error": str(outcome)})
+        append_json_line(output / FAILURES, {"run": job.run.name, "error": words_of(outcome)})
         console.print(f"failed: {job.run.name}: {outcome}", highlight=False, markup=False, soft_wrap=True)
-        return
-    append_json_line(output / RESULTS, outcome)
-    job.end()
-    console.print(f"{job.run.name}: done", highlight=False, markup=False, soft_wrap=True)
+    else:
+        append_json_line(output / RESULTS, outcome)
+        job.end()
+        console.print(f"{job.run.name}: done", highlight=False, markup=False, soft_wrap=True)
+    task.paths.submitted_pickle.unlink(missing_ok=True)  # it is no longer under way

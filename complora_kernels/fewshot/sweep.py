@@ -16,18 +16,11 @@ import tyro
 import yaml
 from rich.console import Console
 
+from complora_kernels.fewshot.checks import check_data, check_options
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
 from complora_kernels.fewshot.files import check_writable, read_json_lines, write_atomically
-from complora_kernels.fewshot.grid import (
-    DESCRIPTION,
-    RESULTS,
-    Job,
-    check_data,
-    check_options,
-    check_same,
-    is_begun,
-    run_jobs,
-)
+from complora_kernels.fewshot.grid import DESCRIPTION, RESULTS, check_same, is_begun, run_jobs
+from complora_kernels.fewshot.jobs import Job
 from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
 from complora_kernels.fewshot.team import ALONE, Team

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def download(name: str, root: Path) -> Path:
     for split, argument in arguments.items():
         try:
             data = make(folder, download=True, **argument)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise OSError(f"{name}: torchvision's download failed: {error}\n{missing_message(name, root)}") from error
         splits[split], class_names = _entries(name, data)
     if "." in splits:

@@ -16,7 +16,7 @@ from complora_kernels.fewshot.report.figures import write_figures
 from complora_kernels.fewshot.report.sections import rows, sections
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
-from complora_kernels.fewshot.report.tables import to_latex, to_markdown
+from complora_kernels.fewshot.report.tables import LATEX_HEAD, to_latex, to_markdown
 from complora_kernels.fewshot.report.wording import (
     accuracies,
     average_name,
@@ -103,4 +103,4 @@ def markdown(protocols: Sequence[Summary], failed: dict[str, str] | None = None)
 def latex(protocols: Sequence[Summary]) -> str:
     """The content of table.tex."""
     tables = [to_latex(table) for summary in protocols for table in sections(summary)]
-    return "\n\n".join([r"% \usepackage{booktabs}", *tables]) + "\n"
+    return "\n\n".join([LATEX_HEAD, *tables]) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from complora_kernels.fewshot.methods import METHODS
@@ -42,17 +42,26 @@ def in_order(methods: Iterable[str]) -> list[str]:
     return [*(method for method in METHODS if method in seen), *(method for method in seen if method not in METHODS)]
 
 
-def rivals(methods: list[str]) -> list[tuple[str, str]]:
+def plain_lora(kinds: Mapping[str, str]) -> str | None:
+    """The name of plain LoRA, given what each name is of the vocabulary: "lora" itself, or the first that is LoRA."""
+    return LORA if LORA in kinds else next((name for name, kind in kinds.items() if kind == LORA), None)
+
+
+def rivals(methods: list[str], plain: str | None = LORA) -> list[tuple[str, str]]:
     """Who is compared with whom.
 
     Every method with plain LoRA, then with LoRA in the same setting, and every protected subspace with the random one
     of the same side and setting: the control that tells whether its directions matter. A share of energy is not the
     same number of directions for activations, so that there it has no control.
+
+    Args:
+        methods: the names.
+        plain: the one that is plain LoRA, if any.
     """
     method_of: dict[Label, str] = {}
     for method in methods:
         method_of.setdefault(parse(method), method)
-    pairs = [(method, LORA) for method in methods if LORA in methods]
+    pairs = [(method, plain) for method in methods if plain is not None and plain in methods]
     for label, method in method_of.items():
         if label.setting:
             pairs.append((method, method_of.get(Label(LORA, "", label.setting), method)))

@@ -25,6 +25,7 @@ class Result:
     zero_shot_kept: float | None
     tasks: Mapping[str, tuple[float, float]]  # each task that is kept: before and after
     relative_update: float | None  # |ΔW| / |W|
+    kind: str = ""  # what the method is called in the vocabulary, where its name is another
     val: float | None = None  # accuracy on validation images of the new task
 
 
@@ -43,12 +44,12 @@ def read_results(lines: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 def _results(line: Mapping[str, Any]) -> Iterator[Result]:
     shares = [(part["share"], part) for part in line.get("interpolated") or () if part["share"] not in (0, 1)]
-    update = line.get("relative_update")
+    update, name = line.get("relative_update"), line.get("label", line["method"])
     for share, part in ((1, line), *shares):
         yield Result(
             protocol=line.get("protocol", "few-shot"),
             data=line.get("data", "digits"),
-            method=line["method"] if part is line else part_of(line["method"], share),
+            method=name if part is line else part_of(name, share),
             learning_rate=line["learning_rate"],
             shots=line["shots"],
             seed=line["seed"],
@@ -58,6 +59,7 @@ def _results(line: Mapping[str, Any]) -> Iterator[Result]:
             zero_shot_kept=line["zero_shot_kept"],
             tasks={task: (before, after) for task, (before, after) in _tasks(line, part).items()},
             relative_update=None if update is None else share * update,
+            kind=line["method"] if part is line else "",
             val=part.get("val"),
         )
 

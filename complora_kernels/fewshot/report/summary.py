@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from complora_kernels.fewshot.report.comparisons import Comparison, compare, harmonic
-from complora_kernels.fewshot.report.labels import in_order, rivals
+from complora_kernels.fewshot.report.labels import in_order, plain_lora, rivals
 from complora_kernels.fewshot.report.results import Result, read_results
 
 Row = tuple[str, float | None]  # method and learning rate
@@ -106,7 +106,8 @@ class Summary:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """Of the methods that are compared with one another, over all data sets."""
-        return [compare(self.results, method, rival, self.measures) for method, rival in rivals(self.methods)]
+        plain = plain_lora({result.method: result.kind for result in self.results})
+        return [compare(self.results, *pair, self.measures) for pair in rivals(self.methods, plain)]
 
     def runs(self, row: Row, shots: int) -> list[Result]:
         """The results of a method at a learning rate and a number of shots."""

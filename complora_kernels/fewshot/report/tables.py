@@ -23,6 +23,12 @@ _LATEX = {
     **{character: rf"\{character}" for character in "&%$#_"},
 }
 
+# A table wider or higher than a page is shrunk to it.
+LATEX_HEAD = r"""% \usepackage{booktabs, graphicx}
+\providecommand{\fitted}[1]{%
+  \resizebox*{!}{\ifdim\totalheight>0.8\textheight 0.8\textheight\else\totalheight\fi}{%
+  \resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{#1}}}"""
+
 
 @dataclass
 class Table:
@@ -59,22 +65,23 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A `table` environment for the booktabs package."""
+    """A `table` environment, for what `LATEX_HEAD` says and defines."""
     caption = " ".join([*([f"{table.heading}."] if table.heading else []), *table.text])
     columns = "l" * table.labels + "r" * (len(table.head) - table.labels)
     rows = [" & ".join(map(escape_latex, row)) + r" \\" for row in (table.head, *table.body)]
     return "\n".join(
         [
             r"\begin{table}",
-            r"\centering\small\setlength{\tabcolsep}{3pt}",
+            r"\centering\small\setlength{\tabcolsep}{3pt}\setlength{\belowcaptionskip}{4pt}",
             rf"\caption{{{escape_latex(caption)}}}",
+            r"\fitted{%",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             rows[0],
             r"\midrule",
             *rows[1:],
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
         ]
     )

@@ -1,0 +1,50 @@
+"""Options that cannot work, found before anything is computed."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from complora_kernels.fewshot import config as options
+from complora_kernels.fewshot import datasets
+from complora_kernels.fewshot.backbone import check_backbone
+from complora_kernels.fewshot.config import TrainConfig
+from complora_kernels.fewshot.logs import check_loggers
+from complora_kernels.fewshot.setting import load
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raise a ValueError or a FileNotFoundError for options that cannot work, whatever the data."""
+    options.check(config)
+    check_backbone(config.model, config.pretrained, config.activation)
+    check_device(config.device)
+    if config.graph == "on" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError(f"--graph on: expected auto or off on a CPU (--device {config.device})")
+    check_loggers(config)
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError for a device that is none, or not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: expected cpu, cuda or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: expected cpu, because torch finds no CUDA device")
+
+
+def check_data(config: TrainConfig) -> None:
+    """Find out whether the data sets are there, or fetch them, and draw what every run will draw."""
+    for name in config.kept():
+        if config.download:
+            load(config, name)
+        else:
+            datasets.check_dataset(name, config.data_root)
+    learned = load(config, config.data)
+    if config.protocol == "base-to-new":
+        learned, _ = datasets.base_and_new(learned)
+    is_file = config.draw.endswith((".json", ".pkl"))
+    if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
+        raise ValueError(f"--draw {config.draw}: one draw for the seeds {config.seeds}, expected {{seed}} in the path")
+    for seed in config.seeds:
+        for shots in config.shots:
+            datasets.draw(learned, shots, seed, config.draw)

@@ -1,0 +1,82 @@
+"""One run of a grid as a job: what it is done with, and what comes out of it, an error included."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
+from complora_kernels.fewshot.recipe import CHECKPOINT, train
+from complora_kernels.fewshot.setting import Settings
+from complora_kernels.fewshot.team import ALONE, Team
+
+
+class Job(NamedTuple):
+    """One run and the options it is done with."""
+
+    config: TrainConfig
+    run: Run
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return 0 if self.run.learning_rate is None else self.config.steps_for(self.run.shots)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files go."""
+        return self.config.output / "runs" / self.run.name
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads that it is computed with; None: torch's own number."""
+        return self.config.threads or (1 if self.config.model == GLYPHS else None)
+
+    def end(self) -> None:
+        """Remove what an unfinished run needs, once its result is safe."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+Outcome = tuple[Job, Any]  # a result, or the exception that the run ended with
+
+
+def outcome(job: Job, settings: Settings, on_step: Callable[[int, float], None], team: Team = ALONE) -> Any:
+    """The result of a job, or the exception that it ended with; what no run can be blamed for is raised."""
+    config = job.config
+    try:
+        setting = settings.load(config, team.device(config.device))
+        return train(config, job.run, setting, job.folder, on_step, team)
+    except (ValueError, ArithmeticError) as error:  # in a team all processes meet these alike
+        return error.with_traceback(None)  # whose frames would keep the model
+    except (OSError, RuntimeError) as error:
+        if team.size > 1:
+            raise  # the others wait for this one: all have to end
+        return error.with_traceback(None)
+
+
+def run_alone(job: Job) -> dict[str, Any] | Exception:
+    """The result of one job in a process of its own, or the error that it ended with."""
+    torch.set_num_threads(job.threads or torch.get_num_threads())
+    return sendable(job, outcome(job, Settings(), lambda done, loss: None))
+
+
+def sendable(job: Job, outcome: Any) -> Any:
+    """An exception as one that can be sent to another process, which not every one can."""
+    if isinstance(outcome, Exception):
+        words = f"run {job.run.name} failed: {words_of(outcome)}"
+        return OSError(errno.ENOSPC, words) if is_full(outcome) else RuntimeError(words)
+    return outcome
+
+
+def is_full(error: Exception) -> bool:
+    """Whether there is no room for the results of other runs either."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def words_of(error: Exception) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return str(error) or type(error).__name__
