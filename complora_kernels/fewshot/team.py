@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, distributed
 
 
+class SharedError(RuntimeError):
+    """An error that all processes of a team know of, so that all can go on to something else."""
+
+
 @dataclass(frozen=True)
 class Team:
     """One process among `size`. The group is torch's default one."""
@@ -63,6 +67,26 @@ class Team:
         if self.size > 1:
             distributed.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What each process does by itself, without a word to the others: an error of one is raised in all.
+
+        Raises:
+            SharedError: in every process of a team, with what the first of those that failed says. Alone, the error
+                itself.
+        """
+        if self.size == 1:
+            yield
+            return
+        failure, words = None, None
+        try:
+            yield
+        except Exception as error:
+            failure, words = error, str(error) or type(error).__name__
+        first = next((found for found in self.collect(words) if found is not None), None)
+        if first is not None:
+            raise SharedError(first) from failure
 
     def wait(self) -> None:
         """Until all have come here."""
