@@ -73,7 +73,7 @@ def trained(monkeypatch):
     """Runs of the few-shot program in this process on the stand-in; the list tells which runs were trained."""
     import fewshot_standin as standin
 
-    from complora_kernels.fewshot import jobs
+    from complora_kernels.fewshot import checks, jobs
     from complora_kernels.fewshot.recipe import train
 
     names = []
@@ -83,5 +83,6 @@ def trained(monkeypatch):
         return train(config, run, *rest)
 
     monkeypatch.setattr(jobs.Settings, "load", lambda settings, config, device: standin.setting())
+    monkeypatch.setattr(checks, "load", lambda config, name: standin.setting().new.dataset)
     monkeypatch.setattr(jobs, "train", counted)
     return names

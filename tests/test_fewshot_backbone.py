@@ -176,3 +176,18 @@ def test_train_command_runs_on_a_model_of_open_clip(tiny, capsys):
 def test_a_model_that_brings_its_weights_brings_its_activation():
     with pytest.raises(ValueError, match="--activation gelu: expected auto with --model local-dir:somewhere"):
         check_backbone("local-dir:somewhere", None, "gelu")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_damaged_weights_end_with_their_name(tiny, name):
+    content = (tiny / name).read_bytes()
+    for damaged in (content[: len(content) // 2], b"\0" * 100, b""):
+        (tiny / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"--pretrained .*{name}: cannot be loaded as tiny: "):
+            load_backbone("tiny", str(tiny / name))
+
+
+def test_weights_of_another_model_end_with_their_name(tiny):
+    save_file({"visual.conv1.weight": torch.zeros(3)}, tiny / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors: cannot be loaded as tiny: .*Missing key"):
+        load_backbone("tiny", str(tiny / "other.safetensors"))

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import fewshot_standin as standin
 import pytest
 import torch
+from miniature_datasets import make_miniature
 from rich.console import Console
 
 import complora_kernels as ck
+from complora_kernels.fewshot import __main__ as program
 from complora_kernels.fewshot import grid, jobs
 from complora_kernels.fewshot.__main__ import main, parse
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
@@ -313,3 +315,50 @@ def test_pretraining_into_an_unwritable_folder_ends_with_2(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["pretrain-glyphs", "--output", str(tmp_path / "file" / "below")]) == 2
     assert "expected a folder that can be written to" in capsys.readouterr().err
+
+
+def test_results_of_other_images_are_refused(tmp_path, capsys):
+    """Two data sets of one name and one layout, split in another way: nothing in the options tells them apart."""
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for root in roots:
+        make_miniature(root, "dtd")
+    path = roots[1] / "dtd" / "split_zhou_DescribableTextures.json"
+    splits = json.loads(path.read_text())
+    path.write_text(json.dumps({**splits, "train": splits["train"][::-1]}))
+    command = ["train", "--data", "dtd", "--methods", "linear-probe", "--shots", "1", "--seeds", "0", "--workers", "1"]
+    command += ["--template", "default", "--output", str(tmp_path / "out"), "--data-root"]
+    assert main([*command, str(roots[0])]) == 0
+    assert main([*command, str(roots[0]), "--no-save-adapters"]) == 0
+    assert main([*command, str(roots[1])]) == 2
+    error = capsys.readouterr().err
+    assert "the result of linear-probe-1shot-seed0 is of other images" in error
+    assert "expected the same data, or another folder" in error
+
+
+def test_a_checkpoint_of_other_images_is_refused(tmp_path, trained, monkeypatch):
+    config = standin.config(tmp_path / "out")
+    (run_,) = config.runs()
+
+    def stop(done, loss):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "out" / "runs" / run_.name
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run_, standin.setting(), folder, stop)
+    other = standin.setting()
+    swapped = dataclasses.replace(other.new.dataset, train=other.new.dataset.train.flip(0)[:24])
+    other.new.dataset = swapped
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors: it has seen other images .* expected the same data"):
+        train(config, run_, other, folder)
+    assert train(config, run_, standin.setting(), folder)["steps"] == config.steps
+
+
+@pytest.mark.parametrize(("interrupted", "code"), [(KeyboardInterrupt, 130), (RuntimeError("CUDA out of memory"), 1)])
+def test_commands_of_a_moment_end_without_a_traceback(tmp_path, capsys, monkeypatch, interrupted, code):
+    def stop(*arguments):
+        raise interrupted
+
+    monkeypatch.setattr(program, "evaluate", stop)
+    assert main(["eval", str(tmp_path)]) == code
+    assert capsys.readouterr().err.startswith("stopped" if code == 130 else "error: CUDA out of memory")

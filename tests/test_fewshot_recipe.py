@@ -8,9 +8,11 @@ from typing import Any
 import fewshot_standin as standin
 import pytest
 import torch
+from miniature_datasets import make_miniature
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from complora_kernels.fewshot import images
 from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.images import DeviceImages
@@ -19,6 +21,7 @@ from complora_kernels.fewshot.methods import Method
 from complora_kernels.fewshot.profile import PROFILE, TRACE
 from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, cosine, train, training_pixels
 from complora_kernels.fewshot.sampler import batch_indices, draw_shots
+from complora_kernels.fewshot.setting import Settings
 
 RUN = Run("both", 2, 1e-2, 0)
 
@@ -305,3 +308,24 @@ def test_logit_scale_multiplies_the_cosines(tmp_path):
     cosines = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
     expected = torch.nn.functional.cross_entropy(cosines / 0.07, setting.new.dataset.labels[batch])
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_images_are_decoded_once_for_all_that_learn_from_them(tmp_path, monkeypatch):
+    make_miniature(tmp_path, "dtd")
+    decoded = []
+    open_image = images._open
+    monkeypatch.setattr(images, "_open", lambda path, *rest: (decoded.append(path), open_image(path, *rest))[1])
+    settings = Settings()
+    few = {"data": "dtd", "data_root": tmp_path, "template": "default", "augmentation": "crop-flip", "steps": 1}
+    config = standin.config(tmp_path / "out", **few, methods=("lora", "both"), max_test_images=1)
+    for run in config.runs():
+        train(config, run, settings.load(config, "cpu"), tmp_path / run.name)
+    drawn = set(json.loads((tmp_path / run.name / "draw.json").read_text())["train"])
+    assert len(drawn) == 8
+    assert sum(str(path).endswith(tuple(drawn)) for path in decoded) == len(drawn)
+    seeds = standin.config(tmp_path / "out", **few, seeds=(1,), max_test_images=1)
+    other = train(seeds, seeds.runs()[0], settings.load(seeds, "cpu"), tmp_path / "other")
+    assert len(settings.load(seeds, "cpu").shots) == 1
+    assert (
+        other["images"] != train(config, config.runs()[0], settings.load(config, "cpu"), tmp_path / "again")["images"]
+    )

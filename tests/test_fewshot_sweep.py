@@ -1,10 +1,12 @@
 import errno
 import io
+import itertools
 import time
 
 import pytest
 import submitit
 import yaml
+from miniature_datasets import make_miniature
 from rich.console import Console
 
 from complora_kernels.fewshot import grid, jobs, slurm, sweep
@@ -174,6 +176,7 @@ def test_wrong_parameters_of_slurm(tmp_path):
         ({"methods": {"a": {"method": "lora", "rank": 3}}}, r"small.yaml: a: option rank: expected any of"),
         ({"methods": {"a": {"method": "lora", "r": "many"}}}, r"small.yaml: a: .*many"),
         ({"methods": {"a b": {"method": "lora"}, "a_b": {"method": "both"}}}, r"two runs are called digits-a_b-1shot"),
+        ({"methods": {"lora-wd": {"weight_decay": 1}}}, r"small.yaml: lora-wd: weight_decay: expected strong_weight"),
         ({"methods": {"a": 3}}, r"small.yaml: a: 3: expected a mapping"),
         ({"methods": {"a": {"method": "lora", "workers": 3}}}, r"small.yaml: a: workers: expected outside of a"),
         ({"methods": {"a": {"method": "lora", "seeds": []}}}, r"small.yaml: a: .*seeds|--seeds \(\)"),
@@ -192,9 +195,12 @@ def test_bad_files_are_refused_before_anything_is_written(tmp_path, changes, mes
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n", "expected a mapping"), ("a: [", "is no YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(b"- a\n", "expected a mapping"), (b"a: [", "is no YAML"), (b"a: \xe9\n", "small.yaml is not UTF-8")],
+)
 def test_files_that_are_no_sweep(tmp_path, text, message, capsys):
-    (tmp_path / "small.yaml").write_text(text)
+    (tmp_path / "small.yaml").write_bytes(text)
     assert main(["sweep", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
@@ -260,3 +266,36 @@ def test_slurm_without_submitit_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install submitit"):
         prepare_sweep(SweepConfig(config.file, config.output, slurm=True))
     assert sweep.check_submitit is slurm.check_submitit
+
+
+def test_what_yaml_takes_for_a_truth_value(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("methods: [lora]\nshots: 1\noptions: {graph: off, save_adapters: no, validation: yes}\n")
+    config = sweep.read_sweep(SweepConfig(path)).jobs[0].config
+    assert (config.graph, config.save_adapters, config.validation) == ("off", False, True)
+
+
+def test_runs_that_learn_from_the_same_images_come_one_after_the_other(tmp_path):
+    jobs = prepare_sweep(write(tmp_path, CONTENT, data=["letters", "digits"])).jobs
+    draws = [(job.run.seed, job.run.data, job.run.shots) for job in jobs]
+    assert list(dict.fromkeys(draws)) == [
+        (seed, data, shots) for seed in (0, 3) for data in ("letters", "digits") for shots in (1, 2)
+    ]
+    changes = sum(a != b for a, b in itertools.pairwise(draws))
+    assert changes == 7
+
+
+def test_what_is_queued_occupies_the_folder(tmp_path):
+    config = write(tmp_path, CONTENT)
+    prepare_sweep(config)
+    (tmp_path / "out" / grid.SLURM).mkdir()
+    (tmp_path / "out" / grid.SLURM / "12_0_submitted.pkl").touch()
+    methods = {"lora, wd 0.5": {"method": "lora", "weight_decay": 0.6}}
+    with pytest.raises(ValueError, match=r"--weight-decay was 0.5, now 0.6"):
+        prepare_sweep(write(tmp_path, CONTENT, methods=methods))
+
+
+def test_two_folders_of_one_name_in_runs(tmp_path):
+    data = [f"folder:{make_miniature(tmp_path / name, 'folder')}" for name in ("a b", "a_b")]
+    with pytest.raises(ValueError, match=r"two runs are called folder_.*_a_b_.*, expected names of methods, and of"):
+        prepare_sweep(write(tmp_path, CONTENT, data=data))

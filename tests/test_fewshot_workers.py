@@ -1,8 +1,10 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import fewshot_standin as standin
+import pytest
 
 from complora_kernels.fewshot import workers
 from complora_kernels.fewshot.jobs import Job
@@ -20,11 +22,14 @@ class Said:
 
 
 def die_if_told(job: Job) -> str:
-    """In a process of the pool: `lora` always dies, `output` at its first try."""
-    told = Path(job.config.output) / job.run.method
-    if told.exists():
-        if job.run.method == "output":
-            told.unlink()
+    """In a process of the pool: `lora` always dies, at first not before `output` is under way."""
+    under_way = Path(job.config.output) / "under way"
+    if job.run.method == "output" and not under_way.exists():
+        under_way.touch()
+        time.sleep(600)
+    if job.run.method == "lora":
+        while not under_way.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return f"result of {job.run.method}"
 
@@ -32,8 +37,6 @@ def die_if_told(job: Job) -> str:
 def test_a_killed_process_ends_its_own_run_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "run_in_worker", die_if_told)
     config = standin.config(tmp_path, methods=("lora", "output", "both"))
-    for name in ("lora", "output"):
-        (tmp_path / name).touch()
     progress = Said()
     found = list(workers.in_processes([Job(config, run) for run in config.runs()], progress, 2))
     outcomes = {job.run.method: outcome for job, outcome in found}
@@ -41,4 +44,32 @@ def test_a_killed_process_ends_its_own_run_alone(tmp_path, monkeypatch):
     assert outcomes["output"] == "result of output"
     assert outcomes["both"] == "result of both"
     assert "run lora-2shot-lr0.01-seed0 failed: its process was killed" in str(outcomes["lora"])
-    assert any("lora-2shot-lr0.01-seed0, which was under way, goes on alone" in line for line in progress.lines)
+    assert [line.split(": ")[1] for line in progress.lines] == [
+        f"{name}-2shot-lr0.01-seed0, which was under way, goes on alone" for name in ("lora", "output")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("worker", "asked", "gpus", "expected"),
+    [
+        (0, "auto", 0, "auto"),
+        (3, "auto", 2, "cuda:1"),
+        (4, "cuda", 2, "cuda:0"),
+        (3, "cuda:1", 4, "cuda:1"),
+        (3, "cpu", 4, "cpu"),
+    ],
+)
+def test_workers_share_the_gpus(worker, asked, gpus, expected):
+    assert workers.device_of(worker, asked, gpus) == expected
+
+
+def numbered(job: Job) -> int:
+    time.sleep(0.2)  # until the other process is there too
+    return workers._Worker.number
+
+
+def test_each_worker_of_a_pool_has_a_number_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "run_in_worker", numbered)
+    config = standin.config(tmp_path, seeds=tuple(range(40)))
+    found = workers.in_processes([Job(config, run) for run in config.runs()], Said(), 2)
+    assert {number for _, number in found} == {0, 1}

@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console()
+    command: Command | None = None
+    ready: Any = None
+    has_begun = False  # to compute for long: what is wrong then is no bad input
     try:
         command = parse(arguments)
-        ready = _prepare(command, console)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
+        ready = _prepare(command)
+        has_begun = isinstance(command, (TrainConfig, SweepConfig, PretrainConfig))
         return _run(command, ready, console)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -59,27 +59,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, (ValueError, OSError)) and not has_begun else 1
 
 
-def _prepare(command: Command, console: Console) -> Any:
-    """Find what would stop the command before anything is computed; the commands of a moment are done at once."""
+def _prepare(command: Command) -> Any:
+    """Find what would stop a long command before anything is computed."""
     if isinstance(command, (TrainConfig, SweepConfig)) and not leads():
         return None  # the first process of a team looks, and fetches what is missing, for all
     if isinstance(command, TrainConfig):
         return prepare(command)
     if isinstance(command, SweepConfig):
         return prepare_sweep(command)
-    if isinstance(command, PretrainConfig):
-        return check_writable(command.output)
-    if isinstance(command, ReportConfig):
-        return report(command.folder, console)
-    return evaluate(command, console) if isinstance(command, EvalConfig) else export(command, console)
+    return check_writable(command.output) if isinstance(command, PretrainConfig) else None
 
 
 def _run(command: Command, ready: Any, console: Console) -> int:
     if isinstance(command, PretrainConfig):
         pretrain(command)
+    elif isinstance(command, ReportConfig):
+        report(command.folder, console)
+    elif isinstance(command, EvalConfig):
+        evaluate(command, console)
+    elif isinstance(command, ExportConfig):
+        export(command, console)
     if not isinstance(command, (TrainConfig, SweepConfig)):
         return 0
     failed = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -49,9 +50,23 @@ class Backbone:
 def load_backbone(
     model: str, pretrained: str | None = None, activation: str = "auto", device: str | torch.device = "cpu"
 ) -> Backbone:
-    """Load a CLIP in eval mode and float32. The arguments are those of `check_backbone`, which is called first."""
+    """Load a CLIP in eval mode and float32. The arguments are those of `check_backbone`, which is called first.
+
+    Raises:
+        ValueError: the weights cannot be loaded, and what `check_backbone` raises.
+    """
     check_backbone(model, pretrained, activation)
-    device = torch.device(device)
+    try:
+        return _load(model, pretrained, activation, torch.device(device))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of whatever kind a reader meets damaged or foreign weights with
+        source = f"--pretrained {pretrained}" if pretrained else f"--model {model}"
+        words = textwrap.shorten(str(error), 400) or type(error).__name__  # of a state dict it may name every key
+        raise ValueError(f"{source}: cannot be loaded as {model}: {words}") from error
+
+
+def _load(model: str, pretrained: str | None, activation: str, device: torch.device) -> Backbone:
     if model == GLYPHS:
         folder = glyphs.ASSETS if pretrained is None else Path(pretrained)
         clip, tokenize, preprocess = glyphs.load_glyph_clip(device, folder=folder)

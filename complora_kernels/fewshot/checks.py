@@ -10,6 +10,7 @@ from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot import datasets
 from complora_kernels.fewshot.backbone import check_backbone
 from complora_kernels.fewshot.config import TrainConfig
+from complora_kernels.fewshot.datasets.fingerprint import fingerprint
 from complora_kernels.fewshot.logs import check_loggers
 from complora_kernels.fewshot.setting import load
 
@@ -32,8 +33,12 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: expected cpu, because torch finds no CUDA device")
 
 
-def check_data(config: TrainConfig) -> None:
-    """Find out whether the data sets are there, or fetch them, and draw what every run will draw."""
+def check_data(config: TrainConfig) -> dict[tuple[int, int], str]:
+    """Find out whether the data sets are there, or fetch them, and draw what every run will draw.
+
+    Returns:
+        The fingerprint of each draw's images, by shots and seed.
+    """
     for name in config.kept():
         if config.download:
             load(config, name)
@@ -45,6 +50,8 @@ def check_data(config: TrainConfig) -> None:
     is_file = config.draw.endswith((".json", ".pkl"))
     if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
         raise ValueError(f"--draw {config.draw}: one draw for the seeds {config.seeds}, expected {{seed}} in the path")
-    for seed in config.seeds:
-        for shots in config.shots:
-            datasets.draw(learned, shots, seed, config.draw)
+    return {
+        (shots, seed): fingerprint(learned, datasets.draw(learned, shots, seed, config.draw))
+        for seed in config.seeds
+        for shots in config.shots
+    }

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
 from complora_kernels.fewshot.methods import METHODS, Method
+from complora_kernels.fewshot.templates import CHOICES
 
 Preset = Literal["glyphs", "glyphs-full", "clip-lora"]
 Protocol = Literal["few-shot", "base-to-new", "transfer", "domain-shift", "retention"]
@@ -70,7 +71,8 @@ class TrainConfig:
     base-to-new."""
     draw: str = "own"
     """Which images a seed draws. own: ours, the smaller part of the larger; coop: CoOp's, from its files beside the
-    data or computed alike; clip-lora: CLIP-LoRA's; or a draw.json of an earlier run, or one of CoOp's .pkl files."""
+    data or computed alike; clip-lora: CLIP-LoRA's; or a draw.json of an earlier run, or one of CoOp's .pkl files, with
+    {data}, {shots} and {seed} in its path filled in."""
     validation: bool = False
     """Measure on validation images too, as many as shots and at most four a class. They are never trained on."""
 
@@ -138,8 +140,8 @@ class TrainConfig:
     """Where the cosine schedule ends."""
 
     template: str = "a photo of a {}."
-    """The prompt; {} stands for the class name, such as "digit seven" or "letter q".
-    clip: CLIP's own for each data set; ensemble: the mean feature of CLIP's several."""
+    """The prompt; {} stands for the class name, such as "digit seven" or "letter q". default: "a photo of a {}.";
+    clip: CLIP's own for each data set; ensemble: trained with clip, measured with the mean feature of all of CLIP's."""
     max_test_images: int | None = None
     """Measure on at most this many images of each test set, chosen at random; None: on all."""
     test_batch_size: int = 256
@@ -332,8 +334,8 @@ def check(config: TrainConfig) -> None:
     for share in config.interpolations:
         _require(0 < share < 1, "interpolations", share, "shares between 0 and 1")
     _require(config.protocol in PROTOCOLS, "protocol", config.protocol, f"any of {', '.join(PROTOCOLS)}")
-    is_template = config.template in ("clip", "ensemble") or config.template.count("{}") == 1
-    _require(is_template, "template", config.template, "one {} for the class name, or clip, or ensemble")
+    is_template = config.template in CHOICES or config.template.count("{}") == 1
+    _require(is_template, "template", config.template, f"one {{}} for the class name, or {', '.join(CHOICES)}")
     for method in config.methods:
         if METHODS[method] is not None:
             config.adapter(method, config.seeds[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from complora_kernels.fewshot.workers import work_off
 RESULTS = "results.jsonl"
 FAILURES = "failures.jsonl"
 DESCRIPTION = "config.json"
+SLURM = "slurm"
+"""Below the folder of a sweep: where submitit keeps what is queued."""
 
 
 def prepare(config: TrainConfig) -> None:
@@ -35,22 +37,35 @@ def prepare(config: TrainConfig) -> None:
         OSError: the folder cannot be written to.
     """
     check_options(config)
-    check_data(config)
-    open_folder(config.output, options.to_json(config))
-
-
-def open_folder(folder: Path, described: dict[str, Any]) -> None:
-    """Make the folder of a grid, and note what it is of; refuse one that holds something else."""
-    description = folder / DESCRIPTION
-    if description.exists() and is_begun(folder):
-        check_same(json.loads(description.read_text()), described, folder)
-    check_writable(folder)
+    images = check_data(config)
+    description, described = config.output / DESCRIPTION, options.to_json(config)
+    if description.exists() and is_begun(config.output):
+        check_same(json.loads(description.read_text()), described, config.output)
+    check_images({run.name: images[run.shots, run.seed] for run in config.runs()}, config.output)
+    check_writable(config.output)
     write_atomically(description, json.dumps(described, indent=2) + "\n")
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a folder holds results, or checkpoints from which runs would go on."""
-    return (folder / RESULTS).exists() or any(folder.glob(f"runs/*/{CHECKPOINT}"))
+    """Whether a folder holds results, or has runs that would go on."""
+    begun = (f"runs/*/{CHECKPOINT}", f"{SLURM}/*_submitted.pkl")
+    return (folder / RESULTS).exists() or any(path for pattern in begun for path in folder.glob(pattern))
+
+
+def check_images(images: Mapping[str, str], folder: Path) -> None:
+    """Raise a ValueError for a result in a folder that is of other images than those that its run would see now.
+
+    Args:
+        images: the fingerprint of each run's, by its name.
+        folder: of the grid.
+    """
+    for result in read_json_lines(folder / RESULTS):
+        found, asked = result.get("images"), images.get(result["run"])
+        if None not in (found, asked) and found != asked:
+            raise ValueError(
+                f"--output {folder}: the result of {result['run']} is of other images ({found}) than are drawn now "
+                f"({asked}); expected the same data, or another folder"
+            )
 
 
 def check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:

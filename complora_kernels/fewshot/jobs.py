@@ -12,7 +12,7 @@ import torch
 from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
 from complora_kernels.fewshot.recipe import CHECKPOINT, train
 from complora_kernels.fewshot.setting import Settings
-from complora_kernels.fewshot.team import ALONE, Team
+from complora_kernels.fewshot.team import ALONE, SharedError, Team
 
 
 class Job(NamedTuple):
@@ -44,15 +44,30 @@ class Job(NamedTuple):
 Outcome = tuple[Job, Any]  # a result, or the exception that the run ended with
 
 
-def outcome(job: Job, settings: Settings, on_step: Callable[[int, float], None], team: Team = ALONE) -> Any:
-    """The result of a job, or the exception that it ended with; what no run can be blamed for is raised."""
+def outcome(
+    job: Job,
+    settings: Settings,
+    on_step: Callable[[int, float], None],
+    team: Team = ALONE,
+    device: str | None = None,
+) -> Any:
+    """The result of a job, or the exception that it ended with; what no run can be blamed for is raised.
+
+    Args:
+        job: what is done.
+        settings: of this process.
+        on_step: as in `train`.
+        team: as in `train`.
+        device: what it is computed on; None: what the job's options say.
+    """
     config = job.config
     try:
-        setting = settings.load(config, team.device(config.device))
+        with team.together():
+            setting = settings.load(config, device or team.device(config.device))
         return train(config, job.run, setting, job.folder, on_step, team)
-    except (ValueError, ArithmeticError) as error:  # in a team all processes meet these alike
+    except (ArithmeticError, SharedError) as error:  # which all processes of a team meet
         return error.with_traceback(None)  # whose frames would keep the model
-    except (OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if team.size > 1:
             raise  # the others wait for this one: all have to end
         return error.with_traceback(None)

@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.config import Run, TrainConfig
 from complora_kernels.fewshot.datasets import Draw, draw, write_draw
+from complora_kernels.fewshot.datasets.fingerprint import fingerprint
 from complora_kernels.fewshot.files import write_atomically
 from complora_kernels.fewshot.images import DeviceImages, draw_boxes, load_crops, resample
 from complora_kernels.fewshot.logs import RunLog
@@ -74,19 +75,21 @@ def train(
     Raises:
         FloatingPointError: the loss became NaN or infinite.
         RuntimeError: an adapter got no gradient in the first step; `graph` is "on" where a step cannot be captured.
-        ValueError: more processes than images in a batch.
+        ValueError: more processes than images in a batch, or a checkpoint of other images.
         OSError: a file cannot be written.
+        SharedError: in every process of a team, what went wrong in one.
     """
     started = time.perf_counter()
-    drawn = draw(setting.new.dataset, run.shots, run.seed, config.draw)
+    dtype = precision_for(config.precision, setting.backbone.device)
+    with team.together():
+        drawn = draw(setting.new.dataset, run.shots, run.seed, config.draw)
+        measurement = Measurement(config, setting, drawn, dtype, team)
     if team.leads:
         folder.mkdir(parents=True, exist_ok=True)
         write_draw(folder / DRAW, setting.new.dataset, drawn)
         root = None if config.data_root is None else str(config.data_root)
         described = {"run": run.name, **options.to_json(config), "data_root": root, "versions": versions()}
         write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
-    dtype = precision_for(config.precision, setting.backbone.device)
-    measurement = Measurement(config, setting, drawn, dtype, team)
     before = {
         "run": run.name,
         "data": config.data,
@@ -97,6 +100,7 @@ def train(
         "shots": run.shots,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
+        "images": fingerprint(setting.new.dataset, drawn),
         "precision": str(dtype).removeprefix("torch."),
         **measurement.zero_shot(),
     }
@@ -123,19 +127,19 @@ def _train(
     assert run.learning_rate is not None
     peak_rate, steps = run.learning_rate, config.steps_for(run.shots)
 
-    # Data: what the model sees are the shots alone
-    images = training_images(setting, drawn.train, config)
     labels = setting.new.dataset.labels[drawn.train].to(device)  # [N]
     batch_size = min(config.batch_size, len(labels))
-    if batch_size < team.size:
-        raise ValueError(
-            f"{team.size} processes share batches of {batch_size} images (--batch-size {config.batch_size}, "
-            f"{len(labels)} training images), expected at least one for each"
-        )
-
-    # Model: a copy of the pretrained one; every method of a seed starts from the same factors
-    torch.manual_seed(run.seed)
-    model = adapted_model(config, run, setting, drawn).train()
+    with team.together():
+        if batch_size < team.size:
+            raise ValueError(
+                f"{team.size} processes share batches of {batch_size} images (--batch-size {config.batch_size}, "
+                f"{len(labels)} training images), expected at least one for each"
+            )
+        # Data: what the model sees are the shots alone
+        images = training_images(setting, drawn.train, config)
+        # Model: a copy of the pretrained one; every method of a seed starts from the same factors
+        torch.manual_seed(run.seed)
+        model = adapted_model(config, run, setting, drawn).train()
     if team.size > 1:  # rounding differs between machines, and with it what is decomposed
         load_raw_adapter_state(model, team.agree({name: t.cpu() for name, t in raw_adapter_state(model).items()}))
         torch.manual_seed(hash((run.seed, team.rank)))  # masks of its own
@@ -152,9 +156,19 @@ def _train(
 
     # Resume
     checkpoint = folder / CHECKPOINT
-    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
-    if team.agree(checkpoint.exists()):
-        progress = load_checkpoint(checkpoint, model, optimizer, team.rank)
+    seen = fingerprint(setting.new.dataset, drawn)
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": [], "images": seen}
+    found = team.collect(checkpoint.exists())
+    with team.together():
+        if any(found) and not all(found):
+            raise ValueError(f"{checkpoint}: not every process sees it, expected a folder that all machines share")
+        if all(found):
+            progress = load_checkpoint(checkpoint, model, optimizer, team.rank)
+        if progress["images"] != seen:
+            raise ValueError(
+                f"{checkpoint}: it has seen other images ({progress['images']}) than are drawn now ({seen}); expected "
+                "the same data, or no checkpoint"
+            )
     first_step = progress["step"]
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     if scaler is not None and progress.get("scaler"):
@@ -226,7 +240,7 @@ def _train(
                 if team.leads:
                     seconds = progress["seconds"] + time.perf_counter() - started
                     scale = {} if scaler is None else scaler.state_dict()
-                    state = {"step": done, "seconds": seconds, "log": log.lines, "scaler": scale}
+                    state = {"step": done, "seconds": seconds, "log": log.lines, "scaler": scale, "images": seen}
                     save_checkpoint(checkpoint, model, optimizer, state, random_states)
                 good_step = done
             on_step(done, values[-1])
@@ -282,12 +296,20 @@ def make_optimizer(model: Any, config: TrainConfig, run: Run, learning_rate: flo
 
 
 def training_images(setting: Setting, indices: Tensor, config: TrainConfig) -> DeviceImages:
-    """The images [N] of the shots, decoded once: whole, or as they are measured where nothing augments them."""
+    """The images [N] of the shots, decoded once a draw: whole, or as they are measured where nothing augments them."""
     dataset, device = setting.new.dataset, setting.backbone.device
     budget = round(config.image_memory_gib * 2**30)
     if isinstance(dataset.images, Tensor):
         return DeviceImages.from_tensors(dataset.images[indices], device, budget_bytes=budget)
-    paths = [dataset.images[i] for i in indices.tolist()]
+    key = (dataset.name, dataset.root, *indices.tolist(), config.augmentation, budget)
+    if key not in setting.shots:
+        setting.shots.clear()
+        setting.shots[key] = _decoded(setting, [dataset.images[i] for i in indices.tolist()], config, budget)
+    return setting.shots[key]
+
+
+def _decoded(setting: Setting, paths: Sequence[Path], config: TrainConfig, budget: int) -> DeviceImages:
+    device = setting.backbone.device
     if config.augmentation == "none":
         crops = load_crops(paths, setting.backbone.size, **setting.backbone.resize, progress=False)
         return DeviceImages.from_tensors(crops, device, budget_bytes=budget)

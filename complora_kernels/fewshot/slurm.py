@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from complora_kernels.fewshot.files import append_json_line, read_json_lines
-from complora_kernels.fewshot.grid import FAILURES, RESULTS
+from complora_kernels.fewshot.grid import FAILURES, RESULTS, SLURM
 from complora_kernels.fewshot.jobs import Job, run_alone, words_of
 
-FOLDER = "slurm"
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -61,7 +60,7 @@ def run_on_slurm(
     """
     import submitit
 
-    folder = output / FOLDER
+    folder = output / SLURM
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     try:
         executor.update_parameters(**{"name": output.name, **parameters})

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 from complora_kernels.fewshot.checks import check_data, check_options
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
 from complora_kernels.fewshot.files import check_writable, read_json_lines, write_atomically
-from complora_kernels.fewshot.grid import DESCRIPTION, RESULTS, check_same, is_begun, run_jobs
+from complora_kernels.fewshot.grid import DESCRIPTION, RESULTS, check_images, check_same, is_begun, run_jobs
 from complora_kernels.fewshot.jobs import Job
 from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
@@ -55,14 +56,16 @@ class Sweep:
     """The runs of a file.
 
     Attributes:
-        jobs: all of them; seed by seed, so that a stopped sweep is balanced.
+        jobs: all of them, in the order in which they are done.
         output: the folder of the results.
         slurm: parameters of submitit's executor.
+        images: the fingerprint of the images of each run, by its name.
     """
 
     jobs: list[Job]
     output: Path
     slurm: dict[str, Any]
+    images: dict[str, str]
 
 
 def read_sweep(config: SweepConfig) -> Sweep:
@@ -86,16 +89,17 @@ def read_sweep(config: SweepConfig) -> Sweep:
             variant = _train_config(file, label, asked)
             variants.append(variant)
             jobs += [Job(variant, dataclasses.replace(run, data=data, label=label)) for run in variant.runs()]
-    _check(file, variants, jobs)
-    jobs.sort(key=lambda job: job.run.seed)  # stable: within a seed in the order of the file
-    return Sweep(jobs, output, _mapping(file, content, "slurm"))
+    images = _check(file, variants, jobs)
+    # By seed, so that a stopped sweep is balanced; then by draw, whose images are decoded once for all that see them.
+    jobs.sort(key=lambda job: (job.run.seed, names.index(job.run.data), job.run.shots))
+    return Sweep(jobs, output, _mapping(file, content, "slurm"), images)
 
 
 def prepare_sweep(config: SweepConfig) -> Sweep:
     """`read_sweep`, and open the folder. A folder that was begun may get more variants, shots, seeds and rates.
 
     Raises:
-        ValueError: it holds results of the same variant with other options.
+        ValueError: it holds results of the same variant with other options or images.
         OSError: the folder cannot be written to.
     """
     sweep = read_sweep(config)
@@ -107,6 +111,7 @@ def prepare_sweep(config: SweepConfig) -> Sweep:
     known = json.loads(path.read_text()) if path.exists() and is_begun(sweep.output) else {}
     for variant in known.keys() & asked.keys():
         check_same(known[variant], asked[variant], sweep.output)
+    check_images(sweep.images, sweep.output)
     check_writable(sweep.output)
     write_atomically(path, json.dumps({**known, **asked}, indent=2) + "\n")
     return sweep
@@ -117,6 +122,8 @@ def _content(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: expected a YAML file that describes a sweep")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -150,20 +157,24 @@ def _variants(file: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
         _refuse(file, label, own, ("data", "threads", *_OUTSIDE))
         if method not in METHODS:
             raise ValueError(f"{file}: method {method}: expected any of {', '.join(METHODS)}")
+        if method == "lora-wd" and "weight_decay" in own:
+            raise ValueError(f"{file}: {label}: weight_decay: expected strong_weight_decay, which lora-wd is about")
         variants[str(label)] = {**own, "methods": [method]}
     return variants
 
 
 def _train_config(file: Path, label: str, asked: dict[str, Any]) -> TrainConfig:
     """The options as `complora train` would read them."""
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    unknown = sorted(asked.keys() - known)
+    types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(asked.keys() - types.keys())
     if unknown:
         raise ValueError(f"{file}: {label}: option {unknown[0]}: expected any of complora train's (see its --help)")
     preset, model = asked.get("preset"), asked.get("model")
     arguments: list[str] = []
     for name, value in asked.items():
         option = name.replace("_", "-")
+        if isinstance(value, bool) and types[name] != "bool":
+            value = "on" if value else "off"  # which YAML takes for a truth value
         if isinstance(value, bool):
             arguments.append(f"--{option}" if value else f"--no-{option}")
         else:
@@ -184,25 +195,29 @@ def _refuse(file: Path, where: str, asked: dict[str, Any], names: Iterable[str])
             raise ValueError(f"{file}: {where}: {name}: expected outside of {where}, for all runs")
 
 
-def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> None:
-    """Every option, and each draw of each data set once."""
-    seen: set[Any] = set()
+def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> dict[str, str]:
+    """Every option, and each draw of each data set once; the fingerprints of the images of every run."""
+    seen: dict[Any, dict[tuple[int, int], str]] = {}
+    images: dict[str, str] = {}
     for variant in variants:
         try:
             check_options(variant)
             data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw)
             draws = (*data, variant.shots, variant.seeds)
             if draws not in seen:
-                check_data(variant)
-            seen.add(draws)
+                seen[draws] = check_data(variant)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{file}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-    names = [job.run.name for job in jobs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"{file}: two runs are called {twice}, expected names of methods that differ in their letters")
+        images |= {job.run.name: seen[draws][job.run.shots, job.run.seed] for job in jobs if job.config is variant}
+    counts = Counter(job.run.name for job in jobs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"{file}: two runs are called {twice[0]}, expected names of methods, and of data sets, that differ in "
+            "their letters and digits"
+        )
+    return images
 
 
 def _described(sweep: Sweep) -> dict[str, Any]:

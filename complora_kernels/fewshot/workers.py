@@ -74,9 +74,9 @@ def _in_pool(jobs: deque[Job], progress: Any, workers: int) -> Generator[Outcome
     """Take jobs until there are none, or until a process is killed: return those that were under way then."""
     # Spawned, not forked: a forked process would inherit torch's thread pools in an unknown state.
     context = multiprocessing.get_context("spawn")
-    steps, stop = context.Queue(), context.Event()
+    steps, stop, begun = context.Queue(), context.Event(), context.Value("i", 0)
     running: dict[Future[Any], Job] = {}  # no more than there are processes: the others are not under way
-    with ProcessPoolExecutor(workers, context, _start_worker, (jobs[0].threads, steps, stop)) as executor:
+    with ProcessPoolExecutor(workers, context, _start_worker, (jobs[0].threads, steps, stop, begun)) as executor:
         try:
             while jobs or running:
                 with _interrupts_held_back():
@@ -133,14 +133,18 @@ class _Worker:
     settings: Settings  # loaded with the first run, whose error it then is
     steps: Any  # a multiprocessing queue of (name of the run, steps done, loss)
     stop: Event
+    number: int  # among those of the pool, from 0 on
 
 
-def _start_worker(threads: int | None, steps: Any, stop: Event) -> None:
+def _start_worker(threads: int | None, steps: Any, stop: Event, begun: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     steps.cancel_join_thread()  # a worker that ends does not wait for its progress to be read
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads or torch.get_num_threads())
     _Worker.settings, _Worker.steps, _Worker.stop = Settings(), steps, stop
+    with begun.get_lock():
+        _Worker.number = begun.value
+        begun.value += 1
 
 
 def _end_with_parent() -> None:
@@ -162,4 +166,11 @@ def run_in_worker(job: Job) -> Any:
             raise Stopped
         _Worker.steps.put((job.run.name, done, loss))
 
-    return sendable(job, outcome(job, _Worker.settings, on_step))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = device_of(_Worker.number, job.config.device, gpus)
+    return sendable(job, outcome(job, _Worker.settings, on_step, device=device))
+
+
+def device_of(worker: int, asked: str, gpus: int) -> str:
+    """The device of a worker where "auto", "cpu", "cuda" or "cuda:N" is asked for: workers take the GPUs in turns."""
+    return f"cuda:{worker % gpus}" if gpus and asked in ("auto", "cuda") else asked
