@@ -1,10 +1,17 @@
+import dataclasses
 import math
+from typing import Any
 
+import fewshot_standin as standin
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
+from complora_kernels.fewshot.datasets import Draw
+from complora_kernels.fewshot.measure import Measurement
+from complora_kernels.fewshot.team import ALONE
 
 
 def features(n, seed, classes=None):
@@ -43,6 +50,30 @@ def test_linear_probe_is_where_the_penalised_loss_is_flat(classes):
     assert weight.grad is not None
     assert weight.grad.abs().max() < 1e-3
     assert logits.shape == (7, classes)
+
+
+def test_the_probe_of_a_run_is_scikit_learns_on_what_encode_image_returns(tmp_path):
+    """As in the example of CLIP's README: how strong the penalty is depends on the norm of the features."""
+    setting = standin.setting()
+    labels = torch.randperm(30, generator=torch.Generator().manual_seed(2)) % 3  # nothing is easy
+    for task in (setting.new, setting.kept["dark"]):
+        task.dataset = dataclasses.replace(task.dataset, labels=labels)
+    images: dict[str, Any] = {"new": setting.new.dataset.images, "dark": setting.kept["dark"].dataset.images}
+    tests = {"new": torch.arange(9, 30), "dark": torch.arange(30)}
+    with torch.no_grad():
+        features = {name: setting.backbone.model.encode_image(pixels / 255 - 0.5) for name, pixels in images.items()}
+
+    def accuracies(features: dict[str, torch.Tensor]) -> dict[str, float]:
+        probe = LogisticRegression(C=0.316, max_iter=1000).fit(features["new"][:9].numpy(), labels[:9].numpy())
+        correct = {name: torch.from_numpy(probe.predict(features[name].numpy())) == labels for name in tests}
+        return {name: correct[name][test].double().mean().item() for name, test in tests.items()}
+
+    draw = Draw(torch.arange(9), torch.arange(0), tests["new"])
+    found = Measurement(standin.config(tmp_path), setting, draw, torch.float32, ALONE).anchor("linear-probe")
+    expected = accuracies(features)
+    assert {"new": found["new"], "dark": found["tasks"]["dark"][1]} == pytest.approx(expected)
+    normalised = accuracies({name: F.normalize(value, dim=-1) for name, value in features.items()})
+    assert all(normalised[name] != expected[name] for name in tests)
 
 
 def test_both_name_what_is_easy():

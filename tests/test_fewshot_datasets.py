@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torchvision.datasets
@@ -30,8 +32,12 @@ from complora_kernels.fewshot.datasets import (
     letters,
     load_dataset,
 )
+from complora_kernels.fewshot.datasets.dataset import check_distinct
+from complora_kernels.fewshot.datasets.downloads import SIZES, Size
+from complora_kernels.fewshot.datasets.layouts import LAYOUTS
 from complora_kernels.fewshot.datasets.ratio import ratio_split
 from complora_kernels.fewshot.images import load_crops
+from complora_kernels.fewshot.templates import prompts
 
 BY_JSON = [name for name in ELEVEN if name not in ("imagenet", "fgvc_aircraft")]
 FIRST_FOUR = ("red", "green", "dark_blue", "yellow")
@@ -239,8 +245,13 @@ def test_unknown_names_and_no_folder_are_refused(check, tmp_path):
         (lambda s: s.__setitem__("train", s["train"][3:]), r"class 'red' \(label 0\) has no train image"),
         (
             lambda s: [e.__setitem__(2, "dark blue") for p in s.values() for e in p if e[1] == 0],
-            r"classes 0 and 2 are both called 'dark_blue', expected distinct names",
+            r"classes 0 and 2 are called 'dark blue' and 'dark_blue', expected names that differ in more than case, b",
         ),
+        (
+            lambda s: [e.__setitem__(2, " Yellow ") for p in s.values() for e in p if e[1] == 1],
+            r"classes 1 and 3 are called ' Yellow ' and 'yellow', expected names that differ in more than case, b",
+        ),
+        (lambda s: s["train"][2].__setitem__(2, " "), r"train\[2\] is \['Red_3.jpg', 0, ' '\], expected \[file, label"),
     ],
 )
 def test_what_is_wrong_with_a_split_is_named(pets, change, message):
@@ -269,7 +280,7 @@ def test_lines_of_aircraft_are_named(tmp_path):
         file.write("red\n")
     lines.write_text(lines.read_text().replace(" concorde", " green"))
     draw_image(folder / "images" / "0000014.jpg", "green", 14)
-    with pytest.raises(ValueError, match=r"classes 0 and 4 are both called 'red', expected distinct names"):
+    with pytest.raises(ValueError, match=r"classes 0 and 4 are called 'red' and 'red', expected names that differ"):
         load_dataset("fgvc_aircraft", tmp_path)
 
 
@@ -281,7 +292,31 @@ def test_a_class_in_one_half_of_imagenet_is_named(tmp_path, check):
         check("imagenet", tmp_path)
 
 
-def test_empty_and_unknown_classes_of_imagenet_are_named(tmp_path):
+@pytest.mark.parametrize("check", [load_dataset, check_dataset])
+@pytest.mark.parametrize(
+    ("split", "advice"), [("val", r"run, in that folder, .*/valprep\.sh"), ("train", r"as .*/extract_ILSVRC\.sh does")]
+)
+def test_images_of_imagenet_must_be_sorted(tmp_path, check, split, advice):
+    """As they do not come out of the archives."""
+    images = make_miniature(tmp_path, "imagenet") / "images" / split
+    for path in images.rglob("*.JPEG"):
+        path.rename(images / path.name)
+    for path in images.glob("n*[!G]"):
+        path.rmdir()
+    with pytest.raises(ValueError, match=rf"{images}: there are no folders of classes, expected n0.*: .*{advice}"):
+        check("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("check", [load_dataset, check_dataset])
+def test_unknown_classes_of_imagenet_are_named(tmp_path, check):
+    folder = make_miniature(tmp_path, "imagenet")
+    for split in ("train", "val"):
+        (folder / "images" / split / WNIDS[1]).rename(folder / "images" / split / "n00000000")
+    with pytest.raises(ValueError, match=r"the folder 'n00000000' is no class of ImageNet, or classnames.txt lacks it"):
+        check("imagenet", tmp_path)
+
+
+def test_empty_and_unknown_classes_of_shifted_domains_are_named(tmp_path):
     folder = make_miniature(tmp_path, "imagenet_sketch")
     for path in (folder / "images" / WNIDS[1]).iterdir():
         path.rename(path.with_suffix(".txt"))
@@ -292,7 +327,8 @@ def test_empty_and_unknown_classes_of_imagenet_are_named(tmp_path):
         load_dataset("imagenet_sketch", tmp_path)
 
 
-def test_lines_of_class_names_are_named(tmp_path):
+@pytest.mark.parametrize("check", [load_dataset, check_dataset])
+def test_lines_of_class_names_are_named(tmp_path, check):
     folder = make_miniature(tmp_path, "imagenet")
     for lines, message in (
         ("n01440764", "expected a folder name, a"),
@@ -300,10 +336,22 @@ def test_lines_of_class_names_are_named(tmp_path):
     ):
         (folder / "classnames.txt").write_text(lines)
         with pytest.raises(ValueError, match=rf"classnames.txt, line {len(lines.splitlines())}: .*{message}"):
-            load_dataset("imagenet", tmp_path)
-    (folder / "classnames.txt").write_bytes(b"n01440764 \xe9")
-    with pytest.raises(ValueError, match=r"classnames.txt: .*, expected text in UTF-8"):
-        load_dataset("imagenet", tmp_path)
+            check("imagenet", tmp_path)
+    (folder / "classnames.txt").write_bytes("\ufeffn01440764 é\r\nn01443537 ".encode() + b"\xe9\r\n")
+    with pytest.raises(ValueError, match=r"classnames.txt, line 2: .*, expected text in UTF-8"):
+        check("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_system(tmp_path, end):
+    folder = make_miniature(tmp_path, "imagenet")
+    path = folder / "classnames.txt"
+    path.write_bytes(path.read_bytes().replace(b"\n", end.encode()))
+    assert load_dataset("imagenet", tmp_path).class_names == ("red", "green", "dark blue", "yellow")
+    make_miniature(tmp_path, "csv")
+    path = tmp_path / "my csv" / "table.csv"
+    path.write_bytes(path.read_bytes().replace(b"\r\n", end.encode()))
+    assert load_dataset(f"csv:{path}").class_names == tuple(sorted(FIRST_FOUR))
 
 
 # ---- one's own
@@ -407,6 +455,67 @@ def test_names_with_blanks_and_of_any_script_work(tmp_path):
     assert load_crops(dataset.images, (8, 8)).shape == (8, 3, 8, 8)
 
 
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+@pytest.mark.parametrize("other", ["", "@eaDir"])
+def test_a_class_may_be_called_like_a_split(tmp_path, name, other):
+    folder = make_miniature(tmp_path, "folder")
+    (folder / "red").rename(folder / name)
+    if other:
+        (folder / name / other).mkdir()
+    dataset = load_dataset(f"folder:{folder}")
+    assert dataset.class_names == tuple(sorted({*FIRST_FOUR, name} - {"red"}))
+    assert [found.replace(name, "red") for found in names(dataset, dataset.train)] == colours(dataset, dataset.train)
+    assert len(dataset.images) == 24
+
+
+def test_two_classes_may_be_called_like_splits(tmp_path):
+    folder = make_miniature(tmp_path, "folder")
+    (folder / "red").rename(folder / "train")
+    (folder / "green").rename(folder / "test")
+    assert load_dataset(f"folder:{folder}").class_names == ("dark_blue", "test", "train", "yellow")
+
+
+def test_images_beside_the_folders_of_a_split_are_no_class(tmp_path):
+    for part in ("train", "test"):
+        draw_image(tmp_path / part / "overview.png", "white", 0)
+        for colour in FIRST_FOUR:
+            draw_image(tmp_path / part / colour / "0.png", colour, 0)
+    assert len(load_dataset(f"folder:{tmp_path}").images) == 8
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Cat", "cat"),
+        ("big_cat", "big  CAT"),
+        ("cat ", "_cat"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("cat", "cats"),
+        ("big cat", "bigcat"),
+        ("Ma\u00dfe", "Masse"),
+    ],
+)
+def test_names_are_distinct_if_clips_tokens_are(one, other):
+    tokens = open_clip.tokenize(prompts("a photo of a {}.", [one, other]))
+    if torch.equal(tokens[0], tokens[1]):
+        with pytest.raises(
+            ValueError, match=f"x: classes 0 and 2 are called {one!r} and {other!r}, expected names that"
+        ):
+            check_distinct([one, "dog", other], Path("x"))
+    else:
+        check_distinct([one, "dog", other], Path("x"))
+
+
+def test_names_of_other_encodings(tmp_path):
+    """Files may have them; of a class it makes no prompt."""
+    folder = make_miniature(tmp_path, "folder")
+    (folder / "red" / "0 é.png").rename(folder / "red" / os.fsdecode(b"\xe9.png"))
+    assert len(load_dataset(f"folder:{folder}").images) == 24
+    (folder / "red").rename(folder / os.fsdecode(b"\xe9"))
+    with pytest.raises(ValueError, match=r"my folder: class '.udce9' \(label 3\) has a name that is not UTF-8"):
+        load_dataset(f"folder:{folder}")
+
+
 def test_folders_that_are_no_data_set_are_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=rf"folder:{tmp_path}/none: there is no such folder, expected\n  train/CLASS"
@@ -415,9 +524,17 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there are no folders of classes, expected\n  train/CLASS"):
         check_dataset(f"folder:{tmp_path}")
     draw_image(tmp_path / "train" / "red" / "0.png", "red", 0)
-    with pytest.raises(FileNotFoundError, match=r"there is train/ and no test/, expected\n  train/CLASS"):
+    with pytest.raises(FileNotFoundError, match=r"there is train/CLASS/ and no test/CLASS/, expected\n  train/CLASS"):
         load_dataset(f"folder:{tmp_path}")
+    draw_image(tmp_path / "test" / "0.png", "red", 0)  # of what class?
+    with pytest.raises(FileNotFoundError, match=r"there is train/CLASS/ and no test/CLASS/, expected\n  train/CLASS"):
+        load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "test" / "0.png").unlink()
+    (tmp_path / "train").rename(tmp_path / "training")
     draw_image(tmp_path / "test" / "red" / "0.png", "red", 0)
+    with pytest.raises(FileNotFoundError, match=r"there is test/CLASS/ and no train/CLASS/, expected\n  train/CLASS"):
+        load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "training").rename(tmp_path / "train")
     draw_image(tmp_path / "test" / "green" / "0.png", "green", 0)
     with pytest.raises(ValueError, match=rf"{tmp_path}: class 'green' \(label 0\) has no train image"):
         load_dataset(f"folder:{tmp_path}")
@@ -470,7 +587,22 @@ def test_a_table_with_a_split_is_taken_as_it_is(tmp_path):
             ("path,label,split", "a.png,x,train", "b.png,x,valid"),
             r", line 3: split is 'valid', expected train, val, test",
         ),
-        (("path,label", "a.png,x", "b.png,x", "a.png,y"), r", line 4: 'a.png' stands on line 2 already"),
+        (
+            ("path,label", "a.png,x", "b.png,x", "a.png,y"),
+            r", line 4: 'a.png' is the image of line 2 too, expected it on",
+        ),
+        (("path,label,split", "a.png,x,train", "./a.png,x,test"), r", line 3: './a.png' is the image of line 2 too"),
+        (("path,label", "up/../a.png,x", "b.png,x", "a.png,y"), r", line 4: 'a.png' is the image of line 2 too"),
+        (("path,label", "a.png,x", "", "folder,x"), r", line 4 names .*folder, and there is no such file"),
+        (("path,label", "a.png,x", "dead.png,x"), r", line 3 names .*dead.png, and there is no such file"),
+        (("path,label", "a.png,x, big", "b.png,x"), r", line 2: 3 cells, expected 2; a cell with a comma needs quotes"),
+        (("path,label", 'a.png,"x', "b.png,x"), r", line 3: unexpected end of data, expected a table with the columns"),
+        (("path,label", "a.png,x", "b.png," + 200_000 * "x"), r", line 3: field larger than .*, expected a table with"),
+        (("path,label", "a.png,Cat", "b.png,cat"), r": class 'Cat' has 1 image"),
+        (
+            ("path,label,split", "a.png,Cat,train", "b.png,cat,test"),
+            r": classes 0 and 1 are called 'Cat' and 'cat', expected names that differ in",
+        ),
         (("path,label", "a.png,x", "b.png,y"), r": class 'x' has 1 image, expected at least 2 to split it"),
         (("path,label,split", "a.png,x,train"), r": there are no images to test on"),
         (("path,label",), r": there are no images to test on"),
@@ -479,9 +611,32 @@ def test_a_table_with_a_split_is_taken_as_it_is(tmp_path):
 def test_rows_that_cannot_work_are_named(tmp_path, rows, message):
     for name in ("a", "b"):
         draw_image(tmp_path / f"{name}.png", "red", 0)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dead.png").symlink_to("nowhere")
     path = table(tmp_path, *rows)
     with pytest.raises((ValueError, FileNotFoundError), match=rf"{path}{message}"):
         check_dataset(f"csv:{path}")
+
+
+def test_absolute_paths_in_a_table_are_those_of_relative_ones(tmp_path, monkeypatch):
+    draw_image(tmp_path / "a.png", "red", 0)
+    table(tmp_path, "path,label,split", "a.png,x,train", f"{tmp_path}/a.png,x,test")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"table.csv, line 3: '{tmp_path}/a.png' is the image of line 2 too"):
+        load_dataset("csv:table.csv")
+
+
+def test_a_table_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "table.csv").write_bytes("path,label\na.png,x\né.png,x\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/table.csv, line 3: .*0xe9.*, expected text in UTF-8"):
+        check_dataset(f"csv:{tmp_path}/table.csv")
+
+
+def test_a_table_may_have_blanks_and_empty_cells_at_its_ends(tmp_path):
+    for number in range(2):
+        draw_image(tmp_path / f"{number}.png", "red", number)
+    path = table(tmp_path, "label, path", '"a, b", 0.png,', "", ' "a, b",1.png')
+    assert load_dataset(f"csv:{path}").class_names == ("a, b",)
 
 
 def test_a_missing_table_is_named(tmp_path):
@@ -562,12 +717,23 @@ SHARES = {
 }
 
 
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Downloads are expected to be as large as `lay_download` makes them."""
+    for name, shares in SHARES.items():
+        images = tuple(4 * share for share in shares if share)
+        monkeypatch.setitem(SIZES, name, Size(images, 4))
+    for name in ("caltech101", "eurosat", "sun397"):
+        monkeypatch.setitem(SIZES, name, Size((40,), 4))
+    monkeypatch.setitem(SIZES, "caltech101", Size((41,), 5))  # the face is left out later
+    monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda *_: True)  # of its files' sums
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "classes", list(COLOURS)[:4])
+
+
 @pytest.mark.parametrize("name", SHARES)
+@pytest.mark.usefixtures("small")
 def test_downloads_are_split_and_named(tmp_path, name, monkeypatch):
     lay_download(tmp_path, name)
-    if name == "oxford_flowers":  # checks the sums of its files
-        monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda *_: True)
-        monkeypatch.setattr(torchvision.datasets.Flowers102, "classes", list(COLOURS))
     check_dataset(name, tmp_path, download=True)
     dataset = load_dataset(name, tmp_path, download=True)
     assert dataset.test is not None
@@ -592,7 +758,80 @@ def test_downloads_are_split_and_named(tmp_path, name, monkeypatch):
     assert torch.equal(again.labels, dataset.labels)
 
 
-def test_poor_names_of_classes_are_coops(tmp_path):
+def test_the_sizes_of_all_downloads_are_known():
+    """As published: of Caltech101 without its 467 images of background, of FGVC-Aircraft a third in each split."""
+    assert {name: (sum(size.images), size.classes) for name, size in SIZES.items()} == {
+        "caltech101": (9144 - 467, 102 - 1),
+        "oxford_pets": (7349, 37),
+        "oxford_flowers": (8189, 102),
+        "food101": (101 * 1000, 101),
+        "fgvc_aircraft": (100 * 100, 100),
+        "sun397": (108_754, 397),
+        "dtd": (47 * 120, 47),
+        "eurosat": (27_000, 10),
+    }
+    assert set(SIZES) == {name for name in ELEVEN if LAYOUTS[name].downloads}
+
+
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_download_is_no_data_set(tmp_path, name):
+    """Torchvision lists what an archive's unpacking left behind."""
+    lay_download(tmp_path, name)
+    folder = tmp_path / "torchvision" / name
+    kept = [path for path in sorted(folder.rglob("*.jpg")) if "Faces_easy" not in path.parts]
+    kept[-1].unlink()  # of the last class, and for testing
+    for _ in range(2):
+        with pytest.raises(
+            OSError,
+            match=rf"{name}: {folder} has (40|39|28 \+ 11|20 \+ 8 \+ 11) images of [45] classes, expected "
+            r"(41|40|28 \+ 12|20 \+ 8 \+ 12) of [45]: the download was interrupted; delete this folder and try again",
+        ):
+            load_dataset(name, tmp_path, download=True)
+        assert not (folder / "split.json").exists()
+    shutil.rmtree(folder)
+    lay_download(tmp_path, name)
+    assert load_dataset(name, tmp_path, download=True).root == folder
+
+
+@pytest.mark.usefixtures("small")
+def test_classes_that_a_download_lacks_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "eurosat", Size((40,), 5))
+    lay_download(tmp_path, "eurosat")
+    with pytest.raises(OSError, match=r"eurosat has 40 images of 4 classes, expected 40 of 5: the download was int"):
+        load_dataset("eurosat", tmp_path, download=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "instead"),
+    [
+        ("caltech101", "caltech101/101_ObjectCategories/BACKGROUND_Google", None),
+        ("food101", "food-101/meta/test.json", b'{"red": ["red/'),
+        ("food101", "food-101/meta/train.json", None),
+        ("fgvc_aircraft", "fgvc-aircraft-2013b/data/variants.txt", b"red\n"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", b"red_8 1"),
+        ("sun397", "SUN397/ClassName.txt", b"/r/red\n"),
+    ],
+)
+def test_lists_that_an_interrupted_download_lacks_do_not_end_in_a_traceback(tmp_path, name, lost, instead):
+    lay_download(tmp_path, name)
+    folder = tmp_path / "torchvision" / name
+    path = folder / lost
+    assert path.exists()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if instead is not None:
+        path.write_bytes(instead)
+    with pytest.raises(
+        OSError,
+        match=rf"(?s){name}: torchvision's download failed: .*; if an earlier one was interrupted, delete {folder} and "
+        rf"try again\n{name}: there is no folder",
+    ):
+        load_dataset(name, tmp_path, download=True)
+
+
+def test_poor_names_of_classes_are_coops(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "eurosat", Size((12,), 3))
+    monkeypatch.setitem(SIZES, "sun397", Size((8,), 2))
     data = tmp_path / "torchvision" / "eurosat" / "eurosat" / "2750"
     for number in range(4):
         for name in ("AnnualCrop", "SeaLake", "River"):

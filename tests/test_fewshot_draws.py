@@ -20,6 +20,7 @@ import pytest
 import torch
 from miniature_datasets import make_miniature
 
+from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.datasets import (
     Dataset,
     Draw,
@@ -268,6 +269,36 @@ def test_a_written_draw_is_read_again(tmp_path, pets, kind):
         assert same(read_draw(path, dataset), drawn)
         assert same(draw(dataset, 2, 7, f"{tmp_path}/runs/{dataset.name} {{shots}} {{seed}}.json"), drawn)
         assert [file.name for file in path.parent.glob(f"*{dataset.name}*")] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["oxford_pets", "folder:{}/my data/", "csv:{}/my data/table.csv", "digits"])
+def test_the_path_of_a_draw_has_the_names_of_runs(tmp_path, name, monkeypatch):
+    """So that runs on several data sets can use those of an earlier sweep again."""
+    make_miniature(tmp_path, "oxford_pets")
+    make_miniature(tmp_path, "csv").parent.rename(tmp_path / "my data")
+    name = name.format(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dataset = load_dataset(name, tmp_path)
+    drawn = draw(dataset, 1, 2)
+    run = Run("lora", 1, 0.0002, 2, data=name)
+    write_draw(tmp_path / "runs" / run.name / "draw.json", dataset, drawn)
+    for root in ("~", tmp_path):
+        path = f"{root}/runs/{{data}}-lora-{{shots}}shot-lr0.0002-seed{{seed}}/draw.json"
+        assert same(draw(dataset, 1, 2, path), drawn)
+        for half in base_and_new(dataset):
+            assert same(draw(half, 1, 2, path), draw(half, 1, 2))
+    with pytest.raises(FileNotFoundError, match=r"made_up-lora-1shot-lr0.0002-seed2/draw.json: there is no such file"):
+        draw(split_dataset(), 1, 2, path)
+
+
+def test_files_of_other_encodings_can_be_drawn(tmp_path):
+    folder = make_miniature(tmp_path, "folder")
+    for path in sorted(folder.rglob("*.png")):
+        path.rename(path.with_name(os.fsdecode(path.name.encode("latin-1"))))
+    dataset = load_dataset(f"folder:{folder}")
+    drawn = draw(dataset, 2, 0)
+    write_draw(tmp_path / "draw.json", dataset, drawn)
+    assert same(read_draw(tmp_path / "draw.json", dataset), drawn)
 
 
 def test_a_file_names_the_images(tmp_path, pets):

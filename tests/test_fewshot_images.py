@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
+import threading
+import weakref
+import zlib
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as torchvision
@@ -434,11 +438,97 @@ def test_too_large_an_image_is_named_with_the_limit(tmp_path, picture, monkeypat
     assert len(decode([fitting])) == 1
     for path, n in ((too_large, 220), (huge, 600)):
         with pytest.raises(
-            ValueError, match=rf"{path} is not decoded: .*\({n} pixels\) .*PIL.Image.MAX_IMAGE_PIXELS = 200"
+            ValueError,
+            match=rf"{path} is not decoded: .*\({n} pixels\) .*: shrink the file. .*\.MAX_IMAGE_PIXELS, now 200",
         ):
             decode([fitting, path])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert len(decode([fitting, too_large, huge])) == 3
+
+
+def test_of_two_damaged_files_the_first_is_named_wherever_it_is_damaged(tmp_path, picture):
+    """Behind its header the first one, which is found later than a header that is none."""
+    picture.resize((300, 200)).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.png").write_text("no image")
+    names = ["whole.png", "cut.png", "text.png", "missing.png"]
+    for first in range(1, 4):
+        with pytest.raises((ValueError, FileNotFoundError), match=names[first]):
+            DeviceImages.from_files([tmp_path / name for name in ("whole.png", *names[first:])], "cpu")
+
+
+@pytest.mark.parametrize("shorter_side", [None, 16, 10])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_headers_tell_the_sizes_of_turned_files(tmp_path, picture, suffix, orientation, shorter_side):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{suffix}"
+    picture.resize((67, 33)).save(path, exif=exif)
+    (stored,) = DeviceImages.from_files([path], "cpu", shorter_side=shorter_side)
+    factor = {None: 1, 16: 2, 10: 3}[shorter_side]
+    with Image.open(path) as image:
+        if shorter_side is not None:
+            image.draft(None, (-(-67 // factor), -(-33 // factor)))
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    assert (upright.height > upright.width) == (orientation > 4)
+    left = min(upright.size) // (shorter_side or 10_000)  # for Pillow to do where the decoder has halved the image
+    assert torch.equal(stored, pixels(upright.reduce(left) if left > 1 else upright))
+
+
+def test_exif_that_follows_the_pixels_turns_them_too(tmp_path, picture):
+    """A PNG tells it only when it is decoded."""
+    picture.save(tmp_path / "photo.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(content)) + b"eXIf" + content + struct.pack(">I", zlib.crc32(b"eXIf" + content))
+    data = (tmp_path / "photo.png").read_bytes()
+    (tmp_path / "photo.png").write_bytes(data[:-12] + chunk + data[-12:])  # before IEND
+    stored = DeviceImages.from_files([tmp_path / "photo.png"] * 2, "cpu")
+    assert stored.sizes.tolist() == [[7, 5]] * 2
+    assert torch.equal(stored[1], pixels(picture).rot90(-1, (1, 2)))
+
+
+def test_an_image_that_is_not_of_its_headers_size_is_named(tmp_path, picture, monkeypatch):
+    for name in ("a.png", "b.png"):
+        picture.save(tmp_path / name)
+    decoded = module._pixels
+    monkeypatch.setattr(module, "_pixels", lambda image: decoded(image)[:, :4])
+    with pytest.raises(ValueError, match=r"a.png has \[4, 7\] pixels, expected \[5, 7\], as its header says"):
+        DeviceImages.from_files([tmp_path / "a.png", tmp_path / "b.png"], "cpu")
+
+
+def test_no_second_copy_of_the_images_is_made(tmp_path, picture, monkeypatch):
+    """Beside the buffer only what the threads are just decoding is alive."""
+    paths = [tmp_path / f"{i}.png" for i in range(150)]
+    for path in paths:
+        picture.save(path)
+    decoded, size_of = module._pixels, module._size_of
+    alive: set[int] = set()
+    most, threads = [0], {"headers": set(), "pixels": set()}
+
+    def counted(image: Image.Image) -> Tensor:
+        tensor = decoded(image)
+        threads["pixels"].add(threading.get_ident())
+        alive.add(id(tensor))
+        weakref.finalize(tensor, alive.discard, id(tensor))
+        most[0] = max(most[0], len(alive))
+        return tensor
+
+    def header(*arguments: Any) -> Any:
+        threads["headers"].add(threading.get_ident())
+        return size_of(*arguments)
+
+    monkeypatch.setattr(module, "_pixels", counted)
+    monkeypatch.setattr(module, "_size_of", header)
+    stored = DeviceImages.from_files(paths, "cpu")
+    assert most[0] <= 33  # the most threads that a pool starts, and one that is just given back
+    assert all(torch.equal(image, pixels(picture)) for image in stored)
+    for idents in threads.values():
+        assert idents
+        assert threading.get_ident() not in idents
 
 
 def test_large_images_are_reduced_to_what_is_enough(tmp_path):

@@ -1,6 +1,11 @@
+import errno
+import io
 import json
+import shutil
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import fewshot_standin as standin
 import matplotlib.image
@@ -59,6 +64,97 @@ def test_a_run_that_ends_badly_leaves_its_log(tmp_path):
         train(standin.config(tmp_path, log_every=1), RUN, standin.setting(), tmp_path / "run", stop)
     assert [line["step"] for line in read_json_lines(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
     assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_each_line_is_there_as_soon_as_it_is_told(tmp_path):
+    seen = []
+
+    def look(done: int, loss: float) -> None:
+        lines = read_json_lines(tmp_path / "run" / "log.jsonl")
+        seen.append([(line["step"], line["loss"] == loss) for line in lines][-1:])
+
+    train(standin.config(tmp_path, log_every=2), RUN, standin.setting(), tmp_path / "run", look)
+    assert seen == [[], [(2, True)], [(2, False)], [(4, True)], [(4, False)], [(6, True)]]
+
+
+def test_a_run_that_was_killed_goes_on_with_the_lines_of_its_checkpoint(tmp_path):
+    """And not with those that it wrote after it, or the one of which it wrote a part."""
+    config = standin.config(tmp_path, log_every=1, checkpoint_every=2)
+
+    def copy(done: int, loss: float) -> None:  # what a kill would leave
+        if done == 3:
+            shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+
+    train(config, RUN, standin.setting(), tmp_path / "whole", copy)
+    log = tmp_path / "killed" / "log.jsonl"
+    assert [line["step"] for line in read_json_lines(log)] == [1, 2, 3]
+    assert not (tmp_path / "killed" / "loss.png").exists()
+    with log.open("a") as file:
+        file.write('{"step": 4, "lo')
+    starts = []
+
+    def look(done: int, loss: float) -> None:
+        starts.append([json.loads(line)["step"] for line in log.read_text().splitlines()])
+
+    train(config, RUN, standin.setting(), tmp_path / "killed", look)
+    assert starts[0] == [1, 2, 3]
+    assert log.read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+    assert (tmp_path / "killed" / "loss.png").exists()
+
+
+def test_a_run_that_starts_again_starts_its_log_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 9}\n')
+    train(standin.config(tmp_path, log_every=3), RUN, standin.setting(), tmp_path / "run")
+    assert [line["step"] for line in read_json_lines(tmp_path / "run" / "log.jsonl")] == [3, 6]
+
+
+class Full(io.RawIOBase):
+    """A file on a disk without room."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_ends_the_run_with_what_it_says(tmp_path, monkeypatch):
+    """Once: neither the file, whose rest cannot be written when it is closed, nor the figure says it again."""
+    opened, written = Path.open, logs.write_atomically
+
+    def on_full_disk(path: Path, *mode: Any, **options: Any) -> Any:
+        full = (path.name, *mode) == ("log.jsonl", "ab")
+        return io.BufferedWriter(Full()) if full else opened(path, *mode, **options)
+
+    def no_figure(path: Path, content: bytes) -> None:
+        if path.name == "loss.png":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written(path, content)
+
+    monkeypatch.setattr(Path, "open", on_full_disk)
+    monkeypatch.setattr(logs, "write_atomically", no_figure)
+    steps = []
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$") as error:
+        train(
+            standin.config(tmp_path, log_every=2),
+            RUN,
+            standin.setting(),
+            tmp_path / "run",
+            lambda done, loss: steps.append(done),
+        )
+    assert steps == [1]  # the second step is the first that is logged
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.__context__ is None
+
+
+def test_a_process_that_does_not_lead_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with logs.RunLog(standin.config(tmp_path, tensorboard=True, wandb="x"), "run", None, []) as log:
+        log.add(1, 0.5, 0.1)
+        log.finish({"steps": 1, "new": 0.5})
+    assert log.lines == [{"step": 1, "loss": 0.5, "learning_rate": 0.1}]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("options", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "x"}, "wandb")])

@@ -2,6 +2,7 @@ import errno
 import io
 import itertools
 import time
+from pathlib import Path
 
 import pytest
 import submitit
@@ -11,11 +12,13 @@ from rich.console import Console
 
 from complora_kernels.fewshot import grid, jobs, slurm, sweep
 from complora_kernels.fewshot.__main__ import main
+from complora_kernels.fewshot.datasets import ELEVEN
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.recipe import MEASURED
 from complora_kernels.fewshot.sweep import SweepConfig, prepare_sweep, run_sweep
 
 CONSOLE = Console(file=io.StringIO())
+SWEEPS = Path(__file__).parents[1] / "benchmarks" / "sweeps"
 CONTENT = {
     "shots": [1, 2],
     "seeds": [0, 3],
@@ -299,3 +302,26 @@ def test_two_folders_of_one_name_in_runs(tmp_path):
     data = [f"folder:{make_miniature(tmp_path / name, 'folder')}" for name in ("a b", "a_b")]
     with pytest.raises(ValueError, match=r"two runs are called folder_.*_a_b_.*, expected names of methods, and of"):
         prepare_sweep(write(tmp_path, CONTENT, data=data))
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "trained", "anchors"),
+    [("few-shot", "few-shot", 6 * 5, 2 * 5), ("base-to-new", "base-to-new", 6, 0), ("retention", "retention", 6, 0)],
+)
+def test_the_sweeps_of_the_paper_are_read_as_they_stand(tmp_path, name, protocol, trained, anchors):
+    for data in ELEVEN:
+        make_miniature(tmp_path, data, classes=2, per_class=(20, 4, 1))
+    text = (SWEEPS / f"{name}.yaml").read_text().replace("data_root: /data", f"data_root: {tmp_path}")
+    (tmp_path / f"{name}.yaml").write_text(text)
+    found = sweep.read_sweep(SweepConfig(tmp_path / f"{name}.yaml"))
+    assert {job.config.protocol for job in found.jobs} == {protocol}
+    assert {job.run.data for job in found.jobs} == set(ELEVEN)
+    assert {job.config.steps_for(job.run.shots) for job in found.jobs} == {500 * job.run.shots for job in found.jobs}
+    assert len(found.jobs) == 11 * 3 * (trained + anchors)
+    assert found.slurm["gpus_per_node"] == 1
+
+
+def test_the_ablation_is_read_as_it_stands():
+    found = sweep.read_sweep(SweepConfig(SWEEPS / "glyphs-ablation.yaml"))
+    assert len(found.jobs) == 1200
+    assert (len({job.run.seed for job in found.jobs}), len({job.run.title for job in found.jobs})) == (10, 40)

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN, NAMES
-from complora_kernels.fewshot.templates import prompts, templates_for
+from complora_kernels.fewshot.templates import prompts, templates_for, training_template
 
 # SHA-256 of the sorted lines of each list in data/prompts.md of github.com/openai/CLIP, and how many they are.
 PUBLISHED = {
@@ -93,6 +93,29 @@ def test_a_template_without_one_place_is_refused(choice):
 def test_no_templates_are_refused():
     with pytest.raises(ValueError, match=r"templates is empty, expected at least one"):
         templates_for((), "dtd")
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "expected"),
+    [
+        ("ensemble", "imagenet", "a photo of a {}."),  # its 80 begin with "a bad photo of a {}."
+        ("ensemble", "dtd-base", "{} texture."),
+        ("ensemble", "ucf101", "a photo of a person doing {}."),
+        ("clip", "eurosat", "a centered satellite photo of {}."),
+        ("default", "eurosat", "a photo of a {}."),
+        ("my {}!", "dtd", "my {}!"),
+        (("my {}!", "a {}"), "dtd", "my {}!"),
+        (("ensemble", "a {}"), "dtd", "{} texture."),
+    ],
+)
+def test_a_step_has_one_template(choice, name, expected):
+    assert training_template(choice, name) == expected
+
+
+@pytest.mark.parametrize(("choice", "words"), [("a photo", "expected one {}"), ((), "is empty"), ("", "=..:")])
+def test_a_step_without_a_template_is_refused(choice, words):
+    with pytest.raises(ValueError, match=words):
+        training_template(choice, "dtd")
 
 
 def test_prompts_fill_the_template_in():

@@ -33,8 +33,8 @@ def tip_adapter(
 
 
 def linear_probe(
-    features: Tensor,  # [N, D]
-    train_features: Tensor,  # [S, D]
+    features: Tensor,  # [N, D], as the model gives them
+    train_features: Tensor,  # [S, D], likewise
     train_labels: Tensor,  # int64 [S]
     classes: int,
     *,
@@ -42,8 +42,9 @@ def linear_probe(
 ) -> Tensor:
     """Logits [N, classes] of scikit-learn's logistic regression on the shots' features.
 
-    `C`, the inverse strength of its L2 penalty, is CLIP's (arXiv 2103.00020, its published example). Classes without
-    a shot get -inf.
+    `C`, the inverse strength of its L2 penalty, is CLIP's (arXiv 2103.00020, the example in its README), which fits
+    what `encode_image` returns. Of features divided by their norm the weights would be that much larger, and their
+    penalty by its square. Classes without a shot get -inf.
     """
     from sklearn.linear_model import LogisticRegression
 

@@ -44,6 +44,7 @@ class Task:
         batch_size: images per forward pass.
         budget: what decoded images of files may take; None: as much as they need. Those beyond it are decoded at each
             use.
+        training_template: that of `training_features`; None: the first of `templates`.
     """
 
     def __init__(
@@ -53,33 +54,50 @@ class Task:
         templates: Sequence[str],
         batch_size: int = 256,
         budget: MemoryBudget | None = None,
+        training_template: str | None = None,
     ):
         self.dataset = dataset
         self.backbone = backbone
         self.batch_size = batch_size
-        texts = [text for template in templates for text in prompts(template, dataset.class_names)]
-        self.tokens = backbone.tokenize(texts).to(backbone.device)  # [T · C, L]
+        self.tokens = self._tokenize(templates)  # [T · C, L]
+        training_template = templates[0] if training_template is None else training_template
+        self.training_tokens = self._tokenize([training_template])  # [C, L]
         self._zero_shot: dict[torch.dtype, Tensor] = {}  # [N]: 1 correct, 0 wrong, -1 not asked yet
         self._crops: dict[int, Tensor] = {}  # uint8 [3, S, S], by image
         self._budget = MemoryBudget() if budget is None else budget
 
     def class_features(self, model: Any, team: Team = ALONE) -> Tensor:  # float32 [C, D]
-        """The normalised features of the classes, differentiable; every process of a team encodes its part of them."""
-        tokens = team.rows_of(self.tokens)
-        parts = [tokens] if torch.is_grad_enabled() else tokens.split(max(self.batch_size, 1))  # memory for one part
-        features = torch.cat([model.encode_text(part, normalize=True).float() for part in parts])
-        features = team.gather(features, len(self.tokens))  # [T · C, D]
+        """The normalised features by which images are named: of several templates the normalised mean.
+
+        Every process of a team encodes its part of the prompts.
+        """
+        features = self._text_features(model, self.tokens, team)  # [T · C, D]
         if len(features) == len(self.dataset.class_names):
             return features
         return F.normalize(features.unflatten(0, (-1, len(self.dataset.class_names))).mean(0), dim=-1)
 
-    @torch.no_grad()
-    def image_features(self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The normalised features [N, D] of the images `indices` [N], float32 on the backbone's device.
+    def training_features(self, model: Any, team: Team = ALONE) -> Tensor:  # float32 [C, D]
+        """The normalised features that a training step compares images with, differentiable: of one template.
 
-        `dtype` is that of the model, the backbone's or an adapted copy of it, in eval mode.
+        A step keeps what every layer of the text tower computed of every prompt, and computes all of them again: with
+        ImageNet's ensemble 80 prompts a class, 80,000 a step. An ensemble averages over the words around a name when
+        images are named; the weights need not see them all.
         """
-        features = [model.encode_image(x.to(dtype), normalize=True).float() for x in self.pixels(indices)]
+        return self._text_features(model, self.training_tokens, team)
+
+    @torch.no_grad()
+    def image_features(
+        self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32, *, normalize: bool = True
+    ) -> Tensor:
+        """The features [N, D] of the images `indices` [N], float32 on the backbone's device.
+
+        Args:
+            model: the backbone's or an adapted copy of it, in eval mode.
+            indices: which images.
+            dtype: that of the model.
+            normalize: divide each by its norm, as the cosine with the classes' features wants it.
+        """
+        features = [model.encode_image(x.to(dtype), normalize=normalize).float() for x in self.pixels(indices)]
         return torch.cat(features) if features else self.class_features(model)[:0]
 
     @torch.no_grad()
@@ -87,12 +105,16 @@ class Task:
         """Whether the class nearest to each image, by the cosine of their features, is its own: bool [N], on the CPU.
 
         Every process of a team encodes a part of the prompts, and asks about its own images.
+
+        Raises:
+            SharedError: in every process of a team, what went wrong in one.
         """
         class_features = self.class_features(model, team)
-        nearest = [
-            (model.encode_image(x.to(dtype), normalize=True).float() @ class_features.T).argmax(-1).cpu()
-            for x in self.pixels(indices)
-        ]
+        with team.together():
+            nearest = [
+                (model.encode_image(x.to(dtype), normalize=True).float() @ class_features.T).argmax(-1).cpu()
+                for x in self.pixels(indices)
+            ]
         return self.agrees(torch.cat(nearest) if nearest else indices[:0], indices)
 
     def agrees(self, answers: Tensor, indices: Tensor) -> Tensor:
@@ -108,8 +130,9 @@ class Task:
         answers = self._zero_shot.setdefault(dtype, torch.full([len(self.dataset.labels)], -1))
         indices = team.share(indices)
         unknown = indices[answers[indices] < 0]
-        if len(unknown):
-            answers[unknown] = self.is_correct(self.backbone.in_dtype(dtype), unknown, dtype).long()
+        with team.together():
+            if len(unknown):  # in some of the processes only: each encodes all prompts for itself
+                answers[unknown] = self.is_correct(self.backbone.in_dtype(dtype), unknown, dtype).long()
         return self.mean(answers[indices] > 0, team)
 
     def mean(self, correct: Tensor, team: Team = ALONE) -> float:
@@ -132,9 +155,23 @@ class Task:
         self._budget.give_back(sum(crop.numel() for crop in self._crops.values()))
         self._crops = {}
 
+    def _tokenize(self, templates: Sequence[str]) -> Tensor:  # [T · C, L]
+        texts = [text for template in templates for text in prompts(template, self.dataset.class_names)]
+        return self.backbone.tokenize(texts).to(self.backbone.device)
+
+    def _text_features(self, model: Any, tokens: Tensor, team: Team) -> Tensor:  # [N, L] to normalised float32 [N, D]
+        own = team.rows_of(tokens)
+        if torch.is_grad_enabled():  # in a step, which a CUDA graph may hold: nobody asks the others how they are
+            features = model.encode_text(own, normalize=True).float()
+        else:
+            parts = own.split(max(self.batch_size, 1))  # memory for one part
+            with team.together():
+                features = torch.cat([model.encode_text(part, normalize=True).float() for part in parts])
+        return team.gather(features, len(tokens))
+
     def _decoded(self, indices: Tensor) -> Tensor:  # uint8 [B, 3, S, S]
         images: Any = self.dataset.images
-        unknown = [i for i in indices.tolist() if i not in self._crops]
+        unknown = [i for i in dict.fromkeys(indices.tolist()) if i not in self._crops]
         fresh: dict[int, Tensor] = {}
         if unknown:
             paths = [images[i] for i in unknown]

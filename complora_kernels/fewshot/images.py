@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -45,15 +46,12 @@ class DeviceImages:
         target: the device on which batches are computed.
     """
 
-    def __init__(self, images: Sequence[Tensor], device: str | torch.device, budget_bytes: int | None = None):
+    def __init__(self, sizes: Sequence[tuple[int, int]], device: str | torch.device, budget_bytes: int | None = None):
         self.target = torch.device(device)
-        self.sizes = torch.tensor([image.shape[1:] for image in images])
-        self._shapes = [image.shape for image in images]
-        self._starts = [0, *accumulate(image.numel() for image in images)]
+        self.sizes = torch.tensor(sizes)
+        self._starts = [0, *accumulate(3 * height * width for height, width in sizes)]
         self.pixels = _allocate(self._starts[-1], self.target, budget_bytes)
         self._is_pinned = self.target.type == "cuda" and self.device.type == "cpu"
-        for i, image in enumerate(images):
-            self[i].copy_(image)
 
     @classmethod
     def from_tensors(
@@ -76,7 +74,10 @@ class DeviceImages:
         for i, image in enumerate(images):
             if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or not image.numel():
                 raise ValueError(f"images[{i}] is {image.dtype} {list(image.shape)}, expected uint8 [3, H, W]")
-        return cls(images, device, budget_bytes)
+        stored = cls([(image.shape[1], image.shape[2]) for image in images], device, budget_bytes)
+        for i, image in enumerate(images):
+            stored._put(i, image)
+        return stored
 
     @classmethod
     def from_files(
@@ -88,7 +89,9 @@ class DeviceImages:
         shorter_side: int | None = None,
         progress: bool = True,
     ) -> DeviceImages:
-        """Decode image files, each once and on all cores.
+        """Decode image files, each once and on all cores, straight into the buffer, whose size their headers tell.
+
+        Beside the buffer the memory holds the images that are just being decoded, one a thread.
 
         They become RGB: alpha is dropped, grey repeated. They are turned upright as EXIF says, which torchvision's own
         loaders leave undone: pixels should be as people see them, and as captions describe them. `load_crops` does the
@@ -105,17 +108,29 @@ class DeviceImages:
             progress: show a progress bar on stderr once the work has taken two seconds.
 
         Raises:
-            ValueError: no paths, or a file that cannot be decoded or has more pixels than Pillow's limit
-                (`PIL.Image.MAX_IMAGE_PIXELS`, against files that are made to fill the memory); the first is named.
+            ValueError: no paths, or a file that cannot be decoded, is not of the size that its header says, or has
+                more pixels than Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`, against files that are made to fill the
+                memory); the first is named.
             OSError: a file that cannot be read.
         """
         if shorter_side is not None and shorter_side < 1:
             raise ValueError(f"shorter_side={shorter_side}, expected at least 1")
 
-        def decode(i: int, path: str | Path) -> Tensor:  # uint8 [3, H, W]
-            return _pixels(_open(path, shorter_side))
+        def size_of(i: int, path: str | Path) -> tuple[int, int]:
+            return _size_of(path, shorter_side)
 
-        return cls(_for_each_file(decode, paths, None, progress), device, budget_bytes)
+        sizes = _for_each_file(size_of, paths, None, progress, "reading headers")
+        stored = cls(sizes, device, budget_bytes)
+
+        def decode(i: int, path: str | Path) -> None:
+            image = _pixels(_open(path, shorter_side))
+            if sorted(image.shape[1:]) != sorted(sizes[i]):
+                found, expected = list(image.shape[1:]), list(sizes[i])
+                raise ValueError(f"{path} has {found} pixels, expected {expected}, as its header says")
+            stored._put(i, image)
+
+        _for_each_file(decode, paths, None, progress)
+        return stored
 
     @property
     def bytes(self) -> int:
@@ -128,11 +143,16 @@ class DeviceImages:
         return self.pixels.device
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self.sizes)
 
     def __getitem__(self, index: int) -> Tensor:
         index = range(len(self))[index]
-        return self.pixels[self._starts[index] : self._starts[index + 1]].view(self._shapes[index])
+        return self.pixels[self._starts[index] : self._starts[index + 1]].view(3, *self.sizes[index].tolist())
+
+    def _put(self, index: int, image: Tensor) -> None:
+        """Fill the place of an image, which may have been turned on its side: it takes as many bytes."""
+        self.sizes[index] = torch.tensor(image.shape[1:])
+        self[index].copy_(image)
 
 
 def load_crops(
@@ -400,7 +420,11 @@ def _check(images: DeviceImages, indices: Tensor, boxes: Tensor, flips: Tensor, 
 
 
 def _for_each_file(
-    work: Callable[[int, str | Path], T], paths: Sequence[str | Path], workers: int | None, progress: bool
+    work: Callable[[int, str | Path], T],
+    paths: Sequence[str | Path],
+    workers: int | None,
+    progress: bool,
+    doing_what: str = "decoding images",
 ) -> list[T]:
     """`work(i, path)` of every path, in threads. The first path's error is raised, whichever came first in time."""
     if not paths:
@@ -410,37 +434,60 @@ def _for_each_file(
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # which does not name the file
         try:
             doing = pool.map(work, range(len(paths)), paths)
-            with tqdm(
-                doing, "decoding images", len(paths), unit="image", delay=2, leave=False, disable=not progress
-            ) as bar:
+            with tqdm(doing, doing_what, len(paths), unit="image", delay=2, leave=False, disable=not progress) as bar:
                 return list(bar)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the files still to come
 
 
 def _open(path: str | Path, shorter_side: int | None = None) -> Image.Image:  # RGB, upright
+    with _reading(path, shorter_side) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "P":
+            upright = upright.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB at once
+        rgb = upright.convert("RGB")
+        factor = _reduction(rgb, shorter_side)
+        return rgb.reduce(factor) if factor > 1 else rgb
+
+
+def _size_of(path: str | Path, shorter_side: int | None) -> tuple[int, int]:
+    """Height and width of what `_open` will return, before EXIF turns it: its bytes, without decoding it.
+
+    (0, 0) where that fails: a file before it may be damaged behind its header, and the first one is to be named.
+    """
+    try:
+        with _reading(path, shorter_side) as image:
+            factor = _reduction(image, shorter_side)
+            return -(-image.height // factor), -(-image.width // factor)
+    except (OSError, ValueError):
+        return 0, 0
+
+
+@contextmanager
+def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image]:
+    """An image that is not decoded yet; of a JPEG as many pixels will be decoded as are needed."""
     try:
         with Image.open(path) as image:
             if image.mode in ("I", "F") or ";" in image.mode:
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-            factor = 1 if shorter_side is None else max(1, min(image.size) // shorter_side)
+            factor = _reduction(image, shorter_side)
             if factor > 1:  # a JPEG: by 2, 4 or 8 while decoding
                 image.draft(None, (-(-image.width // factor), -(-image.height // factor)))
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "P":
-                upright = upright.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB at once
-            rgb = upright.convert("RGB")
-            factor = 1 if shorter_side is None else min(rgb.size) // shorter_side
-            return rgb.reduce(factor) if factor > 1 else rgb
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path} is not decoded: {error} The limit for images that you trust is yours to set: "
-            f"PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
+            f"{path} is not decoded: {error} Expected fewer pixels: shrink the file. (A Python program that trusts it "
+            f"may raise PIL.Image.MAX_IMAGE_PIXELS, now {Image.MAX_IMAGE_PIXELS}.)"
         ) from error
     except Exception as error:  # of whatever kind a decoder meets damaged bytes with
         if isinstance(error, OSError) and error.errno is not None:  # the file system's, which names the file
             raise
         raise ValueError(f"{path} cannot be decoded: {error}") from error
+
+
+def _reduction(image: Image.Image, shorter_side: int | None) -> int:
+    """How many pixels of a length become one."""
+    return 1 if shorter_side is None else max(1, min(image.size) // shorter_side)
 
 
 def _pixels(image: Image.Image) -> Tensor:  # uint8 [3, H, W]

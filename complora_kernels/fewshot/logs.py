@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: its log, TensorBoard's and Weights & Biases' when asked, and a figure."""
+"""What a run writes down while it goes: its log, and TensorBoard's and Weights & Biases' when asked; then a figure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.files import write_atomically
@@ -27,21 +27,29 @@ def check_loggers(config: TrainConfig) -> None:
 
 
 class RunLog:
-    """The lines of one run, written to its folder with a figure when it ends, well or not.
+    """The lines of one run, in a file of its folder as they come, and a figure when it ends, well or not.
+
+    The file starts with the lines of the part of the run that went before: what a killed one logged after its
+    checkpoint, perhaps half a line, is logged again.
 
     Args:
         config: which other loggers are asked for.
         name: the run's.
         folder: where everything goes; None writes nothing, as in all processes of a team but the first.
         lines: those of the part of the run that went before.
+
+    Raises:
+        OSError: the file cannot be written; from `add`, and from the end of a run that ends well, too.
     """
 
     def __init__(self, config: TrainConfig, name: str, folder: Path | None, lines: list[dict[str, Any]]):
         self.lines, self.folder = lines, folder
+        self._file: IO[bytes] | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
         if folder is None:
             return
+        write_atomically(folder / LOG, b"".join(map(_encoded, lines)))
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -54,6 +62,7 @@ class RunLog:
             self._wandb = wandb.init(
                 project=config.wandb, name=name, id=f"{name}-{place:08x}", dir=folder, resume="allow"
             )
+        self._file = (folder / LOG).open("ab")
 
     def __enter__(self) -> RunLog:
         return self
@@ -61,19 +70,24 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
-        if error is None:
-            self._write()
-        else:
-            with contextlib.suppress(OSError):  # the error that ends the run is the news
-                self._write()
+        # The error that ends the run is the news: after a full disk nothing else can be written either.
+        quietly = contextlib.nullcontext() if error is None else contextlib.suppress(OSError)
+        with quietly, contextlib.ExitStack() as endings:  # all of them, the last one first
+            endings.callback(self._draw)
+            if self._wandb is not None:
+                endings.callback(self._wandb.finish, exit_code=0 if error is None else 1)
+            if self._tensorboard is not None:
+                endings.callback(self._tensorboard.close)
+            if self._file is not None:
+                endings.callback(self._file.close)
 
     def add(self, step: int, loss: float, learning_rate: float) -> None:
         """After `step` steps."""
-        self.lines.append({"step": step, "loss": loss, "learning_rate": learning_rate})
+        line = {"step": step, "loss": loss, "learning_rate": learning_rate}
+        self.lines.append(line)
+        if self._file is not None:
+            self._file.write(_encoded(line))
+            self._file.flush()  # to the system, which keeps it when the process is killed
         self._tell({"loss": loss, "learning_rate": learning_rate}, step)
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -81,9 +95,8 @@ class RunLog:
         numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
         self._tell({f"result/{name}": value for name, value in numbers.items()}, result["steps"])
 
-    def _write(self) -> None:
+    def _draw(self) -> None:
         if self.folder is not None and self.lines:
-            write_atomically(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.lines))
             write_atomically(self.folder / FIGURE, _figure(self.lines))
 
     def _last_step(self) -> int:
@@ -95,6 +108,10 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def _figure(lines: list[dict[str, Any]]) -> bytes:

@@ -28,7 +28,8 @@ class Measurement:
         setting: the model and the tasks.
         draw: the images of the new task that may be measured on.
         dtype: of the models, the pretrained one too: rounding is no forgetting.
-        team: the processes that share the work.
+        team: the processes that share the work, each of which calls every method. What goes wrong in one of them is
+            raised as a SharedError in all.
     """
 
     def __init__(self, config: TrainConfig, setting: Setting, draw: Draw, dtype: torch.dtype, team: Team):
@@ -56,24 +57,34 @@ class Measurement:
         return {**found, "interpolated": interpolated} if interpolated else found
 
     def anchor(self, method: str) -> dict[str, Any]:
-        """Accuracies of Tip-Adapter or a linear probe. On tasks with other classes the model stays zero-shot."""
+        """Accuracies of Tip-Adapter or a linear probe. On tasks with other classes the model stays zero-shot.
+
+        Tip-Adapter sees normalised features, the probe the model's own.
+        """
         new, team = self.setting.new, self.team
         model, dtype = self.setting.backbone.in_dtype(self.dtype), self.dtype
         train_labels = new.dataset.labels[self.draw.train]
-        train_features = new.image_features(model, self.draw.train, dtype).cpu()
-        class_features = new.class_features(model).detach().cpu()
+        with torch.no_grad():
+            class_features = new.class_features(model, team).cpu()
+
+        def features_of(task: Task, indices: Tensor) -> Tensor:  # [N, D]; the probe's penalty depends on their norm
+            return task.image_features(model, indices, dtype, normalize=method == "tip-adapter").cpu()
+
+        with team.together():
+            train_features = features_of(new, self.draw.train)
 
         def accuracy(task: Task, indices: Tensor) -> float:
             columns = columns_of(task.dataset.class_names, new.dataset.class_names)
             if columns is None:
                 return self._zero_shot(task, indices)
             own = team.share(indices)
-            features = task.image_features(model, own, dtype).cpu()
-            if method == "tip-adapter":
-                scale = float(model.logit_scale.detach().exp())
-                logits = tip_adapter(features, train_features, train_labels, class_features, scale=scale)
-            else:
-                logits = linear_probe(features, train_features, train_labels, len(class_features))
+            with team.together():
+                features = features_of(task, own)
+                if method == "tip-adapter":
+                    scale = float(model.logit_scale.detach().exp())
+                    logits = tip_adapter(features, train_features, train_labels, class_features, scale=scale)
+                else:
+                    logits = linear_probe(features, train_features, train_labels, len(class_features))
             return task.mean(task.agrees(logits[:, columns].argmax(-1), own), team)
 
         return self._all(accuracy)

@@ -152,7 +152,7 @@ def _train(
     class_features = None  # [C, D], final where text is frozen
     if "text" not in config.towers:
         with torch.no_grad():
-            class_features = setting.new.class_features(model)
+            class_features = setting.new.class_features(model, team)
 
     # Resume
     checkpoint = folder / CHECKPOINT
@@ -182,7 +182,7 @@ def _train(
 
     def loss_of(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
         image_features = model.encode_image(pixels, normalize=True).float()  # [B, D]
-        features = setting.new.class_features(model, team) if class_features is None else class_features
+        features = setting.new.training_features(model, team) if class_features is None else class_features
         loss = F.cross_entropy(logit_scale * image_features @ features.T, labels)
         # Shares of a batch may differ by an image: the mean over the processes is then that of the batch.
         return loss if team.size == 1 else loss * (len(labels) * team.size / batch_size)
@@ -276,7 +276,7 @@ def adapted_model(config: TrainConfig, run: Run, setting: Setting, drawn: Draw) 
     def calibrate(model: Any) -> None:  # on the shots, without their labels, and the prompts
         for pixels in setting.new.pixels(drawn.train):
             model.encode_image(pixels)
-        setting.new.class_features(model)
+        setting.new.training_features(model)
 
     return ck.apply_complora(model, adapter, calibrate=calibrate, progress=False)
 

@@ -11,7 +11,7 @@ from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.datasets import Dataset, base_and_new, load_dataset
 from complora_kernels.fewshot.evaluate import MemoryBudget, Task
 from complora_kernels.fewshot.images import DeviceImages
-from complora_kernels.fewshot.templates import templates_for
+from complora_kernels.fewshot.templates import templates_for, training_template
 
 NEW_CLASSES = "new classes"  # what base-to-new keeps
 
@@ -77,7 +77,8 @@ def _task(config: TrainConfig, name: str, half: str, backbone: Backbone, budget:
     if half:
         dataset = base_and_new(dataset)[half == "new"]
     templates = templates_for(config.template, dataset.name)
-    return Task(dataset, backbone, templates, config.test_batch_size, budget)
+    for_steps = training_template(config.template, dataset.name)
+    return Task(dataset, backbone, templates, config.test_batch_size, budget, for_steps)
 
 
 def load(config: TrainConfig, name: str) -> Dataset:

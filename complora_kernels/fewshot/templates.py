@@ -95,6 +95,24 @@ def templates_for(choice: str | Sequence[str], dataset_name: str) -> tuple[str, 
     return (choice,)
 
 
+def training_template(choice: str | Sequence[str], dataset_name: str) -> str:
+    """The one template whose prompts a training step puts through the text tower.
+
+    Args:
+        choice: as in `templates_for`. For "ensemble" it is the data set's template of "clip"; of several choices that
+            of the first.
+        dataset_name: as in `templates_for`.
+
+    Raises:
+        ValueError: as in `templates_for`.
+    """
+    if choice == "ensemble":
+        return training_template("clip", dataset_name)
+    if isinstance(choice, str) or not choice:
+        return templates_for(choice, dataset_name)[0]
+    return training_template(choice[0], dataset_name)
+
+
 def prompts(template: str, class_names: Iterable[str]) -> list[str]:
     """`template` with its one `{}` replaced by each class name in turn, whose underscores become spaces.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class Dataset:
     test: Tensor | None  # int64; None: what the draw leaves of `train`
     can_be_mirrored: bool = True  # a mirror image shows the same class: not so for characters
     root: Path | None = None  # folder that file names in draws and messages are relative to
+    asked_as: str = ""  # what `load_dataset` was asked for, such as "folder:PATH"
     # The data set that this is a half of, and int64 [N], where its images are there
     part_of: tuple[Dataset, Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -60,8 +62,8 @@ def assemble(
         twins: allow two classes of one name, as ImageNet has them.
 
     Raises:
-        ValueError: no images, two classes of one name, or a class without an image to train on or, where there are
-            none at all, to test on.
+        ValueError: no images, two classes whose names give one prompt, a name that is not UTF-8, or a class without an
+            image to train on or, where there are none at all, to test on.
     """
     source = root if source is None else source
     if not splits["test"]:
@@ -71,6 +73,8 @@ def assemble(
     drawn_from = "train" if splits["train"] else "test"
     present = {label for _, label in splits[drawn_from]}
     for label, class_name in enumerate(class_names):
+        if any("\ud800" <= character <= "\udfff" for character in class_name):  # bytes of a folder's name as they are
+            raise ValueError(f"{source}: class {class_name!r} (label {label}) has a name that is not UTF-8")
         if label not in present:
             raise ValueError(f"{source}: class {class_name!r} (label {label}) has no {drawn_from} image")
     entries = [entry for split in ("train", "val", "test") for entry in splits[split]]
@@ -89,12 +93,20 @@ def assemble(
 
 
 def check_distinct(class_names: Sequence[str], source: Path) -> None:
-    """Raise a ValueError where two classes have one name, in whose prompts an underscore is a space."""
+    """Raise a ValueError where the names of two classes give one prompt to CLIP."""
     labels: dict[str, int] = {}
     for label, name in enumerate(class_names):
-        first = labels.setdefault(name.replace("_", " "), label)
+        first = labels.setdefault(_as_clip_reads(name), label)
         if first != label:
-            raise ValueError(f"{source}: classes {first} and {label} are both called {name!r}, expected distinct names")
+            raise ValueError(
+                f"{source}: classes {first} and {label} are called {class_names[first]!r} and {name!r}, expected names "
+                "that differ in more than case, blanks and underscores, which CLIP does not tell apart"
+            )
+
+
+def _as_clip_reads(name: str) -> str:
+    """A name as it comes to CLIP's tokenizers: prompts have blanks for underscores."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 
 
 def base_and_new(dataset: Dataset) -> tuple[Dataset, Dataset]:
@@ -128,7 +140,7 @@ def _part(dataset: Dataset, name: str, first: int, end: int) -> Dataset:
         None if dataset.test is None else within(dataset.test, members, len(is_member)),
         dataset.can_be_mirrored,
         dataset.root,
-        (dataset, members),
+        part_of=(dataset, members),
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from complora_kernels.fewshot.datasets.dataset import Entry
 from complora_kernels.fewshot.datasets.layouts import LAYOUTS, missing_message
+from complora_kernels.fewshot.datasets.listing import missing
 from complora_kernels.fewshot.datasets.ratio import ratio_split
 from complora_kernels.fewshot.files import write_atomically
 
@@ -18,7 +20,8 @@ FOLDER = "torchvision"
 SPLIT_FILE = "split.json"
 
 _THREE = {split: {"split": split} for split in ("train", "val", "test")}
-# The arguments with which each data set's class gives a split; without any it has none.
+_WHOLE = "."
+# The arguments with which each data set's class gives a split; without any it gives the whole.
 _SPLITS: dict[str, dict[str, dict[str, str]]] = {
     "dtd": _THREE,
     "oxford_flowers": _THREE,
@@ -41,6 +44,27 @@ _RENAMED = {
     },
 }
 _LEFT_OUT = {"caltech101": {"Faces_easy"}}  # the faces again
+
+
+class Size(NamedTuple):
+    """How much torchvision lists of a data set, before anything is left out."""
+
+    images: tuple[int, ...]  # of every split in `_SPLITS`, or of the whole
+    classes: int
+
+
+SIZES = {
+    "caltech101": Size((8677,), 101),  # without the background, which torchvision leaves out, with both kinds of faces
+    "oxford_pets": Size((3680, 3669), 37),
+    "oxford_flowers": Size((1020, 1020, 6149), 102),
+    "food101": Size((75_750, 25_250), 101),
+    "fgvc_aircraft": Size((3334, 3333, 3333), 100),
+    "sun397": Size((108_754,), 397),
+    "dtd": Size((1880, 1880, 1880), 47),
+    "eurosat": Size((27_000,), 10),
+}
+# What torchvision raises when archives or lists are damaged, beside what it says itself
+_ERRORS = (OSError, RuntimeError, EOFError, ValueError, LookupError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
 
 
 def downloaded(name: str, root: Path) -> Path | None:
@@ -66,25 +90,19 @@ def download(name: str, root: Path) -> Path:
 
     Raises:
         FileNotFoundError: torchvision has no download of it.
-        OSError: the download failed.
+        OSError: the download failed, or this one or an earlier one left out images.
     """
     check_download(name, root)
-    import torchvision.datasets
-
     folder = root / FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    make = getattr(torchvision.datasets, LAYOUTS[name].torchvision)
+    listed, class_folders = _listed(name, root, folder)
+    _check_whole(name, folder, listed, len(class_folders))
+    class_names = [_class_name(name, class_folder) for class_folder in _kept(name, class_folders)]
     splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": []}
-    class_names: list[str] = []
-    arguments = _SPLITS.get(name, {".": {}})
-    for split, argument in arguments.items():
-        try:
-            data = make(folder, download=True, **argument)
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-            raise OSError(f"{name}: torchvision's download failed: {error}\n{missing_message(name, root)}") from error
-        splits[split], class_names = _entries(name, data)
-    if "." in splits:
-        entries = splits["."]
+    for split, entries in listed.items():
+        splits[split] = _relabelled(name, entries, class_folders)
+    if _WHOLE in splits:
+        entries = splits[_WHOLE]
         names = [path.relative_to(folder).as_posix() for path, _ in entries]
         splits = ratio_split(entries, names, class_names, folder)
     lines = {
@@ -95,29 +113,61 @@ def download(name: str, root: Path) -> Path:
     return folder / SPLIT_FILE
 
 
+def _listed(name: str, root: Path, folder: Path) -> tuple[dict[str, list[Entry]], list[str]]:
+    """The images of every split and the classes, as torchvision lists them once it has downloaded what is not there."""
+    import torchvision.datasets
+
+    make = getattr(torchvision.datasets, LAYOUTS[name].torchvision)
+    listed: dict[str, list[Entry]] = {}
+    class_folders: list[str] = []
+    for split, argument in _SPLITS.get(name, {_WHOLE: {}}).items():
+        try:
+            data = make(folder, download=True, **argument)
+        except _ERRORS as error:
+            raise OSError(
+                f"{name}: torchvision's download failed: {error}; if an earlier one was interrupted, delete {folder} "
+                f"and try again\n{missing_message(name, root)}"
+            ) from error
+        listed[split], class_folders = _entries(name, data)
+    return listed, class_folders
+
+
 def _entries(name: str, data: Any) -> tuple[list[Entry], list[str]]:
-    """The files and labels of one of torchvision's data sets, sorted by file, and the names of its classes."""
+    """The files and labels of one of torchvision's data sets, and the folders or names of its classes."""
     if name == "caltech101":
         class_folders: list[str] = data.categories
         images = Path(data.root) / "101_ObjectCategories"
-        labels = data.y
-        places = zip(data.index, labels, strict=True)
-        files = [images / class_folders[label] / f"image_{i:04d}.jpg" for i, label in places]
-    else:
-        class_folders = list(data.classes)
-        samples = getattr(data, "samples", None)
-        if samples is None:  # all but ImageFolder keep them apart
-            files = data._images if hasattr(data, "_images") else data._image_files
-            samples = zip(files, data._labels, strict=True)
-        files, labels = zip(*samples, strict=True)
-    kept = [class_name for class_name in class_folders if class_name not in _LEFT_OUT.get(name, ())]
-    new_labels = {class_name: label for label, class_name in enumerate(kept)}
-    entries = [
-        (Path(file), new_labels[class_folders[label]])
-        for file, label in zip(files, labels, strict=True)
-        if class_folders[label] in new_labels
-    ]
-    return sorted(entries), [_class_name(name, class_name) for class_name in kept]
+        places = zip(data.index, data.y, strict=True)
+        return [(images / class_folders[label] / f"image_{i:04d}.jpg", label) for i, label in places], class_folders
+    samples = getattr(data, "samples", None)
+    if samples is None:  # all but ImageFolder keep them apart
+        files = data._images if hasattr(data, "_images") else data._image_files
+        samples = zip(files, data._labels, strict=True)
+    return [(Path(file), label) for file, label in samples], list(data.classes)
+
+
+def _check_whole(name: str, folder: Path, listed: dict[str, list[Entry]], classes: int) -> None:
+    """Raise an OSError where images are missing.
+
+    Torchvision takes a folder for a download, however little of the archive was unpacked into it.
+    """
+    present = [len(entries) - sum(1 for _ in missing([file for file, _ in entries])) for entries in listed.values()]
+    if (tuple(present), classes) != SIZES[name]:
+        found, expected = (" + ".join(f"{n:,}" for n in images) for images in (present, SIZES[name].images))
+        raise OSError(
+            f"{name}: {folder} has {found} images of {classes} classes, expected {expected} of {SIZES[name].classes}: "
+            "the download was interrupted; delete this folder and try again"
+        )
+
+
+def _kept(name: str, class_folders: list[str]) -> list[str]:
+    return [class_folder for class_folder in class_folders if class_folder not in _LEFT_OUT.get(name, ())]
+
+
+def _relabelled(name: str, entries: list[Entry], class_folders: list[str]) -> list[Entry]:
+    """The images of the classes that are kept, with these classes' labels, sorted by file."""
+    labels = {class_folder: label for label, class_folder in enumerate(_kept(name, class_folders))}
+    return sorted((file, labels[class_folders[i]]) for file, i in entries if class_folders[i] in labels)
 
 
 def _class_name(dataset_name: str, class_name: str) -> str:

@@ -33,7 +33,9 @@ def write_draw(path: Path, dataset: Dataset, draw: Draw) -> None:
         "val": dataset.image_names(draw.val),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # The bytes of a file name that are not UTF-8 are lone surrogates in Python, whose escapes are JSON's
+    write_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def read_draw(path: Path, dataset: Dataset) -> Draw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import Dataset
@@ -24,7 +25,8 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
       images some twice. Where there are no validation images, as on ImageNet, those to train on come first, then those
       to validate on, both out of one sample of each class's training images.
     - the path of a file written by `write_draw` (.json), or of one of CoOp's (.pkl). `{shots}` and `{seed}` in it are
-      replaced.
+      replaced, and `{data}` by what `load_dataset` was asked for, in the spelling of runs' names; a half is called as
+      the whole.
 
     One half of `base_and_new` gets what the whole data set's draw has of its classes.
 
@@ -46,7 +48,7 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
     if kind not in RULES:
         if not kind.endswith((".json", ".pkl")):
             raise ValueError(f"draw={kind}: expected {', '.join(RULES)}, or a .json or .pkl file")
-        path = Path(kind.replace("{shots}", str(shots)).replace("{seed}", str(seed)))
+        path = _filled_in(kind, dataset, shots, seed)
         drawn = read_draw(path, dataset)
         most = int(dataset.labels[drawn.train].bincount().max())
         if (drawn.shots or most) != shots:
@@ -62,3 +64,10 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
         return read_draw(cached, dataset)
     train, val = RULES[kind](dataset, shots, seed)
     return complete(dataset, train, val, shots, seed, kind)
+
+
+def _filled_in(path: str, dataset: Dataset, shots: int, seed: int) -> Path:
+    whole = dataset if dataset.part_of is None else dataset.part_of[0]
+    data = re.sub(r"[^\w.-]+", "_", whole.asked_as or whole.name)  # as Run.variant does
+    filled = path.replace("{shots}", str(shots)).replace("{seed}", str(seed)).replace("{data}", data)
+    return Path(filled).expanduser()

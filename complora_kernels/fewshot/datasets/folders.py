@@ -6,8 +6,9 @@ from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import Dataset, assemble
 from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES
-from complora_kernels.fewshot.datasets.listing import class_folders, read_class_names, subfolders
+from complora_kernels.fewshot.datasets.listing import class_folders, image_files, read_class_names, subfolders
 from complora_kernels.fewshot.datasets.ratio import ratio_split
+from complora_kernels.fewshot.datasets.split_files import SPLITS
 
 _LAYOUT = """expected
   train/CLASS/*.jpg   the images that shots are drawn from
@@ -19,20 +20,22 @@ or CLASS/*.jpg alone, to be split 50 : 20 : 30; classnames.txt, if there, has li
 def read_folder(folder: Path) -> Dataset:
     """A data set out of a folder for each class, in the folders train, val and test if the split is given.
 
-    Classes are in the order of their folders' names, which are the class names where no classnames.txt gives others.
-    Without train and test `ratio_split` decides, by "class folder/file".
+    A folder of such a name that holds images itself is a class's. Classes are in the order of their folders' names,
+    which are the class names where no classnames.txt gives others. Without train and test `ratio_split` decides, by
+    "class folder/file".
 
     Raises:
-        FileNotFoundError: no such folder, nothing in it, or train without test.
-        ValueError: a class without training images, or without a name in classnames.txt; two of one name.
+        FileNotFoundError: no such folder, nothing in it, or only one of train and test.
+        ValueError: a class without training images, or without a name in classnames.txt; two whose names give one
+            prompt.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder:{folder}: there is no such folder, {_LAYOUT}")
-    found = subfolders(folder)
-    has_splits = "train" in found
-    splits = ("train", "val", "test") if has_splits else (".",)
-    if has_splits and "test" not in found:
-        raise FileNotFoundError(f"folder:{folder}: there is train/ and no test/, {_LAYOUT}")
+    given = _splits(folder)
+    splits = SPLITS if given else (".",)
+    for split in ("train", "test"):
+        if given and split not in given:
+            raise FileNotFoundError(f"folder:{folder}: there is {given[0]}/CLASS/ and no {split}/CLASS/, {_LAYOUT}")
     folders = sorted({name for split in splits if (folder / split).is_dir() for name in subfolders(folder / split)})
     if not folders:
         raise FileNotFoundError(f"folder:{folder}: there are no folders of classes, {_LAYOUT}")
@@ -44,7 +47,14 @@ def read_folder(folder: Path) -> Dataset:
                 raise ValueError(f"{folder / CLASS_NAMES}: there is no line for the folder {name!r}")
         class_names = [names[name] for name in folders]
     entries = {split: class_folders(folder / split, folders) for split in splits}
-    if not has_splits:
+    if not given:
         names = [f"{path.parent.name}/{path.name}" for path, _ in entries["."]]
         entries = ratio_split(entries["."], names, class_names, folder)
     return assemble(folder.resolve().name, folder, class_names, entries)
+
+
+def _splits(folder: Path) -> list[str]:
+    """Which of train and test are there and hold the folders of classes."""
+    found = [split for split in ("train", "test") if (folder / split).is_dir() and subfolders(folder / split)]
+    is_class = len(found) == 1 and image_files(folder / found[0])  # that holds folders beside its images
+    return [] if is_class else found

@@ -8,27 +8,41 @@ from complora_kernels.fewshot.datasets.dataset import Dataset, assemble
 from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES, COOP, LAYOUTS, Home
 from complora_kernels.fewshot.datasets.listing import class_folders, read_class_names, subfolders
 
+# image-net.org's archives have no such folders
+_TO_SORT = {
+    "train": "unpack the archive of each class into a folder of its name, as "
+    "https://github.com/pytorch/examples/blob/main/imagenet/extract_ILSVRC.sh does",
+    "val": "its images must be sorted into them; run, in that folder, the script "
+    "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh",
+}
+
 
 def read_imagenet(name: str, root: Path, home: Home) -> Dataset:
     """ImageNet: shots are drawn from the folder train, and the folder val is the test set.
 
     Raises:
-        ValueError: a class that only one of the two has, one without images, or a folder that is no class of ImageNet.
+        ValueError: no folders of classes, a class that only one of the two has, one without images, or a folder that is
+            no class of ImageNet.
     """
-    folders = check_imagenet(home)
-    names = _class_names(root, home)
-    class_names = [_name_of(folder, names, home) for folder in folders]
+    folders, class_names = check_imagenet(root, home)
     train, test = (class_folders(home.images / split, folders) for split in ("train", "val"))
     return assemble(name, home.folder, class_names, {"train": train, "val": [], "test": test}, twins=True)
 
 
-def check_imagenet(home: Home) -> list[str]:
-    """The folders of the classes, which train and val must have both."""
+def check_imagenet(root: Path, home: Home) -> tuple[list[str], list[str]]:
+    """The folders of the classes, which train and val must have both, and the classes' names."""
     train, val = (subfolders(home.images / split) for split in ("train", "val"))
+    for split, found in (("train", train), ("val", val)):
+        if not found:
+            raise ValueError(
+                f"{home.images / split}: there are no folders of classes, expected n01440764/ and so on: "
+                f"{_TO_SORT[split]}"
+            )
     for folder in sorted(set(train) ^ set(val)):
         here, there = ("train", "val") if folder in train else ("val", "train")
         raise ValueError(f"{home.images}: the class {folder!r} is in {here}/ and not in {there}/, expected it in both")
-    return train
+    names = _class_names(root, home)
+    return train, [_name_of(folder, names, home) for folder in train]
 
 
 def read_shift(name: str, root: Path, home: Home) -> Dataset:

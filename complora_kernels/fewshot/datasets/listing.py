@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import Entry
@@ -34,20 +35,29 @@ def class_folders(folder: Path, names: Sequence[str]) -> list[Entry]:
     ]
 
 
-def first_missing(paths: Sequence[Path]) -> int | None:
-    """The place of the first path that is no file, None where all are. Each folder is listed once."""
+def missing(paths: Sequence[Path]) -> Iterator[int]:
+    """The places of the paths that are no files. Each folder is listed once."""
     folders: dict[str, set[str]] = {}
     for i, path in enumerate(paths):
         folder, name = os.path.split(path)
         if folder not in folders:
-            try:
-                folders[folder] = set(os.listdir(folder))  # noqa: PTH208 names, without a Path for each
-            except OSError:
-                folders[folder] = set()
+            folders[folder] = _files(folder)
         # Some file systems have one file for names of other case or Unicode form
         if name not in folders[folder] and not path.is_file():
-            return i
-    return None
+            yield i
+
+
+def first_missing(paths: Sequence[Path]) -> int | None:
+    """The place of the first path that is no file, None where all are."""
+    return next(missing(paths), None)
+
+
+def _files(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
 
 
 def read_class_names(path: Path) -> dict[str, str]:
@@ -75,9 +85,19 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8, without the white space at their ends.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is not UTF-8; with the file and the line.
+    """
+    return [line.strip() for line in io.StringIO(read_text(path), newline=None)]
+
+
+def read_text(path: Path) -> str:
+    """What a file in UTF-8 holds, its line ends as they are.
+
+    Raises:
+        ValueError: it is not UTF-8; with the file and the line.
     """
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}, expected text in UTF-8") from error
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number}: {error}, expected text in UTF-8") from error

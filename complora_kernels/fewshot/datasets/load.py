@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from complora_kernels.fewshot.datasets.bundled import digits, letters
@@ -30,8 +31,12 @@ def load_dataset(name: str, root: Path | None = None, *, download: bool = False)
     Raises:
         ValueError: an unknown name, no root for a data set that needs one, or lists that do not hold together.
         FileNotFoundError: a folder or file that is not there; the message shows what is expected and how to get it.
-        OSError: the download failed.
+        OSError: the download failed, or an earlier one was interrupted.
     """
+    return dataclasses.replace(_load(name, root, download), asked_as=name)
+
+
+def _load(name: str, root: Path | None, fetch: bool) -> Dataset:
     if name in _BUNDLED:
         return _BUNDLED[name]()
     kind, _, path = name.partition(":")
@@ -40,7 +45,7 @@ def load_dataset(name: str, root: Path | None = None, *, download: bool = False)
     root = _check_root(name, root)
     home = find(name, root)
     if home is None:
-        return _load_download(name, root, fetch=download)
+        return _load_download(name, root, fetch)
     if LAYOUTS[name].split == "variants":
         return read_variants(name, home)
     if LAYOUTS[name].split == "folders":
@@ -67,7 +72,7 @@ def check_dataset(name: str, root: Path | None = None, *, download: bool = False
             raise FileNotFoundError(missing_message(name, root))
         check_download(name, root)
     elif home is not None and LAYOUTS[name].split == "folders":
-        check_imagenet(home)
+        check_imagenet(root, home)
     else:
         load_dataset(name, root)
 

@@ -54,4 +54,5 @@ def ratio_split(
 
 def _digest(name: str) -> bytes:
     # One name has two Unicode forms, and file systems disagree about them
-    return hashlib.sha256(unicodedata.normalize("NFC", name).encode()).digest()
+    normal = unicodedata.normalize("NFC", name)
+    return hashlib.sha256(normal.encode(errors="surrogateescape")).digest()  # names on the disk need not be UTF-8

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from complora_kernels.fewshot.datasets.dataset import Dataset, Entry, assemble
 from complora_kernels.fewshot.datasets.layouts import Home
-from complora_kernels.fewshot.datasets.listing import first_missing, read_lines
+from complora_kernels.fewshot.datasets.listing import first_missing, read_lines, read_text
 from complora_kernels.fewshot.datasets.ratio import ratio_split
 
 SPLITS = ("train", "val", "test")
+_TABLE = "a table with the columns path,label[,split]"
 
 
 def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
@@ -25,8 +29,8 @@ def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
         path: the file: `{"train": [[file, label, class name], ...], "val": ..., "test": ...}`.
 
     Raises:
-        ValueError: another form, a label with two names or without any training image, two labels with one name; the
-            message has the file and the entry.
+        ValueError: another form, a label with two names or without any training image, two labels whose names give
+            one prompt; the message has the file and the entry.
         FileNotFoundError: an entry whose image is not there.
     """
     try:
@@ -42,7 +46,9 @@ def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
         for i, entry in enumerate(content[split]):
             where = f"{split}[{i}]"
             match entry:
-                case [str(file), int(label), str(class_name)] if label >= 0 and not isinstance(label, bool):
+                case [str(file), int(label), str(class_name)] if (
+                    label >= 0 and not isinstance(label, bool) and class_name.strip()
+                ):
                     splits[split].append((images / file, label))
                 case _:
                     raise ValueError(f"{path}: {where} is {entry}, expected [file, label from 0, class name]")
@@ -95,12 +101,11 @@ def read_csv(path: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: no such table, or a row whose image is not there.
-        ValueError: missing columns, an empty cell, an unknown split, an image named twice; with the file and the line.
+        ValueError: no CSV, missing columns, an empty cell or one too many, an unknown split, an image named twice; with
+            the file and the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"csv:{path}: there is no such file, expected a table with the columns path,label[,split]"
-        )
+        raise FileNotFoundError(f"csv:{path}: there is no such file, expected {_TABLE}")
     rows, numbers = _rows(path)
     files = [path.parent / row[0] for row in rows]
     missing = first_missing(files)
@@ -121,26 +126,40 @@ def read_csv(path: Path) -> Dataset:
 def _rows(path: Path) -> tuple[list[list[str]], list[int]]:
     """The cells of path, label and perhaps split of every row, and the lines they stand on."""
     rows, numbers, seen = [], [], dict[str, int]()
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = list(reader.fieldnames or ())
+    for number, cells in _table(path):
+        if len(cells) == 3 and cells[2] not in SPLITS:
+            raise ValueError(f"{path}, line {number}: split is {cells[2]!r}, expected {', '.join(SPLITS)}")
+        # One image has many paths: a.png, ./a.png, x/../a.png and the absolute one
+        file = os.path.abspath(path.parent / cells[0])  # noqa: PTH100 Path.resolve would ask the disk for each
+        first = seen.setdefault(file, number)
+        if first != number:
+            raise ValueError(f"{path}, line {number}: {cells[0]!r} is the image of line {first} too, expected it once")
+        rows.append(cells)
+        numbers.append(number)
+    return rows, numbers
+
+
+def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The line of every row and its cells of path, label and, if there is such a column, split; none is empty."""
+    # If it were not strict, all rows after a quotation mark that is not closed would be one cell
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, skipinitialspace=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
         columns = [column for column in ("path", "label", "split") if column in header]
         if columns[:2] != ["path", "label"]:
             raise ValueError(f"{path}: the columns are {', '.join(header) or 'missing'}, expected path,label[,split]")
-        for row in reader:
-            number = reader.line_num
-            cells = [(row[column] or "").strip() for column in columns]
+        for row in filter(None, reader):  # without empty lines
+            where = f"{path}, line {reader.line_num}"
+            if any(row[len(header) :]):
+                raise ValueError(f"{where}: {len(row)} cells, expected {len(header)}; a cell with a comma needs quotes")
+            filled = dict(zip(header, row, strict=False))
+            cells = [filled.get(column, "").strip() for column in columns]
             for column, cell in zip(columns, cells, strict=True):
                 if not cell:
-                    raise ValueError(f"{path}, line {number}: {column} is empty")
-            if len(cells) == 3 and cells[2] not in SPLITS:
-                raise ValueError(f"{path}, line {number}: split is {cells[2]!r}, expected {', '.join(SPLITS)}")
-            if cells[0] in seen:
-                raise ValueError(f"{path}, line {number}: {cells[0]!r} stands on line {seen[cells[0]]} already")
-            seen[cells[0]] = number
-            rows.append(cells)
-            numbers.append(number)
-    return rows, numbers
+                    raise ValueError(f"{where}: {column} is empty")
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}, expected {_TABLE}") from error
 
 
 def _no_file(where: str, file: Path) -> str:
