@@ -318,9 +318,9 @@ def test_images_are_decoded_once_for_all_that_learn_from_them(tmp_path, monkeypa
     settings = Settings()
     few = {"data": "dtd", "data_root": tmp_path, "template": "default", "augmentation": "crop-flip", "steps": 1}
     config = standin.config(tmp_path / "out", **few, methods=("lora", "both"), max_test_images=1)
-    for run in config.runs():
-        train(config, run, settings.load(config, "cpu"), tmp_path / run.name)
-    drawn = set(json.loads((tmp_path / run.name / "draw.json").read_text())["train"])
+    for each in config.runs():
+        train(config, each, settings.load(config, "cpu"), tmp_path / each.name)
+    drawn = set(json.loads((tmp_path / config.runs()[0].name / "draw.json").read_text())["train"])
     assert len(drawn) == 8
     assert sum(str(path).endswith(tuple(drawn)) for path in decoded) == len(drawn)
     seeds = standin.config(tmp_path / "out", **few, seeds=(1,), max_test_images=1)

@@ -1,19 +1,24 @@
+import csv
 import io
 import json
 import math
 import statistics
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 
+from complora_kernels.fewshot.config import PRESETS
 from complora_kernels.fewshot.report.comparisons import compare, whole_block
 from complora_kernels.fewshot.report.figures import accuracy_against_shots, figures
 from complora_kernels.fewshot.report.folder import markdown, report
 from complora_kernels.fewshot.report.front import kept_at, paired, retention_difference
+from complora_kernels.fewshot.report.labels import parse
 from complora_kernels.fewshot.report.results import read_results
 from complora_kernels.fewshot.report.styles import looks
 from complora_kernels.fewshot.report.summary import Summary, summaries
@@ -107,6 +112,33 @@ def test_seeds_without_a_front_are_left_out():
     assert (comparison.by_shots, comparison.overall) == ({}, None)
 
 
+def test_shots_that_another_method_has_do_not_matter():
+    pair = grid(shots=(1, 4))
+    expected = compare(read_results(pair), "output", "lora", ["new"])
+    assert expected.overall is not None
+    more = [line("both", 16, seed, rate, 0.5, 0.5) for seed in range(3) for rate in (1e-3, 1e-2)]
+    alone = [result for result in grid(shots=(8,)) if result["method"] == "lora"]
+    found = compare(read_results([*pair, *more, *alone]), "output", "lora", ["new"])
+    assert found == expected
+    assert found.shots == [1, 4]
+    with_lora, with_output = (f"keeps 10.5 points more than {rival} (95% interval" for rival in ("lora", "output"))
+    assert any(with_lora in text for text in sentences(summary([*pair, *more, *alone])))
+    assert "All shots are those that both methods have." in markdown([summary([*pair, *more, *alone])])
+    assert "All shots are" not in markdown([summary(pair)])
+    assert with_output not in markdown([summary(pair)])
+
+
+def test_sentence_without_a_comparison_says_why():
+    one_rate = [result for result in grid(shots=(1,)) if result["learning_rate"] == 1e-3 or result["method"] == "lora"]
+    assert sentences(summary([*one_rate, *grid(shots=(4,))])) == [
+        "output and lora: no seed counts at every number of shots that both have "
+        "(it takes two learning rates or more, of which one gains new-task accuracy)."
+    ]
+    apart = [result for result in grid() if (result["shots"] == 1) == (result["method"] == "lora")]
+    assert sentences(summary(apart)) == ["output and lora have no data set, number of shots and seed in common."]
+    assert not summary(apart).comparisons[0].at_rate
+
+
 def test_differences_at_one_learning_rate_are_means_over_shots():
     lines = [*grid(), line("lora", 8, 0, 3e-3, 0.5, 0.5)]  # which output has not got
     lines[0] = {**lines[0], "new": 0.8}  # output, 1 shot, seed 0, at 1e-3: 0.5 more than lora
@@ -123,6 +155,8 @@ def test_largest_block_without_a_gap_is_compared():
     with_a_gap = {(cell, seed): 0 for cell in "abcd" for seed in range(3) if (cell, seed) != ("b", 1)}
     assert set(whole_block(with_a_gap)) == {(cell, seed) for cell in "acd" for seed in range(3)}
     assert whole_block({}) == {}
+    apart = {(cell, seed): 0 for seed, cells in enumerate(("ab", "cd", "ab")) for cell in cells}
+    assert set(whole_block(apart)) == {(cell, seed) for cell in "ab" for seed in (0, 2)}
 
 
 def over_data_sets(rivals=((0.5, 0.6), (0.4, 0.4)), shift=(0.1, -0.02)):
@@ -209,6 +243,10 @@ def test_sentence_says_which_way_and_whether_it_is_shown():
     assert "1 of them with a gain; the interval includes zero: no difference shown" in unsure
     (equal,) = sentences(summary(grid(shift=-0.1)))
     assert "keeps as much as lora" in equal
+    slight = [line(m, 4, seed, 1e-3, 0.5, 0.5 + 1e-5 * seed + (3e-4 if m == "output" else 0) * (1 + 0.1 * seed))
+              for m in ("lora", "output") for seed in range(3)]  # fmt: skip
+    _, kept = sentences(summary(slight))
+    assert "output keeps less than 0.1 points more than lora (95% interval +0.0 to +0.0" in kept
     (single,) = sentences(summary(grid(seeds=1)))
     assert single.endswith("keeps 7.5 points more than lora (one seed: no interval).")
 
@@ -224,6 +262,30 @@ def test_markdown_holds_the_numbers():
 def test_published_table_is_what_the_published_results_give():
     lines = [json.loads(text) for text in (GLYPHS_FULL / "results.jsonl").read_text().splitlines()]
     assert markdown(summaries(lines)) == (GLYPHS_FULL / "table.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["glyphs-ablation", "glyphs-full"])
+def test_published_report_does_not_depend_on_the_order_of_the_lines(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("complora_kernels.fewshot.report.folder.write_figures", lambda *_: [])
+    published = GLYPHS_FULL.parent / name
+    lines = (published / "results.jsonl").read_text().splitlines(keepends=True)
+    few = [text for text in lines if json.loads(text)["seed"] < 3]
+    (tmp_path / "config.json").write_text((published / "config.json").read_text())
+    tables = []
+    for seed in range(3):
+        (tmp_path / "results.jsonl").write_text("".join(few))
+        report(tmp_path, Console(file=io.StringIO()))
+        tables.append([(tmp_path / f"table.{suffix}").read_bytes() for suffix in ("md", "csv", "tex")])
+        Random(seed).shuffle(few)
+    assert tables[0] == tables[1] == tables[2]
+    methods = dict.fromkeys(row["method"] for row in csv.DictReader(io.StringIO(tables[0][1].decode())))
+    assert [method for method in methods if "of the update" not in method] == of_file(name)
+
+
+def of_file(name):
+    """The methods of a published folder, in the order in which somebody wrote them."""
+    path = GLYPHS_FULL.parents[1] / "sweeps" / f"{name}.yaml"
+    return list(yaml.safe_load(path.read_text())["methods"]) if path.exists() else list(PRESETS[name].methods)
 
 
 def test_unfinished_grid_is_reported(tmp_path):
@@ -351,9 +413,37 @@ def test_many_methods_are_spread_over_panels_by_side_and_source():
     assert len(pictures["differences"].axes[0].get_yticks()) == len(ABLATION) + 6 - 1  # the shared point has no front
 
 
+def test_plain_lora_under_another_name_stands_among_all(tmp_path):
+    kinds = {"baseline": "lora", "baseline, decayed": "lora", "control": "random-both", "control, k 3": "random-both"}
+    kinds |= {"ours": "both", "ours, k 3": "both", "mine": "output"}
+    rates = (1e-3, 3e-3)
+    lines = [
+        {**line(kind, 4, seed, rate, 0.3 + 10 * rate, 0.9), "label": name, "options": {}, "tasks": {}}
+        for name, kind in kinds.items() for seed in range(2) for rate in rates
+    ]  # fmt: skip
+    found = summary(lines)
+    panels = {axes.get_title(): set(drawn(axes)) for axes in new_against_kept(found).axes}
+    assert panels == {
+        "LoRA and others": {"baseline", "baseline, decayed"},
+        "output side, weight's subspace": {"baseline", "mine"},
+        "both sides, weight's subspace": {"baseline", "ours", "ours, k 3"},
+        "both sides, random subspace": {"baseline", "control", "control, k 3"},
+    }
+    few = summary([result for result in lines if result["label"] in ("baseline", "ours", "control")])
+    of = looks(few.labels, few.stand_ins).of
+    assert list(of) == ["baseline", "control", "ours"]
+    assert of == {name: looks({kinds[name]: parse(kinds[name])}, {}).of[kinds[name]] for name in of}
+    axes = figures(few)["differences"].axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "control − baseline", "ours − baseline", "ours − control"
+    ]  # fmt: skip
+    assert any(np.allclose(curve.get_ydata(), 1.5) for curve in axes.lines)  # between LoRA's rows and the control's
+
+
 @pytest.mark.parametrize(
     "methods", [ABLATION, ["lora", "lora, wd 1", "mine, r 2", "mine, r 4", "mine, r 8", "both, a"]]
 )
 def test_no_two_methods_look_the_same(methods):
-    found = [sorted(look.items()) for look in looks(methods).of.values()]
+    labels = {method: parse(method) for method in methods}
+    found = [sorted(look.items()) for look in looks(labels, {}).of.values()]
     assert len(set(map(str, found))) == len(methods)

@@ -59,7 +59,7 @@ def test_every_cell_is_run_once_under_its_label(tmp_path, trained):
     }
     assert {r["k"] for r in results if r["label"] == "both, k 3"} == {3}
     decayed = next(r["options"] for r in results if r["label"] == "lora, wd 0.5")
-    assert decayed == {"weight_decay": 0.5, "steps": 3, "r": 2, "batch_size": 4}
+    assert decayed == {"preset": "glyphs", "weight_decay": 0.5, "steps": 3, "r": 2, "batch_size": 4}
     assert {r["data"] for r in results} == {"digits"}
     assert [r["seed"] for r in results] == sorted(r["seed"] for r in results)  # a stopped sweep is balanced
     assert (tmp_path / "out" / "runs" / "digits-both_k_3-2shot-lr0.01-seed3" / "log.jsonl").exists()

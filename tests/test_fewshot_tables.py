@@ -1,19 +1,22 @@
 import csv
 import io
 import re
+from itertools import product
+from random import Random
 
 import pytest
 from rich.console import Console
 
 from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.report.comparisons import harmonic
-from complora_kernels.fewshot.report.folder import latex, markdown, terminal_table
-from complora_kernels.fewshot.report.labels import Label, in_order, parse, rivals
+from complora_kernels.fewshot.report.folder import failures, latex, markdown, terminal_table
+from complora_kernels.fewshot.report.labels import Label, Variant, parse, plain_lora, rivals, stand_ins
 from complora_kernels.fewshot.report.results import read_results
 from complora_kernels.fewshot.report.sections import accuracy_table, data_set_table, kept_table, sections
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
 from complora_kernels.fewshot.report.tables import LATEX_HEAD, Table, escape_latex, markdown_table, to_latex
+from complora_kernels.fewshot.report.wording import gaps
 
 
 def line(
@@ -71,6 +74,9 @@ def test_share_of_the_update_is_a_method_of_its_own():
 
 def test_last_line_of_a_run_counts():
     assert [r.new for r in read_results([line("dtd", "lora", 0, 0.1), line("dtd", "lora", 0, 0.2)])] == [0.2]
+    half = [{"share": 0.5, "new": 0.3, "kept": None, "tasks": {}}]
+    again = [line("dtd", "lora", 0, 0.1, interpolated=half), line("dtd", "both", 0, 0.3), line("dtd", "lora", 0, 0.2)]
+    assert [(r.method, r.new) for r in read_results(again)] == [("lora", 0.2), ("both", 0.3)]
 
 
 def test_names_are_read():
@@ -82,13 +88,19 @@ def test_names_are_read():
     assert parse("linear-probe") == Label("linear-probe", "", "")
 
 
-def test_order_is_that_of_the_vocabulary_then_of_appearance():
-    assert in_order(["mine", "both", "output, r 4", "lora", "mine"]) == ["lora", "both", "mine", "output, r 4"]
-    assert in_order(reversed(METHODS)) == list(METHODS)
+def test_order_is_that_of_the_vocabulary_then_by_name():
+    names = ["mine", "both", "output, r 4", "lora"]
+    assert summary([line("dtd", name, 0, 0.5) for name in names]).methods == ["lora", "both", "mine", "output, r 4"]
+    assert summary([line("dtd", name, 0, 0.5) for name in reversed(METHODS)]).methods == list(METHODS)
+
+
+def named(*names):
+    """Methods of lines that tell no more than a name."""
+    return {name: Variant(name) for name in names}
 
 
 def test_who_is_compared_with_whom():
-    assert rivals(["lora", "output", "input", "both", "random", "random-both"]) == [
+    assert rivals(named("lora", "output", "input", "both", "random", "random-both")) == [
         ("output", "lora"),
         ("input", "lora"),
         ("both", "lora"),
@@ -98,7 +110,7 @@ def test_who_is_compared_with_whom():
         ("both", "random-both"),
     ]
     labels = ["lora", "lora, wd 1", "both, wd 1", "both, wd 1, random", "both, wd 1, activations", "output, wd 1"]
-    assert rivals(labels)[len(labels) - 1 :] == [
+    assert rivals(named(*labels))[len(labels) - 1 :] == [
         ("both, wd 1", "lora, wd 1"),
         ("both, wd 1, random", "lora, wd 1"),
         ("both, wd 1, activations", "lora, wd 1"),
@@ -106,7 +118,7 @@ def test_who_is_compared_with_whom():
         ("both, wd 1", "both, wd 1, random"),
         ("both, wd 1, activations", "both, wd 1, random"),
     ]
-    assert rivals(["output", "mine"]) == []
+    assert rivals(named("output", "mine")) == []
 
 
 def test_plain_lora_is_known_under_another_name():
@@ -116,6 +128,159 @@ def test_plain_lora_is_known_under_another_name():
     assert found.methods == ["LoRA (r=2)", "LoRA (r=2, decayed)", "ours"]
     pairs = [(c.method, c.rival) for c in found.comparisons]
     assert pairs == [("LoRA (r=2, decayed)", "LoRA (r=2)"), ("ours", "LoRA (r=2)")]
+
+
+def test_name_of_plain_lora():
+    assert plain_lora({"tuned": Variant("lora", {"r": 4}), "lora": Variant("lora", {})}) == "lora"
+    assert plain_lora({"lora": Variant("both", {}), "baseline": Variant("lora", {})}) == "baseline"
+    half = "baseline, 0.5 of the update"
+    assert plain_lora({half: Variant("lora", {}, 0.5), "baseline": Variant("lora", {})}) == "baseline"
+    assert plain_lora({half: Variant("lora", {}, 0.5), "ours": Variant("both", {})}) is None
+
+
+def test_same_options_tell_who_is_compared_where_names_do_not():
+    free = {
+        "baseline": Variant("lora", {"data": "dtd", "interpolations": [0.5]}),
+        "baseline, 0.5 of the update": Variant("lora", {"data": "dtd", "interpolations": [0.5]}, 0.5),
+        "baseline (r=4)": Variant("lora", {"r": 4}),
+        "ours": Variant("both", {"subspace_k": 9}),
+        "ours, 0.5 of the update": Variant("both", {"subspace_k": 9}, 0.5),
+        "ours (r=4)": Variant("both", {"subspace_k": 9, "r": 4}),
+        "control": Variant("random-both", {"subspace_k": 9}),
+        "control (output)": Variant("random", {"subspace_k": 9}),
+    }
+    assert rivals(free)[len(free) - 1 :] == [
+        ("ours, 0.5 of the update", "baseline, 0.5 of the update"),
+        ("ours (r=4)", "baseline (r=4)"),
+        ("ours", "control"),
+    ]
+    twice = {**free, "another control": Variant("random-both", {"subspace_k": 9})}
+    assert ("ours", "control") not in rivals(twice)
+    mixed = {"both, k 9": Variant("both", {"subspace_k": 9}), "control": free["control"]}
+    assert rivals(mixed) == [("both, k 9", "control")]
+    assert rivals({**mixed, "both, k 9, random": free["control"]}) == [("both, k 9", "both, k 9, random")]
+    assert rivals({name: Variant(kind) for name, (kind, *_) in mixed.items()}) == []  # options are not known
+
+
+def test_options_of_a_line_reach_the_comparisons():
+    kinds = {"baseline": "lora", "ours": "both", "control": "random-both"}
+    lines = [{**line("dtd", kind, 1, 0.5), "label": name, "options": {"r": 4}} for name, kind in kinds.items()]
+    pairs = [("control", "baseline"), ("ours", "baseline"), ("ours", "control")]
+    assert [(c.method, c.rival) for c in summary(lines).comparisons] == pairs
+    older = {**lines[1], "method": "ours", "seed": 0}
+    del older["label"], older["options"]
+    assert [(c.method, c.rival) for c in summary([*lines, older]).comparisons] == pairs
+
+
+def test_who_stands_for_a_name_of_the_vocabulary():
+    methods = {
+        "LoRA": Variant("lora", {}),
+        "LoRA, 0.5 of the update": Variant("lora", {}, 0.5),
+        "LoRA (r=4)": Variant("lora", {"r": 4}),
+        "ours": Variant("both", {}),
+        "k 3": Variant("output", {"subspace_k": 3}),
+        "k 4": Variant("output", {"subspace_k": 4}),
+    }
+    assert stand_ins(methods) == {"LoRA": "lora", "ours": "both"}
+    assert stand_ins({**methods, "both": Variant("random-both", {})}) == {"LoRA": "lora"} | {"both": "random-both"}
+
+
+def test_seeds_that_one_data_set_lacks_are_said():
+    lora = [line("dtd", "lora", seed, 0.5, rate=rate) for seed in range(10) for rate in (0.1, 0.2)]
+    both = [line("dtd", "both", 0, 0.5, rate=rate) for rate in (0.1, 0.2)]
+    found = summary([*lora, *both])
+    assert found.seed_counts == (1, 10)
+    text = markdown([found])
+    assert text.startswith("Accuracy in percent, mean ± standard deviation over 1 to 10 seeds: new task (dtd).\n")
+    assert "\nFewer than 10 seeds: both (1).\n" in text
+    assert gaps(found) == ["Fewer than 10 seeds: both (1)."]
+    assert gaps(summary(lora)) == []
+    assert "over 10 seeds" in markdown([summary(lora)])
+    of_cars = [{**result, "data": "cars"} for result in (*lora, *both)]
+    assert markdown([summary([*of_cars, *lora, *both])]).count("\nFewer than 10 seeds: both (1).\n") == 2
+    assert "over 10 seeds" in markdown([summary([{**result, "data": "cars"} for result in lora] + lora)])
+
+
+def test_rates_and_shots_that_lack_seeds_are_named():
+    lines = [
+        line("dtd", method, seed, 0.5, rate=rate, shots=shots)
+        for method in ("lora", "both") for rate in (0.1, 0.2) for shots in (1, 4, 16) for seed in range(5)
+    ]  # fmt: skip
+    assert gaps(summary([r for r in lines if r["learning_rate"] == 0.1 or r["seed"] < 3])) == [
+        "Fewer than 5 seeds: lora at 0.2 (3), both at 0.2 (3)."
+    ]
+    assert gaps(summary([r for r in lines if r["shots"] == 1 or r["seed"] < 3])) == [
+        "Fewer than 5 seeds: lora (4, 16 shots: 3), both (4, 16 shots: 3)."
+    ]
+    assert gaps(summary([r for r in lines if r["method"] == "lora" or r["seed"] < r["shots"] < 16])) == [
+        "Fewer than 5 seeds: both (1 to 4)."
+    ]
+    one_shot = [r for r in lines if r["method"] == "lora" or r["shots"] > 1 or r["seed"] < 3]
+    assert gaps(summary(one_shot)) == ["Fewer than 5 seeds: both (1 shot: 3)."]
+    anchors = [line("dtd", "tip-adapter", 0, 0.5, rate=None, shots=shots) for shots in (1, 4, 16)]
+    assert gaps(summary([*lines, *anchors])) == ["Fewer than 5 seeds: tip-adapter (1)."]
+
+
+def test_few_of_many_unfinished_methods_are_named():
+    lines = [line("dtd", f"mine, {i:02}", seed, 0.5) for i in range(40) for seed in range(7 - (i > 2) - 3 * (i == 30))]
+    assert gaps(summary(lines)) == [
+        "Fewer than 7 seeds: mine, 30 (3), mine, 03 (6), mine, 04 (6), mine, 05 (6) and 33 more."
+    ]
+
+
+def test_seeds_that_differ_are_not_called_more_than_there_are():
+    apart = [line("dtd", "lora", 0, 0.5, shots=1), line("dtd", "lora", 1, 0.5, shots=4)]
+    assert markdown([summary(apart)]).startswith("Accuracy in percent, one seed each: ")
+    of_data = [line(data, "lora", seed, 0.5) for data, seeds in (("cars", 2), ("pets", 3)) for seed in range(seeds)]
+    assert "standard deviation over 2 to 3 seeds: new task;" in markdown([summary(of_data)])
+
+
+def test_update_is_the_mean_of_the_data_sets_that_count():
+    cars = [line("cars", "lora", seed, 0.5, relative_update=0.1) for seed in range(3)]
+    pets = [line("pets", "lora", 0, 0.5, relative_update=0.3)]
+    assert summary([*cars, *pets]).relative_updates == pytest.approx({("lora", 2e-4): 0.2})
+    assert "mean over layers, data sets, shots and seeds" in markdown([summary([*cars, *pets])])
+    both = [line("cars", "both", 0, 0.5, relative_update=0.4)]  # pets have no result of it
+    assert summary([*cars, *pets, *both]).relative_updates == pytest.approx({("lora", 2e-4): 0.1, ("both", 2e-4): 0.4})
+
+
+VARIANTS = ["dtd-ours_r_4", "dtd-lora", "dtd-control", "cars-ours_r_4", "cars-lora", "cars-control"]
+
+
+def test_tables_have_the_order_of_the_sweep():
+    cells = [(data, name) for data in ("cars", "dtd") for name in ("control", "lora", "new", "ours, r 4")]
+    lines = [line(data, name, 0, 0.5) for data, name in cells if (data, name) != ("dtd", "lora")]
+    (found,) = summaries(lines, VARIANTS)
+    assert found.data_sets == ["dtd", "cars"]
+    assert found.methods == ["ours, r 4", "lora", "control", "new"]  # the sweep does not know the last one
+    odd = [line("cars", "x/y", 0, 0.5), line("folder:/a b", "x/y", 0, 0.5)]
+    (found,) = summaries(odd, ["folder_a_b-x_y"])  # as such names stand in a folder
+    assert found.data_sets == ["folder:/a b", "cars"]
+
+
+def test_any_order_of_the_lines_gives_the_same_report():
+    random = Random(0)
+    cells = product(("few-shot", "retention"), ("dtd", "cars"), ("lora", "ours, r 4", "control"), (1, 4), (0.1, 0.2))
+    lines = []
+    for (protocol, data, name, shots, rate), seed in product(cells, range(3)):
+        new, kept, update, val = (random.random() for _ in range(4))
+        tasks = {"letters": [0.5, kept], "pets": [0.7, val]} if data == "dtd" else {"flowers": [0.3, update]}
+        more = {"protocol": protocol, "tasks": tasks, "relative_update": update, "val": val}
+        lines.append(line(data, name, seed, new, kept, shots, rate, **more))
+
+    def reported(lines):
+        found = summaries(lines, VARIANTS)
+        return read_results(lines, VARIANTS), markdown(found), to_csv(found), latex(found)
+
+    expected = reported(lines)
+    for _ in range(3):
+        random.shuffle(lines)
+        assert reported(lines) == expected
+
+
+def test_failed_runs_are_listed_by_name():
+    failed = [{"run": "b", "error": "an older one"}, {"run": "b", "error": "y"}, {"run": "a", "error": "x"}]
+    assert list(failures([], failed).items()) == [("a", "x"), ("b", "y")]
 
 
 UNEVEN = [
@@ -136,14 +301,14 @@ def test_average_is_of_the_means_of_the_data_sets_that_every_method_has():
     assert found.cells["both", 2e-4, 4].new.mean == pytest.approx((0.61 + 0.85) / 2)
     assert found.zero_shot[4].new.mean == 0.25
     table = data_set_table(found, 4)
-    assert list(table.head) == ["method", "learning rate", "cars", "pets", "food", "average"]
+    assert list(table.head) == ["method", "learning rate", "cars", "food", "pets", "average"]
     assert list(table.body[0]) == ["zero-shot", "", "25.0", "25.0", "25.0", "25.0"]
-    assert list(table.body[1]) == ["lora", "0.0002", "52.0", "80.0", "99.0", "66.0"]
-    assert list(table.body[2]) == ["both", "0.0002", "61.0", "85.0", "", "73.0"]
+    assert list(table.body[1]) == ["lora", "0.0002", "52.0", "99.0", "80.0", "66.0"]
+    assert list(table.body[2]) == ["both", "0.0002", "61.0", "", "85.0", "73.0"]
     text = markdown([found])
     assert "average over 2 of 3 data sets" in text
     assert "Left out of averages, because a method has no result (data set, shots): food (4).\n" in text
-    assert "Unequal numbers of seeds (data set, shots): pets (4).\n" in text
+    assert "Unequal seeds (data set, shots): pets (4).\n" in text
 
 
 def test_nothing_is_averaged_without_a_common_data_set():
@@ -212,7 +377,7 @@ def test_method_without_a_learning_rate_has_one_row():
 
 def test_missing_kept_accuracy_beside_others():
     lines = [line("imagenet", "lora", 0, 0.5), line("dtd", "lora", 0, 0.6, 0.4, tasks={"imagenet": [0.5, 0.4]})]
-    assert list(data_set_table(summary(lines), 4).body[1][2:]) == ["50.0 / –", "60.0 / 40.0", "55.0 / 40.0"]
+    assert list(data_set_table(summary(lines), 4).body[1][2:]) == ["60.0 / 40.0", "50.0 / –", "55.0 / 40.0"]
 
 
 def test_terminal_takes_labels_as_they_are():
@@ -300,8 +465,45 @@ def test_validation_chooses_among_the_variants_and_rates_of_a_family():
         for rate, val in ((0.1, 0.2), (0.2, 0.3))
     ]
     (table,) = [table for table in sections(summary(lines)) if table.heading == "Chosen by validation"]
-    assert table.body == [["lora", "70.0 / 50.0: 0.1 (1); 0.2 (1)"]]  # cars has no other method
+    assert table.body == [["lora", "70.0 / 50.0: 0.2 (1); 0.1 (1)"]]  # cars has no other method
     assert "val_mean" in to_csv([summary(lines)]).splitlines()[0]
+
+
+def chosen(lines):
+    (table,) = [table for table in sections(summary(lines)) if table.heading == "Chosen by validation"]
+    return table.body
+
+
+def test_validation_compares_over_common_seeds():
+    easy = [line("dtd", "lora", 0, 0.9, rate=0.1, val=0.9)]  # a seed that the other rate has not got
+    hard = [line("dtd", "lora", 1, new, rate=rate, val=new) for rate, new in ((0.1, 0.4), (0.2, 0.5))]
+    assert chosen([*easy, *hard]) == [["lora", "50.0: 0.2"]]
+    apart = [*easy, line("dtd", "lora", 1, 0.4, rate=0.2, val=0.4), line("dtd", "lora", 2, 0.5, rate=0.2, val=0.5)]
+    assert chosen(apart) == [["lora", "45.0: 0.2"]]  # the most seeds, where none is common
+
+
+def test_chosen_accuracies_are_means_of_means_of_data_sets():
+    cars = [line("cars", "lora", seed, 0.2, 0.9, val=0.5) for seed in range(3)]
+    pets = [line("pets", "lora", 0, 0.6, 0.1, val=0.5)]
+    assert chosen([*cars, *pets]) == [["lora", "40.0 / 50.0: 0.0002 (2)"]]
+
+
+def test_families_of_validation_are_methods_of_the_vocabulary():
+    of = {
+        "LoRA (r=2)": "lora",
+        "LoRA (r=4, decayed)": "lora",
+        "both, k 3": "both",
+        "both, k 3, random": "random-both",  # the control is no variant of what it controls
+        "both, k 4, random": "random-both",
+        "mine": "output",
+    }
+    lines = [{**line("dtd", kind, 0, 0.5, val=0.1 * i), "label": name} for i, (name, kind) in enumerate(of.items())]
+    assert sorted(map(list, chosen(lines))) == [
+        ["both, k 3", "50.0: 0.0002"],
+        ["lora", "50.0: LoRA (r=4, decayed), 0.0002"],
+        ["mine", "50.0: 0.0002"],
+        ["random-both", "50.0: both, k 4, random, 0.0002"],
+    ]
 
 
 def test_without_validation_images_nothing_is_chosen():
@@ -310,4 +512,11 @@ def test_without_validation_images_nothing_is_chosen():
 
 def test_activations_have_no_control_of_the_same_share_of_energy():
     names = ["both, energy 0.8, activations", "both, energy 0.8, random", "both, k 9, activations", "both, k 9, random"]
-    assert rivals(names) == [("both, k 9, activations", "both, k 9, random")]
+    assert rivals(named(*names)) == [("both, k 9, activations", "both, k 9, random")]
+    by_options = {
+        "seen": Variant("activations", {"subspace_energy": 0.8}),
+        "seen, few": Variant("activations", {"subspace_k": 9}),
+        "control": Variant("random", {"subspace_energy": 0.8}),
+        "control, few": Variant("random", {"subspace_k": 9}),
+    }
+    assert rivals(by_options) == [("seen, few", "control, few")]

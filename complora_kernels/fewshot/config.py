@@ -303,9 +303,10 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def changed(config: TrainConfig) -> dict[str, Any]:
-    """The options that determine a run's result and are not its preset's, but those that make up a grid."""
+    """The preset, and the options that determine a run's result and are not its preset's or those of a grid's cells."""
     usual, cells = to_json(PRESETS[config.preset]), ("methods", "shots", "seeds", "learning_rates")
-    return {name: value for name, value in to_json(config).items() if value != usual[name] and name not in cells}
+    options = {name: value for name, value in to_json(config).items() if value != usual[name] and name not in cells}
+    return {"preset": config.preset, **options}
 
 
 def check(config: TrainConfig) -> None:

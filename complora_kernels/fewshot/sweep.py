@@ -113,7 +113,7 @@ def prepare_sweep(config: SweepConfig) -> Sweep:
         check_same(known[variant], asked[variant], sweep.output)
     check_images(sweep.images, sweep.output)
     check_writable(sweep.output)
-    write_atomically(path, json.dumps({**known, **asked}, indent=2) + "\n")
+    write_atomically(path, json.dumps({**asked, **known, **asked}, indent=2) + "\n")
     return sweep
 
 

@@ -28,6 +28,7 @@ class Comparison(NamedTuple):
 
     method: str
     rival: str
+    shots: list[int]  # that both have
     by_shots: dict[int, Gain]  # in what is kept at equal new-task accuracy
     overall: Gain | None  # of each seed's mean over the numbers of shots; None without a seed that has them all
     at_rate: dict[tuple[float, int | None], dict[str, Gain]]  # by learning rate and shots (None: all), by measure
@@ -51,7 +52,7 @@ def compare(results: Sequence[Result], method: str, rival: str, measures: Iterab
     """
     ours, theirs = _by_draw(results, method), _by_draw(results, rival)
     common = sorted(ours.keys() & theirs.keys())
-    shots = sorted({result.shots for result in results})
+    shots = sorted({shots for _, shots, _ in common})
     fronts = [_front_differences(ours, theirs, [draw for draw in common if draw[1] == n]) for n in shots]
     at_rate: dict[tuple[float, int | None], dict[str, Gain]] = {}
     for rate in sorted({rate for draw in common for rate in (*ours[draw], *theirs[draw]) if rate is not None}):
@@ -62,22 +63,25 @@ def compare(results: Sequence[Result], method: str, rival: str, measures: Iterab
             if found := {measure: gain for measure, gain in gains.items() if gain}:
                 at_rate[rate, n] = found
     by_shots = {n: gain for n, front in zip(shots, fronts, strict=True) if (gain := _mean_gain([front]))}
-    return Comparison(method, rival, by_shots, _mean_gain(fronts), at_rate)
+    return Comparison(method, rival, shots, by_shots, _mean_gain(fronts), at_rate)
 
 
 def whole_block(values: Mapping[tuple[Cell, int], Value]) -> dict[tuple[Cell, int], Value]:
-    """Of values by cell and seed, the largest block of cells and seeds in which none is missing.
+    """Of values by cell and seed, a block of cells and seeds in which none is missing, the largest of a few.
 
-    Seeds are dropped from the one with the fewest cells on: in an unfinished sweep a seed that has just begun goes, in
-    a finished one a data set that one seed lacks.
+    These have the cells of one seed, or those that remain as seeds are added from the one with the most cells on: in an
+    unfinished sweep a seed that has just begun goes, in a finished one a data set that one seed lacks.
     """
     cells: dict[int, set[Cell]] = {}
     for cell, seed in values:
         cells.setdefault(seed, set()).add(cell)
     fullest = sorted(cells, key=lambda seed: (-len(cells[seed]), seed))
-    blocks = [(n, set.intersection(*(cells[seed] for seed in fullest[:n]))) for n in range(1, len(fullest) + 1)]
-    n, common = max(blocks, key=lambda block: (block[0] * len(block[1]), block[0]), default=(0, set()))
-    return {(cell, seed): value for (cell, seed), value in values.items() if cell in common and seed in fullest[:n]}
+    remaining = [set.intersection(*(cells[seed] for seed in fullest[: n + 1])) for n in range(len(fullest))]
+    blocks = [({s for s in fullest if of <= cells[s]}, of) for of in (*remaining, *(cells[seed] for seed in fullest))]
+    seeds, common = max(
+        blocks, key=lambda block: (len(block[0]) * len(block[1]), len(block[0])), default=(set(), set())
+    )
+    return {(cell, seed): value for (cell, seed), value in values.items() if cell in common and seed in seeds}
 
 
 def _by_draw(results: Sequence[Result], method: str) -> dict[Draw, dict[float | None, Result]]:
@@ -106,8 +110,9 @@ def _front_differences(
 
 
 def _mean_gain(fronts: Sequence[Mapping[tuple[str, int], float]]) -> Gain | None:
-    """Over the seeds that all fronts have."""
-    seeds = sorted(set.intersection(*({seed for _, seed in front} for front in fronts)))
+    """Over the seeds that all fronts have; None without any."""
+    seeds_of = [{seed for _, seed in front} for front in fronts]
+    seeds = sorted(set.intersection(*seeds_of)) if seeds_of else []
     if not seeds:
         return None
     by_seed = {seed: [[d for (_, of), d in front.items() if of == seed] for front in fronts] for seed in seeds}

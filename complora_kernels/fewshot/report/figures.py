@@ -52,13 +52,13 @@ def figures(summary: Summary) -> dict[str, Figure]:
 def accuracy_against_shots(summary: Summary) -> Figure:
     """One panel per learning rate: new-task accuracy over the number of shots, mean and standard deviation."""
     grid = arrange([Panel(_rate(rate), summary, summary.methods, rate) for rate in summary.learning_rates or [None]])
-    return draw_figure(grid, _over_shots, _title(summary), _SHOTS, axis_names(summary)[0])
+    return draw_figure(summary, grid, _over_shots, _title(summary), _SHOTS, axis_names(summary)[0])
 
 
 def accuracy_against_rate(summary: Summary) -> Figure:
     """New-task accuracy over the learning rates, at one number of shots."""
     grid = arrange([Panel(shots_name(shots), summary, summary.methods, shots) for shots in summary.shots])
-    return draw_figure(grid, _over_rates, _title(summary), "learning rate", axis_names(summary)[0])
+    return draw_figure(summary, grid, _over_rates, _title(summary), "learning rate", axis_names(summary)[0])
 
 
 def accuracy_by_data_set(summary: Summary, rate: float | None) -> Figure:
@@ -69,10 +69,12 @@ def accuracy_by_data_set(summary: Summary, rate: float | None) -> Figure:
         panels = [Panel(name, summary, summary.methods, (rate, measure)) for measure, name in enumerate(names)]
         height = 0.6 * len(summary.data_sets) + 1
         title = f"{title}; {caption(summary, deviations=False)}"
-        return draw_figure([panels], _rows_of_data_sets, title, "accuracy, %", "", share="y", height=height)
+        return draw_figure(summary, [panels], _rows_of_data_sets, title, "accuracy, %", "", share="y", height=height)
     panels = [Panel(data, part, part.methods, rate) for data, part in summary.by_data.items()]
     title = f"{title}; {caption(summary)}"
-    return draw_figure(wrapped(panels, WIDE + 1), _over_shots, title, _SHOTS, axis_names(summary)[0], share="x")
+    return draw_figure(
+        summary, wrapped(panels, WIDE + 1), _over_shots, title, _SHOTS, axis_names(summary)[0], share="x"
+    )
 
 
 def write_figures(protocols: Sequence[Summary], folder: Path) -> list[Path]:

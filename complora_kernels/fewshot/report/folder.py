@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def report(folder: Path, console: Console) -> None:
         raise FileNotFoundError(
             f"{folder}: expected a folder in which `complora train` or `complora sweep` has finished a run{because}"
         )
-    protocols = summaries(results)
+    protocols = summaries(results, variants(folder))
     for summary in protocols:
         console.print(terminal_table(summary))
         compared = sentences(summary)
@@ -62,10 +63,18 @@ def report(folder: Path, console: Console) -> None:
         console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
+def variants(folder: Path) -> list[str]:
+    """Those of a sweep, in the order of its file; none of `complora train`, whose config.json is one mapping."""
+    path = folder / "config.json"
+    described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return [name for name, options in described.items() if isinstance(options, dict)]
+
+
 def failures(results: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The last error, on one line, of each run that has failed and has no result."""
+    """The last error, on one line, of each run that has failed and has no result; by name."""
     finished = {result["run"] for result in results}
-    return {line["run"]: " ".join(line["error"].split()) for line in failed if line["run"] not in finished}
+    errors = {line["run"]: " ".join(line["error"].split()) for line in failed if line["run"] not in finished}
+    return dict(sorted(errors.items()))
 
 
 def terminal_table(summary: Summary) -> TerminalTable:

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from complora_kernels.fewshot.report.comparisons import Comparison, Gain
-from complora_kernels.fewshot.report.labels import parse
 from complora_kernels.fewshot.report.styles import family_colour
 from complora_kernels.fewshot.report.summary import Summary
 from complora_kernels.fewshot.report.wording import words
@@ -28,7 +27,7 @@ def differences(summary: Summary) -> Figure | None:
     for column, title in enumerate(titles.values()):
         axes = figure.add_subplot(1, len(titles), column + 1)
         axes.set_title(title, fontsize="medium")
-        _draw(axes, compared, [_gains(comparison, titles)[column] for comparison in compared])
+        _draw(axes, summary, compared, [_gains(comparison, titles)[column] for comparison in compared])
         axes.tick_params(labelleft=column == 0)
     return figure
 
@@ -47,14 +46,15 @@ def _gains(comparison: Comparison, titles: dict[tuple[float, str] | None, str]) 
     return [comparison.at_rate.get((at[0], None), {}).get(at[1]) if at else comparison.overall for at in titles]
 
 
-def _draw(axes: Axes, compared: Sequence[Comparison], gains: Sequence[Gain | None]) -> None:
+def _draw(axes: Axes, summary: Summary, compared: Sequence[Comparison], gains: Sequence[Gain | None]) -> None:
+    labels, stand_ins = summary.labels, summary.stand_ins
     for row, (comparison, gain) in enumerate(zip(compared, gains, strict=True)):
         if gain:
             mean, _, high, _, seeds = gain.over_seeds
             half = 100 * (high - mean) if seeds > 1 else None
-            colour = family_colour(comparison.method)
+            colour = family_colour(stand_ins.get(comparison.method, comparison.method), labels[comparison.method])
             axes.errorbar(100 * mean, row, xerr=half, fmt="o", markersize=4.5, capsize=2, color=colour)
-    controls = [row for row, comparison in enumerate(compared) if parse(comparison.rival).source == "random"]
+    controls = [row for row, comparison in enumerate(compared) if labels[comparison.rival].source == "random"]
     for row in controls[:1]:
         axes.axhline(row - 0.5, color="grey", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from complora_kernels.fewshot.methods import METHODS
 
 LORA = "lora"
 SIDES = ("output", "input", "both")
 SOURCES = ("weight", "activations", "random")
+
+# Options that do not tell apart what is compared: where and what is measured, and what lora-wd alone reads.
+_BESIDE = ("data", "interpolations", "validation", "strong_weight_decay")
+_SUBSPACE = ("subspace_k", "subspace_energy", "subspace_ratio")  # which LoRA does not read
 
 
 class Label(NamedTuple):
@@ -18,6 +22,14 @@ class Label(NamedTuple):
     family: str  # the protected side; what stands before the first comma where nothing is protected
     source: str  # of the protected subspace; empty where there is none
     setting: str  # the rest
+
+
+class Variant(NamedTuple):
+    """What a method is, whatever its name."""
+
+    kind: str = ""  # in the vocabulary; a name of no vocabulary where the line tells no more
+    options: Mapping[str, Any] | None = None  # those that are not the preset's; None: not known
+    share: float = 1  # of the trained update
 
 
 def parse(method: str) -> Label:
@@ -31,41 +43,84 @@ def parse(method: str) -> Label:
     return Label(side, source, ", ".join(word for word in rest if word not in SOURCES))
 
 
+_NAMES = {parse(method): method for method in METHODS}
+
+
+def label_of(method: str, variant: Variant) -> Label:
+    """What the name says, or else what the method is of the vocabulary, with the whole name as its setting."""
+    said = parse(method)
+    if said.source or said.family in METHODS or variant.kind not in METHODS:
+        return said
+    return parse(variant.kind)._replace(setting=method)
+
+
+def family_name(label: Label) -> str:
+    """The name in the vocabulary of all methods that differ in their settings alone."""
+    return _NAMES.get(label._replace(setting=""), label.family)
+
+
 def part_of(method: str, share: float) -> str:
     """The name of a method whose trained update is scaled by `share`."""
     return f"{method}, {share:g} of the update"
 
 
-def in_order(methods: Iterable[str]) -> list[str]:
-    """Each method once: those of `METHODS` in its order, then the others as they come."""
-    seen = dict.fromkeys(methods)
-    return [*(method for method in METHODS if method in seen), *(method for method in seen if method not in METHODS)]
+def plain_lora(variants: Mapping[str, Variant]) -> str | None:
+    """The name of plain LoRA: "lora" itself, or the first that is LoRA."""
+    found = [name for name, (kind, _, share) in variants.items() if kind == LORA and share == 1]
+    return LORA if LORA in found else next(iter(found), None)
 
 
-def plain_lora(kinds: Mapping[str, str]) -> str | None:
-    """The name of plain LoRA, given what each name is of the vocabulary: "lora" itself, or the first that is LoRA."""
-    return LORA if LORA in kinds else next((name for name, kind in kinds.items() if kind == LORA), None)
+def stand_ins(variants: Mapping[str, Variant]) -> dict[str, str]:
+    """The name in the vocabulary of the methods that stand for it: plain LoRA, and the only one of each other kind."""
+    plain = plain_lora(variants)
+    kinds = [kind for kind, _, share in variants.values() if share == 1]
+    return {
+        name: kind
+        for name, (kind, _, share) in variants.items()
+        if share == 1 and kind not in variants and (name == plain if kind == LORA else kinds.count(kind) == 1)
+    }
 
 
-def rivals(methods: list[str], plain: str | None = LORA) -> list[tuple[str, str]]:
+def rivals(variants: Mapping[str, Variant]) -> list[tuple[str, str]]:
     """Who is compared with whom.
 
     Every method with plain LoRA, then with LoRA in the same setting, and every protected subspace with the random one
     of the same side and setting: the control that tells whether its directions matter. A share of energy is not the
     same number of directions for activations, so that there it has no control.
 
-    Args:
-        methods: the names.
-        plain: the one that is plain LoRA, if any.
+    Where no name tells who has the same setting, it is the one method of that kind with the same options, if there is
+    one only.
     """
-    method_of: dict[Label, str] = {}
-    for method in methods:
-        method_of.setdefault(parse(method), method)
-    pairs = [(method, plain) for method in methods if plain is not None and plain in methods]
-    for label, method in method_of.items():
-        if label.setting:
-            pairs.append((method, method_of.get(Label(LORA, "", label.setting), method)))
-    for label, method in method_of.items():
-        if label.source and not (label.source == "activations" and "energy" in label.setting):
-            pairs.append((method, method_of.get(label._replace(source="random"), method)))
-    return [(method, rival) for method, rival in pairs if method != rival]
+    plain = plain_lora(variants)
+    labels = {method: label_of(method, variant) for method, variant in variants.items()}
+    named = {label: method for method, label in reversed(labels.items())}
+    pairs = [(method, plain) for method in variants]
+    for method, label in labels.items():
+        alike = named.get(Label(LORA, "", label.setting)) if label.setting else None
+        if variants[method].kind != LORA:
+            alike = alike or _same_options(method, LORA, _SUBSPACE, variants)
+        pairs.append((method, alike))
+    for method, label in labels.items():
+        if label.source in ("weight", "activations") and not _has_its_own_energy(label, variants[method]):
+            control = label._replace(source="random")
+            pairs.append((method, named.get(control) or _same_options(method, family_name(control), (), variants)))
+    return [(method, rival) for method, rival in dict.fromkeys(pairs) if rival is not None and rival != method]
+
+
+def _has_its_own_energy(label: Label, variant: Variant) -> bool:
+    """Whether activations choose how many directions are protected."""
+    by_energy = "energy" in label.setting or (variant.options or {}).get("subspace_energy") is not None
+    return label.source == "activations" and by_energy
+
+
+def _same_options(method: str, kind: str, unread: Collection[str], variants: Mapping[str, Variant]) -> str | None:
+    """The only method of a kind that has the same options, but those that are not read, and share of its update."""
+
+    def setting(variant: Variant) -> object:
+        options = variant.options or {}
+        return variant.share, {name: options[name] for name in options if name not in (*_BESIDE, *unread)}
+
+    wanted = variants[method]
+    known = {name: of for name, of in variants.items() if of.options is not None and of.kind == kind}
+    found = [name for name, of in known.items() if name != method and setting(of) == setting(wanted)]
+    return found[0] if wanted.options is not None and len(found) == 1 else None

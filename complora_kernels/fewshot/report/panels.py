@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from complora_kernels.fewshot.report.labels import LORA, SIDES, SOURCES, in_order, parse
+from complora_kernels.fewshot.report.labels import SIDES, SOURCES
 from complora_kernels.fewshot.report.styles import (
     FEW,
     LINE,
@@ -22,6 +22,7 @@ from complora_kernels.fewshot.report.styles import (
     looks,
 )
 from complora_kernels.fewshot.report.summary import Spread, Summary
+from complora_kernels.fewshot.report.wording import seeds_name
 
 WIDE = 3  # panels side by side
 
@@ -44,18 +45,18 @@ def arrange(panels: Sequence[Panel]) -> Grid:
     """A few methods share each panel. Many are spread: a column for each side, a row for each panel or source.
 
     Args:
-        panels: with the same methods.
+        panels: of one summary, with all of its methods.
     """
-    methods = panels[0].methods
-    if len(methods) <= FEW:
+    summary = panels[0].summary
+    if len(summary.methods) <= FEW:
         return wrapped(panels, WIDE)
-    if len(panels) > 1 or not is_spread(methods):
-        sides = _by_side(methods)
+    if len(panels) > 1 or not is_spread(summary.labels.values()):
+        sides = _by_side(summary)
         return [
             [panel._replace(title=_joined(title, panel.title), methods=of) for title, of in sides] for panel in panels
         ]
     (panel,) = panels
-    return [[part and panel._replace(title=part[0], methods=part[1]) for part in row] for row in _by_source(methods)]
+    return [[part and panel._replace(title=part[0], methods=part[1]) for part in row] for row in _by_source(summary)]
 
 
 def wrapped(panels: Sequence[Panel], wide: int) -> Grid:
@@ -64,11 +65,19 @@ def wrapped(panels: Sequence[Panel], wide: int) -> Grid:
 
 
 def draw_figure(
-    grid: Grid, draw: Draw, title: str, x: str, y: str, share: Iterable[str] = "xy", height: float = 2.8
+    summary: Summary,
+    grid: Grid,
+    draw: Draw,
+    title: str,
+    x: str,
+    y: str,
+    share: Iterable[str] = "xy",
+    height: float = 2.8,
 ) -> Figure:
     """Draw every panel of a grid, with labels at the edges and one legend for all.
 
     Args:
+        summary: that has all methods of the panels.
         grid: rows of panels; None leaves a place empty.
         draw: draws a panel.
         title: of the figure.
@@ -77,7 +86,7 @@ def draw_figure(
         share: the axes whose scale all panels share.
         height: of a panel, in inches.
     """
-    of, legend = looks(in_order(method for _, _, panel in _placed(grid) for method in panel.methods))
+    of, legend = looks(summary.labels, summary.stand_ins)
     legend = [("zero-shot", ZERO_SHOT), *legend]
     columns = 3 if max(len(name) for name, _ in legend) < 30 else 2
     wide, high = max(map(len, grid)), len(grid)
@@ -103,9 +112,10 @@ def draw_figure(
 
 def caption(summary: Summary, deviations: bool = True) -> str:
     """What lines and, for a few methods, error bars are."""
-    n = len(summary.seeds)
     deviation = " ± sd" if deviations and len(summary.methods) <= FEW else ""
-    return f"mean{deviation} over {n} seeds" if n > 1 else f"seed {summary.seeds[0]} alone"
+    if len(summary.seeds) == 1:
+        return f"seed {summary.seeds[0]} alone"
+    return f"mean{deviation} over {seeds_name(summary)}" if summary.seed_counts[1] > 1 else seeds_name(summary)
 
 
 def error_bar(spreads: Iterable[Spread]) -> list[float]:
@@ -117,27 +127,29 @@ def _placed(grid: Grid) -> list[tuple[int, int, Panel]]:
     return [(i, j, panel) for i, row in enumerate(grid) for j, panel in enumerate(row) if panel]
 
 
-def _by_side(methods: Sequence[str]) -> list[Group]:
+def _by_side(summary: Summary) -> list[Group]:
     """Those that protect no subspace, then those of each side; plain LoRA stands among all."""
-    reference = [method for method in methods if method == LORA]
-    rest = [method for method in methods if not parse(method).source and method != LORA]
-    sides = {side: [m for m in methods if parse(m).source and parse(m).family == side] for side in SIDES}
+    labels = summary.labels
+    reference = [summary.plain] if summary.plain else []
+    rest = [method for method, label in labels.items() if not label.source and method != summary.plain]
+    sides = {side: [m for m, label in labels.items() if label.source and label.family == side] for side in SIDES}
     groups = {"LoRA and others": rest, **{SIDE_NAMES[side]: of for side, of in sides.items()}}
     return [(title, [*reference, *of]) for title, of in groups.items() if of]
 
 
-def _by_source(methods: Sequence[str]) -> list[list[Group | None]]:
+def _by_source(summary: Summary) -> list[list[Group | None]]:
     """The same with a row for each source of the subspace; those without one stand in the first."""
+    labels = summary.labels
     rows: list[list[Group | None]] = []
-    for source in [source for source in SOURCES if any(parse(method).source == source for method in methods)]:
+    for source in [source for source in SOURCES if any(label.source == source for label in labels.values())]:
         row: list[Group | None] = []
-        for title, of in _by_side(methods):
-            chosen = [method for method in of if parse(method).source == source]
+        for title, of in _by_side(summary):
+            chosen = [method for method in of if labels[method].source == source]
             if chosen:
-                reference = [method for method in of if method == LORA]
+                reference = [method for method in of if method == summary.plain]
                 row.append((_joined(title, SOURCE_NAMES[source]), [*reference, *chosen]))
             else:
-                protects = any(parse(method).source for method in of)
+                protects = any(labels[method].source for method in of)
                 row.append(None if protects or rows else (title, of))
         rows.append(row)
     return rows

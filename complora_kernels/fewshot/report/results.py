@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from complora_kernels.fewshot.report.labels import part_of
+from complora_kernels.fewshot.config import Run
+from complora_kernels.fewshot.methods import METHODS
+from complora_kernels.fewshot.report.labels import Variant, part_of
 
 
 @dataclass(frozen=True)
@@ -25,42 +27,96 @@ class Result:
     zero_shot_kept: float | None
     tasks: Mapping[str, tuple[float, float]]  # each task that is kept: before and after
     relative_update: float | None  # |ΔW| / |W|
-    kind: str = ""  # what the method is called in the vocabulary, where its name is another
-    val: float | None = None  # accuracy on validation images of the new task
+    val: float | None  # accuracy on validation images of the new task
+    variant: Variant
+    place: int  # of the method in tables
 
 
-def read_results(lines: Iterable[Mapping[str, Any]]) -> list[Result]:
-    """A result for every line and for every share of its update that was measured: the last one where one is repeated.
+class _Cell(NamedTuple):
+    """What tells the runs of a folder apart."""
+
+    data: str
+    name: str  # of the method in tables
+    shots: int
+    learning_rate: float | None
+    seed: int
+    protocol: str
+
+
+def read_results(lines: Iterable[Mapping[str, Any]], variants: Iterable[str] = ()) -> list[Result]:
+    """A result for every run, of which the last line counts, and for every share of its update that was measured.
 
     A line without a protocol is of the handwritten digits, of which alone there were results before there were more.
+
+    Args:
+        lines: those of results.jsonl. Their order does not matter, but for a run that is repeated.
+        variants: of a sweep, `Run.variant` of all of its runs, in the order of its file. Results are in this order of
+            data sets and methods; those that are not there follow, methods in the order of `METHODS`, then by name.
+            Within it they ascend by shots, learning rate and seed.
     """
-    results = {}
-    for line in lines:
-        for result in _results(line):
-            key = (result.protocol, result.data, result.method, result.learning_rate, result.shots, result.seed)
-            results[key] = result
-    return list(results.values())
+    last = {_cell(line): line for line in lines}
+    data_sets, names = _places(last, variants)
+
+    def place(cell: _Cell) -> tuple[float | str, ...]:
+        rate = -1.0 if cell.learning_rate is None else cell.learning_rate
+        return data_sets[cell.data], names[cell.name], cell.shots, rate, cell.seed, cell.protocol
+
+    return [result for cell in sorted(last, key=place) for result in _results(cell, last[cell], names[cell.name])]
 
 
-def _results(line: Mapping[str, Any]) -> Iterator[Result]:
+def _cell(line: Mapping[str, Any]) -> _Cell:
+    return _Cell(
+        data=line.get("data", "digits"),
+        name=line.get("label", line["method"]),
+        shots=line["shots"],
+        learning_rate=line["learning_rate"],
+        seed=line["seed"],
+        protocol=line.get("protocol", "few-shot"),
+    )
+
+
+def _places(cells: Iterable[_Cell], variants: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Where each data set and each method comes, by name."""
+    at = {variant: place for place, variant in enumerate(variants)}
+    data_sets, names = {cell.data for cell in cells}, {cell.name for cell in cells}
+    known = {(data, name): at.get(Run("lora", 0, None, 0, data, name).variant) for data in data_sets for name in names}
+    vocabulary: list[str] = list(METHODS)
+
+    def first(places: Iterable[int | None]) -> int:
+        return min((place for place in places if place is not None), default=len(at))
+
+    def by_data(data: str) -> tuple[int, str]:
+        return first(known[data, name] for name in names), data
+
+    def by_name(name: str) -> tuple[int, int, str]:
+        usual = vocabulary.index(name) if name in vocabulary else len(vocabulary)
+        return first(known[data, name] for data in data_sets), usual, name
+
+    ordered = sorted(data_sets, key=by_data), sorted(names, key=by_name)
+    of_data, of_name = ({name: place for place, name in enumerate(names)} for names in ordered)
+    return of_data, of_name
+
+
+def _results(cell: _Cell, line: Mapping[str, Any], place: int) -> Iterator[Result]:
     shares = [(part["share"], part) for part in line.get("interpolated") or () if part["share"] not in (0, 1)]
-    update, name = line.get("relative_update"), line.get("label", line["method"])
+    update = line.get("relative_update")
     for share, part in ((1, line), *shares):
         yield Result(
-            protocol=line.get("protocol", "few-shot"),
-            data=line.get("data", "digits"),
-            method=name if part is line else part_of(name, share),
-            learning_rate=line["learning_rate"],
-            shots=line["shots"],
-            seed=line["seed"],
+            protocol=cell.protocol,
+            data=cell.data,
+            method=cell.name if part is line else part_of(cell.name, share),
+            learning_rate=cell.learning_rate,
+            shots=cell.shots,
+            seed=cell.seed,
             new=part["new"],
             kept=part["kept"],
             zero_shot_new=line["zero_shot_new"],
             zero_shot_kept=line["zero_shot_kept"],
             tasks={task: (before, after) for task, (before, after) in _tasks(line, part).items()},
             relative_update=None if update is None else share * update,
-            kind=line["method"] if part is line else "",
             val=part.get("val"),
+            variant=Variant(line["method"], line.get("options"), share),
+            place=place,
         )
 
 

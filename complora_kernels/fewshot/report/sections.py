@@ -55,7 +55,8 @@ def accuracy_table(summary: Summary, heading: str | None = None) -> Table:
     head = ["method", "learning rate", *map(shots_name, summary.shots)]
     body = [[method, rate, *(_cell(cell, summary) for cell in cells)] for method, rate, cells in rows(summary)]
     if summary.relative_updates:
-        text.append("ΔW / W: Frobenius norm of the update against the weight's, mean over layers, shots and seeds.")
+        over = f"layers, {'data sets, ' if len(summary.data_sets) > 1 else ''}shots and seeds"
+        text.append(f"ΔW / W: Frobenius norm of the update against the weight's, mean over {over}.")
         head.append("ΔW / W")
         updates = [None, *(summary.relative_updates.get(row) for row in summary.rows)]
         body = [[*row, "" if of is None else f"{of:.3f}"] for row, of in zip(body, updates, strict=True)]
@@ -109,9 +110,11 @@ def comparison_tables(summary: Summary) -> list[Table]:
     if len(summary.data_sets) > 1:
         tables[0].heading = "Comparisons"
         text = [
-            "Differences paired by data set and seed, each seed's averaged over the data sets that no seed lacks:",
+            "Differences paired by data set and seed, each seed's averaged over data sets, the same for every seed:",
             "mean, 95% interval (Student's t), seeds with a gain, data sets with a gain.",
         ]
+    if any(0 < len(comparison.shots) < len(summary.shots) for comparison in summary.comparisons):
+        text.append("All shots are those that both methods have.")
     tables[0].text = [*text, "", *tables[0].text]
     tables[0].after = [f"- {text}" for text in sentences(summary)]
     return tables

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.colors import to_hex
 
-from complora_kernels.fewshot.report.labels import SIDES, SOURCES, parse
+from complora_kernels.fewshot.report.labels import SIDES, SOURCES, Label
 
 Look = dict[str, Any]  # of a line
 
@@ -82,46 +82,50 @@ def display_name(method: str) -> str:
     return _NAMES.get(method, method)
 
 
-def family_colour(method: str) -> str:
+def family_colour(method: str, label: Label) -> str:
     """That of the side that it protects."""
-    return _LOOKS.get(method if method in _LOOKS else parse(method).family, {"color": "grey"})["color"]
+    return _LOOKS.get(method if method in _LOOKS else label.family, {"color": "grey"})["color"]
 
 
-def is_spread(methods: Sequence[str]) -> bool:
+def is_spread(labels: Collection[Label]) -> bool:
     """Whether there are many methods, and protected subspaces in several settings among them."""
-    return len(methods) > FEW and len({parse(method).setting for method in methods if parse(method).source}) > 1
+    return len(labels) > FEW and len({label.setting for label in labels if label.source}) > 1
 
 
-def looks(methods: Sequence[str]) -> Looks:
+def looks(labels: Mapping[str, Label], stand_ins: Mapping[str, str]) -> Looks:
     """A line of its own for each method.
 
     Where many differ in settings, these have the colours, sources the dashes, and sides fill the markers.
+
+    Args:
+        labels: of each method.
+        stand_ins: the name in the vocabulary of those that are drawn as it is.
     """
-    protecting = [method for method in methods if parse(method).source]
-    settings = _sorted({parse(method).setting for method in protecting})
-    if not is_spread(methods):
-        of = _apart(methods)
-        return Looks(of, [(display_name(method), of[method]) for method in methods])
+    protecting = {method: label for method, label in labels.items() if label.source}
+    settings = _sorted({label.setting for label in protecting.values()})
+    if not is_spread(labels.values()):
+        of = _apart(labels, stand_ins)
+        return Looks(of, [(display_name(method), of[method]) for method in labels])
     colours = dict(zip(settings, _ramp("viridis", len(settings), 0.0, 0.85), strict=True))
-    of = _apart([method for method in methods if method not in protecting])
+    of = _apart([method for method in labels if method not in protecting], stand_ins)
     legend = [(display_name(method), look) for method, look in of.items()]
-    for method in protecting:
-        side, source, setting = parse(method)
+    for method, (side, source, setting) in protecting.items():
         of[method] = {"color": colours[setting], **_SOURCE_LOOKS[source], **_SIDE_LOOKS[side]}
     legend += [(setting or "default size", {"color": colour, "linewidth": 4}) for setting, colour in colours.items()]
-    sides, sources = ({parse(method)[part] for method in protecting} for part in (0, 1))
+    sides, sources = ({label[part] for label in protecting.values()} for part in (0, 1))
     legend += [(SOURCE_NAMES[s], {"color": "grey", **_SOURCE_LOOKS[s]}) for s in SOURCES if s in sources]
     legend += [(SIDE_NAMES[s], {**_SQUARE, **_SIDE_LOOKS[s]}) for s in SIDES if s in sides]
     return Looks(of, legend)
 
 
-def _apart(methods: Sequence[str]) -> dict[str, Look]:
+def _apart(methods: Iterable[str], stand_ins: Mapping[str, str]) -> dict[str, Look]:
     """Looks that differ from each other; labels that differ in a number alone go from light to dark."""
+    known = {method: stand_ins.get(method, method) for method in methods}
     groups: dict[str, list[str]] = {}
-    for method in methods:
-        if method not in _LOOKS:
+    for method, name in known.items():
+        if name not in _LOOKS:
             groups.setdefault(re.sub(r"\d+(\.\d+)?", "", method), []).append(method)
-    of = {method: _LOOKS[method] for method in methods if method in _LOOKS}
+    of = {method: _LOOKS[name] for method, name in known.items() if name in _LOOKS}
     pairs = [{"color": c, "marker": m} for c, m in zip(_OTHERS * 5, _OTHER_MARKERS * 7, strict=True)]
     singles, ramps = cycle(pairs), cycle(_RAMPS)
     for group in groups.values():
@@ -131,7 +135,7 @@ def _apart(methods: Sequence[str]) -> dict[str, Look]:
             marker = _OTHER_MARKERS[len(of) % len(_OTHER_MARKERS)]
             colours = _ramp(next(ramps), len(group), 0.4, 0.95)
             of |= {m: {"color": c, "marker": marker} for m, c in zip(_sorted(group), colours, strict=True)}
-    return {method: of[method] for method in methods}
+    return {method: of[method] for method in known}
 
 
 def _ramp(colormap: str, n: int, first: float, last: float) -> list[str]:

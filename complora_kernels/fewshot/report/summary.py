@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from complora_kernels.fewshot.report.comparisons import Comparison, compare, harmonic
-from complora_kernels.fewshot.report.labels import in_order, plain_lora, rivals
+from complora_kernels.fewshot.report.labels import Variant, label_of, plain_lora, rivals, stand_ins
 from complora_kernels.fewshot.report.results import Result, read_results
 
 Row = tuple[str, float | None]  # method and learning rate
@@ -47,18 +47,23 @@ class Summary:
     data sets count in which every method and learning rate has a result, at the same number of shots.
 
     Args:
-        results: those of one protocol, at least one.
+        results: those of one protocol, at least one, as `read_results` sorts them.
 
     Attributes:
         protocol: how they were measured.
         data_sets: what was trained on, as they come in the results.
         by_data: a summary of each data set.
-        methods: in the order of `labels.in_order`.
+        methods: in the order of the results' places.
+        variants: what each method is.
+        labels: what the methods' names are made of.
+        plain: the name of plain LoRA, if there is one.
+        stand_ins: the name in the vocabulary of methods that stand for it under another.
         learning_rates, shots, seeds: in ascending order.
         rows: methods with each of their learning rates.
         complete: by shots, the data sets that averages are over.
         cells: by method, learning rate and shots; those that have no result are missing.
         zero_shot: the pretrained model, by shots, because the test set may be what the shots leave.
+        seed_counts: the fewest and the most seeds of a cell, or of a data set that it averages.
         relative_updates: mean |ΔW| / |W| by row; those that adapt nothing are missing.
         tasks: the tasks that are kept.
     """
@@ -71,7 +76,11 @@ class Summary:
             data: self if len(self.data_sets) == 1 else Summary([r for r in results if r.data == data])
             for data in self.data_sets
         }
-        self.methods = in_order(result.method for result in results)
+        self.variants = _variants(results)
+        self.methods = list(self.variants)
+        self.labels = {method: label_of(method, variant) for method, variant in self.variants.items()}
+        self.plain = plain_lora(self.variants)
+        self.stand_ins = stand_ins(self.variants)
         self.learning_rates: list[float] = sorted({r.learning_rate for r in results if r.learning_rate is not None})
         self.shots = sorted({result.shots for result in results})
         self.seeds = sorted({result.seed for result in results})
@@ -79,22 +88,21 @@ class Summary:
 
         runs: dict[tuple[str, float | None, int], Runs] = {}
         of_shots: dict[int, Runs] = {}
-        updates: dict[Row, list[float]] = {}
         for r in results:
             for place in (runs.setdefault((r.method, r.learning_rate, r.shots), {}), of_shots.setdefault(r.shots, {})):
                 place.setdefault(r.data, {})[r.seed] = r
-            if r.relative_update is not None:
-                updates.setdefault((r.method, r.learning_rate), []).append(r.relative_update)
         rows = {(method, rate) for method, rate, _ in runs}
         self._runs = runs
         self.rows = [(m, rate) for m in self.methods for rate in (*self.learning_rates, None) if (m, rate) in rows]
-        self.relative_updates = {row: float(np.mean(values)) for row, values in updates.items()}
         self.complete = {
             shots: [data for data in self.data_sets if all(data in by for key, by in runs.items() if key[2] == shots)]
             for shots in self.shots
         }
         self.cells = {key: cell for key, by in runs.items() if (cell := _cell(by, self.complete[key[2]]))}
         self.zero_shot = {n: cell for n in self.shots if (cell := _cell(of_shots[n], self.complete[n], "zero_shot_"))}
+        self.seed_counts = self._seed_counts([(n, by) for (_, _, n), by in runs.items()] + list(of_shots.items()))
+        updates = {row: self._relative_update(row) for row in self.rows}
+        self.relative_updates = {row: update for row, update in updates.items() if update is not None}
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -106,8 +114,7 @@ class Summary:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """Of the methods that are compared with one another, over all data sets."""
-        plain = plain_lora({result.method: result.kind for result in self.results})
-        return [compare(self.results, *pair, self.measures) for pair in rivals(self.methods, plain)]
+        return [compare(self.results, *pair, self.measures) for pair in rivals(self.variants)]
 
     def runs(self, row: Row, shots: int) -> list[Result]:
         """The results of a method at a learning rate and a number of shots."""
@@ -136,13 +143,37 @@ class Summary:
                     found[kind].setdefault(data, []).append(shots)
         return found
 
+    def _seed_counts(self, runs: list[tuple[int, Runs]]) -> tuple[int, int]:
+        counts = {len(by[data]) for shots, by in runs for data in self.complete[shots]}
+        counts = counts or {len(by_seed) for _, by in runs for by_seed in by.values()}
+        return min(counts), max(counts)
 
-def summaries(lines: Iterable[Mapping[str, Any]]) -> list[Summary]:
-    """A summary of each protocol in the lines of results.jsonl."""
+    def _relative_update(self, row: Row) -> float | None:
+        """The mean over shots and the data sets that averages are over of the mean over seeds."""
+        means = []
+        for shots, data_sets in self.complete.items():
+            for data in data_sets:
+                results = self._runs.get((*row, shots), {}).get(data, {}).values()
+                values = [result.relative_update for result in results if result.relative_update is not None]
+                means += [np.mean(values)] if values else []
+        return float(np.mean(means)) if means else None
+
+
+def summaries(lines: Iterable[Mapping[str, Any]], variants: Iterable[str] = ()) -> list[Summary]:
+    """A summary of each protocol in the lines of results.jsonl, in the order of a sweep's variants (`read_results`)."""
     by_protocol: dict[str, list[Result]] = {}
-    for result in read_results(lines):
+    for result in read_results(lines, variants):
         by_protocol.setdefault(result.protocol, []).append(result)
     return [Summary(results) for results in by_protocol.values()]
+
+
+def _variants(results: Sequence[Result]) -> dict[str, Variant]:
+    """By method, in the order of tables; lines that tell a method's options count before those that do not."""
+    variants: dict[str, Variant] = {}
+    for result in sorted(results, key=lambda result: result.place):
+        if result.method not in variants or variants[result.method].options is None:
+            variants[result.method] = result.variant
+    return variants
 
 
 def _cell(runs: Runs, data_sets: Iterable[str], prefix: str = "") -> Cell | None:

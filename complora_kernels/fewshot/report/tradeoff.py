@@ -20,7 +20,7 @@ def new_against_kept(summary: Summary) -> Figure:
     panels = by_shots if over_rates else [Panel("", summary, summary.methods, None)]
     points = f"a point for each {'learning rate' if over_rates else 'number of shots'}"
     title = f"Learned and kept: {points}; {caption(summary)}"
-    return draw_figure(arrange(panels), _all_points, title, *axis_names(summary))
+    return draw_figure(summary, arrange(panels), _all_points, title, *axis_names(summary))
 
 
 def fronts(summary: Summary) -> Figure:
@@ -28,7 +28,7 @@ def fronts(summary: Summary) -> Figure:
     panels = [Panel(shots_name(shots), summary, summary.methods, shots) for shots in summary.shots]
     title = f"Kept on the way to the highest {words(summary.protocol).equal}; {caption(summary, deviations=False)}"
     share = "xy" if len(panels) == 1 else ""
-    return draw_figure(arrange(panels), _best_part, title, *axis_names(summary), share=share)
+    return draw_figure(summary, arrange(panels), _best_part, title, *axis_names(summary), share=share)
 
 
 def _all_points(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:

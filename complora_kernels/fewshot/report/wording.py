@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 from complora_kernels.fewshot.report.comparisons import Comparison, Gain
-from complora_kernels.fewshot.report.summary import Cell, Spread, Summary
+from complora_kernels.fewshot.report.summary import Cell, Row, Spread, Summary
+
+_MOST_NAMES = 4  # of methods in one sentence
 
 
 class Words(NamedTuple):
@@ -79,10 +82,15 @@ def short_name(summary: Summary, measure: str) -> str:
 
 def title(summary: Summary) -> str:
     """What all accuracies are."""
-    n = len(summary.seeds)
-    return (
-        f"Accuracy in percent, mean ± standard deviation over {n} seeds" if n > 1 else "Accuracy in percent, one seed"
-    )
+    several = summary.seed_counts[1] > 1
+    return f"Accuracy in percent, {'mean ± standard deviation over ' if several else ''}{seeds_name(summary)}"
+
+
+def seeds_name(summary: Summary) -> str:
+    """How many seeds the cells have, such as "10 seeds" or "1 to 10 seeds"."""
+    if summary.seed_counts[1] == 1:
+        return "one seed" if len(summary.seeds) == 1 else "one seed each"
+    return f"{_range(summary.seed_counts)} seeds"
 
 
 def average_name(summary: Summary) -> str:
@@ -96,12 +104,45 @@ def average_name(summary: Summary) -> str:
 
 def gaps(summary: Summary) -> list[str]:
     """What of an unfinished sweep averages leave out, and what they count unevenly."""
-    missing = {"methods": "Left out of averages, because a method has no result", "seeds": "Unequal numbers of seeds"}
+    if len(summary.data_sets) == 1:
+        return _fewer_seeds(summary)
+    missing = {"methods": "Left out of averages, because a method has no result", "seeds": "Unequal seeds"}
     lines = []
     for kind, by_data in summary.gaps().items():
         if found := [f"{data} ({', '.join(map(str, shots))})" for data, shots in by_data.items()]:
             lines.append(f"{missing[kind]} (data set, shots): {'; '.join(found)}.")
-    return lines if len(summary.data_sets) > 1 else []
+    return lines
+
+
+def _fewer_seeds(summary: Summary) -> list[str]:
+    """Which methods and learning rates of one data set lack seeds that others have, those with the fewest first."""
+    gaps = {row: _seed_gap(summary, row) for row in summary.rows}
+    found: list[tuple[int, str]] = []
+    for method in summary.methods:
+        by_rate = {f" at {rate:g}" if rate else "": gap for (of, rate), gap in gaps.items() if of == method}
+        if len(set(by_rate.values())) == 1:
+            by_rate = {"": next(iter(by_rate.values()))}
+        found += [(gap[0], f"{method}{at} ({gap[1]})") for at, gap in by_rate.items() if gap]
+    names = [name for _, name in sorted(found, key=lambda gap: gap[0])]
+    shown = ", ".join(names[:_MOST_NAMES])
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return [f"Fewer than {len(summary.seeds)} seeds: {shown}{more}."] if names else []
+
+
+def _seed_gap(summary: Summary, row: Row) -> tuple[int, str] | None:
+    """Of a row that lacks seeds: the fewest that it has; how many, and at which shots, unless at all of them."""
+    counts = {shots: n for shots in summary.shots if (n := len(summary.runs(row, shots)))}
+    fewer = {shots: n for shots, n in counts.items() if n < len(summary.seeds)}
+    if not fewer:
+        return None
+    *others, last = fewer
+    where = ", ".join([*map(str, others), shots_name(last)])
+    how_many = _range(fewer.values())
+    return min(fewer.values()), how_many if len(fewer) == len(counts) else f"{where}: {how_many}"
+
+
+def _range(counts: Collection[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def shots_name(n: int) -> str:
@@ -147,9 +188,12 @@ def sentences(summary: Summary) -> list[str]:
 def sentence(comparison: Comparison, protocol: str = "few-shot") -> str:
     """The comparison at equal new-task accuracy, over all numbers of shots, in one sentence."""
     method, rival = comparison.method, comparison.rival
-    if comparison.overall is None:
-        return f"{method} and {rival}: no seed has two learning rates or more at every number of shots."
     names = words(protocol)
+    if not comparison.shots:
+        return f"{method} and {rival} have no data set, number of shots and seed in common."
+    if comparison.overall is None:
+        front = f"two learning rates or more, of which one gains {names.equal}"
+        return f"{method} and {rival}: no seed counts at every number of shots that both have (it takes {front})."
     return f"At equal {names.equal}, {_difference(method, names.keeps, rival, comparison.overall)}."
 
 
@@ -168,11 +212,13 @@ def _at_rate(comparison: Comparison, summary: Summary) -> list[str]:
 def _difference(method: str, verb: str, rival: str, gain: Gain) -> str:
     mean, low, high, wins, seeds = gain.over_seeds
     points = round(100 * mean, 1)
-    difference = f"{abs(points):.1f} points {'more' if points > 0 else 'less'} than" if points else "as much as"
+    shown = seeds > 1 and low * high > 0
+    amount = f"{abs(points):.1f}" if points else "less than 0.1"
+    difference = f"{amount} points {'more' if mean > 0 else 'less'} than" if points or shown else "as much as"
     data_sets = f"a gain on {gain.better} of {gain.data_sets} data sets" if gain.data_sets > 1 else ""
     text = f"{method} {verb.format(difference, rival)}"
     if seeds < 2:
         return f"{text} ({'; '.join(filter(None, ['one seed: no interval', data_sets]))})"
-    verdict = "the interval excludes zero" if low * high > 0 else "the interval includes zero: no difference shown"
+    verdict = "the interval excludes zero" if shown else "the interval includes zero: no difference shown"
     over = f"95% interval {100 * low:+.1f} to {100 * high:+.1f} over {seeds} seeds, {wins} of them with a gain"
     return f"{text} ({'; '.join(filter(None, [over, data_sets, verdict]))})"
