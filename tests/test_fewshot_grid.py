@@ -23,6 +23,7 @@ from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
 from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
 from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, train
+from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.sampler import draw_shots
 
 CONSOLE = Console(file=io.StringIO())
@@ -290,6 +291,10 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
         assert all(result.pop(name) > 0 for name in MEASURED)
     assert sorted(found, key=lambda result: result["run"]) == sorted(expected, key=lambda result: result["run"])
     assert len(found) == 3
+    for output in (folder, tmp_path / "whole"):
+        report(output, CONSOLE)
+    for table in ("table.md", "table.csv", "table.tex"):
+        assert (folder / table).read_text() == (tmp_path / "whole" / table).read_text()
 
 
 def test_a_size_that_fits_no_weight_ends_with_1_and_does_not_occupy_the_folder(tmp_path, capsys):

@@ -15,6 +15,7 @@ from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.datasets import ELEVEN
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.recipe import MEASURED
+from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.sweep import SweepConfig, prepare_sweep, run_sweep
 
 CONSOLE = Console(file=io.StringIO())
@@ -88,6 +89,10 @@ def test_killed_and_resumed_gives_the_same_results(tmp_path, trained, monkeypatc
     results = (read_json_lines(tmp_path / name / "results.jsonl") for name in ("stopped", "out"))
     found, expected = map(without_measurements, results)
     assert found == expected
+    for name in ("stopped", "out"):
+        report(tmp_path / name, CONSOLE)
+    for table in ("table.md", "table.csv", "table.tex"):
+        assert (tmp_path / "stopped" / table).read_text() == (tmp_path / "out" / table).read_text()
 
 
 def test_a_failed_run_is_kept_does_not_stop_the_others_and_is_tried_again(tmp_path, trained, monkeypatch):
