@@ -36,7 +36,7 @@ from complora_kernels.fewshot.datasets.dataset import check_distinct
 from complora_kernels.fewshot.datasets.downloads import SIZES, Size
 from complora_kernels.fewshot.datasets.layouts import LAYOUTS
 from complora_kernels.fewshot.datasets.ratio import ratio_split
-from complora_kernels.fewshot.images import load_crops
+from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.templates import prompts
 
 BY_JSON = [name for name in ELEVEN if name not in ("imagenet", "fgvc_aircraft")]

@@ -21,8 +21,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as torchvision
 
-from complora_kernels.fewshot import images as module
-from complora_kernels.fewshot.images import DeviceImages, bicubic_taps, draw_boxes, load_crops, resample
+from complora_kernels.fewshot import crops as crops_module
+from complora_kernels.fewshot import images as images_module
+from complora_kernels.fewshot.crops import bicubic_taps, draw_boxes, resample
+from complora_kernels.fewshot.decode import load_crops
+from complora_kernels.fewshot.images import DeviceImages
 
 SIZES = [(60, 80), (75, 50), (7, 7), (1, 50), (40, 1), (224, 224), (190, 300)]
 BOXES = [(0, 0, 60, 80), (3, 4, 1, 46), (1, 2, 5, 4), (0, 17, 1, 1), (0, 0, 40, 1), (100, 7, 29, 1), (12, 0, 178, 299)]
@@ -39,7 +42,7 @@ def images() -> list[Tensor]:
 def way(request, monkeypatch) -> None:
     """What the CPU uses, and on the CPU what the other devices use."""
     if request.param == "by products":
-        monkeypatch.setattr(module, "_resample_by_torch", module._resample_by_products)
+        monkeypatch.setattr(crops_module, "_resample_by_torch", crops_module._resample_by_products)
 
 
 def crop(image: Tensor, box: Any, flip: Any, size: tuple[int, int]) -> Tensor:
@@ -143,12 +146,12 @@ def test_operands_of_the_products_are_exact_in_tf32_and_bfloat16(images, monkeyp
         return bmm(*factors, out=out)
 
     monkeypatch.setattr(torch, "bmm", observed)
-    plain = module._resample_by_products(stored, *all_of(stored), 24, 24)
+    plain = crops_module._resample_by_products(stored, *all_of(stored), 24, 24)
     assert operands
     for factor in operands:
         assert torch.equal(factor, factor.bfloat16().float())  # 8 bits; TF32 has 11
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module._resample_by_products(stored, *all_of(stored), 24, 24), plain)
+        assert torch.equal(crops_module._resample_by_products(stored, *all_of(stored), 24, 24), plain)
 
 
 def test_products_are_of_the_boxes_not_of_the_images(images, monkeypatch):
@@ -161,7 +164,7 @@ def test_products_are_of_the_boxes_not_of_the_images(images, monkeypatch):
 
     monkeypatch.setattr(torch, "bmm", observed)
     box = torch.tensor([[100, 7, 30, 20]])
-    module._resample_by_products(stored, torch.tensor([6]), box, torch.tensor([True]), 24, 16)
+    crops_module._resample_by_products(stored, torch.tensor([6]), box, torch.tensor([True]), 24, 16)
     assert shapes == [((1, 32, 20), (1, 20, 90)), ((1, 48, 30), (1, 30, 48))]
 
 
@@ -175,14 +178,14 @@ def test_nothing_waits_for_the_device(images):
 
 def test_a_huge_box_does_not_make_the_others_as_large():
     boxes = torch.tensor([[0, 0, 30, 40]] * 20 + [[0, 0, 300, 400]] + [[0, 0, 40, 25]] * 10)
-    groups = [group.tolist() for group in module._groups(boxes)]
+    groups = [group.tolist() for group in crops_module._groups(boxes)]
     assert [len(group) for group in groups] == [30, 1]
     assert groups[1] == [20]
     assert sorted(groups[0]) == [i for i in range(31) if i != 20]
 
 
 def test_a_group_has_at_most_so_many_pixels():
-    assert [len(group) for group in module._groups(torch.tensor([[0, 0, 2048, 2048]] * 12))] == [5, 5, 2]
+    assert [len(group) for group in crops_module._groups(torch.tensor([[0, 0, 2048, 2048]] * 12))] == [5, 5, 2]
 
 
 # ---- weights
@@ -334,7 +337,7 @@ def test_out_of_memory_images_stay_in_pinned_host_memory(monkeypatch, caplog):
         pinned.append(pin_memory)
         return torch.empty(size, dtype=torch.uint8)  # there may be no GPU to pin memory for
 
-    monkeypatch.setattr(module, "_empty", full_device)
+    monkeypatch.setattr(images_module, "_empty", full_device)
     images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
     stored = DeviceImages.from_tensors(images, "cuda:1", budget_bytes=10_000)
     assert pinned == [True]
@@ -494,8 +497,8 @@ def test_exif_that_follows_the_pixels_turns_them_too(tmp_path, picture):
 def test_an_image_that_is_not_of_its_headers_size_is_named(tmp_path, picture, monkeypatch):
     for name in ("a.png", "b.png"):
         picture.save(tmp_path / name)
-    decoded = module._pixels
-    monkeypatch.setattr(module, "_pixels", lambda image: decoded(image)[:, :4])
+    decoded = images_module.pixels_of
+    monkeypatch.setattr(images_module, "pixels_of", lambda image: decoded(image)[:, :4])
     with pytest.raises(ValueError, match=r"a.png has \[4, 7\] pixels, expected \[5, 7\], as its header says"):
         DeviceImages.from_files([tmp_path / "a.png", tmp_path / "b.png"], "cpu")
 
@@ -505,7 +508,7 @@ def test_no_second_copy_of_the_images_is_made(tmp_path, picture, monkeypatch):
     paths = [tmp_path / f"{i}.png" for i in range(150)]
     for path in paths:
         picture.save(path)
-    decoded, size_of = module._pixels, module._size_of
+    decoded, size_of = images_module.pixels_of, images_module.size_by_header
     alive: set[int] = set()
     most, threads = [0], {"headers": set(), "pixels": set()}
 
@@ -521,8 +524,8 @@ def test_no_second_copy_of_the_images_is_made(tmp_path, picture, monkeypatch):
         threads["headers"].add(threading.get_ident())
         return size_of(*arguments)
 
-    monkeypatch.setattr(module, "_pixels", counted)
-    monkeypatch.setattr(module, "_size_of", header)
+    monkeypatch.setattr(images_module, "pixels_of", counted)
+    monkeypatch.setattr(images_module, "size_by_header", header)
     stored = DeviceImages.from_files(paths, "cpu")
     assert most[0] <= 33  # the most threads that a pool starts, and one that is just given back
     assert all(torch.equal(image, pixels(picture)) for image in stored)

@@ -18,8 +18,8 @@ from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.backbone import load_backbone
 from complora_kernels.fewshot.config import GLYPHS
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN, Dataset, base_and_new, draw, load_dataset
+from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.images import load_crops
 from complora_kernels.fewshot.measure import columns_of
 from complora_kernels.fewshot.recipe import DRAW
 from complora_kernels.fewshot.setting import NEW_CLASSES

@@ -313,8 +313,8 @@ def test_logit_scale_multiplies_the_cosines(tmp_path):
 def test_images_are_decoded_once_for_all_that_learn_from_them(tmp_path, monkeypatch):
     make_miniature(tmp_path, "dtd")
     decoded = []
-    open_image = images._open
-    monkeypatch.setattr(images, "_open", lambda path, *rest: (decoded.append(path), open_image(path, *rest))[1])
+    open_image = images.open_image
+    monkeypatch.setattr(images, "open_image", lambda path, *rest: (decoded.append(path), open_image(path, *rest))[1])
     settings = Settings()
     few = {"data": "dtd", "data_root": tmp_path, "template": "default", "augmentation": "crop-flip", "steps": 1}
     config = standin.config(tmp_path / "out", **few, methods=("lora", "both"), max_test_images=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from complora_kernels.fewshot.backbone import Backbone
 from complora_kernels.fewshot.datasets import Dataset
-from complora_kernels.fewshot.images import load_crops
+from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.team import ALONE, Team
 from complora_kernels.fewshot.templates import prompts
 

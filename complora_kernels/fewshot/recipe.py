@@ -22,10 +22,12 @@ import complora_kernels as ck
 from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.config import Run, TrainConfig
+from complora_kernels.fewshot.crops import draw_boxes, resample
 from complora_kernels.fewshot.datasets import Draw, draw, write_draw
 from complora_kernels.fewshot.datasets.fingerprint import fingerprint
+from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.files import write_atomically
-from complora_kernels.fewshot.images import DeviceImages, draw_boxes, load_crops, resample
+from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.logs import RunLog
 from complora_kernels.fewshot.measure import Measurement
 from complora_kernels.fewshot.profile import StepProfile

@@ -1,0 +1,184 @@
+"""Image files, decoded, in RGB and upright: whole, or brought to a model's size as CLIP does it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def load_crops(
+    paths: Sequence[str | Path],
+    size: tuple[int, int],
+    *,
+    resize_mode: Literal["shortest", "longest", "squash"] | str = "shortest",
+    interpolation: Literal["bicubic", "bilinear"] | str = "bicubic",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Decode image files and bring them to a model's size as CLIP does before it names them.
+
+    Of the image in RGB, turned upright as `DeviceImages.from_files` does it, the pixels are those of
+    `open_clip.image_transform(size, is_train=False)` before they become floats, bit for bit. (CLIP's own evaluation
+    ignores EXIF's orientation and converts to RGB last, which tells in photos that lie on their side, transparent ones
+    and CMYK.)
+
+    Args:
+        paths: at least one file, as in `DeviceImages.from_files`.
+        size: height and width of the results.
+        resize_mode: "shortest": the image covers the result, whose middle is cut out. "longest": it fits into it, with
+            black around. "squash": it is stretched to it.
+        interpolation: "bicubic" or "bilinear", antialiased. As in open_clip, "shortest" is always bicubic where the
+            size is no square.
+        workers: threads; None: what Python takes for the number of cores.
+        progress: show a progress bar on stderr once the work has taken two seconds.
+
+    Returns:
+        uint8 [N, 3, H, W].
+
+    Raises:
+        ValueError: no paths, an unknown mode, or a file that cannot be decoded or is too large; the first is named.
+        OSError: a file that cannot be read.
+    """
+    if resize_mode not in _FIT:
+        raise ValueError(f"resize_mode={resize_mode!r}, expected {', '.join(_FIT)}")
+    if interpolation not in _FILTERS:
+        raise ValueError(f"interpolation={interpolation!r}, expected {', '.join(_FILTERS)}")
+    if min(size) < 1:
+        raise ValueError(f"size={size}, expected at least 1")
+    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+
+    def crop(i: int, path: str | Path) -> None:
+        crops[i] = pixels_of(_FIT[resize_mode](open_image(path), size, _FILTERS[interpolation]))
+
+    for_each_file(crop, paths, workers, progress)
+    return crops
+
+
+def for_each_file(
+    work: Callable[[int, str | Path], T],
+    paths: Sequence[str | Path],
+    workers: int | None,
+    progress: bool,
+    doing_what: str = "decoding images",
+) -> list[T]:
+    """`work(i, path)` of every path, in threads. The first path's error is raised, whichever came first in time."""
+    if not paths:
+        raise ValueError("paths is empty, expected at least one image file")
+    pool = ThreadPoolExecutor(workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # which does not name the file
+        try:
+            doing = pool.map(work, range(len(paths)), paths)
+            with tqdm(doing, doing_what, len(paths), unit="image", delay=2, leave=False, disable=not progress) as bar:
+                return list(bar)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the files still to come
+
+
+def open_image(path: str | Path, shorter_side: int | None = None) -> Image.Image:
+    """An image in RGB, upright; reduced as `DeviceImages.from_files` says where a shorter side is enough.
+
+    Raises:
+        ValueError: it cannot be decoded, or has more pixels than Pillow's limit.
+        OSError: it cannot be read.
+    """
+    with _reading(path, shorter_side) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "P":
+            upright = upright.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB at once
+        rgb = upright.convert("RGB")
+        factor = _reduction(rgb, shorter_side)
+        return rgb.reduce(factor) if factor > 1 else rgb
+
+
+def size_by_header(path: str | Path, shorter_side: int | None) -> tuple[int, int]:
+    """Height and width of what `open_image` will return, before EXIF turns it: its bytes, without decoding it.
+
+    (0, 0) where that fails: a file before it may be damaged behind its header, and the first one is to be named.
+    """
+    try:
+        with _reading(path, shorter_side) as image:
+            factor = _reduction(image, shorter_side)
+            return -(-image.height // factor), -(-image.width // factor)
+    except (OSError, ValueError):
+        return 0, 0
+
+
+@contextmanager
+def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image]:
+    """An image that is not decoded yet; of a JPEG as many pixels will be decoded as are needed."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("I", "F") or ";" in image.mode:
+                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+            factor = _reduction(image, shorter_side)
+            if factor > 1:  # a JPEG: by 2, 4 or 8 while decoding
+                image.draft(None, (-(-image.width // factor), -(-image.height // factor)))
+            yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{path} is not decoded: {error} Expected fewer pixels: shrink the file. (A Python program that trusts it "
+            f"may raise PIL.Image.MAX_IMAGE_PIXELS, now {Image.MAX_IMAGE_PIXELS}.)"
+        ) from error
+    except Exception as error:  # of whatever kind a decoder meets damaged bytes with
+        if isinstance(error, OSError) and error.errno is not None:  # the file system's, which names the file
+            raise
+        raise ValueError(f"{path} cannot be decoded: {error}") from error
+
+
+def _reduction(image: Image.Image, shorter_side: int | None) -> int:
+    """How many pixels of a length become one."""
+    return 1 if shorter_side is None else max(1, min(image.size) // shorter_side)
+
+
+def pixels_of(image: Image.Image) -> Tensor:  # uint8 [3, H, W]
+    """The pixels of an image in RGB."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _shortest(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    height, width = size
+    if height == width:  # the longer side is rounded down, as in torchvision
+        shorter = min(image.size)
+        covering = (height * image.width // shorter, height * image.height // shorter)
+    else:
+        covering, resample = _scaled(image, size, min), Image.Resampling.BICUBIC
+    image = image.resize(covering, resample)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _longest(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    height, width = size
+    image = image.resize(_scaled(image, size, max), resample)
+    ground = Image.new("RGB", (width, height))
+    ground.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return ground
+
+
+def _squash(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    height, width = size
+    return image.resize((width, height), resample)
+
+
+def _scaled(image: Image.Image, size: tuple[int, int], which: Callable[..., float]) -> tuple[int, int]:
+    """Width and height with one side as long as the result's, the other at least or, with `max`, at most as long."""
+    height, width = size
+    ratio = which(image.height / height, image.width / width)
+    return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
+
+
+_FIT = {"shortest": _shortest, "longest": _longest, "squash": _squash}
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
