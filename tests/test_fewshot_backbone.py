@@ -1,3 +1,4 @@
+import errno
 import json
 from typing import Any
 
@@ -191,3 +192,13 @@ def test_weights_of_another_model_end_with_their_name(tiny):
     save_file({"visual.conv1.weight": torch.zeros(3)}, tiny / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors: cannot be loaded as tiny: .*Missing key"):
         load_backbone("tiny", str(tiny / "other.safetensors"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("too large")])
+def test_what_is_not_the_weights_fault_stays_what_it_is(tiny, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(open_clip, "create_model", fail)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        load_backbone("tiny", str(tiny / "weights.pt"))

@@ -19,8 +19,10 @@ import complora_kernels as ck
 from complora_kernels.fewshot import __main__ as program
 from complora_kernels.fewshot import grid, jobs
 from complora_kernels.fewshot.__main__ import main, parse
+from complora_kernels.fewshot.checks import check_device
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
 from complora_kernels.fewshot.files import append_json_line, read_json_lines, write_atomically
+from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, train
 from complora_kernels.fewshot.report import report
@@ -367,3 +369,21 @@ def test_commands_of_a_moment_end_without_a_traceback(tmp_path, capsys, monkeypa
     monkeypatch.setattr(program, "evaluate", stop)
     assert main(["eval", str(tmp_path)]) == code
     assert capsys.readouterr().err.startswith("stopped" if code == 130 else "error: CUDA out of memory")
+
+
+def test_a_profile_is_shown_where_the_first_method_trains_nothing(tmp_path, capsys):
+    command = ["train", "--methods", "linear-probe", "lora", "--shots", "1", "--seeds", "0", "--learning-rates", "0.01"]
+    command += ["--steps", "2", "--max-test-images", "8", "--workers", "1", "--towers", "image", "--profile"]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "runs" / "lora-1shot-lr0.01-seed0" / PROFILE).read_text().splitlines()[
+        0
+    ] in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda:1")
+    check_device("cuda")
+    with pytest.raises(ValueError, match=r"--device cuda:2: expected at most cuda:1"):
+        check_device("cuda:2")

@@ -174,9 +174,12 @@ def test_anchors_name_the_same_classes_elsewhere(root, tmp_path):
         same = [before == after for before, after in result["tasks"].values()]
         assert same[-1]  # EuroSAT has other classes
         assert not all(same[:-1])  # with random images the answers differ somewhere
-    assert columns_of(("b", "a"), ("a", "b", "c")) == [1, 0]
+    assert columns_of(("b", "a"), ("a", "b", "c")) == [[1], [0]]
     assert columns_of(("a", "d"), ("a", "b", "c")) is None
-    assert columns_of(("a", "a"), ("a", "a")) == [0, 1]
+    twins = ("a", "missile", "b", "missile")
+    assert columns_of(twins, twins) == [[0], [1], [2], [3]]
+    assert columns_of(("missile", "b", "missile"), twins) == [[1], [2], [3]]
+    assert columns_of(("a", "missile"), twins) == [[0], [1, 3]]  # which of the two it is nobody tells
 
 
 def test_anchors_interpolation_validation_and_ensembles(root, tmp_path):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from complora_kernels.fewshot import images
 from complora_kernels.fewshot.config import Run
+from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.measure import at_most
@@ -325,7 +326,22 @@ def test_images_are_decoded_once_for_all_that_learn_from_them(tmp_path, monkeypa
     assert sum(str(path).endswith(tuple(drawn)) for path in decoded) == len(drawn)
     seeds = standin.config(tmp_path / "out", **few, seeds=(1,), max_test_images=1)
     other = train(seeds, seeds.runs()[0], settings.load(seeds, "cpu"), tmp_path / "other")
-    assert len(settings.load(seeds, "cpu").shots) == 1
+    assert len(settings.load(seeds, "cpu").decoded) == 1
     assert (
         other["images"] != train(config, config.runs()[0], settings.load(config, "cpu"), tmp_path / "again")["images"]
     )
+
+
+@pytest.mark.parametrize("towers", [("image",), ("image", "text")])
+def test_steps_see_one_template_and_measuring_all(tmp_path, towers):
+    setting = standin.setting()
+    bright = setting.new
+    tasks = [
+        Task(bright.dataset, bright.backbone, ("a {}", "b {}"), training_template=text) for text in ("a {}", "c {}")
+    ]
+    results = [
+        train(standin.config(tmp_path, towers=towers), RUN, dataclasses.replace(setting, new=task), tmp_path / text)
+        for task, text in zip(tasks, ("a", "c"), strict=True)
+    ]
+    assert results[0]["zero_shot_new"] == results[1]["zero_shot_new"]
+    assert results[0]["loss"] != results[1]["loss"]

@@ -3,6 +3,8 @@ import io
 import itertools
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import submitit
@@ -185,6 +187,10 @@ def test_wrong_parameters_of_slurm(tmp_path):
         ({"methods": {"a": {"method": "lora", "r": "many"}}}, r"small.yaml: a: .*many"),
         ({"methods": {"a b": {"method": "lora"}, "a_b": {"method": "both"}}}, r"two runs are called digits-a_b-1shot"),
         ({"methods": {"lora-wd": {"weight_decay": 1}}}, r"small.yaml: lora-wd: weight_decay: expected strong_weight"),
+        ({"methods": []}, r"small.yaml: methods: \[\]: expected a name, or a list of at least one"),
+        ({"methods": {}}, r"small.yaml: methods is empty, expected at least one"),
+        ({"methods": ["lora", ["a"]]}, r"small.yaml: methods: \['lora', \['a'\]\]: expected a name"),
+        ({"data": []}, r"small.yaml: data: \[\]: expected a name, or a list of at least one"),
         ({"methods": {"a": 3}}, r"small.yaml: a: 3: expected a mapping"),
         ({"methods": {"a": {"method": "lora", "workers": 3}}}, r"small.yaml: a: workers: expected outside of a"),
         ({"methods": {"a": {"method": "lora", "seeds": []}}}, r"small.yaml: a: .*seeds|--seeds \(\)"),
@@ -330,3 +336,60 @@ def test_the_ablation_is_read_as_it_stands():
     found = sweep.read_sweep(SweepConfig(SWEEPS / "glyphs-ablation.yaml"))
     assert len(found.jobs) == 1200
     assert (len({job.run.seed for job in found.jobs}), len({job.run.title for job in found.jobs})) == (10, 40)
+
+
+class Task:
+    """One of submitit's on a cluster that is asked about all tasks which are known when it is asked."""
+
+    known = 0
+    asked: ClassVar[list[int]] = []
+
+    def __init__(self, folder, job_id):
+        self.job_id = job_id
+        Task.known += 1
+        self.paths = SimpleNamespace(
+            result_pickle=folder / f"{job_id}_result.pkl", submitted_pickle=folder / f"{job_id}_submitted.pkl"
+        )
+
+    def done(self):
+        Task.asked.append(Task.known)
+        return self.job_id != "1_0"
+
+    def submission(self):
+        return SimpleNamespace(args=(SimpleNamespace(run=SimpleNamespace(name=self.job_id)),))
+
+
+def test_a_cluster_is_asked_about_all_tasks_at_once_and_lost_ones_are_forgotten(tmp_path):
+    for name in ("1_0", "1_1", "1_2"):
+        (tmp_path / f"{name}_submitted.pkl").touch()
+    (tmp_path / "1_1_result.pkl").touch()
+    assert sorted(slurm._under_way(tmp_path, Task)) == ["1_0", "1_1"]
+    assert Task.asked == [3, 3, 3]
+    assert sorted(path.name for path in tmp_path.glob("*_submitted.pkl")) == ["1_0_submitted.pkl", "1_1_submitted.pkl"]
+
+
+def test_arrays_are_no_longer_than_slurm_takes(tmp_path, monkeypatch):
+    prepared = prepare_sweep(write(tmp_path, CONTENT))
+    parts = []
+
+    def submit(executor, function, jobs):
+        parts.append(len(jobs))
+        return [SimpleNamespace(done=lambda: True, job=job) for job in jobs]
+
+    monkeypatch.setattr(slurm, "_MOST_TASKS", 10)
+    monkeypatch.setattr(submitit.AutoExecutor, "map_array", submit)
+    collected = []
+    monkeypatch.setattr(slurm, "_collect", lambda job, task, *rest: collected.append((job, task.job)))
+    slurm.run_on_slurm(prepared.jobs, prepared.output, {}, CONSOLE, cluster="local")
+    assert parts == [10, 10, 8]
+    assert [job.run.name for job, _ in collected] == [job.run.name for job in prepared.jobs]
+    assert all(job is submitted for job, submitted in collected)
+
+
+def test_workers_under_torchrun_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = write(tmp_path, CONTENT)
+    for command in (["sweep", str(config.file)], ["train", "--methods", "lora"]):
+        assert main([*command, "--workers", "2", "--output", str(tmp_path / "out")]) == 2
+        assert "--workers 2: expected 1 under torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

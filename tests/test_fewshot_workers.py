@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import time
@@ -5,9 +6,11 @@ from pathlib import Path
 
 import fewshot_standin as standin
 import pytest
+import torch
 
-from complora_kernels.fewshot import workers
+from complora_kernels.fewshot import jobs, workers
 from complora_kernels.fewshot.jobs import Job
+from complora_kernels.fewshot.setting import Settings
 
 
 class Said:
@@ -64,12 +67,29 @@ def test_workers_share_the_gpus(worker, asked, gpus, expected):
 
 
 def numbered(job: Job) -> int:
-    time.sleep(0.2)  # until the other process is there too
-    return workers._Worker.number
+    """The number of a worker that has met the other one."""
+    folder, number = Path(job.config.output), workers._Worker.number
+    (folder / str(number)).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.01)
+    return number
 
 
 def test_each_worker_of_a_pool_has_a_number_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "run_in_worker", numbered)
-    config = standin.config(tmp_path, seeds=tuple(range(40)))
+    config = standin.config(tmp_path, seeds=(0, 1))
     found = workers.in_processes([Job(config, run) for run in config.runs()], Said(), 2)
-    assert {number for _, number in found} == {0, 1}
+    assert sorted(number for _, number in found) == [0, 1]
+
+
+def test_every_run_has_the_threads_of_its_own_options(tmp_path, trained, monkeypatch):
+    counted = []
+    monkeypatch.setattr(jobs, "train", lambda *arguments: counted.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    config = standin.config(tmp_path)
+    (run,) = config.runs()
+    for model, threads in (("glyphs", None), ("glyphs", 2), ("ViT-B-16", None), ("ViT-B-16", 3)):
+        changed = dataclasses.replace(config, model=model, threads=threads)
+        jobs.result_of(Job(changed, run), Settings(), lambda done, loss: None)
+    assert counted == [1, 2, before, 3]
+    assert torch.get_num_threads() == before

@@ -54,13 +54,16 @@ def load_backbone(
 
     Raises:
         ValueError: the weights cannot be loaded, and what `check_backbone` raises.
+        OSError: a file cannot be read or, of a download, written.
     """
     check_backbone(model, pretrained, activation)
     try:
         return _load(model, pretrained, activation, torch.device(device))
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
         raise
     except Exception as error:  # of whatever kind a reader meets damaged or foreign weights with
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         source = f"--pretrained {pretrained}" if pretrained else f"--model {model}"
         words = textwrap.shorten(str(error), 400) or type(error).__name__  # of a state dict it may name every key
         raise ValueError(f"{source}: cannot be loaded as {model}: {words}") from error

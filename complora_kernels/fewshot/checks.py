@@ -13,6 +13,7 @@ from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.datasets.fingerprint import fingerprint
 from complora_kernels.fewshot.logs import check_loggers
 from complora_kernels.fewshot.setting import load
+from complora_kernels.fewshot.team import is_started_together
 
 
 def check_options(config: TrainConfig) -> None:
@@ -20,6 +21,7 @@ def check_options(config: TrainConfig) -> None:
     options.check(config)
     check_backbone(config.model, config.pretrained, config.activation)
     check_device(config.device)
+    check_workers(config.workers)
     if config.graph == "on" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(f"--graph on: expected auto or off on a CPU (--device {config.device})")
     check_loggers(config)
@@ -29,8 +31,19 @@ def check_device(device: str) -> None:
     """Raise a ValueError for a device that is none, or not there."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: expected cpu, cuda or auto")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not device.startswith("cuda"):
+        return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
         raise ValueError(f"--device {device}: expected cpu, because torch finds no CUDA device")
+    if int(device.partition(":")[2] or 0) >= gpus:
+        raise ValueError(f"--device {device}: expected at most cuda:{gpus - 1}")
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise a ValueError for several workers where torchrun has started processes that share each run."""
+    if workers not in (None, 1) and is_started_together():
+        raise ValueError(f"--workers {workers}: expected 1 under torchrun, whose processes share each run")
 
 
 def check_data(config: TrainConfig) -> dict[tuple[int, int], str]:

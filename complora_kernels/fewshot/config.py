@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
+from complora_kernels.fewshot.files import file_name
 from complora_kernels.fewshot.methods import METHODS, Method
 from complora_kernels.fewshot.templates import CHOICES
 
@@ -119,8 +119,9 @@ class TrainConfig:
     """crop-flip: random resized crops (8 to 100% of an image, bicubic), every second one mirrored unless it shows
     characters; none: whole images."""
     image_memory_gib: float = 8.0
-    """Training images are kept decoded on the GPU up to this much memory, beyond it in pinned host memory. Up to as
-    much, the images that are measured stay decoded in host memory; beyond it they are decoded each time."""
+    """Each process keeps its training images decoded on the GPU up to this much memory, beyond it in pinned host
+    memory. Up to as much, the images that are measured stay decoded in host memory; beyond it they are decoded each
+    time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What the frozen model computes in; factors, logits and the loss are float32, fp16 scales its loss.
     auto: bf16 on a GPU, fp32 on a CPU, where half precision is slow."""
@@ -228,7 +229,7 @@ class Run:
     @property
     def variant(self) -> str:
         """What all runs of one method on one data set share of their names, such as `dtd-lora_wd_0.3`."""
-        return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, [self.data, self.title])))
+        return file_name("-".join(filter(None, [self.data, self.title])))
 
 
 _GLYPH_RECIPE = {
@@ -282,7 +283,7 @@ _LOGISTICS = (
 )
 
 
-# What results were made with before an option was there.
+# What the folder of a grid was made with where its config.json does not say.
 BEFORE = {
     "augmentation": "none",
     "precision": "fp32",

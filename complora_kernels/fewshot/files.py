@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
+
+
+def file_name(text: str) -> str:
+    """The text with each run of characters that file names had better not have as one underscore."""
+    return re.sub(r"[^\w.-]+", "_", text)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

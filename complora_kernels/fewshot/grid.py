@@ -38,18 +38,25 @@ def prepare(config: TrainConfig) -> None:
     """
     check_options(config)
     images = check_data(config)
-    description, described = config.output / DESCRIPTION, options.to_json(config)
-    if description.exists() and is_begun(config.output):
-        check_same(json.loads(description.read_text()), described, config.output)
+    described, known = options.to_json(config), description(config.output)
+    if known:
+        check_same(known, described, config.output)
     check_images({run.name: images[run.shots, run.seed] for run in config.runs()}, config.output)
-    check_writable(config.output)
-    write_atomically(description, json.dumps(described, indent=2) + "\n")
+    open_folder(config.output, described)
 
 
-def is_begun(folder: Path) -> bool:
-    """Whether a folder holds results, or has runs that would go on."""
-    begun = (f"runs/*/{CHECKPOINT}", f"{SLURM}/*_submitted.pkl")
-    return (folder / RESULTS).exists() or any(path for pattern in begun for path in folder.glob(pattern))
+def description(folder: Path) -> dict[str, Any]:
+    """What a folder is of that holds results, or runs that would go on; nothing of any other."""
+    begun = (RESULTS, f"runs/*/{CHECKPOINT}", f"{SLURM}/*_submitted.pkl")
+    is_begun = any(True for pattern in begun for _ in folder.glob(pattern))
+    path = folder / DESCRIPTION
+    return json.loads(path.read_text()) if is_begun and path.exists() else {}
+
+
+def open_folder(folder: Path, described: dict[str, Any]) -> None:
+    """Make the folder of a grid, and note what it is of."""
+    check_writable(folder)
+    write_atomically(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
 
 
 def check_images(images: Mapping[str, str], folder: Path) -> None:
@@ -123,24 +130,38 @@ def run_jobs(
         return read_json_lines(results_file)
     shown: Any = GridProgress(remaining, len(jobs) - len(remaining), console) if team.leads else nullcontext(_Silent())
     with shown as progress, closing(work_off(remaining, progress, workers, team)) as done:
-        for number, (job, result) in enumerate(done):
+        has_shown_profile = False
+        for job, result in done:
             if isinstance(result, Exception) and not keep_going:
                 raise result
             if not team.leads:
                 continue
+            record(job, result, output)
             if isinstance(result, Exception):
-                if is_full(result):
-                    raise result
-                append_json_line(output / FAILURES, {"run": job.run.name, "error": words_of(result)})
                 progress.fail(job, words_of(result))
                 continue
-            append_json_line(results_file, result)
-            job.end()
             progress.finish(job, result)
-            if job.config.profile and number == 0:
-                console.print((job.folder / PROFILE).read_text(), highlight=False, soft_wrap=True)
+            profile = job.folder / PROFILE
+            if job.config.profile and profile.exists() and not has_shown_profile:
+                has_shown_profile = True
+                console.print(profile.read_text(), highlight=False, soft_wrap=True)
     team.wait()
     return read_json_lines(results_file)
+
+
+def record(job: Job, result: Any, output: Path) -> None:
+    """Note the result of a job, or the exception that it ended with.
+
+    Raises:
+        OSError: the disk is full; `result` itself, where it says so.
+    """
+    if not isinstance(result, Exception):
+        append_json_line(output / RESULTS, result)
+        job.end()
+    elif is_full(result):
+        raise result
+    else:
+        append_json_line(output / FAILURES, {"run": job.run.name, "error": words_of(result)})
 
 
 class _Silent:

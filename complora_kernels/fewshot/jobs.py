@@ -41,10 +41,10 @@ class Job(NamedTuple):
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-Outcome = tuple[Job, Any]  # a result, or the exception that the run ended with
+Outcome = tuple[Job, Any]  # with its result, or the exception that it ended with
 
 
-def outcome(
+def result_of(
     job: Job,
     settings: Settings,
     on_step: Callable[[int, float], None],
@@ -61,6 +61,8 @@ def outcome(
         device: what it is computed on; None: what the job's options say.
     """
     config = job.config
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.threads or before)
     try:
         with team.together():
             setting = settings.load(config, device or team.device(config.device))
@@ -71,20 +73,21 @@ def outcome(
         if team.size > 1:
             raise  # the others wait for this one: all have to end
         return error.with_traceback(None)
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_alone(job: Job) -> dict[str, Any] | Exception:
     """The result of one job in a process of its own, or the error that it ended with."""
-    torch.set_num_threads(job.threads or torch.get_num_threads())
-    return sendable(job, outcome(job, Settings(), lambda done, loss: None))
+    return sendable(job, result_of(job, Settings(), lambda done, loss: None))
 
 
-def sendable(job: Job, outcome: Any) -> Any:
+def sendable(job: Job, result: Any) -> Any:
     """An exception as one that can be sent to another process, which not every one can."""
-    if isinstance(outcome, Exception):
-        words = f"run {job.run.name} failed: {words_of(outcome)}"
-        return OSError(errno.ENOSPC, words) if is_full(outcome) else RuntimeError(words)
-    return outcome
+    if isinstance(result, Exception):
+        words = f"run {job.run.name} failed: {words_of(result)}"
+        return OSError(errno.ENOSPC, words) if is_full(result) else RuntimeError(words)
+    return result
 
 
 def is_full(error: Exception) -> bool:

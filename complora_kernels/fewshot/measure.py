@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +86,8 @@ class Measurement:
                     logits = tip_adapter(features, train_features, train_labels, class_features, scale=scale)
                 else:
                     logits = linear_probe(features, train_features, train_labels, len(class_features))
-            return task.mean(task.agrees(logits[:, columns].argmax(-1), own), team)
+            of_classes = [logits[:, places].amax(-1) for places in columns]  # C times [N]
+            return task.mean(task.agrees(torch.stack(of_classes, -1).argmax(-1), own), team)
 
         return self._all(accuracy)
 
@@ -111,15 +113,24 @@ def _kept(accuracies: dict[str, float]) -> float | None:
     return sum(accuracies.values()) / len(accuracies) if accuracies else None
 
 
-def columns_of(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
-    """Where the names are among the known ones; None where some are not. Names that are the same list keep their order.
+def columns_of(names: Sequence[str], known: Sequence[str]) -> list[list[int]] | None:
+    """Where each of the names is among the known ones; None where some are not.
 
-    ImageNet has two classes of one name, which only the order tells apart.
+    ImageNet has two classes of one name: where all of a name are asked for they keep their order, and where fewer are
+    it is not known which, so that each of them is any.
     """
-    if tuple(names) == tuple(known):
-        return list(range(len(known)))
-    places = {name: place for place, name in enumerate(known)}
-    return [places[name] for name in names] if set(names) <= places.keys() else None
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(known):
+        places.setdefault(name, []).append(place)
+    if not set(names) <= places.keys():
+        return None
+    counts, seen = Counter(names), Counter[str]()
+    columns = []
+    for name in names:
+        whole = counts[name] == len(places[name])
+        columns.append([places[name][seen[name]]] if whole else places[name])
+        seen[name] += 1
+    return columns
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class GridProgress:
         self.bars.update(self.bar_of[name], completed=done, description=f"{escape(name)}  loss {loss:.3f}")
         self.bars.update(self.overall, completed=sum(self.steps_done.values()))
         if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
-            self._print(f"{name}: step {done} of {job.steps}, loss {loss:.3f}")
+            self.say(f"{name}: step {done} of {job.steps}, loss {loss:.3f}")
 
     def finish(self, job: Job, result: dict[str, Any]) -> None:
         """The run has ended."""
@@ -76,17 +76,13 @@ class GridProgress:
         if job.steps:
             words = [f"loss {result['loss']:.3f}", *words, f"{result['images_per_second']:.0f} images/s"]
             words.append(_memory(result["peak_memory_mib"]))
-        self._print(f"{self.finished}/{self.total} {job.run.name}: {', '.join(words)}")
+        self.say(f"{self.finished}/{self.total} {job.run.name}: {', '.join(words)}")
 
     def fail(self, job: Job, error: str) -> None:
         """The run has failed, and the others go on."""
         self.failed += 1
         self._end(job)
-        self._print(f"failed: {job.run.name}: {error}")
-
-    def say(self, text: str) -> None:
-        """What is no news of a single run."""
-        self._print(text)
+        self.say(f"failed: {job.run.name}: {error}")
 
     def _end(self, job: Job) -> None:
         self.steps_done[job.run.name] = job.steps
@@ -97,7 +93,8 @@ class GridProgress:
     def _overall(self) -> str:
         return f"{self.finished} of {self.total} runs" + (f", {self.failed} failed" if self.failed else "")
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line, with the time left where there is no bar."""
         self.last_line = time.monotonic()
         left = "" if self.console.is_terminal else f"; {self._time_left()} left"
         self.console.print(line + left, highlight=False, markup=False, soft_wrap=True)

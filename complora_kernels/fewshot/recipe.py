@@ -86,6 +86,7 @@ def train(
     with team.together():
         drawn = draw(setting.new.dataset, run.shots, run.seed, config.draw)
         measurement = Measurement(config, setting, drawn, dtype, team)
+    seen = fingerprint(setting.new.dataset, drawn)
     if team.leads:
         folder.mkdir(parents=True, exist_ok=True)
         write_draw(folder / DRAW, setting.new.dataset, drawn)
@@ -102,14 +103,14 @@ def train(
         "shots": run.shots,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
-        "images": fingerprint(setting.new.dataset, drawn),
+        "images": seen,
         "precision": str(dtype).removeprefix("torch."),
         **measurement.zero_shot(),
     }
     if run.learning_rate is None:
         found = {"steps": 0, **measurement.anchor(run.method)}
     else:
-        found = _train(config, run, setting, folder, on_step, team, drawn, measurement)
+        found = _train(config, run, setting, folder, on_step, team, drawn, seen, measurement)
     seconds = found.pop("seconds_before", 0.0) + time.perf_counter() - started
     return {**before, **found, "seconds": round(seconds, 2), "versions": versions()}
 
@@ -122,6 +123,7 @@ def _train(
     on_step: Callable[[int, float], None],
     team: Team,
     drawn: Draw,
+    seen: str,
     measurement: Measurement,
 ) -> dict[str, Any]:
     started = time.perf_counter()
@@ -154,11 +156,10 @@ def _train(
     class_features = None  # [C, D], final where text is frozen
     if "text" not in config.towers:
         with torch.no_grad():
-            class_features = setting.new.class_features(model, team)
+            class_features = setting.new.training_features(model, team)
 
     # Resume
     checkpoint = folder / CHECKPOINT
-    seen = fingerprint(setting.new.dataset, drawn)
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": [], "images": seen}
     found = team.collect(checkpoint.exists())
     with team.together():
@@ -166,10 +167,10 @@ def _train(
             raise ValueError(f"{checkpoint}: not every process sees it, expected a folder that all machines share")
         if all(found):
             progress = load_checkpoint(checkpoint, model, optimizer, team.rank)
-        if progress["images"] != seen:
+        if progress.get("images", seen) != seen:
             raise ValueError(
-                f"{checkpoint}: it has seen other images ({progress['images']}) than are drawn now ({seen}); expected "
-                "the same data, or no checkpoint"
+                f"{checkpoint}: it has seen other images ({progress.get('images')}) than are drawn now ({seen}); "
+                "expected the same data, or no checkpoint"
             )
     first_step = progress["step"]
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
@@ -303,11 +304,11 @@ def training_images(setting: Setting, indices: Tensor, config: TrainConfig) -> D
     budget = round(config.image_memory_gib * 2**30)
     if isinstance(dataset.images, Tensor):
         return DeviceImages.from_tensors(dataset.images[indices], device, budget_bytes=budget)
-    key = (dataset.name, dataset.root, *indices.tolist(), config.augmentation, budget)
-    if key not in setting.shots:
-        setting.shots.clear()
-        setting.shots[key] = _decoded(setting, [dataset.images[i] for i in indices.tolist()], config, budget)
-    return setting.shots[key]
+    key = (dataset.asked_as, dataset.root, *indices.tolist(), config.augmentation, budget)
+    if key not in setting.decoded:
+        setting.decoded.clear()
+        setting.decoded[key] = _decoded(setting, [dataset.images[i] for i in indices.tolist()], config, budget)
+    return setting.decoded[key]
 
 
 def _decoded(setting: Setting, paths: Sequence[Path], config: TrainConfig, budget: int) -> DeviceImages:

@@ -54,7 +54,7 @@ class EvalConfig:
     """As for complora train."""
     max_test_images: int | None = None
     """As for complora train."""
-    test_batch_size: int = 256
+    test_batch_size: int | None = None
     """As for complora train."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     """As for complora train."""
@@ -93,6 +93,8 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
     options = _of_run(config)
     check_backbone(options.model, options.pretrained, options.activation)
     check_device(config.device)
+    if config.output is not None:
+        check_writable(config.output.parent)
     settings = Settings()
     for name in config.data:
         check_dataset(name, options.data_root, download=options.download)
@@ -109,7 +111,6 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
         table.add_row(name, *(f"{100 * accuracy:.1f}" for accuracy in results[name]))
     console.print(table)
     if config.output is not None:
-        check_writable(config.output.parent)
         write_atomically(config.output, json.dumps(results, indent=2) + "\n")
     return results
 

@@ -24,7 +24,7 @@ class Setting:
     new: Task  # what is learned
     kept: dict[str, Task]  # where zero-shot accuracy should be kept
     # The training images of the last draw, decoded, by what they are of: other methods learn from the same ones.
-    shots: dict[tuple[object, ...], DeviceImages] = field(default_factory=dict)
+    decoded: dict[tuple[object, ...], DeviceImages] = field(default_factory=dict)
 
 
 class Settings:
@@ -33,7 +33,7 @@ class Settings:
     def __init__(self) -> None:
         self._backbones: dict[tuple[str, str | None, str, str], Backbone] = {}
         self._tasks: dict[tuple[object, ...], Task] = {}
-        self._shots: dict[tuple[object, ...], DeviceImages] = {}
+        self._decoded: dict[tuple[object, ...], DeviceImages] = {}
         self._budgets: dict[float, MemoryBudget] = {}  # of decoded images, by --image-memory-gib: the last one
 
     def backbone(self, config: TrainConfig, device: str) -> Backbone:
@@ -43,7 +43,7 @@ class Settings:
         key = (config.model, config.pretrained, config.activation, device)
         if key not in self._backbones:
             self._keep({})
-            self._shots.clear()
+            self._decoded.clear()
             self._backbones = {key: load_backbone(*key)}
         return self._backbones[key]
 
@@ -63,7 +63,7 @@ class Settings:
         tasks = {key: self._tasks[key] for key in keys}
         new, *kept = tasks.values()
         names = [NEW_CLASSES if half else name for name, half in parts[1:]]
-        return Setting(backbone, new, dict(zip(names, kept, strict=True)), self._shots)
+        return Setting(backbone, new, dict(zip(names, kept, strict=True)), self._decoded)
 
     def _keep(self, tasks: dict[tuple[object, ...], Task]) -> None:
         for key, task in self._tasks.items():

@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from complora_kernels.fewshot.files import append_json_line, read_json_lines
-from complora_kernels.fewshot.grid import FAILURES, RESULTS, SLURM
-from complora_kernels.fewshot.jobs import Job, run_alone, words_of
+from complora_kernels.fewshot.files import read_json_lines
+from complora_kernels.fewshot.grid import RESULTS, SLURM, record
+from complora_kernels.fewshot.jobs import Job, run_alone
 
+_SUBMITTED = "_submitted.pkl"  # how submitit's files of tasks end
+_MOST_TASKS = 1000  # of one array: Slurm's default limit
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -72,9 +74,10 @@ def run_on_slurm(
     submitted = {name: task for name, task in under_way.items() if name in remaining}
     fresh = [job for name, job in remaining.items() if name not in submitted]
     console.print(f"{len(submitted)} runs were under way, {len(fresh)} are submitted", highlight=False)
-    if fresh:
-        tasks = executor.map_array(ClusterRun(), fresh)
-        submitted |= {job.run.name: task for job, task in zip(fresh, tasks, strict=True)}
+    for first in range(0, len(fresh), _MOST_TASKS):
+        part = fresh[first : first + _MOST_TASKS]
+        tasks = executor.map_array(ClusterRun(), part)
+        submitted |= {job.run.name: task for job, task in zip(part, tasks, strict=True)}
     while submitted:
         ended = [name for name, task in submitted.items() if task.done()]
         for name in ended:
@@ -88,10 +91,12 @@ def _under_way(folder: Path, kind: Any) -> dict[str, Any]:
 
     A task that ended without an outcome is lost: its run is submitted again, and goes on.
     """
+    # All tasks before the first question: the cluster is then asked once about all of them.
+    tasks = [kind(folder, path.name.removesuffix(_SUBMITTED)) for path in folder.glob(f"*{_SUBMITTED}")]
     found = {}
-    for path in folder.glob("*_submitted.pkl"):
-        task = kind(folder, path.name.removesuffix("_submitted.pkl"))
+    for task in tasks:
         if task.done() and not task.paths.result_pickle.exists():
+            task.paths.submitted_pickle.unlink()
             continue
         (job,) = task.submission().args
         found[job.run.name] = task
@@ -100,12 +105,8 @@ def _under_way(folder: Path, kind: Any) -> dict[str, Any]:
 
 def _collect(job: Job, task: Any, output: Path, console: Console) -> None:
     lost = task.exception()  # of the cluster: the process was killed, or never began
-    outcome = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
-    if isinstance(outcome, Exception):
-        append_json_line(output / FAILURES, {"run": job.run.name, "error": words_of(outcome)})
-        console.print(f"failed: {job.run.name}: {outcome}", highlight=False, markup=False, soft_wrap=True)
-    else:
-        append_json_line(output / RESULTS, outcome)
-        job.end()
-        console.print(f"{job.run.name}: done", highlight=False, markup=False, soft_wrap=True)
+    result = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
+    record(job, result, output)
     task.paths.submitted_pickle.unlink(missing_ok=True)  # it is no longer under way
+    line = f"failed: {job.run.name}: {result}" if isinstance(result, Exception) else f"{job.run.name}: done"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

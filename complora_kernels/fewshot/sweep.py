@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,14 +15,14 @@ import tyro
 import yaml
 from rich.console import Console
 
-from complora_kernels.fewshot.checks import check_data, check_options
+from complora_kernels.fewshot.checks import check_data, check_options, check_workers
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
-from complora_kernels.fewshot.files import check_writable, read_json_lines, write_atomically
-from complora_kernels.fewshot.grid import DESCRIPTION, RESULTS, check_images, check_same, is_begun, run_jobs
+from complora_kernels.fewshot.files import read_json_lines
+from complora_kernels.fewshot.grid import RESULTS, check_images, check_same, description, open_folder, run_jobs
 from complora_kernels.fewshot.jobs import Job
 from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
-from complora_kernels.fewshot.team import ALONE, Team
+from complora_kernels.fewshot.team import ALONE, Team, is_started_together
 
 _CELLS = ("shots", "seeds", "learning_rates")
 _OUTSIDE = ("methods", "output", "workers")  # of the file itself, or of the command line
@@ -79,7 +77,7 @@ def read_sweep(config: SweepConfig) -> Sweep:
     output = config.output or Path("runs") / file.stem
     shared = _mapping(file, content, "options")
     _refuse(file, "options", shared, (*_OUTSIDE, *(key for key in ("data", *_CELLS) if key in content)))
-    names = [str(name) for name in _listed(content.get("data", shared.pop("data", "digits")))]
+    names = _names(file, "data", content.get("data", shared.pop("data", "digits")))
     cells = {name: _listed(content[name]) for name in _CELLS if name in content}
     jobs: list[Job] = []
     variants: list[TrainConfig] = []
@@ -102,18 +100,17 @@ def prepare_sweep(config: SweepConfig) -> Sweep:
         ValueError: it holds results of the same variant with other options or images.
         OSError: the folder cannot be written to.
     """
+    check_workers(config.workers)
     sweep = read_sweep(config)
     if config.slurm:
         check_submitit()
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if is_started_together():
             raise ValueError("--slurm: expected without torchrun, which starts the processes of one run")
-    path, asked = sweep.output / DESCRIPTION, _described(sweep)
-    known = json.loads(path.read_text()) if path.exists() and is_begun(sweep.output) else {}
+    asked, known = _described(sweep), description(sweep.output)
     for variant in known.keys() & asked.keys():
         check_same(known[variant], asked[variant], sweep.output)
     check_images(sweep.images, sweep.output)
-    check_writable(sweep.output)
-    write_atomically(path, json.dumps({**asked, **known, **asked}, indent=2) + "\n")
+    open_folder(sweep.output, {**asked, **known, **asked})  # in the order of the file
     return sweep
 
 
@@ -145,11 +142,20 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _names(file: Path, key: str, value: Any) -> list[str]:
+    names = _listed(value)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: {key}: {value}: expected a name, or a list of at least one")
+    return names
+
+
 def _variants(file: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The options of each method by its name in tables."""
-    methods = content.get("methods") or ["lora", "output"]
+    methods = content.get("methods", ["lora", "output"])
     if not isinstance(methods, dict):
-        methods = {name: {} for name in _listed(methods)}
+        methods = {name: {} for name in _names(file, "methods", methods)}
+    if not methods:
+        raise ValueError(f"{file}: methods is empty, expected at least one")
     variants = {}
     for label, own in methods.items():
         own = {"method": label, **_mapping(file, {label: own}, label)}

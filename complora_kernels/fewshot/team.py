@@ -86,7 +86,8 @@ class Team:
             failure, words = error, str(error) or type(error).__name__
         first = next((found for found in self.collect(words) if found is not None), None)
         if first is not None:
-            raise SharedError(first) from failure
+            # Without its traceback, whose frames would keep the model
+            raise SharedError(first) from (failure and failure.with_traceback(None))
 
     def wait(self) -> None:
         """Until all have come here."""
@@ -136,6 +137,11 @@ def _rows(total: int, size: int) -> int:
 
 
 ALONE = Team()
+
+
+def is_started_together() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def leads() -> bool:

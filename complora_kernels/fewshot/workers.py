@@ -12,13 +12,12 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
 
 from complora_kernels.fewshot.config import GLYPHS
-from complora_kernels.fewshot.jobs import Job, Outcome, outcome, sendable
+from complora_kernels.fewshot.jobs import Job, Outcome, result_of, sendable
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.team import Team
 
@@ -30,25 +29,17 @@ def work_off(jobs: Sequence[Job], progress: Any, workers: int | None, team: Team
         jobs: in the order in which they are begun.
         progress: told of every step, and of workers that were killed.
         workers: processes that share the jobs; None: one per core for the bundled model, otherwise one.
-        team: processes that do each job together, each of which calls this.
+        team: processes that do each job together, each of which calls this; then `workers` is no matter.
     """
-    config = jobs[0].config
-    bundled = config.model == GLYPHS
-    workers = min(workers or (_cores() if bundled and team.size == 1 else 1), len(jobs))
-    if team.size > 1 and workers > 1:
-        raise ValueError(f"--workers {workers}: expected 1 under torchrun, whose processes share each run")
-    if workers > 1:
+    bundled = all(job.config.model == GLYPHS for job in jobs)
+    workers = min(workers or (_cores() if bundled else 1), len(jobs))
+    if workers > 1 and team.size == 1:
         yield from in_processes(jobs, progress, workers)
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(jobs[0].threads or before)
     settings = Settings()
-    try:
-        for job in jobs:
-            on_step = lambda done, loss, job=job: progress.step(job, done, loss)
-            yield job, outcome(job, settings, on_step, team)
-    finally:
-        torch.set_num_threads(before)
+    for job in jobs:
+        on_step = lambda done, loss, job=job: progress.step(job, done, loss)
+        yield job, result_of(job, settings, on_step, team)
 
 
 def _cores() -> int:
@@ -74,9 +65,10 @@ def _in_pool(jobs: deque[Job], progress: Any, workers: int) -> Generator[Outcome
     """Take jobs until there are none, or until a process is killed: return those that were under way then."""
     # Spawned, not forked: a forked process would inherit torch's thread pools in an unknown state.
     context = multiprocessing.get_context("spawn")
-    steps, stop, begun = context.Queue(), context.Event(), context.Value("i", 0)
+    # What the workers read at every step has no lock: one that is killed would keep it.
+    steps, stop, begun = context.Queue(), context.Value("b", 0, lock=False), context.Value("i", 0)
     running: dict[Future[Any], Job] = {}  # no more than there are processes: the others are not under way
-    with ProcessPoolExecutor(workers, context, _start_worker, (jobs[0].threads, steps, stop, begun)) as executor:
+    with ProcessPoolExecutor(workers, context, _start_worker, (steps, stop, begun)) as executor:
         try:
             while jobs or running:
                 with _interrupts_held_back():
@@ -101,7 +93,7 @@ def _in_pool(jobs: deque[Job], progress: Any, workers: int) -> Generator[Outcome
         except BrokenProcessPool:
             pass
         finally:
-            stop.set()
+            stop.value = 1
             executor.shutdown(cancel_futures=True)
     return list(running.values())
 
@@ -132,15 +124,14 @@ class _Worker:
 
     settings: Settings  # loaded with the first run, whose error it then is
     steps: Any  # a multiprocessing queue of (name of the run, steps done, loss)
-    stop: Event
+    stop: Any  # shared: 1 where the parent wants the run to end
     number: int  # among those of the pool, from 0 on
 
 
-def _start_worker(threads: int | None, steps: Any, stop: Event, begun: Any) -> None:
+def _start_worker(steps: Any, stop: Any, begun: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     steps.cancel_join_thread()  # a worker that ends does not wait for its progress to be read
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads or torch.get_num_threads())
     _Worker.settings, _Worker.steps, _Worker.stop = Settings(), steps, stop
     with begun.get_lock():
         _Worker.number = begun.value
@@ -162,13 +153,15 @@ def run_in_worker(job: Job) -> Any:
     """What comes out of a job, in a process of the pool."""
 
     def on_step(done: int, loss: float) -> None:
-        if _Worker.stop.is_set():
+        if _Worker.stop.value:
             raise Stopped
         _Worker.steps.put((job.run.name, done, loss))
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = device_of(_Worker.number, job.config.device, gpus)
-    return sendable(job, outcome(job, _Worker.settings, on_step, device=device))
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # what is not told where to go would go to the first one
+    return sendable(job, result_of(job, _Worker.settings, on_step, device=device))
 
 
 def device_of(worker: int, asked: str, gpus: int) -> str:

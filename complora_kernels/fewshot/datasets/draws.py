@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import Dataset
 from complora_kernels.fewshot.datasets.draw_files import read_draw
 from complora_kernels.fewshot.datasets.draw_rules import RULES
 from complora_kernels.fewshot.datasets.drawn import Draw, complete, restrict
+from complora_kernels.fewshot.files import file_name
 
 
 def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
@@ -68,6 +68,6 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
 
 def _filled_in(path: str, dataset: Dataset, shots: int, seed: int) -> Path:
     whole = dataset if dataset.part_of is None else dataset.part_of[0]
-    data = re.sub(r"[^\w.-]+", "_", whole.asked_as or whole.name)  # as Run.variant does
+    data = file_name(whole.asked_as or whole.name)
     filled = path.replace("{shots}", str(shots)).replace("{seed}", str(seed)).replace("{data}", data)
     return Path(filled).expanduser()

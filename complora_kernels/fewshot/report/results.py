@@ -46,7 +46,7 @@ class _Cell(NamedTuple):
 def read_results(lines: Iterable[Mapping[str, Any]], variants: Iterable[str] = ()) -> list[Result]:
     """A result for every run, of which the last line counts, and for every share of its update that was measured.
 
-    A line without a protocol is of the handwritten digits, of which alone there were results before there were more.
+    A line without a protocol is few-shot, and one without a data set of the handwritten digits.
 
     Args:
         lines: those of results.jsonl. Their order does not matter, but for a run that is repeated.
