@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -99,7 +100,7 @@ def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch
     monkeypatch.setattr(
         jobs, "train", lambda config, run, *rest: 1 / 0 if run.method == "both" else train(config, run, *rest)
     )
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RuntimeError, match=r"run both-2shot-lr0.01-seed0 failed: division by zero"):
         run(standin.config(tmp_path, methods=("lora", "both"), steps=2))
     assert [r["method"] for r in read_json_lines(tmp_path / "results.jsonl")] == ["lora"]
 
@@ -110,6 +111,7 @@ def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch
         ({"shots": (0,)}, r"--shots 0: expected at least 1"),
         ({"shots": ()}, r"--shots \(\): expected at least one value"),
         ({"seeds": (1, 1)}, r"--seeds \(1, 1\): expected every value once"),
+        ({"keep": ("letters", "letters")}, r"--keep \('letters', 'letters'\): expected every value once"),
         ({"seeds": (-1,)}, r"--seeds -1: expected at least 0"),
         ({"methods": ("lora", "dora")}, r"--methods dora: expected any of lora, lora-wd, output"),
         ({"learning_rates": (0.0,)}, r"--learning-rates 0.0: expected more than 0"),
@@ -247,7 +249,7 @@ def test_progress_tells_runs_loss_and_time_left(tmp_path, terminal, monkeypatch)
         progress.finish(first, {"loss": 0.1, "new": 0.5, "kept": 0.75, **measured})
         progress.step(second, 1, 2.0)
     text = shown.getvalue()
-    assert "2/3 lora-2shot-lr0.01-seed0: loss 0.100, new 50.0%, kept 75.0%, 1234 images/s, 2.0 GiB" in text
+    assert "2/3 lora-2shot-lr0.01-seed0: loss 0.100, new 50.0%, retained 75.0%, 1234 images/s, 2.0 GiB" in text
     if terminal:
         assert "2 of 3 runs" in text
         assert "both-2shot-lr0.01-seed0  loss 2.000" in text
@@ -304,7 +306,9 @@ def test_a_size_that_fits_no_weight_ends_with_1_and_does_not_occupy_the_folder(t
     command += ["--steps", "1", "--max-test-images", "8", "--workers", "1", "--output", str(tmp_path / "out")]
     assert main([*command, "--subspace-k", "999"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: subspace_k=999, expected at most min(out, in)=128")
+    assert error.startswith(
+        "error: run output-1shot-lr0.01-seed0 failed: subspace_k=999, expected at most min(out, in)=128"
+    )
     assert main([*command, "--subspace-k", "64"]) == 0
 
 
@@ -387,3 +391,39 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     check_device("cuda")
     with pytest.raises(ValueError, match=r"--device cuda:2: expected at most cuda:1"):
         check_device("cuda:2")
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path, capsys):
+    command = ["train", "--methods", "linear-probe", "--shots", "1", "--seeds", "0", "--max-test-images", "8"]
+    with grid.held(tmp_path):
+        assert main([*command, "--output", str(tmp_path)]) == 1
+    assert f"--output {tmp_path}: another process works in it, expected another folder" in capsys.readouterr().err
+    assert not (tmp_path / "results.jsonl").exists()
+    assert main([*command, "--output", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("name", ["runs", "figures"])
+def test_a_file_in_the_way_is_found_before_anything_is_computed(tmp_path, capsys, name):
+    (tmp_path / name).touch()
+    assert main(["train", "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path / name}: expected a folder that can be written to" in capsys.readouterr().err
+
+
+def test_validation_without_validation_images_is_refused(tmp_path, capsys):
+    assert main(["train", "--validation", "--output", str(tmp_path / "out")]) == 2
+    assert "--validation: --draw own draws no validation images from digits" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_a_run_tells_how_to_go_on(tmp_path, capsys, trained, monkeypatch):
+    def fail(config, run, *rest):
+        if run.method == "both":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return train(config, run, *rest)
+
+    monkeypatch.setattr(jobs, "train", fail)
+    command = ["train", "--methods", "lora", "both", "--shots", "1", "--seeds", "0", "--learning-rates", "0.01"]
+    command += ["--steps", "2", "--batch-size", "4", "--workers", "1", "--output", str(tmp_path)]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "error: [Errno 28] No space left on device\n1 of 2 runs are finished. The same command goes on" in error

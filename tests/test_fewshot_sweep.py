@@ -284,9 +284,9 @@ def test_slurm_without_submitit_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_what_yaml_takes_for_a_truth_value(tmp_path):
     path = tmp_path / "small.yaml"
-    path.write_text("methods: [lora]\nshots: 1\noptions: {graph: off, save_adapters: no, validation: yes}\n")
+    path.write_text("methods: [lora]\nshots: 1\noptions: {graph: off, save_adapters: no, profile: yes}\n")
     config = sweep.read_sweep(SweepConfig(path)).jobs[0].config
-    assert (config.graph, config.save_adapters, config.validation) == ("off", False, True)
+    assert (config.graph, config.save_adapters, config.profile) == ("off", False, True)
 
 
 def test_runs_that_learn_from_the_same_images_come_one_after_the_other(tmp_path):

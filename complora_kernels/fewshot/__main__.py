@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.files import check_writable, read_json_lines
-from complora_kernels.fewshot.grid import FAILURES, RESULTS, prepare, run_grid
+from complora_kernels.fewshot.grid import FAILURES, RESULTS, held, prepare, run_grid
 from complora_kernels.fewshot.pretrain import PretrainConfig, pretrain
 from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.saved import EvalConfig, ExportConfig, evaluate, export
@@ -52,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(command, ready, console)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        if isinstance(command, TrainConfig):
-            _tell_how_to_go_on(command.output, [run.name for run in command.runs()], arguments)
-        elif isinstance(ready, Sweep):
-            _tell_how_to_go_on(ready.output, [job.run.name for job in ready.jobs], arguments)
+        _tell_how_to_go_on(command, ready, arguments)
         return 130
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) and not has_begun else 1
+        if not has_begun:
+            return 2 if isinstance(error, (ValueError, OSError)) else 1
+        _tell_how_to_go_on(command, ready, arguments)
+        return 1
 
 
 def _prepare(command: Command) -> Any:
@@ -88,11 +89,13 @@ def _run(command: Command, ready: Any, console: Console) -> int:
     with assemble() as team:
         if isinstance(command, TrainConfig):
             output = command.output
-            run_grid(command, console, team)
+            with held(output) if team.leads else nullcontext():
+                run_grid(command, console, team)
         else:
             sweep: Sweep = team.agree(ready)
             output = sweep.output
-            failed = run_sweep(command, sweep, console, team)
+            with held(output) if team.leads else nullcontext():
+                failed = run_sweep(command, sweep, console, team)
         if team.leads:
             report(output, console)
     if failed:
@@ -102,7 +105,15 @@ def _run(command: Command, ready: Any, console: Console) -> int:
     return 1 if failed else 0
 
 
-def _tell_how_to_go_on(output: Path, names: list[str], arguments: Sequence[str]) -> None:
+def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[str]) -> None:
+    if isinstance(command, TrainConfig):
+        output, names = command.output, [run.name for run in command.runs()]
+    elif isinstance(ready, Sweep):
+        output, names = ready.output, [job.run.name for job in ready.jobs]
+    else:
+        return
+    if not leads():
+        return
     done = {result["run"] for result in read_json_lines(output / RESULTS)}
     print(
         f"{len(done & set(names))} of {len(names)} runs are finished. The same command goes on from the last "

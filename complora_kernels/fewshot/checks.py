@@ -63,8 +63,14 @@ def check_data(config: TrainConfig) -> dict[tuple[int, int], str]:
     is_file = config.draw.endswith((".json", ".pkl"))
     if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
         raise ValueError(f"--draw {config.draw}: one draw for the seeds {config.seeds}, expected {{seed}} in the path")
-    return {
-        (shots, seed): fingerprint(learned, datasets.draw(learned, shots, seed, config.draw))
+    drawn = {
+        (shots, seed): datasets.draw(learned, shots, seed, config.draw)
         for seed in config.seeds
         for shots in config.shots
     }
+    if config.validation and not all(len(draw.val) for draw in drawn.values()):
+        raise ValueError(
+            f"--validation: --draw {config.draw} draws no validation images from {config.data}, expected a data set "
+            "that has some"
+        )
+    return {cell: fingerprint(learned, draw) for cell, draw in drawn.items()}

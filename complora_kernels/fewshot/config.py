@@ -64,8 +64,8 @@ class TrainConfig:
     """Fetch a data set that is not there through torchvision, where it can."""
     protocol: Protocol = "few-shot"
     """few-shot: all classes. base-to-new: learn the first half of the classes, and name the second half too.
-    transfer, domain-shift, retention: what is learned, and zero-shot accuracy before and after on others: the eleven
-    data sets; ImageNet's four variants; the eleven. The first two are meant for --data imagenet."""
+    transfer, retention: what is learned, and zero-shot accuracy before and after on those of the eleven data sets that
+    are not learned. domain-shift: the same on ImageNet's four variants. transfer and domain-shift are for imagenet."""
     keep: tuple[str, ...] | None = None
     """More data sets whose zero-shot accuracy is measured before and after. None: letters for the digits, unless
     base-to-new."""
@@ -312,9 +312,10 @@ def changed(config: TrainConfig) -> dict[str, Any]:
 
 def check(config: TrainConfig) -> None:
     """Raise a ValueError that names the option, its value and what was expected, for values that cannot work."""
-    for name in ("methods", "shots", "seeds", "learning_rates"):
-        values = getattr(config, name)
-        _require(len(values) > 0, name, values, "at least one value")
+    cells = ("methods", "shots", "seeds", "learning_rates")
+    for name in (*cells, "keep"):
+        values = getattr(config, name) or ()
+        _require(len(values) > 0 or name not in cells, name, values, "at least one value")
         _require(len(set(values)) == len(values), name, values, "every value once")
     for method in config.methods:
         _require(method in METHODS, "methods", method, f"any of {', '.join(METHODS)}")

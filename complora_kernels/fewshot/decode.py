@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,13 +130,19 @@ def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path} is not decoded: {error} Expected fewer pixels: shrink the file. (A Python program that trusts it "
-            f"may raise PIL.Image.MAX_IMAGE_PIXELS, now {Image.MAX_IMAGE_PIXELS}.)"
+            f"{path} is not decoded: it has {_pixels(error)} pixels, expected at most {Image.MAX_IMAGE_PIXELS}: shrink "
+            "the file. (A Python program that trusts it may raise this limit, PIL.Image.MAX_IMAGE_PIXELS.)"
         ) from error
     except Exception as error:  # of whatever kind a decoder meets damaged bytes with
         if isinstance(error, OSError) and error.errno is not None:  # the file system's, which names the file
             raise
         raise ValueError(f"{path} cannot be decoded: {error}") from error
+
+
+def _pixels(error: Exception) -> str:
+    """How many pixels an image has that Pillow refuses; the limit that it names is twice its own where it fails."""
+    found = re.search(r"\((\d+) pixels\)", str(error))
+    return found[1] if found else "too many"
 
 
 def _reduction(image: Image.Image, shorter_side: int | None) -> int:

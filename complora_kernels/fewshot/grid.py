@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from complora_kernels.fewshot import config as options
@@ -24,6 +25,8 @@ from complora_kernels.fewshot.workers import work_off
 RESULTS = "results.jsonl"
 FAILURES = "failures.jsonl"
 DESCRIPTION = "config.json"
+RUNS = "runs"
+FIGURES = "figures"
 SLURM = "slurm"
 """Below the folder of a sweep: where submitit keeps what is queued."""
 
@@ -47,7 +50,7 @@ def prepare(config: TrainConfig) -> None:
 
 def description(folder: Path) -> dict[str, Any]:
     """What a folder is of that holds results, or runs that would go on; nothing of any other."""
-    begun = (RESULTS, f"runs/*/{CHECKPOINT}", f"{SLURM}/*_submitted.pkl")
+    begun = (RESULTS, f"{RUNS}/*/{CHECKPOINT}", f"{SLURM}/*_submitted.pkl")
     is_begun = any(True for pattern in begun for _ in folder.glob(pattern))
     path = folder / DESCRIPTION
     return json.loads(path.read_text()) if is_begun and path.exists() else {}
@@ -55,8 +58,27 @@ def description(folder: Path) -> dict[str, Any]:
 
 def open_folder(folder: Path, described: dict[str, Any]) -> None:
     """Make the folder of a grid, and note what it is of."""
-    check_writable(folder)
+    for part in (folder, folder / RUNS, folder / FIGURES):
+        check_writable(part)
     write_atomically(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder of a grid, while nobody else works in it. The system lets go of it when this process dies.
+
+    Raises:
+        ValueError: somebody does.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"--output {folder}: another process works in it, expected another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_images(images: Mapping[str, str], folder: Path) -> None:
@@ -132,8 +154,8 @@ def run_jobs(
     with shown as progress, closing(work_off(remaining, progress, workers, team)) as done:
         has_shown_profile = False
         for job, result in done:
-            if isinstance(result, Exception) and not keep_going:
-                raise result
+            if isinstance(result, Exception) and not keep_going and not is_full(result):
+                raise RuntimeError(f"run {job.run.name} failed: {words_of(result)}") from result
             if not team.leads:
                 continue
             record(job, result, output)

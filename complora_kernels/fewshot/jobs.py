@@ -79,14 +79,13 @@ def result_of(
 
 def run_alone(job: Job) -> dict[str, Any] | Exception:
     """The result of one job in a process of its own, or the error that it ended with."""
-    return sendable(job, result_of(job, Settings(), lambda done, loss: None))
+    return sendable(result_of(job, Settings(), lambda done, loss: None))
 
 
-def sendable(job: Job, result: Any) -> Any:
+def sendable(result: Any) -> Any:
     """An exception as one that can be sent to another process, which not every one can."""
     if isinstance(result, Exception):
-        words = f"run {job.run.name} failed: {words_of(result)}"
-        return OSError(errno.ENOSPC, words) if is_full(result) else RuntimeError(words)
+        return OSError(errno.ENOSPC, *result.args[1:]) if is_full(result) else RuntimeError(words_of(result))
     return result
 
 

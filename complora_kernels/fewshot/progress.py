@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from complora_kernels.fewshot.report.wording import words as words_of
+
 if TYPE_CHECKING:
     from complora_kernels.fewshot.jobs import Job
 
@@ -72,7 +74,9 @@ class GridProgress:
         """The run has ended."""
         self.finished += 1
         self._end(job)
-        words = [f"{name} {100 * result[name]:.1f}%" for name in ("new", "kept") if result[name] is not None]
+        names = words_of(job.config.protocol)
+        measured = ((names.short, result["new"]), (names.kept, result["kept"]))
+        words = [f"{name} {100 * accuracy:.1f}%" for name, accuracy in measured if accuracy is not None]
         if job.steps:
             words = [f"loss {result['loss']:.3f}", *words, f"{result['images_per_second']:.0f} images/s"]
             words.append(_memory(result["peak_memory_mib"]))

@@ -232,7 +232,7 @@ def _train(
                 if not math.isfinite(value):
                     bad = done - len(values) + i
                     raise FloatingPointError(
-                        f"{run.name}: the loss is {value} in step {bad} at learning rate "
+                        f"the loss is {value} in step {bad} at learning rate "
                         f"{learning_rate(bad):.2g}; {describe_checkpoint(checkpoint, good_step)}"
                     )
             losses.clear()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def read_sweep(config: SweepConfig) -> Sweep:
     for data in names:
         for label, own in _variants(file, content).items():
             asked = {**shared, **cells, **own, "data": data, "output": output}
-            variant = _train_config(file, label, asked)
+            variant = _train_config(file, label, asked, shared)
             variants.append(variant)
             jobs += [Job(variant, dataclasses.replace(run, data=data, label=label)) for run in variant.runs()]
     images = _check(file, variants, jobs)
@@ -169,12 +170,13 @@ def _variants(file: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return variants
 
 
-def _train_config(file: Path, label: str, asked: dict[str, Any]) -> TrainConfig:
+def _train_config(file: Path, label: str, asked: dict[str, Any], shared: Collection[str]) -> TrainConfig:
     """The options as `complora train` would read them."""
     types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
     unknown = sorted(asked.keys() - types.keys())
     if unknown:
-        raise ValueError(f"{file}: {label}: option {unknown[0]}: expected any of complora train's (see its --help)")
+        where = "options" if unknown[0] in shared else label
+        raise ValueError(f"{file}: {where}: option {unknown[0]}: expected any of complora train's (see its --help)")
     preset, model = asked.get("preset"), asked.get("model")
     arguments: list[str] = []
     for name, value in asked.items():
@@ -190,8 +192,13 @@ def _train_config(file: Path, label: str, asked: dict[str, Any]) -> TrainConfig:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(TrainConfig, default=PRESETS[preset_for(preset, model)], args=arguments)
     except SystemExit:
-        words = " ".join(said.getvalue().translate(dict.fromkeys(map(ord, "─│╭╮╰╯"), " ")).split())
-        raise ValueError(f"{file}: {label}: {words}") from None
+        raise ValueError(f"{file}: {label}: {_essence(said.getvalue())}") from None
+
+
+def _essence(said: str) -> str:
+    """What tyro says is wrong, on one line: without its frame, and without the help that follows."""
+    words = re.split("Argument helptext:|For full helptext", said)[0].split()
+    return " ".join(word for word in words if not set(word) <= set("─│╭╮╰╯-"))
 
 
 def _refuse(file: Path, where: str, asked: dict[str, Any], names: Iterable[str]) -> None:

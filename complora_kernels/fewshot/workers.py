@@ -54,11 +54,13 @@ def in_processes(jobs: Sequence[Job], progress: Any, workers: int) -> Iterator[O
     """
     waiting = deque(jobs)
     while waiting:
-        for job in (yield from _in_pool(waiting, progress, workers)):
-            progress.say(f"a process was killed: {job.run.name}, which was under way, goes on alone")
+        under_way = yield from _in_pool(waiting, progress, workers)
+        if under_way:
+            names = ", ".join(job.run.name for job in under_way)
+            progress.say(f"a process was killed; what was under way goes on, each run alone: {names}")
+        for job in under_way:
             if (yield from _in_pool(deque([job]), progress, 1)):
-                words = f"run {job.run.name} failed: its process was killed, alone too; is memory short?"
-                yield job, RuntimeError(words)
+                yield job, RuntimeError("the process was killed, alone too; is memory short?")
 
 
 def _in_pool(jobs: deque[Job], progress: Any, workers: int) -> Generator[Outcome, None, list[Job]]:
@@ -161,7 +163,7 @@ def run_in_worker(job: Job) -> Any:
     device = device_of(_Worker.number, job.config.device, gpus)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # what is not told where to go would go to the first one
-    return sendable(job, result_of(job, _Worker.settings, on_step, device=device))
+    return sendable(result_of(job, _Worker.settings, on_step, device=device))
 
 
 def device_of(worker: int, asked: str, gpus: int) -> str:
