@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import sys
@@ -207,7 +208,9 @@ def test_a_missing_part_is_named(tmp_path, check):
 def test_unknown_names_and_no_folder_are_refused(check, tmp_path):
     for name in ("cifar10", "folder:", "csv", "digits:x"):
         with pytest.raises(
-            ValueError, match=rf"data set '{name}': expected digits, letters, imagenet, .*, folder:PATH or"
+            ValueError,
+            match=rf"data set '{name}': expected digits, letters, imagenet, .*, ucf101, folder:PATH or csv:PATH; for "
+            r"testing only: imagenet_v2, imagenet_sketch, imagenet_a, imagenet_r$",
         ):
             check(name, tmp_path)
     with pytest.raises(
@@ -435,13 +438,69 @@ def test_a_folder_with_a_split_is_taken_as_it_is(tmp_path, parts):
 def test_classes_of_a_folder_can_be_named(tmp_path):
     folder = make_miniature(tmp_path, "folder")
     (folder / "red").rename(folder / "0 red")
-    lines = ["green the green one", "dark_blue  dark blue", "0 red\tred", "yellow yellow", "more than there is"]
+    lines = ["green the green one", "dark_blue  dark blue", "0 red\tred", "yellow yellow"]
     (folder / "classnames.txt").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     dataset = load_dataset(f"folder:{folder}")
     assert dataset.class_names == ("red", "dark blue", "the green one", "yellow")
     (folder / "classnames.txt").write_text("\n".join(lines[1:]))
     with pytest.raises(ValueError, match=r"classnames.txt: there is no line for the folder 'green'"):
         load_dataset(f"folder:{folder}")
+    for extra in ("grey grey", "0 red"):
+        (folder / "classnames.txt").write_text("\n".join(["", *lines[:2], extra]))
+        with pytest.raises(
+            ValueError,
+            match=rf"{folder}/classnames.txt, line 4: there is no folder '{extra.split()[0]}', expected one of "
+            r"'0 red', 'dark_blue', 'green', 'yellow'; a tab behind a folder's name allows blanks in it",
+        ):
+            load_dataset(f"folder:{folder}")
+
+
+def lay_split(folder: Path, kind: str, tested: int) -> str:
+    """Nine classes with an image to train on, the first of which have one to test on; as `load_dataset` calls them."""
+    rows = ["path,label,split"]
+    for part, n in (("train", 9), ("test", tested)):
+        for label in range(n):
+            draw_image(folder / part / f"class {label}" / "0.png", "red", label)
+            rows.append(f"{part}/class {label}/0.png,class {label},{part}")
+    return f"csv:{table(folder, *rows)}" if kind == "csv" else f"folder:{folder}"
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+@pytest.mark.parametrize(
+    ("tested", "named"),
+    [
+        (8, "'class 8'"),
+        (4, "'class 4', 'class 5', 'class 6', 'class 7', 'class 8'"),
+        (2, "'class 2', 'class 3', 'class 4', 'class 5', 'class 6' and 2 more"),
+    ],
+)
+def test_classes_without_a_test_image_are_named_once(tmp_path, caplog, kind, tested, named):
+    name = lay_split(tmp_path, kind, tested)
+    for _ in range(2):
+        load_dataset(name)
+    path = name.partition(":")[2]
+    assert caplog.record_tuples == [
+        (
+            "complora_kernels",
+            logging.WARNING,
+            f"{path}: there is no image to test on of {named}, which the accuracy leaves out",
+        )
+    ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_nothing_is_said_where_all_classes_have_test_images(tmp_path, caplog, kind):
+    load_dataset(lay_split(tmp_path / "given", kind, 9))
+    load_dataset(f"{kind}:{make_miniature(tmp_path, kind)}")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "oxford_pets"])
+def test_a_single_class_is_no_data_set(tmp_path, kind):
+    path = make_miniature(tmp_path, kind, classes=1)
+    name = kind if kind == "oxford_pets" else f"{kind}:{path}"
+    with pytest.raises(ValueError, match=rf"{path}.*: there is 1 class, 'red', expected at least 2"):
+        load_dataset(name, tmp_path)
 
 
 def test_names_with_blanks_and_of_any_script_work(tmp_path):
@@ -633,10 +692,10 @@ def test_a_table_of_another_encoding_is_named(tmp_path):
 
 
 def test_a_table_may_have_blanks_and_empty_cells_at_its_ends(tmp_path):
-    for number in range(2):
+    for number in range(4):
         draw_image(tmp_path / f"{number}.png", "red", number)
-    path = table(tmp_path, "label, path", '"a, b", 0.png,', "", ' "a, b",1.png')
-    assert load_dataset(f"csv:{path}").class_names == ("a, b",)
+    path = table(tmp_path, "label, path", '"a, b", 0.png,', "", ' "a, b",1.png', "c,2.png", "c,3.png")
+    assert load_dataset(f"csv:{path}").class_names == ("a, b", "c")
 
 
 def test_a_missing_table_is_named(tmp_path):

@@ -22,6 +22,7 @@ from miniature_datasets import make_miniature
 
 from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.datasets import (
+    ELEVEN,
     Dataset,
     Draw,
     base_and_new,
@@ -129,15 +130,31 @@ def test_draws_follow_the_seed_and_leave_global_states_alone(kind):
 
 
 def test_too_few_images_name_the_class():
-    with pytest.raises(ValueError, match=r"shots=6: class 'a' has 5 images, expected at least 6"):
+    with pytest.raises(
+        ValueError, match=r"shots=6: class 'a' has 5 training images \(of 9 in all\), expected at least 6$"
+    ):
         draw(split_dataset(), 6, 0)
+    with pytest.raises(
+        ValueError, match=r"shots=2: class 'b' has 1 training image \(of 2 in all\), expected at least 2$"
+    ):
+        draw(split_dataset([0, 0, 1], [], [0, 1]), 2, 0)
     assert labels_of(split_dataset(), draw(split_dataset(), 5, 0).train) == dict.fromkeys(range(4), 5)
     with pytest.raises(ValueError, match=r"shots=5: class 'a' has 5 images, expected at least 6, to test on the rest"):
         draw(split_dataset(test=None), 5, 0)
     with pytest.raises(
-        ValueError, match=r"shots=4: class 'c' has 7 images, expected at least 8: as CLIP-LoRA draws, 4"
+        ValueError,
+        match=r"shots=4: class 'c' has 7 training images \(of 8 in all\), expected at least 8: as CLIP-LoRA draws, 4",
     ):
         draw(split_dataset(val=[]), 4, 0, "clip-lora")
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_of_a_split_by_name_the_training_images_are_told_from_all(tmp_path, kind):
+    path = make_miniature(tmp_path, kind, per_class=(5, 2, 3))
+    with pytest.raises(
+        ValueError, match=r"shots=6: class 'dark_blue' has 5 training images \(of 10 in all\), expected"
+    ):
+        draw(load_dataset(f"{kind}:{path}"), 6, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,8 +218,8 @@ def test_clip_loras_draw(shots, seed):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("shots", [1, 2])
-def test_draws_of_imagenet(tmp_path, shots, seed):
-    """CLIP-LoRA samples for both at once; CoOp validates on the test set, so that none are drawn."""
+def test_clip_loras_draw_of_imagenet(tmp_path, shots, seed):
+    """It samples for both at once."""
     make_miniature(tmp_path, "imagenet", per_class=(6, 0, 2))
     dataset = load_dataset("imagenet", tmp_path)
     random.seed(seed)
@@ -213,12 +230,28 @@ def test_draws_of_imagenet(tmp_path, shots, seed):
         val += chosen[shots:]
     drawn = draw(dataset, shots, seed, "clip-lora")
     assert (drawn.train.tolist(), drawn.val.tolist()) == (train, val)
-    random.seed(seed)
-    drawn = draw(dataset, shots, seed, "coop")
-    assert drawn.train.tolist() == [
-        i for label in range(4) for i in random.sample(range(6 * label, 6 * label + 6), shots)
-    ]
-    assert drawn.val.tolist() == []
+
+
+@pytest.mark.parametrize("spelling", [0, 1])
+def test_coops_draw_of_imagenet_needs_its_file(tmp_path, spelling):
+    """CoOp draws from lists in the order of the file system, the halves' shots too."""
+    folder = make_miniature(tmp_path, "imagenet", spelling=spelling)
+    whole = load_dataset("imagenet", tmp_path)
+    for dataset in (whole, *base_and_new(whole)):
+        with pytest.raises(
+            ValueError,
+            match=rf"draw=coop: {folder}/split_fewshot/shot_2-seed_1.pkl is missing, .* --draw own or clip-lora$",
+        ):
+            draw(dataset, 2, 1, "coop")
+
+
+@pytest.mark.parametrize("name", [name for name in ELEVEN if name != "imagenet"])
+def test_coops_draw_of_the_other_ten_needs_no_file(tmp_path, name):
+    make_miniature(tmp_path, name)
+    whole = load_dataset(name, tmp_path)
+    for dataset in (whole, *base_and_new(whole)):
+        drawn = draw(dataset, 2, 1, "coop")
+        assert labels_of(dataset, drawn.train) == dict.fromkeys(range(len(dataset.class_names)), 2)
 
 
 # ---- halves
@@ -289,6 +322,18 @@ def test_the_path_of_a_draw_has_the_names_of_runs(tmp_path, name, monkeypatch):
             assert same(draw(half, 1, 2, path), draw(half, 1, 2))
     with pytest.raises(FileNotFoundError, match=r"made_up-lora-1shot-lr0.0002-seed2/draw.json: there is no such file"):
         draw(split_dataset(), 1, 2, path)
+
+
+def test_unknown_placeholders_are_named_where_there_is_no_such_file(tmp_path, pets):
+    path = f"{tmp_path}/{{foo}}{{shots}}.json"
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"there is no file {tmp_path}/\{{foo\}}2.json, and \{{foo\}} is no placeholder, expected "
+        r"\{data\}, \{shots\}, \{seed\}$",
+    ):
+        draw(pets, 2, 0, path)
+    write_draw(tmp_path / "{foo}2.json", pets, draw(pets, 2, 0))
+    assert same(draw(pets, 2, 0, path), draw(pets, 2, 0))
 
 
 def test_files_of_other_encodings_can_be_drawn(tmp_path):
@@ -447,7 +492,7 @@ def test_coops_files_are_read(tmp_path, pets, root, protocol):
 
 @pytest.mark.usefixtures("dassl")
 def test_coops_file_of_imagenet_has_no_validation_images(tmp_path):
-    """And was written where images/ lay in between."""
+    """CoOp validates on the test set. The file was written where images/ lay in between."""
     make_miniature(tmp_path, "imagenet", spelling=1)
     dataset = load_dataset("imagenet", tmp_path)
     path = tmp_path / "shots.pkl"
@@ -455,6 +500,11 @@ def test_coops_file_of_imagenet_has_no_validation_images(tmp_path):
     drawn = draw(dataset, 1, 0, str(path))
     assert (drawn.train.tolist(), drawn.val.tolist()) == ([0, 3, 6, 9], [])
     assert (drawn.shots, drawn.seed) == (None, None)
+    cached = tmp_path / "imagenet" / "split_fewshot" / "shot_1-seed_5.pkl"
+    cached.parent.mkdir()
+    path.rename(cached)
+    assert same(draw(dataset, 1, 5, "coop"), drawn)
+    assert [draw(half, 1, 5, "coop").train.tolist() for half in base_and_new(dataset)] == [[0, 3], [0, 3]]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,9 +19,9 @@ from complora_kernels.fewshot.report.comparisons import compare, whole_block
 from complora_kernels.fewshot.report.figures import accuracy_against_shots, figures
 from complora_kernels.fewshot.report.folder import markdown, report
 from complora_kernels.fewshot.report.front import kept_at, paired, retention_difference
-from complora_kernels.fewshot.report.labels import parse
+from complora_kernels.fewshot.report.labels import parse, part_of
 from complora_kernels.fewshot.report.results import read_results
-from complora_kernels.fewshot.report.styles import looks
+from complora_kernels.fewshot.report.styles import display_name, looks
 from complora_kernels.fewshot.report.summary import Summary, summaries
 from complora_kernels.fewshot.report.tradeoff import fronts, new_against_kept
 from complora_kernels.fewshot.report.wording import sentences
@@ -242,7 +243,11 @@ def test_sentence_says_which_way_and_whether_it_is_shown():
     assert "keeps 1.5 points less than lora (95% interval -23.9 to +20.9" in unsure
     assert "1 of them with a gain; the interval includes zero: no difference shown" in unsure
     (equal,) = sentences(summary(grid(shift=-0.1)))
-    assert "keeps as much as lora" in equal
+    assert "keeps as much as lora (95% interval -18.6 to +18.6" in equal
+    same = [{**result, "method": m} for result in grid() if result["method"] == "lora" for m in ("lora", "output")]
+    assert sentences(summary(same)) == [
+        "At equal new-task accuracy, output keeps exactly as much as lora in each of 3 seeds."
+    ]
     slight = [line(m, 4, seed, 1e-3, 0.5, 0.5 + 1e-5 * seed + (3e-4 if m == "output" else 0) * (1 + 0.1 * seed))
               for m in ("lora", "output") for seed in range(3)]  # fmt: skip
     _, kept = sentences(summary(slight))
@@ -384,6 +389,63 @@ def test_figures_of_a_sweep_over_data_sets_without_anything_kept():
     assert rows == ["cars", "pets", "average"]
 
 
+PARTS = [part_of(method, share) for method in ("lora", "random", "activations") for share in (1, 0.5)]
+PARTS = [method.removesuffix(", 1 of the update") for method in PARTS]
+
+
+@pytest.mark.parametrize("methods", [["lora", "lora, wd 0.3", "output"], [*PARTS, "output", "lora, wd 0.3"]])
+def test_method_has_one_colour_in_all_figures(methods):
+    lines = [
+        {**line(method, 16, seed, 1e-3, 0.5 + 0.01 * i, 0.9), "data": data, "protocol": "retention", "tasks": {}}
+        for i, method in enumerate(methods) for seed in range(2) for data in ("cars", "pets")
+    ]  # fmt: skip
+    found = summary(lines)
+    of = looks(found.labels, found.stand_ins).of
+    assert len({look["color"] for look in of.values()}) == len(methods)
+    pictures = figures(found)
+    panels = pictures["new_against_kept"].axes
+    in_panels = {name: bars.lines[0].get_color() for axes in panels for name, bars in drawn(axes).items()}
+    assert in_panels == {display_name(method): of[method]["color"] for method in found.methods}
+    rows: list[Any] = pictures["differences"].axes[0].containers
+    expected = [of[comparison.method]["color"] for comparison in found.comparisons]
+    assert [bars.lines[0].get_color() for bars in rows] == expected
+
+
+def test_part_of_an_update_is_named_after_its_method():
+    assert display_name("lora-wd, 0.5 of the update") == "LoRA, weight decay, 0.5 of the update"
+    assert display_name("mine, k 3, 0.5 of the update") == "mine, k 3, 0.5 of the update"
+    methods = ["lora", *(f"both{setting}" for setting in ("", *(f", energy 0.{n}" for n in range(4, 9))))]
+    legend = looks({method: parse(method) for method in methods}, {}).legend
+    assert "no setting named" in dict(legend)
+
+
+@pytest.mark.parametrize("protocol", ["few-shot", "domain-shift", "base-to-new"])
+def test_titles_of_differences_stand_apart(protocol):
+    tasks = {"new classes" if protocol == "base-to-new" else "letters": [0.9, 0.8]}
+    rows = [
+        {**line(method, 16, seed, 1e-2, 0.5, 0.8), "protocol": protocol, "tasks": tasks}
+        for method in ("lora", "both, energy 0.95, activations", "both, energy 0.95, random") for seed in range(2)
+    ]  # fmt: skip
+    figure = figures(summary(rows))["differences"]
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert len(boxes) == (3 if protocol == "base-to-new" else 2)
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert boxes[-1].x1 <= figure.bbox.x1
+
+
+def test_accuracy_axes_end_at_100():
+    lines = [line(method, n, 0, 1e-3, 1.0, 1.0) for method in ("lora", "output") for n in (1, 256)]
+    pictures = figures(summary(lines))
+    for low, high in (
+        pictures["new_against_kept"].axes[0].get_xlim(),
+        pictures["new_against_kept"].axes[0].get_ylim(),
+        pictures["accuracy_against_shots"].axes[0].get_ylim(),
+    ):
+        assert 100 < high <= 100 + 0.03 * (100 - low)
+    assert pictures["accuracy_against_shots"].axes[0].get_xlim()[1] > 256
+
+
 ABLATION = [
     "lora",
     *(f"{side}, energy {energy}{source}" for side in ("output", "both") for energy in (0.5, 0.9, 0.95)
@@ -407,7 +469,7 @@ def test_many_methods_are_spread_over_panels_by_side_and_source():
         *("output side, activations' subspace", "both sides, activations' subspace"),
         *("output side, random subspace", "both sides, random subspace"),
     ]
-    assert set(drawn(panels["LoRA and others"])) == {"LoRA", *ABLATION[-3:], "lora, 0.5 of the update"}
+    assert set(drawn(panels["LoRA and others"])) == {"LoRA", *ABLATION[-3:], "LoRA, 0.5 of the update"}
     both = {"LoRA", *(f"both, energy {energy}, random" for energy in (0.5, 0.9, 0.95))}
     assert set(drawn(panels["both sides, random subspace"])) == both
     assert len(pictures["differences"].axes[0].get_yticks()) == len(ABLATION) + 6 - 1  # the shared point has no front

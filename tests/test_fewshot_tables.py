@@ -7,6 +7,7 @@ from random import Random
 import pytest
 from rich.console import Console
 
+from complora_kernels.fewshot.datasets import ELEVEN
 from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.report.comparisons import harmonic
 from complora_kernels.fewshot.report.folder import failures, latex, markdown, terminal_table
@@ -16,7 +17,7 @@ from complora_kernels.fewshot.report.sections import accuracy_table, data_set_ta
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
 from complora_kernels.fewshot.report.tables import LATEX_HEAD, Table, escape_latex, markdown_table, to_latex
-from complora_kernels.fewshot.report.wording import gaps
+from complora_kernels.fewshot.report.wording import gaps, kept_name
 
 
 def line(
@@ -366,6 +367,30 @@ def test_tasks_kept_are_changes_averaged_over_data_sets():
     assert "Each task kept, 4 shots" in markdown([summary(lines)])
 
 
+def keeping(data_sets, leave_out=(), keep=ELEVEN):
+    """Runs that keep all data sets but the one that they are trained on."""
+    kept = {data: [task for task in keep if task != data and (data, task) not in leave_out] for data in data_sets}
+    return [
+        line(data, "lora", 0, 0.5, 0.5, protocol="retention", tasks={task: [0.9, 0.8] for task in of})
+        for data, of in kept.items()
+    ]
+
+
+def test_each_run_keeps_the_others():
+    assert kept_name(summary(keeping(ELEVEN))) == "retained (mean of the 10 others)"
+    assert kept_name(summary(keeping(["dtd"]))) == "retained (mean of 10)"
+    assert kept_name(summary(keeping(ELEVEN, leave_out=[("dtd", "ucf101")]))) == "retained (mean of 9 to 10)"
+    assert kept_name(summary(keeping(["digits", "letters"]))) == "retained (mean of 11)"
+    assert kept_name(summary(keeping(["dtd", "eurosat"], keep=["dtd", "eurosat"]))) == "retained (the other data set)"
+    assert kept_name(summary(keeping(["digits", "letters"], keep=["dtd"]))) == "retained (dtd)"
+
+
+def test_tasks_kept_stand_in_the_order_of_the_data_sets():
+    lines = keeping(["dtd", "ucf101"], keep=["zoo", "imagenet_r", *reversed(ELEVEN), "letters"])
+    head = list(kept_table(summary(lines), 4).head)
+    assert head[2:-1] == [*ELEVEN, "imagenet_r", "zoo", "letters"]
+
+
 def test_method_without_a_learning_rate_has_one_row():
     lines = [line("dtd", "lora", 0, 0.5, rate=rate, relative_update=0.1) for rate in (1e-4, 1e-3)]
     table = accuracy_table(summary([*lines, line("dtd", "tip-adapter", 0, 0.6, rate=None)]))
@@ -386,6 +411,16 @@ def test_terminal_takes_labels_as_they_are():
     Console(file=shown, width=100).print(terminal_table(found))
     assert "both [bold], r 4" in shown.getvalue()
     assert "50.0" in shown.getvalue()
+
+
+def test_title_is_not_wrapped_to_a_small_table():
+    shown = io.StringIO()
+    found = summary([line("dtd", "lora", 0, 0.5, 0.4, tasks={"letters": [0.5, 0.4]})])
+    Console(file=shown, width=80).print(terminal_table(found))
+    assert shown.getvalue().splitlines()[:2] == [
+        "Accuracy in percent, one seed",
+        "above: new task (dtd); below: retained (letters)",
+    ]
 
 
 def test_csv_is_tidy():

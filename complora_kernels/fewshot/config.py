@@ -71,8 +71,8 @@ class TrainConfig:
     base-to-new."""
     draw: str = "own"
     """Which images a seed draws. own: ours, the smaller part of the larger; coop: CoOp's, from its files beside the
-    data or computed alike; clip-lora: CLIP-LoRA's; or a draw.json of an earlier run, or one of CoOp's .pkl files, with
-    {data}, {shots} and {seed} in its path filled in."""
+    data or, but for ImageNet, computed alike; clip-lora: CLIP-LoRA's; or a draw.json of an earlier run, or one of
+    CoOp's .pkl files, with {data}, {shots} and {seed} in its path filled in."""
     validation: bool = False
     """Measure on validation images too, as many as shots and at most four a class. They are never trained on."""
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("complora_kernels")
+
+MOST_NAMED = 5
+"""Classes or folders that a message names, at most."""
 
 Entry = tuple[Path, int]
 """An image file and its label."""
@@ -62,12 +69,14 @@ def assemble(
         twins: allow two classes of one name, as ImageNet has them.
 
     Raises:
-        ValueError: no images, two classes whose names give one prompt, a name that is not UTF-8, or a class without an
-            image to train on or, where there are none at all, to test on.
+        ValueError: no images, a single class, two classes whose names give one prompt, a name that is not UTF-8, or a
+            class without an image to train on or, where there are none at all, to test on.
     """
     source = root if source is None else source
     if not splits["test"]:
         raise ValueError(f"{source}: there are no images to test on")
+    if len(class_names) < 2:
+        raise ValueError(f"{source}: there is 1 class, {class_names[0]!r}, expected at least 2")
     if not twins:
         check_distinct(class_names, source)
     drawn_from = "train" if splits["train"] else "test"
@@ -90,6 +99,26 @@ def assemble(
         test,
         root=root,
     )
+
+
+def warn_of_untested(dataset: Dataset, source: Path) -> None:
+    """Log a warning where classes have no image to test on: the accuracy says nothing about them."""
+    if dataset.test is not None:
+        tested = set(dataset.labels[dataset.test].tolist())
+        untested = tuple(name for label, name in enumerate(dataset.class_names) if label not in tested)
+        if untested:
+            _warn(f"{source}: there is no image to test on of {enumerated(untested)}, which the accuracy leaves out")
+
+
+@cache  # a run loads its data set more than once, and says it once
+def _warn(message: str) -> None:
+    logger.warning(message)
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Names in a message, the first few of them."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(map(repr, names[:MOST_NAMED])) + more
 
 
 def check_distinct(class_names: Sequence[str], source: Path) -> None:

@@ -23,6 +23,8 @@ _VAL = 2  # keeps the random numbers of validation images apart from all others 
 def _own(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]:
     labels, names = dataset.labels, dataset.class_names
     leave = 1 if dataset.test is None else 0
+    if not leave:
+        _check_enough(dataset, shots)
     train = dataset.train[draw_classes(labels[dataset.train], shots, seed, leave=leave, class_names=names)]
     val = dataset.val
     if len(val):
@@ -50,15 +52,28 @@ def _clip_lora(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]
     else:
         for members in _classes(dataset, dataset.train):
             if len(members) < shots + most:
-                name = dataset.class_names[int(dataset.labels[members[0]])]
+                label = int(dataset.labels[members[0]])
                 raise ValueError(
-                    f"shots={shots}: class {name!r} has {len(members)} images, expected at least {shots + most}: as "
+                    f"shots={shots}: {_training_images(dataset, label)}, expected at least {shots + most}: as "
                     f"CLIP-LoRA draws, {most} to validate on come out of them too"
                 )
             sample = random.sample(members, shots + most)
             train += sample[:shots]
             val += sample[shots:]
     return _indices(train), _indices(val)
+
+
+def _check_enough(dataset: Dataset, shots: int) -> None:
+    """Raise a ValueError where a class has fewer training images than shots."""
+    counts = dataset.labels[dataset.train].bincount()
+    for label in ((counts > 0) & (counts < shots)).nonzero()[:, 0].tolist():
+        raise ValueError(f"shots={shots}: {_training_images(dataset, label)}, expected at least {shots}")
+
+
+def _training_images(dataset: Dataset, label: int) -> str:
+    """How many images of a class there are to train on, of how many: a split leaves fewer than its folder holds."""
+    n, of_all = int((dataset.labels[dataset.train] == label).sum()), int((dataset.labels == label).sum())
+    return f"class {dataset.class_names[label]!r} has {n} training image{'s' * (n != 1)} (of {of_all} in all)"
 
 
 def _classes(dataset: Dataset, indices: Tensor) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import Dataset
@@ -9,6 +10,8 @@ from complora_kernels.fewshot.datasets.draw_files import read_draw
 from complora_kernels.fewshot.datasets.draw_rules import RULES
 from complora_kernels.fewshot.datasets.drawn import Draw, complete, restrict
 from complora_kernels.fewshot.files import file_name
+
+_PLACEHOLDER = r"\{[^{}/]*\}"
 
 
 def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
@@ -19,8 +22,7 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
     - "coop": what CoOp draws. Its file `split_fewshot/shot_{shots}-seed_{seed}.pkl` beside the data set, if it is
       there. Otherwise Python's random numbers of the seed, for the classes in the order in which the split lists them,
       first to train on, then to validate on; of a class with fewer images, all. CoOp leaves seed 0 to chance, and on
-      ImageNet the order of the files to the file system: there only its file tells what it drew, and without it files
-      count in sorted order.
+      ImageNet the order of the files to the file system: there only its file tells what it drew, and it is needed.
     - "clip-lora": what CLIP-LoRA draws. The same random numbers, but first to validate on, and of a class with fewer
       images some twice. Where there are no validation images, as on ImageNet, those to train on come first, then those
       to validate on, both out of one sample of each class's training images.
@@ -37,8 +39,9 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
         kind: one of the above.
 
     Raises:
-        ValueError: a class with too few images; it is named. A data set for testing only. An unknown kind, or a file
-            of another data set, with other shots, or that names images the data set does not have.
+        ValueError: a class with too few images; it is named. A data set for testing only. ImageNet as CoOp draws it,
+            without CoOp's file. An unknown kind, or a file of another data set, with other shots, or that names images
+            the data set does not have.
         FileNotFoundError: no such file.
     """
     if shots < 1:
@@ -60,8 +63,14 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
     if not len(dataset.train):
         raise ValueError(f"{dataset.name} is for testing only: there is nothing to draw {shots} shots from")
     cached = None if dataset.root is None else dataset.root / "split_fewshot" / f"shot_{shots}-seed_{seed}.pkl"
-    if kind == "coop" and cached is not None and cached.is_file():
-        return read_draw(cached, dataset)
+    if kind == "coop" and cached is not None:
+        if cached.is_file():
+            return read_draw(cached, dataset)
+        if dataset.asked_as == "imagenet":
+            raise ValueError(
+                f"draw=coop: {cached} is missing, and nothing else tells which images of ImageNet CoOp drew; expected "
+                "this file of CoOp's, or --draw own or clip-lora"
+            )
     train, val = RULES[kind](dataset, shots, seed)
     return complete(dataset, train, val, shots, seed, kind)
 
@@ -69,5 +78,11 @@ def draw(dataset: Dataset, shots: int, seed: int, kind: str = "own") -> Draw:
 def _filled_in(path: str, dataset: Dataset, shots: int, seed: int) -> Path:
     whole = dataset if dataset.part_of is None else dataset.part_of[0]
     data = file_name(whole.asked_as or whole.name)
-    filled = path.replace("{shots}", str(shots)).replace("{seed}", str(seed)).replace("{data}", data)
-    return Path(filled).expanduser()
+    values = {"{data}": data, "{shots}": str(shots), "{seed}": str(seed)}
+    filled = Path(re.sub(_PLACEHOLDER, lambda found: values.get(found[0], found[0]), path)).expanduser()
+    unknown = [found for found in re.findall(_PLACEHOLDER, path) if found not in values]
+    if unknown and not filled.is_file():
+        raise FileNotFoundError(
+            f"draw={path}: there is no file {filled}, and {unknown[0]} is no placeholder, expected {', '.join(values)}"
+        )
+    return filled

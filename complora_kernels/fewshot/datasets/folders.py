@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from complora_kernels.fewshot.datasets.dataset import Dataset, assemble
+from complora_kernels.fewshot.datasets.dataset import Dataset, assemble, enumerated, warn_of_untested
 from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES
-from complora_kernels.fewshot.datasets.listing import class_folders, image_files, read_class_names, subfolders
+from complora_kernels.fewshot.datasets.listing import class_folders, image_files, numbered_class_names, subfolders
 from complora_kernels.fewshot.datasets.ratio import ratio_split
 from complora_kernels.fewshot.datasets.split_files import SPLITS
 
@@ -22,12 +23,12 @@ def read_folder(folder: Path) -> Dataset:
 
     A folder of such a name that holds images itself is a class's. Classes are in the order of their folders' names,
     which are the class names where no classnames.txt gives others. Without train and test `ratio_split` decides, by
-    "class folder/file".
+    "class folder/file". A warning names classes without a test image.
 
     Raises:
         FileNotFoundError: no such folder, nothing in it, or only one of train and test.
-        ValueError: a class without training images, or without a name in classnames.txt; two whose names give one
-            prompt.
+        ValueError: a single class, one without training images, or without a name in classnames.txt; a line there for
+            a folder that does not exist; two classes whose names give one prompt.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder:{folder}: there is no such folder, {_LAYOUT}")
@@ -41,16 +42,30 @@ def read_folder(folder: Path) -> Dataset:
         raise FileNotFoundError(f"folder:{folder}: there are no folders of classes, {_LAYOUT}")
     class_names = folders
     if (folder / CLASS_NAMES).is_file():
-        names = read_class_names(folder / CLASS_NAMES)
-        for name in folders:
-            if name not in names:
-                raise ValueError(f"{folder / CLASS_NAMES}: there is no line for the folder {name!r}")
-        class_names = [names[name] for name in folders]
+        class_names = _class_names(folder / CLASS_NAMES, folders)
     entries = {split: class_folders(folder / split, folders) for split in splits}
     if not given:
         names = [f"{path.parent.name}/{path.name}" for path, _ in entries["."]]
         entries = ratio_split(entries["."], names, class_names, folder)
-    return assemble(folder.resolve().name, folder, class_names, entries)
+    dataset = assemble(folder.resolve().name, folder, class_names, entries)
+    warn_of_untested(dataset, folder)
+    return dataset
+
+
+def _class_names(path: Path, folders: Sequence[str]) -> list[str]:
+    """The names of the classes in these folders, each of which has one line in the file."""
+    names = {}
+    for number, folder, class_name in numbered_class_names(path):
+        if folder not in folders:
+            raise ValueError(
+                f"{path}, line {number}: there is no folder {folder!r}, expected one of {enumerated(folders)}; a tab "
+                "behind a folder's name allows blanks in it"
+            )
+        names[folder] = class_name
+    for folder in folders:
+        if folder not in names:
+            raise ValueError(f"{path}: there is no line for the folder {folder!r}")
+    return [names[folder] for folder in folders]
 
 
 def _splits(folder: Path) -> list[str]:

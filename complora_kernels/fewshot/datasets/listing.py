@@ -61,24 +61,29 @@ def _files(folder: str) -> set[str]:
 
 
 def read_class_names(path: Path) -> dict[str, str]:
-    """Class names by folder name, from lines of a folder name, a space and the class name.
+    """Class names by folder name, as `numbered_class_names` has them."""
+    return {folder: name for _, folder, name in numbered_class_names(path)}
+
+
+def numbered_class_names(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line number, folder name and class name, from lines of a folder name, a space and the class name.
 
     A tab instead of the space allows spaces in the folder's name.
 
     Raises:
         ValueError: a line without a class name, or a folder named twice; with the file and the line.
     """
-    names: dict[str, str] = {}
+    seen = set[str]()
     for number, line in enumerate(read_lines(path), 1):
         if not line:
             continue
         folder, _, name = line.partition("\t" if "\t" in line else " ")
         if not name.strip():
             raise ValueError(f"{path}, line {number}: {line!r}, expected a folder name, a space and a class name")
-        if folder in names:
+        if folder in seen:
             raise ValueError(f"{path}, line {number}: the folder {folder!r} has a name already")
-        names[folder] = name.strip()
-    return names
+        seen.add(folder)
+        yield number, folder, name.strip()
 
 
 def read_lines(path: Path) -> list[str]:

@@ -79,7 +79,11 @@ def check_dataset(name: str, root: Path | None = None, *, download: bool = False
 
 def _check_root(name: str, root: Path | None) -> Path:
     if name not in LAYOUTS:
-        raise ValueError(f"data set {name!r}: expected {', '.join(NAMES)}, folder:PATH or csv:PATH")
+        learned = ", ".join(known for known in NAMES if known not in DOMAIN_SHIFTS)
+        raise ValueError(
+            f"data set {name!r}: expected {learned}, folder:PATH or csv:PATH; for testing only: "
+            f"{', '.join(DOMAIN_SHIFTS)}"
+        )
     if root is None:
         raise ValueError(
             f"data set {name!r}: no folder of data sets is given, expected the one that holds "

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from complora_kernels.fewshot.datasets.dataset import Dataset, Entry, assemble
+from complora_kernels.fewshot.datasets.dataset import Dataset, Entry, assemble, warn_of_untested
 from complora_kernels.fewshot.datasets.layouts import Home
 from complora_kernels.fewshot.datasets.listing import first_missing, read_lines, read_text
 from complora_kernels.fewshot.datasets.ratio import ratio_split
@@ -97,12 +97,12 @@ def read_csv(path: Path) -> Dataset:
     """A data set out of a table with the columns path, label and, if the split is given, split.
 
     Paths are relative to the table; labels are class names, in sorted order; splits are train, val and test. Without
-    the column `ratio_split` decides, by the paths as they are written.
+    the column `ratio_split` decides, by the paths as they are written. A warning names classes without a test image.
 
     Raises:
         FileNotFoundError: no such table, or a row whose image is not there.
         ValueError: no CSV, missing columns, an empty cell or one too many, an unknown split, an image named twice; with
-            the file and the line.
+            the file and the line. A single class.
     """
     if not path.is_file():
         raise FileNotFoundError(f"csv:{path}: there is no such file, expected {_TABLE}")
@@ -120,7 +120,9 @@ def read_csv(path: Path) -> Dataset:
         }
     else:
         splits = ratio_split(entries, [row[0] for row in rows], class_names, path)
-    return assemble(path.stem, path.parent, class_names, splits, source=path)
+    dataset = assemble(path.stem, path.parent, class_names, splits, source=path)
+    warn_of_untested(dataset, path)
+    return dataset
 
 
 def _rows(path: Path) -> tuple[list[list[str]], list[int]]:

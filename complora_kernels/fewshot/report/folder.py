@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import HORIZONTALS
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table as TerminalTable
+from rich.text import Text
 
 from complora_kernels.fewshot.files import read_json_lines, write_atomically
 from complora_kernels.fewshot.report.figures import write_figures
@@ -77,15 +78,17 @@ def failures(results: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]
     return dict(sorted(errors.items()))
 
 
-def terminal_table(summary: Summary) -> TerminalTable:
-    """Methods and learning rates down, shots across; in each cell one accuracy above the other."""
+def terminal_table(summary: Summary) -> Group:
+    """Methods and learning rates down, shots across; in each cell one accuracy above the other.
+
+    What they are stands in lines above the table: rich would wrap a table's own title to its width.
+    """
     names = measure_names(summary)
-    table = TerminalTable(
-        title=escape(", ".join(filter(None, [title(summary), average_name(summary)]))),
-        caption=escape(f"above: {names[0]}; below: {', '.join(names[1:])}" if len(names) > 1 else names[0]),
-        box=HORIZONTALS,
-        pad_edge=False,
-    )
+    lines_above = [
+        ", ".join(filter(None, [title(summary), average_name(summary)])),
+        f"above: {names[0]}; below: {', '.join(names[1:])}" if len(names) > 1 else names[0],
+    ]
+    table = TerminalTable(box=HORIZONTALS, pad_edge=False)
     table.add_column("method")
     table.add_column("rate", no_wrap=True)
     for shots in summary.shots:
@@ -95,7 +98,7 @@ def terminal_table(summary: Summary) -> TerminalTable:
         texts = ["\n".join(accuracies(cell, summary)).replace(" ", "") if cell else "" for cell in cells]
         last_of_method = following is None or following[0] != method
         table.add_row(escape(method), rate, *texts, end_section=last_of_method)
-    return table
+    return Group(*map(Text, lines_above), table)
 
 
 def markdown(protocols: Sequence[Summary], failed: dict[str, str] | None = None) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from complora_kernels.fewshot.report.comparisons import Comparison, Gain
-from complora_kernels.fewshot.report.styles import family_colour
+from complora_kernels.fewshot.report.styles import Look, looks
 from complora_kernels.fewshot.report.summary import Summary
 from complora_kernels.fewshot.report.wording import words
 
@@ -22,42 +22,44 @@ def differences(summary: Summary) -> Figure | None:
     compared = [comparison for comparison in summary.comparisons if any(_gains(comparison, titles))]
     if not compared:
         return None
-    figure = Figure(figsize=(3.2 + 3.2 * len(titles), 1.3 + 0.24 * len(compared)), layout="constrained")
+    names = [f"{comparison.method} − {comparison.rival}" for comparison in compared]
+    wide = max(3.2, 0.065 * max(map(len, names)))  # of the names, in inches; the panels keep theirs
+    figure = Figure(figsize=(wide + 3.2 * len(titles), 1.5 + 0.24 * len(compared)), layout="constrained")
     figure.suptitle("Paired differences in points, mean and 95% interval over seeds")
+    controls = [row for row, of in enumerate(compared) if summary.labels[of.rival].source == "random"]
+    of, _ = looks(summary.labels, summary.stand_ins)
     for column, title in enumerate(titles.values()):
         axes = figure.add_subplot(1, len(titles), column + 1)
         axes.set_title(title, fontsize="medium")
-        _draw(axes, summary, compared, [_gains(comparison, titles)[column] for comparison in compared])
+        _draw(axes, of, compared, [_gains(comparison, titles)[column] for comparison in compared])
+        for row in controls[:1]:
+            axes.axhline(row - 0.5, color="grey", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names, fontsize="small")
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.tick_params(labelleft=column == 0)
     return figure
 
 
 def _titles(summary: Summary) -> dict[tuple[float, str] | None, str]:
-    """By learning rate and measure; None: at equal new-task accuracy."""
+    """By learning rate and measure, in two lines; None: at equal new-task accuracy."""
     names = words(summary.protocol)
     if len(summary.learning_rates) != 1:
-        return {None: f"{names.kept_accuracy} at equal {names.equal}"}
+        return {None: f"{names.kept_accuracy}\nat equal {names.equal}"}
     (rate,) = summary.learning_rates
     name = {"new": names.equal, "kept": names.kept_accuracy, "H": "H"}
-    return {(rate, measure): f"{name[measure]} at learning rate {rate:g}" for measure in summary.measures}
+    return {(rate, measure): f"{name[measure]}\nat learning rate {rate:g}" for measure in summary.measures}
 
 
 def _gains(comparison: Comparison, titles: dict[tuple[float, str] | None, str]) -> list[Gain | None]:
     return [comparison.at_rate.get((at[0], None), {}).get(at[1]) if at else comparison.overall for at in titles]
 
 
-def _draw(axes: Axes, summary: Summary, compared: Sequence[Comparison], gains: Sequence[Gain | None]) -> None:
-    labels, stand_ins = summary.labels, summary.stand_ins
+def _draw(axes: Axes, of: Mapping[str, Look], compared: Sequence[Comparison], gains: Sequence[Gain | None]) -> None:
     for row, (comparison, gain) in enumerate(zip(compared, gains, strict=True)):
         if gain:
             mean, _, high, _, seeds = gain.over_seeds
             half = 100 * (high - mean) if seeds > 1 else None
-            colour = family_colour(stand_ins.get(comparison.method, comparison.method), labels[comparison.method])
-            axes.errorbar(100 * mean, row, xerr=half, fmt="o", markersize=4.5, capsize=2, color=colour)
-    controls = [row for row, comparison in enumerate(compared) if labels[comparison.rival].source == "random"]
-    for row in controls[:1]:
-        axes.axhline(row - 0.5, color="grey", linewidth=0.8)
+            look = {**of[comparison.method], "linestyle": "none"}
+            axes.errorbar(100 * mean, row, xerr=half, markersize=4.5, capsize=2, **look)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_yticks(range(len(compared)), [f"{c.method} − {c.rival}" for c in compared], fontsize="small")
-    axes.set_ylim(len(compared) - 0.5, -0.5)

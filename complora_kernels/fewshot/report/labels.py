@@ -13,6 +13,7 @@ SOURCES = ("weight", "activations", "random")
 
 # Options that do not tell apart what is compared: where and what is measured, and what lora-wd alone reads.
 _BESIDE = ("data", "interpolations", "validation", "strong_weight_decay")
+_PART = " of the update"
 _SUBSPACE = ("subspace_k", "subspace_energy", "subspace_ratio")  # which LoRA does not read
 
 
@@ -61,7 +62,13 @@ def family_name(label: Label) -> str:
 
 def part_of(method: str, share: float) -> str:
     """The name of a method whose trained update is scaled by `share`."""
-    return f"{method}, {share:g} of the update"
+    return f"{method}, {share:g}{_PART}"
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """What `part_of` has joined, such as ("lora", "0.5 of the update"); the second is empty for a whole update."""
+    *whole, last = name.split(", ")
+    return (", ".join(whole), last) if last.endswith(_PART) else (name, "")
 
 
 def plain_lora(variants: Mapping[str, Variant]) -> str | None:

@@ -105,6 +105,8 @@ def draw_figure(
             "" if any(grid[row + 1][column : column + 1] if row + 1 < high else ()) else x, fontsize="small"
         )
         axes.set_ylabel("" if any(grid[row][:column]) else y, fontsize="small")
+    for axes in figure.axes:
+        _end_at_100(axes, [axis for axis, name in (("x", x), ("y", y)) if name.endswith("%")])
     handles = [Line2D([], [], label=name, **{**LINE, **look}) for name, look in legend]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     return figure
@@ -121,6 +123,13 @@ def caption(summary: Summary, deviations: bool = True) -> str:
 def error_bar(spreads: Iterable[Spread]) -> list[float]:
     """Deviations in percent; one seed has none."""
     return [0.0 if math.isnan(spread.sd) else 100 * spread.sd for spread in spreads]
+
+
+def _end_at_100(axes: Axes, percent: Iterable[str]) -> None:
+    """No accuracy is higher; a margin leaves room for the markers."""
+    for name in percent:
+        low, high = getattr(axes, f"get_{name}lim")()
+        axes.set(**{f"{name}lim": (low, min(high, 100 + 0.03 * (100 - low)))})
 
 
 def _placed(grid: Grid) -> list[tuple[int, int, Panel]]:

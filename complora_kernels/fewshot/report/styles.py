@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.colors import to_hex
 
-from complora_kernels.fewshot.report.labels import SIDES, SOURCES, Label
+from complora_kernels.fewshot.report.labels import SIDES, SOURCES, Label, split_part
 
 Look = dict[str, Any]  # of a line
 
@@ -29,8 +29,10 @@ _LOOKS: dict[str, Look] = {
     "input": {"color": "#CC79A7", "marker": "v"},
     "both": {"color": "#D55E00", "marker": "D"},
     "random": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
+    "random-input": {"color": "#EE99AA", "marker": "v", "linestyle": "--"},
     "random-both": {"color": "#E69F00", "marker": "D", "linestyle": "--"},
     "activations": {"color": "#009E73", "marker": "s", "linestyle": "-."},
+    "activations-input": {"color": "#997700", "marker": "v", "linestyle": "-."},
     "activations-both": {"color": "#661100", "marker": "D", "linestyle": "-."},
     "tip-adapter": {"color": "#882255", "marker": "^", "linestyle": ":"},
     "linear-probe": {"color": "#999933", "marker": "X", "linestyle": ":"},
@@ -42,8 +44,10 @@ _NAMES = {
     "input": "Comp-LoRA, input",
     "both": "Comp-LoRA, both",
     "random": "random subspace, output",
+    "random-input": "random subspace, input",
     "random-both": "random subspace, both",
     "activations": "activations' subspace, output",
+    "activations-input": "activations' subspace, input",
     "activations-both": "activations' subspace, both",
     "tip-adapter": "Tip-Adapter",
     "linear-probe": "linear probe",
@@ -78,18 +82,17 @@ class Looks(NamedTuple):
 
 
 def display_name(method: str) -> str:
-    """A method in a legend."""
-    return _NAMES.get(method, method)
-
-
-def family_colour(method: str, label: Label) -> str:
-    """That of the side that it protects."""
-    return _LOOKS.get(method if method in _LOOKS else label.family, {"color": "grey"})["color"]
+    """A method in a legend; a part of its update is named after it."""
+    whole, part = split_part(method)
+    return ", ".join(filter(None, [_NAMES.get(whole, whole), part]))
 
 
 def is_spread(labels: Collection[Label]) -> bool:
-    """Whether there are many methods, and protected subspaces in several settings among them."""
-    return len(labels) > FEW and len({label.setting for label in labels if label.source}) > 1
+    """Whether there are many methods, and protected subspaces in several settings among them.
+
+    Parts of an update are no settings.
+    """
+    return len(labels) > FEW and len({split_part(label.setting)[0] for label in labels if label.source}) > 1
 
 
 def looks(labels: Mapping[str, Label], stand_ins: Mapping[str, str]) -> Looks:
@@ -111,7 +114,9 @@ def looks(labels: Mapping[str, Label], stand_ins: Mapping[str, str]) -> Looks:
     legend = [(display_name(method), look) for method, look in of.items()]
     for method, (side, source, setting) in protecting.items():
         of[method] = {"color": colours[setting], **_SOURCE_LOOKS[source], **_SIDE_LOOKS[side]}
-    legend += [(setting or "default size", {"color": colour, "linewidth": 4}) for setting, colour in colours.items()]
+    legend += [
+        (setting or "no setting named", {"color": colour, "linewidth": 4}) for setting, colour in colours.items()
+    ]
     sides, sources = ({label[part] for label in protecting.values()} for part in (0, 1))
     legend += [(SOURCE_NAMES[s], {"color": "grey", **_SOURCE_LOOKS[s]}) for s in SOURCES if s in sources]
     legend += [(SIDE_NAMES[s], {**_SQUARE, **_SIDE_LOOKS[s]}) for s in SIDES if s in sides]

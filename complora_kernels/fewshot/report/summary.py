@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
 from complora_kernels.fewshot.report.comparisons import Comparison, compare, harmonic
 from complora_kernels.fewshot.report.labels import Variant, label_of, plain_lora, rivals, stand_ins
 from complora_kernels.fewshot.report.results import Result, read_results
@@ -65,7 +66,7 @@ class Summary:
         zero_shot: the pretrained model, by shots, because the test set may be what the shots leave.
         seed_counts: the fewest and the most seeds of a cell, or of a data set that it averages.
         relative_updates: mean |ΔW| / |W| by row; those that adapt nothing are missing.
-        tasks: the tasks that are kept.
+        tasks: the tasks that are kept: the known data sets in their order, then others as they come in the results.
     """
 
     def __init__(self, results: Sequence[Result]):
@@ -84,7 +85,7 @@ class Summary:
         self.learning_rates: list[float] = sorted({r.learning_rate for r in results if r.learning_rate is not None})
         self.shots = sorted({result.shots for result in results})
         self.seeds = sorted({result.seed for result in results})
-        self.tasks = list(dict.fromkeys(task for result in results for task in result.tasks))
+        self.tasks = _tasks(results)
 
         runs: dict[tuple[str, float | None, int], Runs] = {}
         of_shots: dict[int, Runs] = {}
@@ -165,6 +166,12 @@ def summaries(lines: Iterable[Mapping[str, Any]], variants: Iterable[str] = ()) 
     for result in read_results(lines, variants):
         by_protocol.setdefault(result.protocol, []).append(result)
     return [Summary(results) for results in by_protocol.values()]
+
+
+def _tasks(results: Iterable[Result]) -> list[str]:
+    found = dict.fromkeys(task for result in results for task in result.tasks)
+    known = [task for task in (*ELEVEN, *DOMAIN_SHIFTS) if task in found]
+    return [*known, *(task for task in found if task not in known)]
 
 
 def _variants(results: Sequence[Result]) -> dict[str, Variant]:

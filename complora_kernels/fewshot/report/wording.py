@@ -66,8 +66,17 @@ def _data_set(summary: Summary) -> str:
 
 
 def _tasks(summary: Summary) -> str:
-    tasks = [task for task in summary.tasks if task != words(summary.protocol).kept]
-    return f" ({', '.join(tasks) if len(tasks) <= 3 else f'mean of {len(tasks)}'})" if tasks else ""
+    """Which tasks the runs keep, in brackets: their names, or how many each run has the mean of."""
+    kept = [result for result in summary.results if result.tasks]
+    if set(summary.tasks) <= {words(summary.protocol).kept}:
+        return ""
+    counts = {len(result.tasks) for result in kept}
+    if counts == {len(summary.tasks)} and len(summary.tasks) <= 3:
+        return f" ({', '.join(summary.tasks)})"
+    others = len(summary.tasks) - 1
+    if counts == {others} and all(result.data in {*summary.tasks} - {*result.tasks} for result in kept):
+        return f" (mean of the {others} others)" if others > 1 else " (the other data set)"
+    return f" (mean of {_range(counts)})" if max(counts) > 1 else " (one task each)"
 
 
 def measure_names(summary: Summary) -> list[str]:
@@ -211,6 +220,8 @@ def _at_rate(comparison: Comparison, summary: Summary) -> list[str]:
 
 def _difference(method: str, verb: str, rival: str, gain: Gain) -> str:
     mean, low, high, wins, seeds = gain.over_seeds
+    if mean == low == high == gain.better == 0:
+        return f"{method} {verb.format('exactly as much as', rival)} in each of {seeds} seeds"
     points = round(100 * mean, 1)
     shown = seeds > 1 and low * high > 0
     amount = f"{abs(points):.1f}" if points else "less than 0.1"
