@@ -15,7 +15,7 @@ from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.checks import check_data, check_options
 from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.files import append_json_line, check_writable, read_json_lines, write_atomically
-from complora_kernels.fewshot.jobs import Job, is_full, words_of
+from complora_kernels.fewshot.jobs import RUNS, Job, is_full, words_of
 from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT
@@ -25,7 +25,6 @@ from complora_kernels.fewshot.workers import work_off
 RESULTS = "results.jsonl"
 FAILURES = "failures.jsonl"
 DESCRIPTION = "config.json"
-RUNS = "runs"
 FIGURES = "figures"
 SLURM = "slurm"
 """Below the folder of a sweep: where submitit keeps what is queued."""

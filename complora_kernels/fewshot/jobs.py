@@ -14,6 +14,9 @@ from complora_kernels.fewshot.recipe import CHECKPOINT, train
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.team import ALONE, SharedError, Team
 
+RUNS = "runs"
+"""Below the folder of a grid: where each run has a folder of its own."""
+
 
 class Job(NamedTuple):
     """One run and the options it is done with."""
@@ -29,7 +32,7 @@ class Job(NamedTuple):
     @property
     def folder(self) -> Path:
         """Where its files go."""
-        return self.config.output / "runs" / self.run.name
+        return self.config.output / RUNS / self.run.name
 
     @property
     def threads(self) -> int | None:
@@ -84,9 +87,11 @@ def run_alone(job: Job) -> dict[str, Any] | Exception:
 
 def sendable(result: Any) -> Any:
     """An exception as one that can be sent to another process, which not every one can."""
-    if isinstance(result, Exception):
-        return OSError(errno.ENOSPC, *result.args[1:]) if is_full(result) else RuntimeError(words_of(result))
-    return result
+    if not isinstance(result, Exception):
+        return result
+    if isinstance(result, OSError) and is_full(result):
+        return OSError(result.errno, result.strerror)
+    return RuntimeError(words_of(result))
 
 
 def is_full(error: Exception) -> bool:
