@@ -49,55 +49,86 @@ def _cores() -> int:
 def in_processes(jobs: Sequence[Job], progress: Any, workers: int) -> Iterator[Outcome]:
     """Do the jobs in several processes.
 
-    Where one of these is killed, for want of memory mostly, the jobs that were under way go on from their checkpoints,
-    each alone; one whose process is killed again has failed.
+    A job whose process is killed, for want of memory mostly, goes on from its checkpoint after all others, alone; if
+    that process is killed too it has failed.
     """
-    waiting = deque(jobs)
-    while waiting:
-        under_way = yield from _in_pool(waiting, progress, workers)
-        if under_way:
-            names = ", ".join(job.run.name for job in under_way)
-            progress.say(f"a process was killed; what was under way goes on, each run alone: {names}")
-        for job in under_way:
-            if (yield from _in_pool(deque([job]), progress, 1)):
-                yield job, RuntimeError("the process was killed, alone too; is memory short?")
+    killed: list[Job] = []
+    for job, result in _in_pool(jobs, progress, workers):
+        if isinstance(result, BrokenProcessPool):
+            progress.say(f"{job.run.name}: its process was killed; it goes on after the others, alone")
+            killed.append(job)
+        else:
+            yield job, result
+    for job in killed:
+        for _, result in _in_pool([job], progress, 1):
+            is_lost = isinstance(result, BrokenProcessPool)
+            yield job, RuntimeError("the process was killed, alone too; is memory short?") if is_lost else result
 
 
-def _in_pool(jobs: deque[Job], progress: Any, workers: int) -> Generator[Outcome, None, list[Job]]:
-    """Take jobs until there are none, or until a process is killed: return those that were under way then."""
+def _in_pool(jobs: Sequence[Job], progress: Any, workers: int) -> Iterator[Outcome]:
+    """Do the jobs. Where a process is killed, its job comes out with a BrokenProcessPool, and a new one takes over."""
     # Spawned, not forked: a forked process would inherit torch's thread pools in an unknown state.
     context = multiprocessing.get_context("spawn")
-    # What the workers read at every step has no lock: one that is killed would keep it.
-    steps, stop, begun = context.Queue(), context.Value("b", 0, lock=False), context.Value("i", 0)
-    running: dict[Future[Any], Job] = {}  # no more than there are processes: the others are not under way
-    with ProcessPoolExecutor(workers, context, _start_worker, (steps, stop, begun)) as executor:
+    stop = context.Value("b", 0, lock=False)  # without a lock, which a process that is killed would keep
+    pool = [_Process(number, context, stop) for number in range(workers)]
+    waiting, free = deque(jobs), deque(pool)
+    running: dict[Future[Any], tuple[Job, _Process]] = {}
+    try:
+        while waiting or running:
+            with _interrupts_held_back():
+                while waiting and free:
+                    job, process = waiting.popleft(), free.popleft()
+                    running[process.submit(job)] = job, process
+            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for job, process in running.values():
+                for step, loss in process.steps_of(job):
+                    progress.step(job, step, loss)
+            for future in done:
+                job, process = running.pop(future)
+                free.append(process)
+                error = future.exception()
+                if error is not None and not isinstance(error, BrokenProcessPool):
+                    raise RuntimeError(f"run {job.run.name} failed: {error}") from error
+                yield job, error or future.result()
+    finally:
+        stop.value = 1
+        for process in pool:
+            process.end()
+
+
+class _Process:
+    """A process that does one job after the other, as its parent sees it: alone in a pool, which tells when it dies."""
+
+    def __init__(self, number: int, context: Any, stop: Any):
+        self._number, self._context, self._stop = number, context, stop
+        self._start()
+
+    def _start(self) -> None:
+        self._steps = self._context.Queue()  # of its own: one that is killed may leave it locked
+        arguments = (self._number, self._steps, self._stop)
+        self._executor = ProcessPoolExecutor(1, self._context, _start_worker, arguments)
+
+    def submit(self, job: Job) -> Future[Any]:
+        """Begin a job, in a new process where the last one was killed."""
         try:
-            while jobs or running:
-                with _interrupts_held_back():
-                    while jobs and len(running) < workers:
-                        future = executor.submit(run_in_worker, jobs[0])
-                        running[future] = jobs.popleft()
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                job_of = {job.run.name: job for job in running.values()}
-                for name, step, loss in _drain(steps):
-                    if name in job_of:  # a run's last words may come after its result
-                        progress.step(job_of[name], step, loss)
-                for future in sorted(done, key=lambda future: future.exception() is not None):
-                    job = running[future]
-                    try:
-                        result = future.result()
-                    except BrokenProcessPool:
-                        raise
-                    except Exception as error:
-                        raise RuntimeError(f"run {job.run.name} failed: {error}") from error
-                    yield job, result
-                    del running[future]
+            return self._executor.submit(run_in_worker, job)
         except BrokenProcessPool:
-            pass
-        finally:
-            stop.value = 1
-            executor.shutdown(cancel_futures=True)
-    return list(running.values())
+            self._start()
+            return self._executor.submit(run_in_worker, job)
+
+    def steps_of(self, job: Job) -> Iterator[tuple[int, float]]:
+        """The steps of a job that have been done since the last call, with their losses."""
+        while True:
+            try:
+                name, step, loss = self._steps.get_nowait()
+            except queue.Empty:
+                return
+            if name == job.run.name:  # the last words of a run may come after its result
+                yield step, loss
+
+    def end(self) -> None:
+        """Wait until it has ended."""
+        self._executor.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -113,31 +144,20 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _drain(steps: Any) -> Iterator[tuple[str, int, float]]:
-    while True:
-        try:
-            yield steps.get_nowait()
-        except queue.Empty:
-            return
-
-
 class _Worker:
     """What a worker process keeps between its runs."""
 
+    number: int  # among those of the pool, from 0 on
     settings: Settings  # loaded with the first run, whose error it then is
     steps: Any  # a multiprocessing queue of (name of the run, steps done, loss)
     stop: Any  # shared: 1 where the parent wants the run to end
-    number: int  # among those of the pool, from 0 on
 
 
-def _start_worker(steps: Any, stop: Any, begun: Any) -> None:
+def _start_worker(number: int, steps: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     steps.cancel_join_thread()  # a worker that ends does not wait for its progress to be read
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Worker.settings, _Worker.steps, _Worker.stop = Settings(), steps, stop
-    with begun.get_lock():
-        _Worker.number = begun.value
-        begun.value += 1
+    _Worker.number, _Worker.settings, _Worker.steps, _Worker.stop = number, Settings(), steps, stop
 
 
 def _end_with_parent() -> None:
