@@ -31,6 +31,14 @@ from complora_kernels.fewshot.sampler import draw_shots
 
 CONSOLE = Console(file=io.StringIO())
 
+# A shell lets what it starts in the background ignore Ctrl-C, and what that starts.
+PROGRAM = """
+import signal, sys
+from complora_kernels.fewshot.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
+
 
 def run(config: TrainConfig) -> list[dict]:
     grid.prepare(config)
@@ -267,7 +275,7 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
     command = ["train", *options, "--output", str(folder), "--workers"]
 
     def start() -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "complora_kernels.fewshot", *command, "2"]
+        line = [sys.executable, "-c", PROGRAM, *command, "2"]
         process = subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
