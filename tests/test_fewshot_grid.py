@@ -387,9 +387,8 @@ def test_a_profile_is_shown_where_the_first_method_trains_nothing(tmp_path, caps
     command = ["train", "--methods", "linear-probe", "lora", "--shots", "1", "--seeds", "0", "--learning-rates", "0.01"]
     command += ["--steps", "2", "--max-test-images", "8", "--workers", "1", "--towers", "image", "--profile"]
     assert main([*command, "--output", str(tmp_path)]) == 0
-    assert (tmp_path / "runs" / "lora-1shot-lr0.01-seed0" / PROFILE).read_text().splitlines()[
-        0
-    ] in capsys.readouterr().out
+    profile = (tmp_path / "runs" / "lora-1shot-lr0.01-seed0" / PROFILE).read_text()
+    assert profile.splitlines()[0].strip() in capsys.readouterr().out
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
