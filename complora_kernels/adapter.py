@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels.apply import adapted_layers
-from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.changes import Changes
+from complora_kernels.memory import sharing_memory
+from complora_kernels.modules.layer import CompLoRALayer, switched_off
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -82,48 +83,48 @@ def subspace_report(model: nn.Module) -> list[SubspaceReport]:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes what it did before it was adapted.
 
+    That holds on the thread that entered it alone, and on those of the backward passes that it starts: with activation
+    checkpointing, call `backward` within the context too, because it computes the forward pass again. Contexts may be
+    nested, and left in any order.
+
     Raises:
         ValueError: `model` has no adapter.
         RuntimeError: an adapter is merged into its weights; unmerge it first.
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=False)
-    before = {path: layer.disabled for path, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.disabled = True
+    with switched_off(layers.values()):
         yield
-    finally:
-        for path, layer in layers.items():
-            layer.disabled = before[path]
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Writes every update into its frozen weight, `W ← W + ΔW` rounded once to W's dtype, and keeps the originals.
+    """Adds every update to its frozen weight, `W ← W + ΔW` rounded once to W's dtype, and keeps the originals.
 
     The model then computes with plain layers; memory grows by the adapted weights until `unmerge_adapter`. Its state
     dict is that of a plain model with the update inside, plus the factors.
 
+    All weights are merged or, when the call fails or is interrupted, none. The parameters stay the same objects and get
+    other memory: a CUDA graph, or a tensor that shares memory with a weight, keeps the original values.
+
     Raises:
-        ValueError: `model` has no adapter, an update holds NaN or infinite values, or an adapted weight is tied to that
-            of another module, which would change with it; no weight is then changed.
+        ValueError: `model` has no adapter, an update holds NaN or infinite values, or an adapted weight shares memory
+            with a parameter of another module, from which it would part; no weight is then changed.
         RuntimeError: merged already.
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=False)
     _require_untied(model, layers)
-    merged = {}
+    changes = Changes()
     for path, layer in layers.items():
         try:
-            merged[path] = layer.merged_weights()
+            layer.merge(changes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    for path, layer in layers.items():
-        layer.merge(merged[path])
+    changes.make()
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Puts the original weights back, bit for bit.
+    """Puts the original weights back, bit for bit and in the memory that they had; all, or none when it fails.
 
     Raises:
         ValueError: `model` has no adapter.
@@ -131,8 +132,10 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=True)
+    changes = Changes()
     for layer in layers.values():
-        layer.unmerge()
+        layer.unmerge(changes)
+    changes.make()
 
 
 def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -146,7 +149,6 @@ def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-@torch.no_grad()
 def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """The inverse of `raw_adapter_state`, into a model that is adapted by the same configuration.
 
@@ -159,8 +161,9 @@ def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise ValueError(
             f"state differs from the model's adapter in {', '.join(differing)}, expected the same names and shapes"
         )
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
+    changes = Changes()
+    changes.copy(list(own.values()), [state[name] for name in own])
+    changes.make()
 
 
 def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:
@@ -190,11 +193,28 @@ def _project(delta: Tensor, basis: Tensor, kind: str, side: str) -> Tensor:
 
 
 def _require_untied(model: nn.Module, layers: dict[str, CompLoRALayer]) -> None:
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    parameters = {(path, rows.parameter) for path, layer in layers.items() for rows in layer.weights.values()}
-    tied = [f"{path}.{name}" for path, name in sorted(parameters) if uses[id(layers[path].get_parameter(name))] > 1]
+    used = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    shared = {
+        used[one][:2]
+        for pair in sharing_memory([parameter for *_, parameter in used])
+        for one, other in (pair, pair[::-1])
+        if used[one][0] is not used[other][0]
+    }
+    parameters = sorted({(path, rows.parameter) for path, layer in layers.items() for rows in layer.weights.values()})
+    tied = []
+    for path, parameter in parameters:
+        owner, _, name = parameter.rpartition(".")
+        if (layers[path].get_submodule(owner), name) in shared:
+            tied.append(f"{path}.{parameter}")
     if tied:
-        raise ValueError(f"{', '.join(tied)}: tied to a parameter of another module, expected weights of their own")
+        raise ValueError(
+            f"{', '.join(tied)}: tied to a parameter of another module, whose memory it shares; expected weights of "
+            "their own"
+        )
 
 
 def _require_state(layers: dict[str, CompLoRALayer], *, merged: bool) -> None:

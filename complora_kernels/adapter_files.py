@@ -73,22 +73,28 @@ def replaced_adapter(directory: str | os.PathLike[str]) -> Iterator[Path]:
     Other files in `directory` stay. A block or a move that fails leaves everything as it was.
 
     Raises:
-        OSError: `directory` cannot be made or written to; the block is then not entered.
+        OSError: `directory` cannot be made or written to; the block is then not entered. Or the new adapter is in
+            place, as the message says, but the system did not confirm that it is on the disk.
     """
     target = Path(directory)
-    is_new = not target.exists()
     staging = target / f".saving-{secrets.token_hex(4)}"
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"directory={str(target)!r}, expected a folder that can be written to ({error})") from error
-    try:
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+
+    def clean() -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty: the adapter is there
+                folder.rmdir()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(clean)
+        stack.callback(clean)  # called first; the other does what an interrupt kept it from
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(f"directory={str(target)!r}, expected a folder that can be written to ({error})") from error
         yield staging
         _move_adapter(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if is_new and not any(target.iterdir()):
-            target.rmdir()
 
 
 def write_files(
@@ -217,7 +223,7 @@ def _check_config_file(path: Path, expected: dict[str, Any]) -> None:
 
 def _move_adapter(staging: Path, target: Path) -> None:
     """Moves bases and configuration, then the weights; a failure in between puts the old configuration back."""
-    config = target / CONFIG_FILE
+    config, weights = target / CONFIG_FILE, staging / WEIGHTS_FILE
     previous = config.read_bytes() if config.exists() else None
     old_bases = {path.name for path in target.glob(BASES_FILES)}
     bases = {path.name for path in staging.glob(BASES_FILES)}
@@ -225,20 +231,31 @@ def _move_adapter(staging: Path, target: Path) -> None:
         for name in bases:
             os.replace(staging / name, target / name)
         os.replace(staging / CONFIG_FILE, config)
-        try:
-            os.replace(staging / WEIGHTS_FILE, target / WEIGHTS_FILE)
-        except BaseException:
-            if previous is None:
-                config.unlink()
-            else:
-                (staging / CONFIG_FILE).write_bytes(previous)
-                os.replace(staging / CONFIG_FILE, config)
-            raise
-    except BaseException:
-        _remove(target, bases - old_bases)
+        os.replace(weights, target / WEIGHTS_FILE)
+        _sync_directory(target)
+        _remove(target, old_bases - bases)
+    except BaseException as error:
+        if weights.exists():
+            _put_back(config, previous, staging)
+            _remove(target, bases - old_bases)
+        elif isinstance(error, OSError):  # of the folder's sync; the old bases stay, for the old weights may come back
+            raise OSError(
+                f"the new adapter is in place in {str(target)!r}, but the folder could not be forced to the disk "
+                f"({error}): if the machine fails now, the old adapter may be back"
+            ) from error
+        else:  # an interrupt that came after the last move
+            _remove(target, old_bases - bases)
         raise
-    _sync_directory(target)
-    _remove(target, old_bases - bases)
+
+
+def _put_back(config: Path, previous: bytes | None, staging: Path) -> None:
+    if (staging / CONFIG_FILE).exists():  # it was not moved
+        return
+    if previous is None:
+        config.unlink()
+    else:
+        (staging / CONFIG_FILE).write_bytes(previous)
+        os.replace(staging / CONFIG_FILE, config)
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from complora_kernels.calibration import Calibrate, Watched, protect_activations
+from complora_kernels.changes import Changes
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
@@ -73,37 +74,39 @@ def apply_complora(
             'expected a function of the model that runs calibration batches with subspace_source="activations" and '
             "projected sides, None otherwise"
         )
-    return adapt(model, config, calibrate=calibrate, progress=progress)
-
-
-def adapt(model: Model, config: CompLoRAConfig, *, calibrate: Calibrate | None = None, progress: bool = True) -> Model:
-    """`apply_complora`, but without `calibrate` the layers that protect activations have no bases: set them."""
     if any(isinstance(module, CompLoRALayer) for module in model.modules()):
         raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
     targets = find_targets(model, config)
-    adapted: dict[int, CompLoRALayer] = {}
-    with tqdm(targets, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
-        for path, module in bar:
-            adapted[id(module)] = _adapt(path, module, config)
+    adapted = adapt_targets(targets, config, progress=progress)
     if calibrate is not None:
-        watched = [Watched(path, module, adapted[id(module)]) for path, module in targets]
+        watched = [Watched(path, module, adapted[module]) for path, module in targets]
         protect_activations(model, watched, calibrate, progress=progress)
+    changes = Changes()
+    put_in_place(model, adapted, changes)
+    changes.make()
+    return model
 
-    _swap(model, adapted)
-    model.requires_grad_(False)
-    for layer in adapted.values():
-        for name in layer.weights:
-            for factor in layer.factors(name):
-                factor.requires_grad_(True)
+
+def adapt_targets(targets: list[Target], config: CompLoRAConfig, *, progress: bool) -> dict[nn.Module, CompLoRALayer]:
+    """An adapted layer for each target, which stays as it is; those that protect activations have no bases yet."""
+    with tqdm(targets, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
+        return {module: _adapt(path, module, config) for path, module in bar}
+
+
+def put_in_place(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer], changes: Changes) -> None:
+    """Adds what makes `model` an adapted one, with these layers in the place of its modules, to `changes`."""
     for mask in _square_masks(model):
         recognise_causal_mask(mask)
+    _swap(model, adapted, changes)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            changes.set_attribute(parameter, "requires_grad", False)
     for tower in (*open_clip.tower_modules(model), model):
-        fold_once(tower)
-    _fuse_blocks(model)
-    cut_prompts(model, open_clip.text_tower)
+        fold_once(tower, changes)
+    fused = _fuse_blocks(model, adapted, changes)
+    cut_prompts(model, open_clip.text_tower, changes)
     if isinstance(visual := getattr(model, "visual", None), nn.Module):
-        pool_images(visual, open_clip.image_pool)
-    return model
+        pool_images(visual, open_clip.image_pool, fused, changes)
 
 
 def find_targets(model: nn.Module, config: CompLoRAConfig) -> list[Target]:
@@ -172,31 +175,36 @@ def _adapt(path: str, module: nn.Module, config: CompLoRAConfig) -> CompLoRALaye
         raise ValueError(str(error)) from None
 
 
-def _swap(model: nn.Module, adapted: dict[int, CompLoRALayer]) -> None:
+def _swap(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer], changes: Changes) -> None:
     """Replaces each module wherever it is a child, so that shared modules stay shared."""
-    for parent in list(model.modules()):
+    for parent in model.modules():
         for name, child in parent._modules.items():  # named_children() would leave out a module's second name
-            if id(child) in adapted:
-                setattr(parent, name, adapted[id(child)])
+            if child in adapted:
+                changes.draft(parent._modules)[name] = adapted[child]
 
 
-def _fuse_blocks(model: nn.Module) -> None:
-    """Fuses the residual blocks of the adapted towers, also those without an adapter: gradients pass through them."""
-    blocks = list(open_clip.residual_blocks(model))
-    adapted = {block.tower for block in blocks if any(isinstance(m, CompLoRALayer) for m in block.module.modules())}
-    for tower in sorted(adapted):
+def _fuse_blocks(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer], changes: Changes) -> list[nn.Module]:
+    """Fuses the residual blocks of the adapted towers, also those without an adapter: gradients pass through them.
+
+    Returns:
+        The blocks that are fused.
+    """
+    blocks, fused = list(open_clip.residual_blocks(model)), []
+    for tower in sorted({block.tower for block in blocks if any(m in adapted for m in block.module.modules())}):
         refused: dict[str, str] = {}
         for block in blocks:
             if block.tower == tower:
                 reason = not_understood(block.module)
                 if reason is None:
-                    extend(block.module, CompLoRABlock)
+                    extend(block.module, CompLoRABlock, changes)
+                    fused.append(block.module)
                 else:
                     refused[block.path] = reason
         if refused:
             path, reason = next(iter(refused.items()))
             others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
             logger.warning("%s%s keeps its own forward pass, with adapters in it: %s", path, others, reason)
+    return fused
 
 
 def _square_masks(model: nn.Module) -> Iterator[Tensor]:

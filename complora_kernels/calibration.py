@@ -15,6 +15,7 @@ self-attention share one), 75 MB for an fc2 behind 3072.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from complora_kernels.changes import Changes
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.attention import CompLoRAAttentionLayer
 
 Calibrate = Callable[[Any], object]
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 ROWS = 4096  # that are copied to float64 at a time
 
@@ -110,28 +113,60 @@ def protect_activations(
 def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Calibrate) -> dict[str, SecondMoments]:
     """What the weights of each watched layer are given while `calibrate(model)` runs, by path."""
     moments = {path: SecondMoments() for path, *_ in watched}
-    modules = [*model.modules(), *(layer for _, _, layer in watched)]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(modules))
-        stack.enter_context(_disabled([layer for _, _, layer in watched]))
-        for path, module, layer in watched:
-            for handle in _watch(module, layer, moments[path]):
-                stack.callback(handle.remove)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
+    with (
+        _watching(model, watched, moments),
+        torch.no_grad(),
+        torch.random.fork_rng(sorted(devices, key=str)),
+    ):
         calibrate(model)
     return moments
 
 
-def _watch(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> Iterator[RemovableHandle]:
-    """Hooks that see the inputs of the layer's weights where the plain module is given them."""
+@contextlib.contextmanager
+def _watching(model: nn.Module, watched: Sequence[Watched], moments: dict[str, SecondMoments]) -> Iterator[None]:
+    """The model in evaluation mode, with hooks that see the inputs of the weights; the layers, without bases, disabled.
+
+    Evaluation mode as flags alone: a `train()` of somebody's own may do more.
+    """
+    layers = [layer for _, _, layer in watched]
+    training = [(module, module.training) for module in (*model.modules(), *layers)]
+    hooks = [hook for path, module, layer in watched for hook in _hooks(module, layer, moments[path])]
+
+    def leave() -> None:
+        changes = Changes()
+        for module, mode in training:
+            changes.draft(vars(module))["training"] = mode
+        for layer in layers:
+            changes.draft(vars(layer))["disabled"] = False
+        for module, hook in hooks:
+            for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
+                del changes.draft(module._forward_pre_hooks)[key]
+                del changes.draft(module._forward_pre_hooks_with_kwargs)[key]
+        changes.make()
+
+    changes = Changes()
+    for module, _ in training:
+        changes.draft(vars(module))["training"] = False
+    for layer in layers:
+        changes.draft(vars(layer))["disabled"] = True
+    for module, hook in hooks:
+        changes.add_hook(module, functools.partial(_register, hook))
+    with contextlib.ExitStack() as stack:
+        stack.callback(leave)
+        stack.callback(leave)  # called first; the other does what an interrupt kept it from
+        changes.make()
+        yield
+
+
+def _hooks(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> Iterator[tuple[nn.Module, Hook]]:
+    """Hooks that see the inputs of the layer's weights where the plain module is given them, and their modules."""
     if not isinstance(layer, CompLoRAAttentionLayer):
 
         def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             moments.add(layer.weights, _arguments(layer, args, kwargs)[0])
 
-        yield module.register_forward_pre_hook(see_input, with_kwargs=True)
+        yield module, see_input
         return
 
     inputs, adapts_o = [name for name in ("q", "k", "v") if name in layer.weights], "o" in layer.weights
@@ -149,13 +184,17 @@ def _watch(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> I
         if mix is not None:
             moments.add(("o",), mix(*args, **kwargs)[0])
 
-    yield module.register_forward_pre_hook(see_qkv, with_kwargs=True)
+    yield module, see_qkv
     if adapts_o and mix is None:
 
-        def see_mixed(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def see_mixed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             moments.add(("o",), args[0])
 
-        yield layer.out_proj.register_forward_pre_hook(see_mixed)
+        yield layer.out_proj, see_mixed
+
+
+def _register(hook: Hook, module: nn.Module) -> RemovableHandle:
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -163,31 +202,6 @@ def _arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     signature = inspect.signature(layer.forward)
     given = signature.bind(*args, **kwargs).arguments
     return [given.get(name) for name in signature.parameters]
-
-
-@contextlib.contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, as flags alone: a `train()` of somebody's own may do more."""
-    before = [(module, module.training) for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _disabled(layers: list[CompLoRALayer]) -> Iterator[None]:
-    """The layers have no bases yet, and compute their frozen part alone."""
-    try:
-        for layer in layers:
-            layer.disabled = True
-        yield
-    finally:
-        for layer in layers:
-            layer.disabled = False
 
 
 def _listed(names: list[str], limit: int = 4) -> str:

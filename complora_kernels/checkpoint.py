@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,7 +29,8 @@ from complora_kernels.adapter_files import (
     replaced_adapter,
     write_adapter,
 )
-from complora_kernels.apply import adapt, adapted_layers, apply_complora
+from complora_kernels.apply import adapt_targets, adapted_layers, find_targets, put_in_place
+from complora_kernels.changes import Changes
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
@@ -66,7 +67,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     notice.
 
     Raises:
-        OSError: `directory` cannot be written to.
+        OSError: `directory` cannot be written to. Where the new adapter is in place all the same, because it is only not
+            confirmed to be on the disk, the message says so.
         ValueError: `model` has no adapter, its layers differ in configuration, or a factor holds NaN or infinity.
     """
     layers = adapted_layers(model)
@@ -207,27 +209,25 @@ def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight]) -> No
     _check_finite(factors)
 
 
-@torch.no_grad()
 def fill_adapter(
     model: Model, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
 ) -> Model:
     """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given."""
-    restore = _remember_modules(model)
-    try:
-        if not is_adapted(model):
-            adapt(model, config, progress=progress)
-        weights = adapted_weights(adapted_layers(model))
-        bases = own_bases(weights) if bases is None else bases
-        aligned = {key: _aligned_basis(basis, key[1], factors[key[0]]) for key, basis in bases.items()}
-    except BaseException:
-        restore()
-        raise
-    for (path, side), basis in aligned.items():
+    changes = Changes()
+    if is_adapted(model):
+        layers = adapted_layers(model)
+    else:
+        adapted = adapt_targets(find_targets(model, config), config, progress=progress)
+        put_in_place(model, adapted, changes)
+        layers = _by_path(model, adapted)
+    weights = adapted_weights(layers)
+    for key, basis in (own_bases(weights) if bases is None else bases).items():
+        path, side = key
         layer, name = weights[path]
-        layer.set_basis(name, side, basis)
-    for path, (layer, name) in weights.items():
-        for parameter, factor in zip(layer.factors(name), factors[path], strict=True):
-            parameter.copy_(factor)
+        layer.set_basis(name, side, _aligned_basis(basis, side, factors[path]), changes)
+    own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
+    changes.copy(own, [factor for path in weights for factor in factors[path]])
+    changes.make()
     return model
 
 
@@ -327,33 +327,15 @@ def _layers_without_bases(model: nn.Module, config: CompLoRAConfig) -> dict[str,
     """The layers that `config` would make of a plain model, which stays plain; nothing is decomposed."""
     no_size: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
     plain_lora = dataclasses.replace(config, sides="none", **no_size)
-    restore = _remember_modules(model)
     try:
-        return adapted_layers(apply_complora(model, plain_lora, progress=False))
+        return _by_path(model, adapt_targets(find_targets(model, plain_lora), plain_lora, progress=False))
     except ValueError as error:
         raise ValueError(f"the adapter does not fit the model: {error}") from error
-    finally:
-        restore()
 
 
-def _remember_modules(model: nn.Module) -> Callable[[], None]:
-    """A function that puts the modules, their classes and hooks, and which parameters are trained, back as they are."""
-    kinds = ("_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
-    tables = [getattr(module, kind) for module in model.modules() for kind in kinds]
-    before = [table.copy() for table in tables]
-    classes = [(module, type(module)) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def restore() -> None:
-        for table, entries in zip(tables, before, strict=True):
-            table.clear()
-            table.update(entries)
-        for module, cls in classes:
-            module.__class__ = cls
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-
-    return restore
+def _by_path(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer]) -> dict[str, CompLoRALayer]:
+    """What `adapted_layers` gives once these layers are in the place of the modules that they adapt."""
+    return {path: adapted[module] for path, module in model.named_modules() if module in adapted}
 
 
 def _check_finite(factors: FactorPairs) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
+
+from complora_kernels.thread_stack import ThreadStack
 
 WARM_UPS = 3  # steps before a capture: they create what is made once (tables, workspaces, compiled kernels)
 
@@ -166,13 +168,14 @@ class GraphedTrainStep:
         if self.process_group is None:
             _check_capturable(self.optimizer, self._device, self.scaler)
         static = [tensor.detach().clone() for tensor in batch]
-        kept = [*self.model.parameters(), *self.model.buffers()]
+        # Their memory, which `merge_adapter` exchanges and `.to` frees.
+        kept = [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
         with self._restored():
             self._recorder.warm_up(lambda: self._step(static))
             for copy, tensor in zip(static, batch, strict=True):
                 copy.copy_(tensor)  # a new version too: what was read from its values (where texts end) is not frozen
             try:
-                with _keeping(kept):
+                with _KEPT.holding(kept):
                     replay, (loss, bucket) = self._recorder.capture(lambda: self._step(static))
                 grads = [p.grad for p in self._trained]
                 self._graphs[signature] = GraphedStep(static, replay, loss, grads, bucket, kept)
@@ -254,10 +257,8 @@ class GraphedTrainStep:
             tensors += [self.scaler._scale, self.scaler._growth_tracker]
         copies, grads = [tensor.detach().clone() for tensor in tensors], [p.grad for p in self._trained]
         cuda = [self._device] if self._device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(cuda):
-                yield
-        finally:
+
+        def restore() -> None:
             with torch.no_grad():
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)
@@ -270,6 +271,12 @@ class GraphedTrainStep:
                 self.scaler._per_optimizer_states.clear()
                 for name in ("grad_scale", "found_inf"):
                     vars(self.optimizer).pop(name, None)
+
+        with ExitStack() as stack:
+            stack.callback(restore)
+            stack.callback(restore)  # called first; the other does what an interrupt kept it from
+            stack.enter_context(torch.random.fork_rng(cuda))
+            yield
 
     def _show_grads(self, grads: Sequence[Tensor | None]) -> None:
         for p, grad in zip(self._trained, grads, strict=True):
@@ -326,24 +333,14 @@ class CUDAGraphs:
         raise failures.pop()
 
 
-_kept: list[Tensor] | None = None  # of the capture under way; seen by the thread of the backward pass too
+_KEPT: ThreadStack[list[Tensor]] = ThreadStack("memory of the capture under way")
 
 
 def keep(tensor: Tensor) -> Tensor:
     """Keeps `tensor`, from a cache that may drop it, for as long as the graph that is being captured."""
-    if _kept is not None:
-        _kept.append(tensor)
+    for kept in _KEPT.values():
+        kept.append(tensor)
     return tensor
-
-
-@contextmanager
-def _keeping(kept: list[Tensor]) -> Iterator[None]:
-    global _kept
-    _kept = kept
-    try:
-        yield
-    finally:
-        _kept = None
 
 
 def _check_capturable(optimizer: torch.optim.Optimizer, device: torch.device, scaler: object) -> None:

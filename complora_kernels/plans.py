@@ -29,6 +29,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from complora_kernels.thread_stack import ThreadStack
+
 NAMES = ("fused", "concat", "merge", "addmm")
 MAX_FUSED_RANK = 64
 SCHEMA = 1
@@ -88,7 +90,7 @@ SHIPPED: tuple[tuple[str, Callable[[Problem], bool], Plan], ...] = (
     ("bfloat16, float16", lambda p: True, Plan("concat")),
 )
 
-_forced: list[Plan] = []  # by `override`, the innermost last
+_FORCED: ThreadStack[Plan] = ThreadStack("forced plan")  # by `override`
 _chosen: dict[tuple[Any, ...], tuple[Plan, str]] = {}  # the plan and where it comes from
 
 
@@ -136,14 +138,10 @@ def choose(problem: Problem, precision: str = "exact") -> Plan:
 def override(plan: Plan) -> Iterator[None]:
     """Forces `plan` on every problem, whatever the precision asked for; a problem it cannot compute is a ValueError.
 
-    In all threads, for a backward pass on a GPU runs in one of its own, which inherits no context variable.
+    That holds on this thread, and on those of the backward passes that it starts.
     """
-    _forced.append(plan)
-    try:
+    with _FORCED.holding(plan):
         yield
-    finally:
-        # The last equal one: plans are compared by value, and equal ones force the same.
-        del _forced[len(_forced) - 1 - _forced[::-1].index(plan)]
 
 
 def reload() -> None:
@@ -252,11 +250,11 @@ def _refusal(name: str, problem: Problem, precision: str) -> str | None:
 
 
 def _choose(precision: str, *fields: Any) -> Plan:
-    forced, variable = _forced[-1] if _forced else None, os.environ.get("COMPLORA_PLAN", "auto")
+    forced, variable = (_FORCED.values() or [None])[-1], os.environ.get("COMPLORA_PLAN", "auto")
     key = (forced, variable, precision, fields)
-    if key not in _chosen:
-        _chosen[key] = _resolve(Problem(*fields), precision, forced, variable)
-    return _chosen[key][0]
+    if (chosen := _chosen.get(key)) is None:  # one look: another thread may call `reload`
+        chosen = _chosen[key] = _resolve(Problem(*fields), precision, forced, variable)
+    return chosen[0]
 
 
 def _resolve(problem: Problem, precision: str, forced: Plan | None, variable: str) -> tuple[Plan, str]:

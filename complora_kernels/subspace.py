@@ -13,6 +13,7 @@ stored.
 from __future__ import annotations
 
 import hashlib
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -177,28 +178,35 @@ def fingerprint(weight: Tensor) -> str:
 
 
 _SPECTRA: OrderedDict[str, Spectrum | Directions] = OrderedDict()
+_SPECTRA_LOCK = threading.RLock()
 
 
 def clear_cache() -> None:
     """Forgets the decompositions that are kept, up to `CACHE_BYTES` of host memory, for weights seen before."""
-    _SPECTRA.clear()
+    with _SPECTRA_LOCK:
+        _SPECTRA.clear()
 
 
 def is_cached(weight: Tensor) -> bool:
     """Whether the decomposition of `weight` is already known."""
-    return fingerprint(weight) in _SPECTRA
+    key = fingerprint(weight)
+    with _SPECTRA_LOCK:
+        return key in _SPECTRA
 
 
 Decomposition = TypeVar("Decomposition", Spectrum, Directions)
 
 
 def _cached(key: str, decompose: Callable[[], Decomposition]) -> Decomposition:
-    if key in _SPECTRA:
-        _SPECTRA.move_to_end(key)
-        return cast("Decomposition", _SPECTRA[key])
-    _SPECTRA[key] = decomposed = decompose()
-    while len(_SPECTRA) > 1 and sum(part.nbytes for kept in _SPECTRA.values() for part in kept) > CACHE_BYTES:
-        _SPECTRA.popitem(last=False)
+    with _SPECTRA_LOCK:
+        if key in _SPECTRA:
+            _SPECTRA.move_to_end(key)
+            return cast("Decomposition", _SPECTRA[key])
+    decomposed = decompose()  # without the lock: other threads decompose meanwhile, perhaps the same weight
+    with _SPECTRA_LOCK:
+        _SPECTRA[key] = decomposed
+        while len(_SPECTRA) > 1 and sum(part.nbytes for kept in _SPECTRA.values() for part in kept) > CACHE_BYTES:
+            _SPECTRA.popitem(last=False)
     return decomposed
 
 

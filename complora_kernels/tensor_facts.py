@@ -19,9 +19,7 @@ class TensorFacts(Generic[Fact]):
 
     def get(self, tensor: Tensor) -> Fact | None:
         """The remembered fact, or None when there is none or the tensor was written to since."""
-        if tensor not in self._facts:
-            return None
-        version, fact = self._facts[tensor]
+        version, fact = self._facts.get(tensor, (None, None))
         return fact if version == _version(tensor) else None
 
     def set(self, tensor: Tensor, fact: Fact) -> Fact:
@@ -29,10 +27,17 @@ class TensorFacts(Generic[Fact]):
         self._facts[tensor] = (_version(tensor), fact)
         return fact
 
+    def compute(self, tensor: Tensor, compute: Callable[[Tensor], Fact]) -> Fact:
+        """Computes a fact and remembers it for the version that it was computed of: others may write meanwhile."""
+        version = _version(tensor)
+        fact = compute(tensor)
+        self._facts[tensor] = (version, fact)
+        return fact
+
     def get_or_compute(self, tensor: Tensor, compute: Callable[[Tensor], Fact]) -> Fact:
         """The remembered fact, computed now when it is not known."""
         fact = self.get(tensor)
-        return self.set(tensor, compute(tensor)) if fact is None else fact
+        return self.compute(tensor, compute) if fact is None else fact
 
 
 def _version(tensor: Tensor) -> int:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -154,11 +155,14 @@ def _unavailable(name: str) -> str | None:
 
 
 _said: set[str] = set()
+_SAYING = threading.Lock()
 
 
 def _say_once(message: str) -> None:
-    if message not in _said:
+    with _SAYING:
+        is_new = message not in _said
         _said.add(message)
+    if is_new:
         logger.warning(message)
 
 

@@ -279,7 +279,7 @@ _SEEN_ONCE = "seen once"
 
 def recognise_causal_mask(mask: Tensor) -> bool:
     """Reads whether a square mask [L, L] is causal and remembers it until the tensor is written to."""
-    return _CAUSAL.set(mask, _read_causal(mask))
+    return _CAUSAL.compute(mask, _read_causal)
 
 
 def has_been_read(mask: Tensor) -> bool:

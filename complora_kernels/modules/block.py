@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from complora_kernels import functional
+from complora_kernels.changes import Changes
 from complora_kernels.functional_block import AdaptedLinear, Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.modules.attention import (
     CompLoRAAttention,
@@ -268,5 +269,7 @@ def set_recompute(model: nn.Module, recompute: str) -> None:
     blocks = [module for module in model.modules() if isinstance(module, CompLoRABlock)]
     if not blocks:
         raise ValueError(f"recompute={recompute!r}: model has no fused block, expected one: call apply_complora first")
+    changes = Changes()
     for block in blocks:
-        block.recompute = recompute
+        changes.draft(vars(block))["recompute"] = recompute
+    changes.make()

@@ -7,10 +7,13 @@ its answers.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
+
+from complora_kernels.changes import Changes
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 LIBRARIES = ("torch", "open_clip", "clip")  # whose classes are known by their names
@@ -25,10 +28,10 @@ class Extension(nn.Module):
         return _rebuild, type(self).__bases__, self.__dict__
 
 
-def extend(module: nn.Module, extension: type[Extension]) -> None:
+def extend(module: nn.Module, extension: type[Extension], changes: Changes) -> None:
     """Puts the methods of `extension` before those of `module`'s class; nothing where they are there already."""
     if not isinstance(module, extension):
-        module.__class__ = _extended(type(module), extension)
+        changes.set_attribute(module, "__class__", extended_class(type(module), extension))
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -57,11 +60,20 @@ def is_watched(module: nn.Module) -> bool:
     return any(hook not in _OWN_HOOKS for kind in hooks if kind for hook in kind.values())
 
 
+def extended_class(cls: type[nn.Module], extension: type[Extension]) -> type[nn.Module]:
+    """`cls` with the methods of `extension` before its own: the same class for all threads."""
+    with _MAKING_CLASSES:  # functools.cache alone would let two threads make two of them
+        return _extended(cls, extension)
+
+
+_MAKING_CLASSES = threading.Lock()
+
+
 @functools.cache
 def _extended(cls: type[nn.Module], extension: type[Extension]) -> type[nn.Module]:
     return type(f"CompLoRA{cls.__name__}", (extension, cls), {"__module__": cls.__module__})
 
 
 def _rebuild(extension: type[Extension], cls: type[nn.Module]) -> nn.Module:
-    extended = _extended(cls, extension)
+    extended = extended_class(cls, extension)
     return extended.__new__(extended)

@@ -6,16 +6,19 @@ rows of one of the layer's parameters.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from complora_kernels import base_weights, functional, subspace
+from complora_kernels.changes import Changes
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.thread_stack import ThreadStack
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 
@@ -90,7 +93,7 @@ class CompLoRALayer(Float32State):
     Attributes:
         config: the `CompLoRAConfig` that the layer was made with.
         weights: where each adapted weight lives.
-        disabled: True inside `disable_adapter`: the layer computes its frozen part alone.
+        disabled: True: the layer computes its frozen part alone, on every thread; `switched_off` does so on one.
         merged: True between `merge` and `unmerge`.
     """
 
@@ -133,10 +136,10 @@ class CompLoRALayer(Float32State):
             )
         return None
 
-    def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis) -> None:
-        """Replaces the basis of one side of one adapted weight."""
-        self.register_buffer(_basis_name(name, side), basis.matrix, persistent=False)
-        self._about_bases[name, side] = (basis.kind, basis.k, basis.energy)
+    def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis, changes: Changes) -> None:
+        """Replaces the basis of one side of one adapted weight, as one of `changes`."""
+        changes.set_buffer(self, _basis_name(name, side), basis.matrix)
+        changes.draft(self._about_bases)[name, side] = (basis.kind, basis.k, basis.energy)
 
     def protect_activations(
         self,
@@ -180,6 +183,8 @@ class CompLoRALayer(Float32State):
         with torch.autocast(B.device.type, enabled=False):
             return B @ A
 
+    @torch.no_grad()
+    @torch.inference_mode(False)  # a parameter must not become an inference tensor
     def merged_weights(self) -> dict[str, Tensor]:
         """The parameters that adapters live in, `ΔW` added in float32 or wider and rounded once; nothing is changed.
 
@@ -197,31 +202,56 @@ class CompLoRALayer(Float32State):
             target[start:stop] = target[start:stop] + delta  # in the wider of the two dtypes, rounded on assignment
         return merged
 
-    @torch.no_grad()
-    def merge(self, weights: dict[str, Tensor] | None = None) -> None:
-        """Writes `merged_weights()` into the parameters and keeps the originals for `unmerge`."""
+    def merge(self, changes: Changes | None = None) -> None:
+        """Gives the parameters `merged_weights()` for memory and keeps what they had for `unmerge`.
+
+        With `changes` it is one of these; otherwise it is made at once.
+
+        Raises:
+            ValueError: as `merged_weights`; nothing is then changed.
+            RuntimeError: merged already.
+        """
         if self.merged:
             raise RuntimeError("the adapter is merged already; unmerge it first")
-        for parameter, weight in (self.merged_weights() if weights is None else weights).items():
-            original = self.get_parameter(parameter)
-            self.register_buffer(_original_name(parameter), original.detach().clone(), persistent=False)
-            original.copy_(weight)
-        self.merged = True
+        pending = Changes() if changes is None else changes
+        for name, weight in self.merged_weights().items():
+            parameter = self.get_parameter(name)
+            pending.set_buffer(self, _original_name(name), parameter.data)
+            pending.exchange(parameter, weight)
+        pending.draft(vars(self))["merged"] = True
+        if changes is None:
+            pending.make()
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts the original weights back, bit for bit."""
+    def unmerge(self, changes: Changes | None = None) -> None:
+        """Gives the parameters the memory back that they had before `merge`: the original weights, bit for bit.
+
+        Raises:
+            RuntimeError: not merged.
+        """
         if not self.merged:
             raise RuntimeError("the adapter is not merged; merge it first")
-        for parameter in {rows.parameter for rows in self.weights.values()}:
-            self.get_parameter(parameter).copy_(self.get_buffer(_original_name(parameter)))
-            delattr(self, _original_name(parameter))
-        self.merged = False
+        pending = Changes() if changes is None else changes
+        for name in {rows.parameter for rows in self.weights.values()}:
+            pending.exchange(self.get_parameter(name), self.get_buffer(_original_name(name)))
+            pending.remove_buffer(self, _original_name(name))
+        pending.draft(vars(self))["merged"] = False
+        if changes is None:
+            pending.make()
 
     @property
     def active(self) -> bool:
         """Whether the forward pass adds the low-rank term (not while merged or disabled)."""
-        return not (self.merged or self.disabled)
+        return not (self.merged or self.disabled or self._switched_off)
+
+    @property
+    def _switched_off(self) -> bool:
+        return any(self in layers for layers in _SWITCHED_OFF.values())
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """For another thread of the same forward pass."""
+        replica = super()._replicate_for_data_parallel()
+        replica.disabled = self.disabled or self._switched_off
+        return replica
 
     def _load_from_state_dict(
         self,
@@ -275,8 +305,10 @@ class CompLoRALayer(Float32State):
             side: subspace.projection_basis(weight, self.config, side, path, second_moment=second_moment)
             for side in PROJECTED_SIDES[self.config.sides]
         }
+        changes = Changes()
         for side, basis in bases.items():
-            self.set_basis(name, side, basis)
+            self.set_basis(name, side, basis, changes)
+        changes.make()
 
     def _weight_path(self, name: str) -> str:
         return ".".join(part for part in (self._path, name) if part)
@@ -314,6 +346,14 @@ class CompLoRALayer(Float32State):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         B = torch.zeros(weight.shape[0], self.config.r, dtype=dtype, device=weight.device)  # [out, r]
         return nn.Parameter(A), nn.Parameter(B)
+
+
+_SWITCHED_OFF: ThreadStack[frozenset[CompLoRALayer]] = ThreadStack("switched off")
+
+
+def switched_off(layers: Iterable[CompLoRALayer]) -> contextlib.AbstractContextManager[None]:
+    """Within it, on this thread, the layers compute their frozen part alone."""
+    return _SWITCHED_OFF.holding(frozenset(layers))
 
 
 def fold(inputs: Sequence[FoldInputs], scaling: float, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from complora_kernels.changes import Changes
 from complora_kernels.modules.extend import Extension, extend, is_watched
 
 
@@ -58,17 +59,21 @@ class PooledImages(Extension):
             return super().forward(x, *args, **kwargs)
 
 
-def pool_images(tower: nn.Module, find_pool: Callable[[nn.Module], Pool | None]) -> None:
+def pool_images(
+    tower: nn.Module, find_pool: Callable[[nn.Module], Pool | None], fused: Sequence[nn.Module], changes: Changes
+) -> None:
     """Extends `tower` by `PooledImages`, where it reads its feature so.
 
     Args:
         tower: left alone where `find_pool` finds nothing, or a last block that computes all positions in any case.
         find_pool: a function of a module (copies of the tower refer to it by name), asked again at each call.
+        fused: the blocks that can compute one position alone.
+        changes: to which the extension is added.
     """
     pool = find_pool(tower)
-    if pool is not None and isinstance(pool.last_block, Extension) and not isinstance(tower, PooledImages):
-        extend(tower, PooledImages)
-        cast(PooledImages, tower).find_pool = find_pool
+    if pool is not None and any(pool.last_block is block for block in fused) and not isinstance(tower, PooledImages):
+        extend(tower, PooledImages, changes)
+        changes.draft(vars(tower))["find_pool"] = find_pool
 
 
 @contextlib.contextmanager

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from complora_kernels.changes import Changes
 from complora_kernels.modules.attention import has_been_read, known_causal, recognise_causal_mask
 from complora_kernels.modules.extend import Extension, extend, own_hook
 from complora_kernels.modules.pooled import Pool, pooling
@@ -82,19 +83,27 @@ class CutInnerPrompts(CutPrompts):
             return encode._encode_text(text, *args, **kwargs)
 
 
-def cut_prompts(model: nn.Module, find_text_tower: Callable[[nn.Module], TextTower | None]) -> None:
+def cut_prompts(
+    model: nn.Module, find_text_tower: Callable[[nn.Module], TextTower | None], changes: Changes | None = None
+) -> None:
     """Extends `model`, where it has an `encode_text` and such a text tower, by `CutPrompts`.
 
     Args:
         model: left alone where there is no such tower.
         find_text_tower: a function of a module (copies of the model refer to it by name), asked again at each call.
+        changes: to which the extension is added; None: it is made at once.
     """
     tower = find_text_tower(model)
     if tower is None or not hasattr(model, "encode_text") or isinstance(model, CutPrompts):
         return
-    tower.transformer.register_forward_pre_hook(_cut_inputs, with_kwargs=True)
-    extend(model, CutInnerPrompts if hasattr(model, "_encode_text") else CutPrompts)
-    cast(CutPrompts, model).find_text_tower = find_text_tower
+    pending = Changes() if changes is None else changes
+    pending.add_hook(
+        tower.transformer, lambda transformer: transformer.register_forward_pre_hook(_cut_inputs, with_kwargs=True)
+    )
+    extend(model, CutInnerPrompts if hasattr(model, "_encode_text") else CutPrompts, pending)
+    pending.draft(vars(model))["find_text_tower"] = find_text_tower
+    if changes is None:
+        pending.make()
 
 
 @contextlib.contextmanager
@@ -146,7 +155,9 @@ def _longest(
     known = None if text.is_inference() else _LONGEST.get(text)  # a write to an inference tensor would go unseen
     if known is not None and known[0] == eos_id:
         return known[1]
-    return None if _is_capturing(text) else _LONGEST.set(text, (eos_id, _read_longest(text, eos_id)))[1]
+    if _is_capturing(text):
+        return None
+    return _LONGEST.compute(text, lambda text: (eos_id, _read_longest(text, eos_id)))[1]
 
 
 def _read_longest(text: Tensor, eos_id: int | None) -> int:

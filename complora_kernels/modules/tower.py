@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from complora_kernels import functional
+from complora_kernels.changes import Changes
 from complora_kernels.modules.extend import own_hook
 from complora_kernels.modules.layer import CompLoRALayer, fold
 
@@ -52,25 +53,30 @@ class _Running(threading.local):
 _RUNNING = _Running()
 
 
-def fold_once(module: nn.Module) -> None:
+def fold_once(module: nn.Module, changes: Changes | None = None) -> None:
     """Lets each forward pass of `module` fold the factors of the active adapted layers below it in one call.
 
-    Which these are is looked up when the pass begins. Those below another such module are left to that one.
+    Which these are is looked up when the pass begins. Those below another such module are left to that one. With
+    `changes` it is one of these, and what they do to the modules counts as done.
     """
-    if adapted_below(module) and not _folds_once(module):
-        module.register_forward_pre_hook(_fold_all)
-        module.register_forward_hook(_forget, always_call=True)
+    pending = Changes() if changes is None else changes
+    if adapted_below(module, pending) and not _folds_once(module, pending):
+        pending.add_hook(module, lambda module: module.register_forward_pre_hook(_fold_all))
+        pending.add_hook(module, lambda module: module.register_forward_hook(_forget, always_call=True))
+    if changes is None:
+        pending.make()
 
 
-def adapted_below(module: nn.Module) -> list[CompLoRALayer]:
-    """The adapted layers that a forward pass of `module` folds, each once."""
+def adapted_below(module: nn.Module, changes: Changes | None = None) -> list[CompLoRALayer]:
+    """The adapted layers that a forward pass of `module` folds, each once; with `changes`, after these."""
     layers: dict[CompLoRALayer, None] = {}
     modules = [module]
     for parent in modules:
-        for child in parent._modules.values():
+        children = parent._modules if changes is None else changes.pending(parent._modules)
+        for child in children.values():
             if isinstance(child, CompLoRALayer):
                 layers[child] = None
-            elif child is not None and not _folds_once(child):
+            elif child is not None and not _folds_once(child, changes):
                 modules.append(child)
     return list(layers)
 
@@ -135,8 +141,9 @@ def _forget(module: nn.Module, *_: Any) -> None:
     _RUNNING.towers = tuple(tower for tower in _RUNNING.towers if tower.module is not module)
 
 
-def _folds_once(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks) and _fold_all in module._forward_pre_hooks.values()
+def _folds_once(module: nn.Module, changes: Changes | None = None) -> bool:
+    hooks = module._forward_pre_hooks if changes is None else changes.pending(module._forward_pre_hooks)
+    return bool(hooks) and _fold_all in hooks.values()
 
 
 def _dispatch() -> object:

@@ -1,0 +1,97 @@
+"""Changes of a model that are made together or not at all.
+
+An exception can reach Python code between any two of its lines: Ctrl-C, memory that ran out, a signal's handler. So
+what changes a model first prepares everything, which changes nothing, and then makes it in one call into C that runs no
+Python code: an interrupt comes before it or after it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Table = TypeVar("Table", bound="dict[Any, Any] | set[Any]")
+
+
+class Changes:
+    """Prepared changes of modules and tensors: nothing is changed before `make`, which makes all of them at once."""
+
+    def __init__(self) -> None:
+        self._drafts: dict[int, tuple[Any, Any, Any]] = {}  # a table, its contents before, and those it will have
+        self._do: list[partial[Any]] = []
+        self._undo: list[partial[Any]] = []
+
+    def draft(self, table: Table) -> Table:
+        """A copy of one of a module's dicts or sets, to be written to: `make` does the same to `table`."""
+        if id(table) not in self._drafts:
+            self._drafts[id(table)] = (table, table.copy(), table.copy())
+        return self._drafts[id(table)][2]
+
+    def pending(self, table: Table) -> Table:
+        """What `table` will hold, to be read."""
+        return self._drafts[id(table)][2] if id(table) in self._drafts else table
+
+    def set_attribute(self, owner: object, name: str, value: object) -> None:
+        """Sets an attribute that is no entry of the owner's `__dict__`, such as `requires_grad` or `__class__`."""
+        self._do.append(partial(object.__setattr__, owner, name, value))
+        self._undo.append(partial(object.__setattr__, owner, name, getattr(owner, name)))
+
+    def set_buffer(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        """As `register_buffer(name, tensor, persistent=False)`."""
+        self.draft(module._buffers)[name] = tensor
+        self.draft(module._non_persistent_buffers_set).add(name)
+
+    def remove_buffer(self, module: nn.Module, name: str) -> None:
+        """Removes a buffer that `set_buffer` set."""
+        del self.draft(module._buffers)[name]
+        self.draft(module._non_persistent_buffers_set).remove(name)
+
+    def add_hook(self, module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> None:
+        """Adds to `module` the hook that `register(module)` would."""
+        register(stand_in := nn.Module())
+        for name, table in vars(stand_in).items():
+            if "_hooks" in name and table:
+                self.draft(vars(module)[name]).update(table)
+
+    def exchange(self, parameter: Tensor, values: Tensor) -> None:
+        """Gives a parameter other memory, of the same shape, dtype and device; what it had stays as it is."""
+        self.set_attribute(parameter, "data", values)
+        # A backward pass that saved the parameter now finds other values: it has to see that.
+        self._do.append(partial(torch._C._increment_version, [parameter]))
+
+    def copy(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Writes into the memory that the tensors have, where a CUDA graph or an optimizer may know them by it."""
+        own = [tensor.detach() for tensor in tensors]
+        given = [value.detach().to(tensor) for tensor, value in zip(own, values, strict=True)]
+        self._do.append(partial(torch._foreach_copy_, own, given))
+        self._undo.append(partial(torch._foreach_copy_, own, [tensor.clone() for tensor in own]))
+
+    def make(self) -> None:
+        """Makes all of them. If one is refused, those before it are undone, by another such call."""
+        do, undo = list(self._do), list(self._undo)
+        for table, before, after in self._drafts.values():
+            if isinstance(table, set):
+                do += [partial(table.update, after), partial(table.intersection_update, after)]
+            else:
+                do += [partial(table.__delitem__, key) for key in before if key not in after]
+                do.append(partial(table.update, _changed(before, after)))
+            undo += [partial(table.clear), partial(table.update, before)]
+        try:
+            _call_each(do)
+        except BaseException:
+            _call_each(undo)
+            raise
+
+
+def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in after.items() if key not in before or before[key] is not value}
+
+
+def _call_each(calls: list[partial[Any]]) -> None:
+    deque(map(partial.__call__, calls), maxlen=0)  # no line of Python in between, at which an interrupt could come

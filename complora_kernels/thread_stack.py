@@ -1,0 +1,66 @@
+"""Values that hold within a `with` on one thread, and on the threads that compute its backward passes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Value = TypeVar("Value")
+
+
+class _Entry(Generic[Value]):
+    """A context that is open. Each is equal to itself alone."""
+
+    def __init__(self, value: Value) -> None:
+        self.value = value
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:  # not in the class: torch.compile guards on what a thread's own dict holds
+        self.entries: list[_Entry[Any]] = []
+
+
+class ThreadStack(Generic[Value]):
+    """The values of all `holding` contexts that are open on a thread.
+
+    A backward pass on a GPU runs on threads of its own, where activation checkpointing computes a forward pass again:
+    they see the values of the thread that called `backward`. Contexts may be left in any order, and on another thread
+    than they were entered on, as generators do.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._key = f"complora_kernels: {name}"
+        self._here = _Here()
+        self._open: set[_Entry[Value]] = set()  # on all threads
+
+    def values(self) -> list[Value]:
+        """Those that hold here, the innermost last."""
+        if torch.compiler.is_compiling():
+            return [entry.value for entry in self._here.entries]  # compiled code guards on them
+        return [entry.value for entry in self._entries()] if self._open else []
+
+    @contextlib.contextmanager
+    def holding(self, value: Value) -> Iterator[None]:
+        """Within it `value` is one of `values()`."""
+        entry, entries = _Entry(value), self._entries()
+
+        def leave() -> None:
+            with contextlib.suppress(ValueError):
+                entries.remove(entry)
+            self._open.discard(entry)
+
+        with contextlib.ExitStack() as stack:
+            stack.callback(leave)
+            stack.callback(leave)  # called first; the other ends what an interrupt broke off
+            torch._C._stash_obj_in_tls(self._key, entries)
+            entries.append(entry)
+            self._open.add(entry)
+            yield
+
+    def _entries(self) -> list[_Entry[Value]]:
+        """Those of this thread; on a thread of a backward pass those of the thread that it works for."""
+        return torch._C._get_obj_in_tls(self._key) if torch._C._is_key_in_tls(self._key) else self._here.entries
