@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.attention import CompLoRAAttentionLayer
+from complora_kernels.wrappers import is_compiled
 
 Calibrate = Callable[[Any], object]
 
@@ -118,6 +119,8 @@ def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Cali
         for path, module, layer in watched:
             for handle in _watch(module, layer, moments[path]):
                 stack.callback(handle.remove)
+        if any(map(is_compiled, model.modules())):  # code that was compiled before would not see the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
         calibrate(model)
