@@ -25,7 +25,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The factors with their names in the state dict, such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
+    """The factors with their names in the plain model, such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
     return [
         (f"{path}.{name}" if path else name, parameter)
         for path, layer in adapted_layers(model).items()

@@ -19,21 +19,53 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from complora_kernels import base_weights
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.subspace import fingerprint
+from complora_kernels.schema import check_type
+from complora_kernels.subspace import check_orthonormal, fingerprint
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASES_FILES = "adapter_bases-*.safetensors"
 FORMAT_VERSION = 1
+CONFIG_BYTES = 16 * 2**20  # that a configuration may have: an adapted weight takes about 500
+FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class SavedBasis(TypedDict):
+    """What is to be known of a basis beside its matrix."""
+
+    kind: Literal["principal", "complement"]
+    k: int
+    energy: float
+
+
+class SavedAdapter(TypedDict):
+    """What the configuration says under "complora"."""
+
+    format_version: int
+    package_version: str
+    config: dict[str, Any]  # `CompLoRAConfig.to_dict`
+    activations: dict[str, str]
+    base_weights: dict[str, base_weights.Description]
+    digest: str
+
+
+class SavedBases(TypedDict):
+    """What it says besides where the bases are those of activations."""
+
+    bases: dict[str, SavedBasis]
+    bases_digest: str
 
 
 def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) -> dict[str, Any]:
@@ -124,37 +156,72 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
 def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors that `write_adapter` wrote.
 
+    Types and sizes are compared with what the configuration declares before a tensor takes memory.
+
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a file is truncated or was changed, was not written by `save_adapter`, or by a newer version of it.
+        ValueError: a file is truncated or was changed, was not written by `save_adapter`, or by a newer version of it,
+            or contradicts itself; the message has its path.
     """
     config_path, weights_path = (Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE))
     for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, expected the two files that save_adapter writes")
-    config, tensors = _read_weights(weights_path)
+        require_file(path, "the two files that save_adapter writes")
+    with reading(weights_path):
+        config, tensors = _read_weights(weights_path)
     _check_config_file(config_path, config)
     return config, tensors
 
 
 def read_bases(directory: str | os.PathLike[str], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The bases that `write_adapter` wrote with an adapter of this configuration.
+    """The bases that `write_adapter` wrote with an adapter of this configuration, which `read_adapter` has checked.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is truncated or was changed.
+        ValueError: it is truncated or was changed, or a basis is not one of those that the configuration declares.
     """
-    digest = config["complora"]["bases_digest"]
-    path = Path(directory) / _bases_file(digest)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing, expected the bases that save_adapter wrote beside {WEIGHTS_FILE}: "
-            "those of activations cannot be computed from the base weights"
-        )
-    _, tensors = _read_tensors(path)
-    if _sha256(_fingerprints(tensors)) != digest:
-        raise ValueError(f"{path} does not match its digest, expected it as save_adapter wrote it")
+    saved = config["complora"]
+    path = Path(directory) / _bases_file(saved["bases_digest"])
+    require_file(
+        path,
+        f"the bases that save_adapter wrote beside {WEIGHTS_FILE}: those of activations cannot be computed from the "
+        "base weights",
+    )
+    with reading(path):
+        _, tensors = _read_tensors(path, lambda _: _shapes_of_bases(saved))
+        if _sha256(_fingerprints(tensors)) != saved["bases_digest"]:
+            raise ValueError(f"{path} does not match its digest, expected it as save_adapter wrote it")
+        for name, basis in tensors.items():
+            check_orthonormal(basis, name)
     return tensors
+
+
+@contextlib.contextmanager
+def blaming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the path of a file, or of a folder, before the message of a ValueError that the block raises."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a damaged file makes its parser raise in the block becomes a ValueError with the path of the file."""
+    with blaming(path):
+        try:
+            yield
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # safetensors passes on what its own parser, torch and the system raise
+            raise ValueError(f"{path} is truncated or damaged, expected it as it was written ({error})") from error
+
+
+def require_file(path: Path, expected: str) -> None:
+    """Raises FileNotFoundError where there is nothing, ValueError where there is no regular file or a link to one."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing, expected {expected}")
+    if not path.is_file():  # a folder; a pipe or a device could be read for ever
+        raise ValueError(f"{path} is no regular file, expected {expected}")
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -168,45 +235,112 @@ def _bases_file(digest: str) -> str:
     return BASES_FILES.replace("*", digest[:8])
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors passes on whatever a broken header makes its parser and torch raise
-        raise ValueError(f"{path} is truncated or damaged, expected a whole safetensors file ({error})") from error
+def _read_tensors(path: Path, declared: Callable[[dict[str, str]], Shapes]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file, once its header has floating-point ones of the shapes `declared`."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        shapes = declared(metadata)
+        differing = sorted(shapes.keys() ^ set(file.keys()))
+        if differing:
+            raise ValueError(f"its tensors differ from what the configuration declares: {', '.join(differing):.500}")
+        for name, shape in shapes.items():
+            found = file.get_slice(name)
+            if tuple(found.get_shape()) != shape:
+                raise ValueError(f"{name} has shape {tuple(found.get_shape())}, expected {shape}")
+            if found.get_dtype() not in FLOATING:
+                raise ValueError(f"{name} has dtype {found.get_dtype()}, expected one of {', '.join(FLOATING)}")
+        return metadata, {name: file.get_tensor(name) for name in shapes}
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    metadata, tensors = _read_tensors(path)
-    if "adapter_config" not in metadata:
-        raise ValueError(
-            f"{path} has no adapter_config in its metadata, expected a file that save_adapter wrote (what export_peft "
-            "writes is for PEFT)"
-        )
-    try:
-        config = json.loads(metadata["adapter_config"])
-        version, digest = config["complora"]["format_version"], config["complora"]["digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, expected metadata as save_adapter wrote them ({error!r})") from error
+    config: dict[str, Any] = {}
+
+    def declared(metadata: dict[str, str]) -> Shapes:
+        if "adapter_config" not in metadata:
+            raise ValueError(
+                f"{path} has no adapter_config in its metadata, expected a file that save_adapter wrote (what "
+                "export_peft writes is for PEFT)"
+            )
+        config.update(_parse_config(metadata["adapter_config"].encode(), path))
+        _check_version(config["complora"])
+        return _check_saved(config["complora"])
+
+    metadata, tensors = _read_tensors(path, declared)
     # The text too: a digit changed beyond what a float can hold would otherwise pass.
-    if digest != _digest(config, tensors) or json.dumps(config) != metadata["adapter_config"]:
+    if config["complora"]["digest"] != _digest(config, tensors) or json.dumps(config) != metadata["adapter_config"]:
         raise ValueError(f"{path} does not match its digest, expected it as save_adapter wrote it")
+    return config, tensors
+
+
+def _parse_config(text: bytes, path: Path) -> dict[str, Any]:
+    """JSON with a digest, as `save_adapter` writes it."""
+    try:
+        if len(text) > CONFIG_BYTES:
+            raise ValueError(f"more than {CONFIG_BYTES} bytes")
+        config = json.loads(text, parse_constant=_refuse_constant)
+        check_type(config, dict[str, Any], "it")
+        check_type(config.get("complora"), dict[str, Any], "complora")
+        check_type(config["complora"].get("digest"), str, "complora.digest")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, expected JSON as save_adapter wrote it ({error})") from error
+    return config
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_version(saved: dict[str, Any]) -> None:
+    version: Any = saved.get("format_version")
+    check_type(version, int, "complora.format_version")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version={version}, expected at most {FORMAT_VERSION}: it was written by the newer "
-            f"complora_kernels {config['complora']['package_version']}"
+            f"format_version={version}, expected at most {FORMAT_VERSION}: it was written by the newer "
+            f"complora_kernels {saved.get('package_version')}"
         )
-    return config, tensors
+
+
+def _check_saved(saved: dict[str, Any]) -> Shapes:
+    """The shapes of the tensors that the configuration declares.
+
+    Raises:
+        ValueError: a part is missing or of another type, or two contradict each other.
+    """
+    check_type(saved, SavedAdapter, "complora")
+    config = CompLoRAConfig.from_dict(saved["config"])
+    shapes: Shapes = {}
+    for path, described in saved["base_weights"].items():
+        if len(described["shape"]) != 2:
+            raise ValueError(f"complora.base_weights.{path}.shape={described['shape']}, expected [out, in]")
+        out_features, in_features = described["shape"]
+        shapes[peft_key(path, "lora_A")] = (config.r, in_features)
+        shapes[peft_key(path, "lora_B")] = (out_features, config.r)
+    if config.protects_activations:
+        check_type(saved, SavedBases, "complora")
+        if not re.fullmatch("[0-9a-f]{64}", saved["bases_digest"]):  # it becomes a part of a file's name
+            raise ValueError(f"complora.bases_digest={saved['bases_digest']!r:.100}, expected 64 hexadecimal digits")
+        _shapes_of_bases(saved)
+    return shapes
+
+
+def _shapes_of_bases(saved: dict[str, Any]) -> Shapes:
+    shapes: Shapes = {}
+    for key, basis in saved["bases"].items():
+        path, _, side = key.removesuffix("_basis").rpartition(".")
+        if side not in ("output", "input") or path not in saved["base_weights"]:
+            raise ValueError(f"complora.bases has {key}, expected output_basis or input_basis of an adapted weight")
+        d, k = saved["base_weights"][path]["shape"][side == "input"], basis["k"]
+        if not 0 <= k <= d:
+            raise ValueError(f"complora.bases.{key}.k={k}, expected at least 0 and at most {d}")
+        shapes[key] = (d, k if basis["kind"] == "principal" else d - k)
+    return shapes
 
 
 def _check_config_file(path: Path, expected: dict[str, Any]) -> None:
     """The file may say more than `save_adapter` wrote, such as the name of the base model, but nothing else."""
-    try:
-        written = json.loads(path.read_bytes())
-        written_digest = written["complora"]["digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, expected JSON as save_adapter wrote it ({error!r})") from error
-    if written_digest != expected["complora"]["digest"]:
+    with reading(path), path.open("rb") as file:
+        written = _parse_config(file.read(CONFIG_BYTES + 1), path)
+    if written["complora"]["digest"] != expected["complora"]["digest"]:
         warnings.warn(
             f"{path} belongs to other weights than the {WEIGHTS_FILE} beside it, as after a save that was cut short; "
             "the configuration inside the weights file is used",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from complora_kernels.modules.extend import extend
 from complora_kernels.modules.pooled import pool_images
 from complora_kernels.modules.prompts import cut_prompts
 from complora_kernels.modules.tower import fold_once
+from complora_kernels.wrappers import inside, is_compiled, named_modules, registers_parameters, unwrap, wrappers
 
 logger = logging.getLogger("complora_kernels")
 
@@ -47,16 +48,18 @@ def apply_complora(
 
         ck.apply_complora(model, config, calibrate=lambda model: [model.encode_image(images) for images in batches])
 
-    `calibration` says what of it counts. Later, `load_state_dict` of other base weights is an error: the bases belong
-    to the activations of these.
+    `calibration` says what of it counts. Later, `load_state_dict` of other base weights is an error, because the bases
+    belong to the activations of these, and so is a state dict with other bases (it holds a fingerprint of each).
 
     Args:
-        model: an open_clip model, or any model when `config.target_modules` is a regular expression.
+        model: an open_clip model, or any model when `config.target_modules` is a regular expression; also one that
+            torch.compile, DataParallel or AveragedModel wraps, as a whole or in parts. What is inside is adapted, and
+            modules have the names that they have there.
         config: what to adapt and how.
         calibrate: a function of the model that runs what is adapted (`encode_text` too, or only `encode_text`, where
-            the text tower is) on some batches without labels; what it returns is not looked at. It is called once,
-            without gradients, in evaluation mode, and leaves torch's random generators as they were. Given with
-            `subspace_source="activations"` and with no other.
+            the text tower is) on some batches without labels; what it returns is not looked at. It is called once, with
+            the model inside its wrappers, without gradients, in evaluation mode and without compiled code, and leaves
+            torch's random generators as they were. Given with `subspace_source="activations"` and with no other.
         progress: show a progress bar on stderr once the work has taken two seconds.
 
     Returns:
@@ -65,8 +68,9 @@ def apply_complora(
     Raises:
         ValueError: the model is adapted already, a target matched nothing or cannot be adapted, a layer index is out of
             range, k exceeds a weight, or a weight holds NaN; `calibrate` is missing or has no use, did not reach an
-            adapted weight, or gave it NaN or infinite values. The model is then as it was, also when `calibrate` itself
-            fails.
+            adapted weight, or gave it NaN or infinite values; a target is wrapped in DistributedDataParallel or
+            FullyShardedDataParallel, which know only the parameters of the plain model, or is itself a compiled module.
+            The model is then as it was, also when `calibrate` itself fails.
     """
     if config.protects_activations != (calibrate is not None):
         raise ValueError(
@@ -77,12 +81,13 @@ def apply_complora(
     if any(isinstance(module, CompLoRALayer) for module in model.modules()):
         raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
     targets = find_targets(model, config)
+    plain = unwrap(model)
     adapted = adapt_targets(targets, config, progress=progress)
     if calibrate is not None:
         watched = [Watched(path, module, adapted[module]) for path, module in targets]
-        protect_activations(model, watched, calibrate, progress=progress)
+        protect_activations(plain, watched, calibrate, progress=progress)
     changes = Changes()
-    put_in_place(model, adapted, changes)
+    put_in_place(plain, adapted, changes)
     changes.make()
     return model
 
@@ -90,7 +95,7 @@ def apply_complora(
 def adapt_targets(targets: list[Target], config: CompLoRAConfig, *, progress: bool) -> dict[nn.Module, CompLoRALayer]:
     """An adapted layer for each target, which stays as it is; those that protect activations have no bases yet."""
     with tqdm(targets, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
-        return {module: _adapt(path, module, config) for path, module in bar}
+        return {module: build_layer(path, module, config) for path, module in bar}
 
 
 def put_in_place(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer], changes: Changes) -> None:
@@ -106,17 +111,45 @@ def put_in_place(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer], chan
     fused = _fuse_blocks(model, adapted, changes)
     cut_prompts(model, open_clip.text_tower, changes)
     if isinstance(visual := getattr(model, "visual", None), nn.Module):
-        pool_images(visual, open_clip.image_pool, fused, changes)
+        pool_images(unwrap(visual), open_clip.image_pool, fused, changes)
 
 
-def find_targets(model: nn.Module, config: CompLoRAConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Target]:
     """The modules that `config` selects in `model`, each once.
+
+    With `paths`, those of them that a regular expression selected before: it is not matched again. One that comes from
+    a file may take longer than anybody waits.
 
     Raises:
         ValueError: as `apply_complora`.
     """
     if isinstance(config.target_modules, str):
-        return _matching_linears(model, config.target_modules)
+        targets = _matching_linears(model, config.target_modules, paths)
+    else:
+        targets = _parts_of_blocks(model, config, config.target_modules)
+    check_wrappers(model, targets)
+    return targets
+
+
+def check_wrappers(model: nn.Module, targets: list[Target]) -> None:
+    """Raises ValueError where a wrapper around or within `model` would not see an adapter of a target."""
+    for wrapper in wrappers(model):
+        parts = {id(module) for module in wrapper.modules()}
+        path = next((path for path, module in targets if id(module) in parts), None)
+        if path is not None and registers_parameters(wrapper):
+            raise ValueError(
+                f"{path} is inside a {type(wrapper).__name__}, which has listed the parameters of the plain model and "
+                "would leave the adapter's out: expected a model that is adapted first and wrapped then"
+            )
+        compiled = next((path for path, module in targets if is_compiled(wrapper) and module is inside(wrapper)), None)
+        if compiled is not None:
+            raise ValueError(
+                f"{compiled} is a compiled module, whose compiled code would go on calling the plain one: expected a "
+                "plain module (compile it, or what it is a part of, when it is adapted)"
+            )
+
+
+def _parts_of_blocks(model: nn.Module, config: CompLoRAConfig, parts: tuple[str, ...]) -> list[Target]:
     blocks = list(open_clip.residual_blocks(model))
     targets = []
     for tower in config.towers:
@@ -136,13 +169,15 @@ def find_targets(model: nn.Module, config: CompLoRAConfig) -> list[Target]:
             )
         for block in in_tower:
             if config.layers is None or block.layer in config.layers:
-                targets += [Target(path, part) for path, part in open_clip.parts(block, config.target_modules)]
+                targets += [Target(path, part) for path, part in open_clip.parts(block, parts)]
     return list({id(target.module): target for target in targets}.values())
 
 
-def _matching_linears(model: nn.Module, pattern: str) -> list[Target]:
-    linears = [(path, module) for path, module in model.named_modules() if path and isinstance(module, nn.Linear)]
-    targets = [Target(path, module) for path, module in linears if re.fullmatch(pattern, path)]
+def _matching_linears(model: nn.Module, pattern: str, paths: Collection[str] | None) -> list[Target]:
+    modules = dict(named_modules(model))
+    linears = [(path, module) for path, module in modules.items() if path and isinstance(module, nn.Linear)]
+    chosen = [path for path, _ in linears if (re.fullmatch(pattern, path) if paths is None else path in paths)]
+    targets = [Target(path, modules[path]) for path in chosen]
     if not targets:
         known = ", ".join(path for path, _ in linears[:8]) + (", ..." if len(linears) > 8 else "")
         raise ValueError(
@@ -150,7 +185,7 @@ def _matching_linears(model: nn.Module, pattern: str) -> list[Target]:
             f"expected a match among: {known or 'none'}"
         )
     for path, _ in targets:
-        parent = model.get_submodule(path.rpartition(".")[0])
+        parent = modules[path.rpartition(".")[0]]
         # These read `.weight` of their children instead of calling them; the encoder layer does so in evaluation.
         reads = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
         if reads or type(parent).__name__ == "AttentionPool2d":
@@ -162,7 +197,8 @@ def _matching_linears(model: nn.Module, pattern: str) -> list[Target]:
     return targets
 
 
-def _adapt(path: str, module: nn.Module, config: CompLoRAConfig) -> CompLoRALayer:
+def build_layer(path: str, module: nn.Module, config: CompLoRAConfig) -> CompLoRALayer:
+    """The layer that takes the place of a target, which stays as it is."""
     try:
         if isinstance(module, nn.MultiheadAttention):
             return CompLoRAMultiheadAttention.from_attention(module, config, path=path)
@@ -214,12 +250,37 @@ def _square_masks(model: nn.Module) -> Iterator[Tensor]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, CompLoRALayer]:
-    """The adapted modules of `model` by their paths.
+    """The adapted modules of `model` by their paths, those of the plain model (see `wrappers`).
 
     Raises:
         ValueError: there is none.
     """
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, CompLoRALayer)}
+    layers = {path: module for path, module in named_modules(model) if isinstance(module, CompLoRALayer)}
     if not layers:
         raise ValueError("model has no Comp-LoRA adapter, expected one: call apply_complora or load_adapter first")
     return layers
+
+
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The model that was adapted: `model` inside its wrappers, or the one part of it that `apply_complora` was given.
+
+    A LightningModule with `self.clip = model` is not the model whose adapter is saved, `clip` is.
+
+    Raises:
+        ValueError: no part of `model` has an adapter, or several have one, or it is itself a part of what was adapted.
+    """
+    prefixes = {}
+    for path, layer in adapted_layers(model).items():
+        name = layer.path or path  # a layer that was made alone knows no model
+        if f".{path}".endswith(f".{name}"):
+            prefixes.setdefault(path[: -len(name)].rstrip("."), path)
+        else:
+            raise ValueError(
+                f"{path} was adapted as {name}: expected the whole model that apply_complora was given, no part of it"
+            )
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"{', '.join(prefix or 'the model itself' for prefix in prefixes)} have an adapter each: expected one of "
+            "these parts, because an adapter is saved by the names of its own model"
+        )
+    return dict(named_modules(model))[next(iter(prefixes))]

@@ -36,11 +36,25 @@ def describe(weight: Tensor) -> Description:  # [out, in]
 
 
 def relative_distance(weight: Description, known: Description) -> float:
-    """An estimate of |W - W'| / |W'|, infinite for other shapes."""
-    if weight["shape"] != known["shape"]:
+    """An estimate of |W - W'| / |W'|, infinite for other shapes.
+
+    Of the two that there are, it is the larger: the distance of the sketches, and the difference of the norms, which is
+    never larger than that of the weights.
+    """
+    if weight["shape"] != known["shape"] or len(weight["sketch"]) != len(known["sketch"]):
         return math.inf
     apart = math.dist(weight["sketch"], known["sketch"]) / math.sqrt(SKETCHES)
+    apart = max(apart, abs(weight["norm"] - known["norm"]))
     return apart / known["norm"] if known["norm"] > 0 else apart
+
+
+def describe_projection(basis: Tensor) -> Tensor:  # [d, k] to [8]
+    """The sketch `u_i^T U U^T v_i` of the projection onto the columns of `U`, in float64 and host memory.
+
+    It knows the subspace, whatever basis of it is held; a change of the projection moves it as `describe` says.
+    """
+    U = basis.detach().cpu().double()
+    return ((_signs("output", len(U)) @ U) * (_signs("input", len(U)) @ U)).sum(1)
 
 
 def _signs(side: str, d: int) -> Tensor:  # [8, d]

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from complora_kernels.changes import Changes
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.attention import CompLoRAAttentionLayer
+from complora_kernels.wrappers import is_compiled
 
 Calibrate = Callable[[Any], object]
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -114,11 +115,12 @@ def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Cali
     """What the weights of each watched layer are given while `calibrate(model)` runs, by path."""
     moments = {path: SecondMoments() for path, *_ in watched}
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with (
-        _watching(model, watched, moments),
-        torch.no_grad(),
-        torch.random.fork_rng(sorted(devices, key=str)),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_watching(model, watched, moments))
+        if any(map(is_compiled, model.modules())):  # code that was compiled before would not see the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
         calibrate(model)
     return moments
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from complora_kernels import base_weights, functional, subspace
 from complora_kernels.adapter_files import (
     FORMAT_VERSION,
     WEIGHTS_FILE,
+    blaming,
     module_pattern,
     peft_fields,
     peft_key,
@@ -29,17 +31,27 @@ from complora_kernels.adapter_files import (
     replaced_adapter,
     write_adapter,
 )
-from complora_kernels.apply import adapt_targets, adapted_layers, find_targets, put_in_place
+from complora_kernels.apply import (
+    Target,
+    adapt_targets,
+    adapted_layers,
+    adapted_model,
+    check_wrappers,
+    find_targets,
+    put_in_place,
+)
 from complora_kernels.changes import Changes
-from complora_kernels.config import CompLoRAConfig
+from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
+from complora_kernels.wrappers import named_modules, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by module: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by module and side
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+LOST = 1e-4  # that a loaded factor may lose, of its norm: rounding loses a few 1e-6, another subspace a few percent
 
 
 class AdaptedWeight(NamedTuple):
@@ -57,6 +69,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     where modules of these names are called; for `nn.MultiheadAttention` use `export_peft`. A merged model is saved as
     if it were not.
 
+    Names are those of the model that `apply_complora` was given, without what is around it: torch.compile's wrapper,
+    DataParallel, DistributedDataParallel, AveragedModel, or a container that holds it, such as a LightningModule. The
+    files load into that model, with or without them.
+
     With `subspace_source="activations"` the bases are written too, as `adapter_bases-<digest>.safetensors`: 4·d·k bytes
     for each projected side of a weight, with d - k for k where that is less. Only `load_adapter` reads it.
 
@@ -67,18 +83,24 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     notice.
 
     Raises:
-        OSError: `directory` cannot be written to. Where the new adapter is in place all the same, because it is only not
-            confirmed to be on the disk, the message says so.
-        ValueError: `model` has no adapter, its layers differ in configuration, or a factor holds NaN or infinity.
+        OSError: `directory` cannot be written to. Where the new adapter is in place, but not confirmed to be on the disk,
+            the message says so.
+        ValueError: `model` has no adapter, is a part of an adapted model or holds several, its layers differ in
+            configuration, or a factor holds NaN or infinity or is not whole (sharded).
+
+    Warns:
+        UserWarning: other parameters are trained too, and are not in the files.
     """
-    layers = adapted_layers(model)
+    part = adapted_model(model)
+    layers = adapted_layers(part)
     config = common_config(layers)
     weights = adapted_weights(layers)
     with replaced_adapter(directory) as staging:
         factors = folded_factors(weights)
         bases = own_bases(weights) if config.protects_activations else {}
-        described = _adapter_config(config, weights, open_clip.activations(model), bases)
+        described = _adapter_config(config, weights, open_clip.activations(part), bases)
         matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
+        warn_of_trained(model)
         write_adapter(staging, described, factor_tensors(factors), matrices)
 
 
@@ -90,8 +112,12 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
     bases of activations are the saved ones, whatever those of an adapted model were.
     Everything is checked before the model is changed, and if anything fails it stays as it was.
 
+    The files need not be trusted: they run no code and no regular expression (the names in them say what is adapted),
+    and sizes are compared before memory is taken.
+
     Args:
-        model: plain, or adapted with the same configuration and not merged.
+        model: plain, or adapted with the same configuration and not merged; or a wrapper around it (see
+            `save_adapter`), or a container that holds it as the only part with modules of the saved names.
         directory: written by `save_adapter`.
         progress: show a progress bar while weights are decomposed, as `apply_complora`.
 
@@ -100,19 +126,24 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
 
     Raises:
         FileNotFoundError: a file is missing, that of the bases too where they are those of activations.
-        ValueError: a file is truncated or was changed; the adapter is for another configuration, rank, set of layers or
-            model, or was trained on other base weights; or it holds NaN or infinite values.
+        ValueError: a file is truncated or was changed, or contradicts itself; the adapter is for another configuration,
+            rank, set of layers or model, or was trained on other base weights; it holds NaN or infinite values; the
+            subspaces that it declares leave no room for its update; or, of a plain model, as `apply_complora`.
         RuntimeError: the adapter in the model is merged.
     """
     saved, tensors = read_adapter(directory)
-    config = CompLoRAConfig.from_dict(saved["complora"]["config"])
-    weights = weights_to_fill(model, config)
-    factors = _to_factors(tensors, weights)
-    check_factors(factors, weights)
-    _check_base_weights(saved["complora"]["base_weights"], weights)
-    _check_activations(saved["complora"]["activations"], open_clip.activations(model))
-    bases = _saved_bases(directory, saved, weights) if config.protects_activations else None
-    return fill_adapter(model, config, factors, bases, progress=progress)
+    with blaming(directory):
+        config = CompLoRAConfig.from_dict(saved["complora"]["config"])
+        paths = saved["complora"]["base_weights"].keys()
+        part = adapted_model(model) if is_adapted(model) else _plain_model(model, paths)
+        weights = weights_to_fill(part, config, paths)
+        factors = _to_factors(tensors, weights)
+        check_factors(factors, weights, config.r)
+        _check_base_weights(saved["complora"]["base_weights"], weights)
+        _check_activations(saved["complora"]["activations"], open_clip.activations(part))
+        bases = _saved_bases(directory, saved, weights) if config.protects_activations else None
+        fill_adapter(part, config, factors, bases, progress=progress)
+    return model
 
 
 def common_config(layers: dict[str, CompLoRALayer]) -> CompLoRAConfig:
@@ -145,14 +176,42 @@ def folded_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
     """`Ã` [r, in] and `B̃` [out, r] of each weight, without the scaling.
 
     Raises:
-        ValueError: one holds NaN or infinite values.
+        ValueError: one holds NaN or infinite values, or is not whole.
     """
     folded = {}
     for path, (layer, name) in weights.items():
         A, B = layer.factors(name)
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != layer.config.r or B.shape[1] != layer.config.r:
+            raise ValueError(
+                f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)}, expected [r, in] and [out, r] "
+                f"with r={layer.config.r}: gather sharded parameters first (FSDP.summon_full_params)"
+            )
         folded[path] = (_project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT)
     _check_finite(folded)
     return folded
+
+
+def warn_of_trained(model: nn.Module) -> None:
+    """Warns of what is trained beside the adapters: it is in none of the files."""
+    trained = {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in named_modules(model)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    for path, layer in adapted_layers(model).items():
+        bases = {
+            rows.parameter for rows in layer.weights.values()
+        }  # adapted, these cannot be trained, nor their biases
+        own = [name for name, _ in layer.named_parameters() if name.startswith(("lora_A", "lora_B"))]
+        for name in (*own, *bases, *(base.replace("weight", "bias") for base in bases)):
+            trained.pop(f"{path}.{name}" if path else name, None)
+    if trained:
+        warnings.warn(
+            f"{_listed(trained)} require a gradient and are no part of the adapter: they are not saved with it. Save "
+            "them yourself, or freeze what is not trained",
+            stacklevel=3,
+        )
 
 
 def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
@@ -164,15 +223,20 @@ def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
     }
 
 
-def weights_to_fill(model: nn.Module, config: CompLoRAConfig) -> dict[str, AdaptedWeight]:
+def weights_to_fill(
+    model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None
+) -> dict[str, AdaptedWeight]:
     """The adapted weights of `model`, or those that `config` would give a plain one, which stays plain.
+
+    `paths` is for `find_targets`. Factors and bases of the weights of a plain model are not those of `config`: nothing
+    of the size that it asks for is made.
 
     Raises:
         ValueError: `config` is not that of the adapted model, or does not fit the plain one.
         RuntimeError: the adapter in the model is merged.
     """
     if not is_adapted(model):
-        return adapted_weights(_layers_without_bases(model, config))
+        return adapted_weights(_smallest_layers(model, config, paths))
     layers = adapted_layers(model)
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
@@ -196,11 +260,12 @@ def check_names(label: str, given: Iterable[str], expected: Iterable[str]) -> No
         )
 
 
-def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight]) -> None:
+def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], r: int) -> None:
     """Raises ValueError unless the pair of each weight is finite and has the right shapes."""
     for path, (layer, name) in weights.items():
+        out_features, in_features = layer.original_weight(name).shape
         shapes = tuple(tuple(factor.shape) for factor in factors[path])
-        expected = tuple(tuple(factor.shape) for factor in layer.factors(name))
+        expected = ((r, in_features), (out_features, r))
         if shapes != expected:
             raise ValueError(
                 f"{path} has factors A and B of shapes {shapes[0]} and {shapes[1]}, expected {expected[0]} and "
@@ -217,14 +282,14 @@ def fill_adapter(
     if is_adapted(model):
         layers = adapted_layers(model)
     else:
-        adapted = adapt_targets(find_targets(model, config), config, progress=progress)
-        put_in_place(model, adapted, changes)
+        adapted = adapt_targets(find_targets(model, config, factors), config, progress=progress)
+        put_in_place(unwrap(model), adapted, changes)
         layers = _by_path(model, adapted)
     weights = adapted_weights(layers)
     for key, basis in (own_bases(weights) if bases is None else bases).items():
         path, side = key
         layer, name = weights[path]
-        layer.set_basis(name, side, _aligned_basis(basis, side, factors[path]), changes)
+        layer.set_basis(name, side, _aligned_basis(basis, path, side, factors[path]), changes)
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
     changes.make()
@@ -317,25 +382,73 @@ def _basis_key(path: str, side: subspace.Side) -> str:
     return f"{path}.{side}_basis"
 
 
-def _aligned_basis(basis: subspace.Basis, side: subspace.Side, factors: tuple[Tensor, Tensor]) -> subspace.Basis:
+def _aligned_basis(
+    basis: subspace.Basis, path: str, side: subspace.Side, factors: tuple[Tensor, Tensor]
+) -> subspace.Basis:
+    """The basis, turned so that folding leaves the factors of a weight as they are.
+
+    Raises:
+        ValueError: no basis of its size does.
+    """
     A, B = factors
     factor = B.mT if side == "output" else A  # [r, d]
-    return basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))
+    aligned = basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))
+    factor = factor.to(aligned.matrix)
+    lost = float((_project(factor, aligned) - factor).norm() / factor.norm().clamp(min=torch.finfo(factor.dtype).tiny))
+    if not lost <= LOST:
+        raise ValueError(
+            f"{path}: projecting the {side} side with k={basis.k} changes the saved factor by {lost:.2g} of its norm, "
+            f"expected at most {LOST}: the adapter was saved with other subspaces"
+        )
+    return aligned
 
 
-def _layers_without_bases(model: nn.Module, config: CompLoRAConfig) -> dict[str, CompLoRALayer]:
-    """The layers that `config` would make of a plain model, which stays plain; nothing is decomposed."""
+def _plain_model(model: nn.Module, paths: Collection[str]) -> nn.Module:
+    """`model` inside its wrappers, or the one part of a container that has modules for all these weights.
+
+    Raises:
+        ValueError: several parts of a container have; or a wrapper around the model has listed its parameters.
+    """
+    modules = dict(named_modules(model))
+    prefixes = [""]
+    if not _has_all(modules, "", paths):
+        ends = tuple(f".{path}" for path in _module_paths(next(iter(paths))))
+        candidates = {path[: -len(end)] + "." for path in modules for end in ends if path.endswith(end)}
+        prefixes = sorted(prefix for prefix in candidates if _has_all(modules, prefix, paths)) or [""]
+    names = [prefix.rstrip(".") for prefix in prefixes]
+    if len(names) > 1:
+        raise ValueError(f"the adapter fits {', '.join(names)} alike, expected one of these parts of the model")
+    part = modules[names[0]]
+    check_wrappers(model, [Target(names[0] or "the model", part)])
+    return part
+
+
+def _module_paths(path: str) -> list[str]:
+    """The paths that the module of an adapted weight may have: a projection is a module only in some attentions."""
+    parent, _, name = path.rpartition(".")
+    return [path, parent] if parent and name in PROJECTIONS.values() else [path]
+
+
+def _has_all(modules: dict[str, nn.Module], prefix: str, paths: Iterable[str]) -> bool:
+    return all(any(prefix + module in modules for module in _module_paths(path)) for path in paths)
+
+
+def _smallest_layers(
+    model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None
+) -> dict[str, CompLoRALayer]:
+    """The layers that `config` would make of a plain model, but of rank 1 and without bases."""
     no_size: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
-    plain_lora = dataclasses.replace(config, sides="none", **no_size)
+    selection = ATTENTION_TARGETS if isinstance(config.target_modules, str) else config.target_modules
+    smallest = dataclasses.replace(config, r=1, sides="none", target_modules=selection, **no_size)
     try:
-        return _by_path(model, adapt_targets(find_targets(model, plain_lora), plain_lora, progress=False))
+        return _by_path(model, adapt_targets(find_targets(model, config, paths), smallest, progress=False))
     except ValueError as error:
         raise ValueError(f"the adapter does not fit the model: {error}") from error
 
 
 def _by_path(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer]) -> dict[str, CompLoRALayer]:
     """What `adapted_layers` gives once these layers are in the place of the modules that they adapt."""
-    return {path: adapted[module] for path, module in model.named_modules() if module in adapted}
+    return {path: adapted[module] for path, module in named_modules(model) if module in adapted}
 
 
 def _check_finite(factors: FactorPairs) -> None:

@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
+
+from complora_kernels.schema import check_type, is_int, is_number
 
 Sides = Literal["output", "input", "both", "none"]
 SubspaceSource = Literal["weight", "random", "activations"]
@@ -67,19 +69,20 @@ class CompLoRAConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.r) and self.r >= 1, "r", self.r, "an integer of at least 1")
+        _require(is_int(self.r) and self.r >= 1, "r", self.r, "an integer of at least 1")
         _require(
-            _is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf,
+            is_number(self.lora_alpha) and self.lora_alpha > 0,
             "lora_alpha",
             self.lora_alpha,
             "a positive number",
         )
         _require(
-            _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+            is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
             "lora_dropout",
             self.lora_dropout,
             "a probability in [0, 1)",
         )
+        _require(isinstance(self.use_rslora, bool), "use_rslora", self.use_rslora, "True or False")
         _require(self.sides in get_args(Sides), "sides", self.sides, f"one of {', '.join(get_args(Sides))}")
         _require(
             self.subspace_source in get_args(SubspaceSource),
@@ -87,7 +90,7 @@ class CompLoRAConfig:
             self.subspace_source,
             f"one of {', '.join(get_args(SubspaceSource))}",
         )
-        _require(_is_int(self.subspace_seed), "subspace_seed", self.subspace_seed, "an integer")
+        _require(is_int(self.subspace_seed), "subspace_seed", self.subspace_seed, "an integer")
         self._check_subspace_size()
         self._check_selection()
 
@@ -108,7 +111,7 @@ class CompLoRAConfig:
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(
                     f"target_modules={self.target_modules!r} is not a regular expression: {error}"
                 ) from None
@@ -118,7 +121,7 @@ class CompLoRAConfig:
         object.__setattr__(self, "towers", _names("towers", self.towers, TOWERS))
         if self.layers is not None:
             layers = _tuple(self.layers)
-            valid = bool(layers) and all(_is_int(layer) and layer >= 0 for layer in layers)
+            valid = bool(layers) and all(is_int(layer) and layer >= 0 for layer in layers)
             _require(valid, "layers", self.layers, "None or non-negative block indices")
             object.__setattr__(self, "layers", tuple(sorted(set(layers))))
 
@@ -144,21 +147,33 @@ class CompLoRAConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CompLoRAConfig:
-        """The inverse of `to_dict`; an unknown field is an error that names it."""
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        """The inverse of `to_dict`; an unknown field, or one of another type, is an error that names it.
+
+        A regular expression is taken as it is: one that comes from a file may take hours to compile.
+        """
+        hints = get_type_hints(cls)
+        unknown = sorted(set(fields) - hints.keys())
         _require(not unknown, "CompLoRAConfig fields", unknown, "fields that this version knows")
+        for name, value in fields.items():
+            check_type(value, hints[name], name)
         values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return cls(**values)
+        pattern = values.get("target_modules")
+        if not isinstance(pattern, str):
+            return cls(**values)
+        values["target_modules"] = ""
+        config = cls(**values)
+        object.__setattr__(config, "target_modules", pattern)
+        return config
 
 
 def check_subspace_size(*, k: int | None, energy: float | None, ratio: float | None, prefix: str = "") -> None:
     """Raises ValueError unless the one size that is given lies in its range (k's upper end needs the weight)."""
     if k is not None:
-        _require(_is_int(k) and k >= 0, f"{prefix}k", k, "an integer of at least 0")
+        _require(is_int(k) and k >= 0, f"{prefix}k", k, "an integer of at least 0")
     if energy is not None:
-        _require(_is_number(energy) and 0 < energy <= 1, f"{prefix}energy", energy, "a share in (0, 1]")
+        _require(is_number(energy) and 0 < energy <= 1, f"{prefix}energy", energy, "a share in (0, 1]")
     if ratio is not None:
-        _require(_is_number(ratio) and 0 <= ratio <= 1, f"{prefix}ratio", ratio, "a share in [0, 1]")
+        _require(is_number(ratio) and 0 <= ratio <= 1, f"{prefix}ratio", ratio, "a share in [0, 1]")
 
 
 def _names(field: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -171,14 +186,6 @@ def _names(field: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:
 def _tuple(values: Any) -> tuple[Any, ...]:
     """The values as a tuple; one that stands alone becomes a tuple of one."""
     return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:

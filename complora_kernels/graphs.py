@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from complora_kernels.thread_stack import ThreadStack
+from complora_kernels.wrappers import inside, is_compiled
 
 WARM_UPS = 3  # steps before a capture: they create what is made once (tables, workspaces, compiled kernels)
 
@@ -93,6 +94,11 @@ class GraphedTrainStep:
         graph: str | bool = "auto",
         process_group: Any = None,
     ) -> None:
+        if is_compiled(model) and isinstance(inside(model), DistributedDataParallel):
+            raise ValueError(
+                "model is a compiled DistributedDataParallel, expected the model compiled first and wrapped then: "
+                "DistributedDataParallel(torch.compile(model))"
+            )
         if isinstance(model, DistributedDataParallel):
             model, process_group = model.module, process_group or model.process_group
         self.model, self.loss, self.optimizer, self.schedule = model, loss, optimizer, schedule

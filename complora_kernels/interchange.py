@@ -6,13 +6,20 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapter_files import module_pattern, peft_fields, replaced_adapter, write_files
-from complora_kernels.apply import adapted_layers, find_targets
+from complora_kernels.adapter_files import (
+    blaming,
+    module_pattern,
+    peft_fields,
+    replaced_adapter,
+    require_file,
+    write_files,
+)
+from complora_kernels.apply import adapted_layers, adapted_model, find_targets
 from complora_kernels.checkpoint import (
     PROJECTIONS,
     FactorPairs,
@@ -24,14 +31,34 @@ from complora_kernels.checkpoint import (
     fill_adapter,
     folded_factors,
     is_adapted,
+    warn_of_trained,
     weights_to_fill,
 )
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules import CompLoRAAttention, CompLoRAMultiheadAttention
-from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.modules.layer import FLOATING, CompLoRALayer
+from complora_kernels.schema import check_type
+from complora_kernels.wrappers import unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class CLIPLoRAMetadata(TypedDict):
+    """What CLIP-LoRA's file says about its adapter."""
+
+    r: int
+    alpha: float
+    encoder: str
+    params: list[str]
+    position: str
+
+
+class CLIPLoRAFile(TypedDict):
+    """CLIP-LoRA's file."""
+
+    weights: dict[str, dict[str, dict[str, Any]]]  # by layer_0, q_proj, w_lora_A: a tensor
+    metadata: CLIPLoRAMetadata
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -43,14 +70,15 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     frozen weights.
 
     The files replace those in `directory` as `save_adapter` replaces them; PEFT does not notice a pair that a killed
-    process left mismatched. Writing them does not need PEFT.
+    process left mismatched. Writing them does not need PEFT. Wrappers, containers and what else is trained are treated
+    as by `save_adapter`.
 
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
             q, k, v of open_clip 4's attention, which are no modules. Also as `save_adapter`.
     """
-    layers = adapted_layers(model)
+    layers = adapted_layers(adapted_model(model))
     for path, layer in layers.items():
         _check_exportable(path, layer)
     config = common_config(layers)
@@ -64,6 +92,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for path in attentions:
             A, B = factors[path]  # [n·r, d], [3d, n·r]
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
+        warn_of_trained(model)
         write_files(staging, fields, factor_tensors(factors))
 
 
@@ -140,30 +169,32 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     """
     if is_adapted(model):
         raise ValueError("model has an adapter already, expected a plain model")
-    weights, metadata = _read_clip_lora(Path(path))
-    config, towers = _clip_lora_config(model, metadata, path)
-    by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
-    layers = [target.path for targets in by_tower for target in targets]
-    sources = {
-        f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"
-        for i, layer in enumerate(layers)
-        for name in config.target_modules
-    }
-    check_names(str(path), weights, [f"{source}.w_lora_{factor}" for source in sources.values() for factor in "AB"])
-    factors = {
-        target: (weights[f"{source}.w_lora_A"].float(), weights[f"{source}.w_lora_B"].float())
-        for target, source in sources.items()
-    }
-    check_factors(factors, weights_to_fill(model, config))
-    return fill_adapter(model, config, factors, progress=progress)
+    path = Path(path)
+    with blaming(path):
+        weights, metadata = _read_clip_lora(path)
+        config, towers = _clip_lora_config(model, metadata)
+        by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
+        layers = [target.path for targets in by_tower for target in targets]
+        sources = {
+            f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"
+            for i, layer in enumerate(layers)
+            for name in config.target_modules
+        }
+        check_names(str(path), weights, [f"{source}.w_lora_{factor}" for source in sources.values() for factor in "AB"])
+        factors = {
+            target: (weights[f"{source}.w_lora_A"], weights[f"{source}.w_lora_B"]) for target, source in sources.items()
+        }
+        check_factors(factors, weights_to_fill(model, config), config.r)
+        factors = {target: (A.float(), B.float()) for target, (A, B) in factors.items()}
+        fill_adapter(unwrap(model), config, factors, progress=progress)
+    return model
 
 
-def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], CLIPLoRAMetadata]:
     """The factors under names like `layer_0.q_proj.w_lora_A`, and the metadata."""
+    require_file(path, "CLIP-LoRA's lora_weights.pt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist, expected CLIP-LoRA's lora_weights.pt") from None
     except Exception as error:  # a damaged file, or one with more than tensors in it, fails in many ways
         # Without torch's own words: they advise to load the file unsafely.
         raise ValueError(
@@ -171,38 +202,41 @@ def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"({type(error).__name__})"
         ) from None
     try:
-        metadata = {name: saved["metadata"][name] for name in ("r", "alpha", "encoder", "params", "position")}
-        weights = {
-            f"{layer}.{projection}.{name}": factor
-            for layer, projections in saved["weights"].items()
-            for projection, factors in projections.items()
-            for name, factor in factors.items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
+        check_type(saved, CLIPLoRAFile, "it")
+    except ValueError as error:
         raise ValueError(
-            f"{path} has not the form of CLIP-LoRA's lora_weights.pt ({error!r}), expected weights of layer_0, ... and "
+            f"{path} has not the form of CLIP-LoRA's lora_weights.pt ({error}), expected weights of layer_0, ... and "
             "metadata with r, alpha, encoder, params, position"
         ) from None
-    wrong = [name for name, factor in weights.items() if not isinstance(factor, Tensor)]
+    weights = {
+        f"{layer}.{projection}.{name}": factor
+        for layer, projections in saved["weights"].items()
+        for projection, factors in projections.items()
+        for name, factor in factors.items()
+    }
+    wrong = [name for name, factor in weights.items() if not _is_plain(factor)]
     if wrong:
-        raise ValueError(f"{path} holds {', '.join(wrong)} that are no tensors, expected the factors")
-    return weights, metadata
+        raise ValueError(f"{path} holds {', '.join(wrong)} that are no floating-point tensors, expected the factors")
+    return weights, saved["metadata"]
 
 
-def _clip_lora_config(
-    model: nn.Module, metadata: dict[str, Any], path: str | os.PathLike[str]
-) -> tuple[CompLoRAConfig, tuple[str, ...]]:
+def _is_plain(factor: Any) -> bool:
+    """Whether this is a floating-point tensor with values, neither sparse nor quantised nor on the meta device."""
+    return isinstance(factor, Tensor) and factor.dtype in FLOATING and factor.layout is torch.strided and factor.is_cpu
+
+
+def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[CompLoRAConfig, tuple[str, ...]]:
     """The configuration, and the towers in the order in which the file numbers their layers."""
     for name, known in (("encoder", CLIP_LORA_TOWERS), ("position", CLIP_LORA_POSITIONS)):
         if metadata[name] not in known:
-            raise ValueError(f"{path} has {name}={metadata[name]!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"{name}={metadata[name]!r}, expected one of {', '.join(known)}")
     towers = CLIP_LORA_TOWERS[metadata["encoder"]]
     blocks = [block.tower for block in open_clip.residual_blocks(model)]
     position = CLIP_LORA_POSITIONS[metadata["position"]]
     chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers}
     if metadata["position"] != "all" and len(set(chosen.values())) > 1:
         raise ValueError(
-            f"{path} has position={metadata['position']!r}, which is other blocks in each tower of this model "
+            f"position={metadata['position']!r}, which is other blocks in each tower of this model "
             f"({chosen}), expected the same in both"
         )
     try:
@@ -215,6 +249,6 @@ def _clip_lora_config(
             towers=towers,
             layers=None if metadata["position"] == "all" else chosen[towers[0]] or None,
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has metadata that make no configuration: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"its metadata make no configuration: {error}") from None
     return config, towers

@@ -261,14 +261,15 @@ REFUSED = {
     ),
     "no metadata": (
         lambda s: s.pop("metadata"),
-        r"has not the form of CLIP-LoRA's lora_weights\.pt \(KeyError\('metadata'\)",
+        r"has not the form of CLIP-LoRA's lora_weights\.pt \(it has no metadata, expected one\)",
     ),
-    "no rank": (lambda s: s["metadata"].pop("r"), r"KeyError\('r'\)"),
+    "no rank": (lambda s: s["metadata"].pop("r"), "it.metadata has no r, expected one"),
     "flat weights": (lambda s: s.update(weights=[1]), "has not the form"),
     "encoder": (lambda s: s["metadata"].update(encoder="image"), "encoder='image', expected one of text, vision, both"),
     "position": (lambda s: s["metadata"].update(position="top"), "position='top', expected one of all, bottom"),
     "params": (lambda s: s["metadata"].update(params=["x"]), r"make no configuration: target_modules=\['x'\]"),
-    "alpha": (lambda s: s["metadata"].update(alpha="1"), "make no configuration"),
+    "alpha": (lambda s: s["metadata"].update(alpha="1"), "it.metadata.alpha='1', expected a finite number"),
+    "no alpha": (lambda s: s["metadata"].update(alpha=0), "make no configuration: lora_alpha=0, expected a positive"),
 }
 
 

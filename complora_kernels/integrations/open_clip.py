@@ -18,6 +18,7 @@ from complora_kernels.modules.block import NORMS
 from complora_kernels.modules.extend import is_known, own_class
 from complora_kernels.modules.pooled import Pool
 from complora_kernels.modules.prompts import TextTower
+from complora_kernels.wrappers import named_modules, unwrap
 
 
 class Block(NamedTuple):
@@ -31,7 +32,7 @@ class Block(NamedTuple):
 
 def residual_blocks(model: nn.Module) -> Iterator[Block]:
     """The residual blocks of the image and the text tower."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         tower = _tower(path)
         mlp = getattr(module, "mlp", None)
         if tower and hasattr(module, "attn") and hasattr(mlp, "c_fc") and hasattr(mlp, "c_proj"):
@@ -40,7 +41,8 @@ def residual_blocks(model: nn.Module) -> Iterator[Block]:
 
 def tower_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that run a tower when they are called."""
-    return [model.get_submodule(path) for path in dict.fromkeys(_root(block.path) for block in residual_blocks(model))]
+    modules = dict(named_modules(model))
+    return [modules[path] for path in dict.fromkeys(_root(block.path) for block in residual_blocks(model))]
 
 
 def text_tower(model: nn.Module) -> TextTower | None:
@@ -105,7 +107,7 @@ def parts(block: Block, targets: tuple[str, ...]) -> Iterator[tuple[str, nn.Modu
     names = ["attn"] if any(target in ATTENTION_TARGETS for target in targets) else []
     names += [name for target, name in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True) if target in targets]
     for name in names:
-        module = block.module.get_submodule(name)
+        module = unwrap(block.module.get_submodule(name))
         if name == "attn":
             check_attention(f"{block.path}.{name}", module)
         yield f"{block.path}.{name}", module
@@ -132,8 +134,12 @@ def check_attention(path: str, attention: nn.Module) -> None:
 
 def describe_tower(model: nn.Module, tower: str) -> str:
     """Why a tower without residual blocks cannot be adapted, in words."""
+    visual = getattr(unwrap(model), "visual", None)
+    if visual is None:
+        inner = next((path for path, module in named_modules(model) if any(residual_blocks(module))), None)
+        if inner:
+            return f"the model has none, its part {inner} has towers: pass that"
     if tower == "image":
-        visual = getattr(model, "visual", None)
         if visual is None:
             return "the model has no image tower `visual`"
         if hasattr(visual, "attnpool"):

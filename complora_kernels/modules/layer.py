@@ -102,6 +102,11 @@ class CompLoRALayer(Float32State):
     disabled: bool
     merged: bool
 
+    @property
+    def path(self) -> str:
+        """The path that the layer has in the model that was adapted; "" where it was made alone."""
+        return self._path
+
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r] of one adapted weight."""
         raise NotImplementedError
