@@ -7,8 +7,9 @@ Python code: an interrupt comes before it or after it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -44,8 +45,10 @@ class Changes:
 
     def set_buffer(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """As `register_buffer(name, tensor, persistent=False)`."""
-        self.draft(module._buffers)[name] = tensor
-        self.draft(module._non_persistent_buffers_set).add(name)
+        stand_in = nn.Module()
+        stand_in.register_buffer(name, tensor, persistent=False)
+        self.draft(module._buffers).update(stand_in._buffers)
+        self.draft(module._non_persistent_buffers_set).update(stand_in._non_persistent_buffers_set)
 
     def remove_buffer(self, module: nn.Module, name: str) -> None:
         """Removes a buffer that `set_buffer` set."""
@@ -69,8 +72,9 @@ class Changes:
         """Writes into the memory that the tensors have, where a CUDA graph or an optimizer may know them by it."""
         own = [tensor.detach() for tensor in tensors]
         given = [value.detach().to(tensor) for tensor, value in zip(own, values, strict=True)]
-        self._do.append(partial(torch._foreach_copy_, own, given))
-        self._undo.append(partial(torch._foreach_copy_, own, [tensor.clone() for tensor in own]))
+        copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        self._do.append(partial(copy, own, given))
+        self._undo.append(partial(copy, own, [tensor.clone() for tensor in own]))
 
     def make(self) -> None:
         """Makes all of them. If one is refused, those before it are undone, by another such call."""
@@ -87,6 +91,15 @@ class Changes:
         except BaseException:
             _call_each(undo)
             raise
+
+
+@contextlib.contextmanager
+def joined(changes: Changes | None) -> Iterator[Changes]:
+    """`changes`, of whoever makes them; where there are none, new ones, which are made when the block ends."""
+    own = Changes() if changes is None else changes
+    yield own
+    if changes is None:
+        own.make()
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> dict[Any, Any]:

@@ -83,8 +83,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     notice.
 
     Raises:
-        OSError: `directory` cannot be written to. Where the new adapter is in place, but not confirmed to be on the disk,
-            the message says so.
+        OSError: `directory` cannot be written to; or the new adapter is in place, as the message then says, but the
+            system did not confirm that it is on the disk.
         ValueError: `model` has no adapter, is a part of an adapted model or holds several, its layers differ in
             configuration, or a factor holds NaN or infinity or is not whole (sharded).
 

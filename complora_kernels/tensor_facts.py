@@ -19,8 +19,8 @@ class TensorFacts(Generic[Fact]):
 
     def get(self, tensor: Tensor) -> Fact | None:
         """The remembered fact, or None when there is none or the tensor was written to since."""
-        version, fact = self._facts.get(tensor, (None, None))
-        return fact if version == _version(tensor) else None
+        known = self._facts.get(tensor)  # one look: other threads forget and remember meanwhile
+        return known[1] if known is not None and known[0] == _version(tensor) else None
 
     def set(self, tensor: Tensor, fact: Fact) -> Fact:
         """Remembers `fact` for the tensor's present version and returns it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import base_weights, functional, subspace
-from complora_kernels.changes import Changes
+from complora_kernels.changes import Changes, joined
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.thread_stack import ThreadStack
 
@@ -141,10 +141,11 @@ class CompLoRALayer(Float32State):
             )
         return None
 
-    def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis, changes: Changes) -> None:
-        """Replaces the basis of one side of one adapted weight, as one of `changes`."""
-        changes.set_buffer(self, _basis_name(name, side), basis.matrix)
-        changes.draft(self._about_bases)[name, side] = (basis.kind, basis.k, basis.energy)
+    def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis, changes: Changes | None = None) -> None:
+        """Replaces the basis of one side of one adapted weight: at once, or as one of `changes`."""
+        with joined(changes) as pending:
+            pending.set_buffer(self, _basis_name(name, side), basis.matrix)
+            pending.draft(self._about_bases)[name, side] = (basis.kind, basis.k, basis.energy)
 
     def protect_activations(
         self,
@@ -204,13 +205,14 @@ class CompLoRALayer(Float32State):
                 raise ValueError(
                     f"the update of {parameter}[{start}:{stop}] holds NaN or infinite values, expected finite ones"
                 )
-            target[start:stop] = target[start:stop] + delta  # in the wider of the two dtypes, rounded on assignment
+            rows = target[start:stop]
+            rows.copy_(rows + delta)  # the sum is in the wider of the two dtypes, and rounded by the copy
         return merged
 
     def merge(self, changes: Changes | None = None) -> None:
         """Gives the parameters `merged_weights()` for memory and keeps what they had for `unmerge`.
 
-        With `changes` it is one of these; otherwise it is made at once.
+        At once, or as one of `changes`.
 
         Raises:
             ValueError: as `merged_weights`; nothing is then changed.
@@ -218,14 +220,12 @@ class CompLoRALayer(Float32State):
         """
         if self.merged:
             raise RuntimeError("the adapter is merged already; unmerge it first")
-        pending = Changes() if changes is None else changes
-        for name, weight in self.merged_weights().items():
-            parameter = self.get_parameter(name)
-            pending.set_buffer(self, _original_name(name), parameter.data)
-            pending.exchange(parameter, weight)
-        pending.draft(vars(self))["merged"] = True
-        if changes is None:
-            pending.make()
+        with joined(changes) as pending:
+            for name, weight in self.merged_weights().items():
+                parameter = self.get_parameter(name)
+                pending.set_buffer(self, _original_name(name), parameter.data)
+                pending.exchange(parameter, weight)
+            pending.draft(vars(self))["merged"] = True
 
     def unmerge(self, changes: Changes | None = None) -> None:
         """Gives the parameters the memory back that they had before `merge`: the original weights, bit for bit.
@@ -235,13 +235,11 @@ class CompLoRALayer(Float32State):
         """
         if not self.merged:
             raise RuntimeError("the adapter is not merged; merge it first")
-        pending = Changes() if changes is None else changes
-        for name in {rows.parameter for rows in self.weights.values()}:
-            pending.exchange(self.get_parameter(name), self.get_buffer(_original_name(name)))
-            pending.remove_buffer(self, _original_name(name))
-        pending.draft(vars(self))["merged"] = False
-        if changes is None:
-            pending.make()
+        with joined(changes) as pending:
+            for name in {rows.parameter for rows in self.weights.values()}:
+                pending.exchange(self.get_parameter(name), self.get_buffer(_original_name(name)))
+                pending.remove_buffer(self, _original_name(name))
+            pending.draft(vars(self))["merged"] = False
 
     @property
     def active(self) -> bool:

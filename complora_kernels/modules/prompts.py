@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from complora_kernels.changes import Changes
+from complora_kernels.changes import Changes, joined
 from complora_kernels.modules.attention import has_been_read, known_causal, recognise_causal_mask
 from complora_kernels.modules.extend import Extension, extend, own_hook
 from complora_kernels.modules.pooled import Pool, pooling
@@ -96,14 +96,12 @@ def cut_prompts(
     tower = find_text_tower(model)
     if tower is None or not hasattr(model, "encode_text") or isinstance(model, CutPrompts):
         return
-    pending = Changes() if changes is None else changes
-    pending.add_hook(
-        tower.transformer, lambda transformer: transformer.register_forward_pre_hook(_cut_inputs, with_kwargs=True)
-    )
-    extend(model, CutInnerPrompts if hasattr(model, "_encode_text") else CutPrompts, pending)
-    pending.draft(vars(model))["find_text_tower"] = find_text_tower
-    if changes is None:
-        pending.make()
+    with joined(changes) as pending:
+        pending.add_hook(
+            tower.transformer, lambda module: module.register_forward_pre_hook(_cut_inputs, with_kwargs=True)
+        )
+        extend(model, CutInnerPrompts if hasattr(model, "_encode_text") else CutPrompts, pending)
+        pending.draft(vars(model))["find_text_tower"] = find_text_tower
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from complora_kernels import functional
-from complora_kernels.changes import Changes
+from complora_kernels.changes import Changes, joined
 from complora_kernels.modules.extend import own_hook
 from complora_kernels.modules.layer import CompLoRALayer, fold
 
@@ -59,12 +59,10 @@ def fold_once(module: nn.Module, changes: Changes | None = None) -> None:
     Which these are is looked up when the pass begins. Those below another such module are left to that one. With
     `changes` it is one of these, and what they do to the modules counts as done.
     """
-    pending = Changes() if changes is None else changes
-    if adapted_below(module, pending) and not _folds_once(module, pending):
-        pending.add_hook(module, lambda module: module.register_forward_pre_hook(_fold_all))
-        pending.add_hook(module, lambda module: module.register_forward_hook(_forget, always_call=True))
-    if changes is None:
-        pending.make()
+    with joined(changes) as pending:
+        if adapted_below(module, pending) and not _folds_once(module, pending):
+            pending.add_hook(module, lambda module: module.register_forward_pre_hook(_fold_all))
+            pending.add_hook(module, lambda module: module.register_forward_hook(_forget, always_call=True))
 
 
 def adapted_below(module: nn.Module, changes: Changes | None = None) -> list[CompLoRALayer]:
