@@ -161,6 +161,8 @@ def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
     for name, tensor in own.items():
         tensor.copy_(state[name])
+    for layer in adapted_layers(model).values():
+        layer.update_fingerprints()
 
 
 def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:

@@ -198,7 +198,9 @@ def warn_of_trained(model: nn.Module) -> None:
         if parameter.requires_grad
     }
     for path, layer in adapted_layers(model).items():
-        bases = {rows.parameter for rows in layer.weights.values()}  # adapted, these cannot be trained, nor their biases
+        bases = {
+            rows.parameter for rows in layer.weights.values()
+        }  # adapted, these cannot be trained, nor their biases
         own = [name for name, _ in layer.named_parameters() if name.startswith(("lora_A", "lora_B"))]
         for name in (*own, *bases, *(base.replace("weight", "bias") for base in bases)):
             trained.pop(f"{path}.{name}" if path else name, None)
