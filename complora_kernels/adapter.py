@@ -163,6 +163,10 @@ def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
     changes = Changes()
     changes.copy(list(own.values()), [state[name] for name in own])
+    for path, layer in adapted_layers(model).items():
+        prefix = f"{path}." if path else ""
+        matrices = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        layer.describe_bases(matrices, changes)
     changes.make()
 
 

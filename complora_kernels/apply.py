@@ -128,24 +128,25 @@ def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str
     else:
         targets = _parts_of_blocks(model, config, config.target_modules)
     check_wrappers(model, targets)
+    compiled = {id(inside(wrapper)) for wrapper in wrappers(model) if is_compiled(wrapper)}
+    for path, module in targets:
+        if id(module) in compiled:
+            raise ValueError(
+                f"{path} is a compiled module, whose compiled code would go on calling the plain one: expected a "
+                "plain module (compile it, or what it is a part of, when it is adapted)"
+            )
     return targets
 
 
 def check_wrappers(model: nn.Module, targets: list[Target]) -> None:
-    """Raises ValueError where a wrapper around or within `model` would not see an adapter of a target."""
-    for wrapper in wrappers(model):
+    """Raises ValueError where a wrapper around or within `model` has listed the parameters of a target."""
+    for wrapper in filter(registers_parameters, wrappers(model)):
         parts = {id(module) for module in wrapper.modules()}
         path = next((path for path, module in targets if id(module) in parts), None)
-        if path is not None and registers_parameters(wrapper):
+        if path is not None:
             raise ValueError(
                 f"{path} is inside a {type(wrapper).__name__}, which has listed the parameters of the plain model and "
                 "would leave the adapter's out: expected a model that is adapted first and wrapped then"
-            )
-        compiled = next((path for path, module in targets if is_compiled(wrapper) and module is inside(wrapper)), None)
-        if compiled is not None:
-            raise ValueError(
-                f"{compiled} is a compiled module, whose compiled code would go on calling the plain one: expected a "
-                "plain module (compile it, or what it is a part of, when it is adapted)"
             )
 
 

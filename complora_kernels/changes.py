@@ -43,10 +43,10 @@ class Changes:
         self._do.append(partial(object.__setattr__, owner, name, value))
         self._undo.append(partial(object.__setattr__, owner, name, getattr(owner, name)))
 
-    def set_buffer(self, module: nn.Module, name: str, tensor: Tensor) -> None:
-        """As `register_buffer(name, tensor, persistent=False)`."""
+    def set_buffer(self, module: nn.Module, name: str, tensor: Tensor, *, persistent: bool = False) -> None:
+        """As `register_buffer(name, tensor, persistent=persistent)`."""
         stand_in = nn.Module()
-        stand_in.register_buffer(name, tensor, persistent=False)
+        stand_in.register_buffer(name, tensor, persistent=persistent)
         self.draft(module._buffers).update(stand_in._buffers)
         self.draft(module._non_persistent_buffers_set).update(stand_in._non_persistent_buffers_set)
 

@@ -28,6 +28,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 import complora_kernels as ck
+from complora_kernels import base_weights
 from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
 from complora_kernels.adapter_files import BASES_FILES, CONFIG_FILE, WEIGHTS_FILE
 from complora_kernels.apply import adapted_layers
@@ -475,6 +476,89 @@ def test_weights_that_are_not_adapted_may_change():
     wrong = "transformer.resblocks.0.mlp.c_fc.weight"
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict(state | {wrong: torch.zeros(3, 3)})
+
+
+# ---- state dicts, which hold no bases
+
+
+def factors_and_bases(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in raw_adapter_state(model).items()}
+
+
+@pytest.mark.parametrize(("make", "sides"), [(clip, "both"), (clip_4, "output")])
+def test_a_state_dict_of_a_model_calibrated_on_other_batches_is_refused(make, sides):
+    plain = make()
+    model, other = (
+        adapt(copy.deepcopy(plain), batches(seed=seed, dtype=torch.float32), sides=sides) for seed in (3, 9)
+    )
+    state, before = copy.deepcopy(randomise(model).state_dict()), factors_and_bases(other)
+    with pytest.raises(RuntimeError) as refused:
+        other.load_state_dict(state)
+    for name in ("visual.transformer.resblocks.0.attn.q (output)", "visual.transformer.resblocks.1.mlp.c_fc (output)"):
+        assert f"{name}" in str(refused.value)
+    assert ("attn.o (input)" in str(refused.value)) == (sides == "both")
+    assert "calibrated on other batches, and does not hold its bases. Expected a model calibrated on" in str(
+        refused.value
+    )
+    assert all(torch.equal(value, before[name]) for name, value in raw_adapter_state(other).items())
+    same = adapt(copy.deepcopy(plain), batches(seed=3, dtype=torch.float32), sides=sides)
+    same.load_state_dict(state)
+    inputs = batch()
+    assert torch.equal(features(same, *inputs), features(model, *inputs))
+    with pytest.raises(RuntimeError, match="_fingerprint"):  # both of whose sides are other than ours
+        adapt(copy.deepcopy(plain), batches(seed=3, dtype=torch.float32), sides="input").load_state_dict(state)
+
+
+def test_state_dicts_that_are_right_load_as_ever(tmp_path):
+    plain = clip()
+    model, again = (adapt(copy.deepcopy(plain)) for _ in range(2))
+    state = copy.deepcopy(randomise(model).state_dict())
+    own = {name for name in state if "fingerprint" in name}
+    assert len(own) == len([name for name, _ in model.named_buffers() if "_basis" in name])
+    again.load_state_dict({name: value for name, value in state.items() if name not in own})  # of an older version
+    again.load_state_dict(plain.state_dict())
+    again.load_state_dict({name: value.bfloat16() for name, value in state.items()})
+    again.load_state_dict(state)
+    copy.deepcopy(model).double().load_state_dict(state)
+    copy.deepcopy(model).half().load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*output_fingerprint_q"):
+        again.load_state_dict({name: value[:3] if name in own else value for name, value in state.items()})
+    torch.save(state, tmp_path / "state.pt")
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    safetensors.torch.save_model(model, str(tmp_path / "state.safetensors"))
+    safetensors.torch.load_model(again, tmp_path / "state.safetensors")
+    missing, unexpected = plain.load_state_dict(state, strict=False)
+    assert missing == []
+    assert {name for name in unexpected if "lora_" not in name} == own
+    other = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL))
+    assert not any("fingerprint" in name for name in other.state_dict())
+
+
+def test_a_state_dict_follows_the_bases_that_a_model_is_given(tmp_path):
+    model = saved(tmp_path, small())
+    state = copy.deepcopy(model.state_dict())
+    for give in (
+        lambda other: ck.load_adapter(other, tmp_path, progress=False),
+        lambda other: load_raw_adapter_state(other, raw_adapter_state(model)),
+    ):
+        other = adapt(small(), batches(seed=9, dtype=torch.float32))
+        with pytest.raises(RuntimeError, match="calibrated on other batches"):
+            other.load_state_dict(state)
+        give(other)
+        other.load_state_dict(state)
+        model.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 24])
+def test_the_sketch_of_a_projection(k):
+    U, V = (torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q[:, :k] for _ in range(2))
+    sketch = base_weights.describe_projection(U)
+    expected = base_weights.describe(U @ U.T)["sketch"]
+    torch.testing.assert_close(sketch, torch.tensor(expected, dtype=torch.float64))
+    turned = U @ torch.linalg.qr(torch.randn(k, k, dtype=torch.float64)).Q
+    torch.testing.assert_close(base_weights.describe_projection(turned), sketch)  # another basis of the same subspace
+    if 0 < k < 24:
+        assert (base_weights.describe_projection(V) - sketch).norm() > 0.3 * (U @ U.T - V @ V.T).norm()
 
 
 # ---- files

@@ -95,6 +95,7 @@ class CompLoRAAttentionLayer(CompLoRALayer):
     ) -> Tensor:
         if not names or not self.active:
             return F.linear(x, weight, bias)
+        self._require_frozen(weight, bias)
         folded_As, scaled_Bs = folded_factors(self, names, functional.compute_dtype(x))
         return functional.packed_lora_linear(
             x, weight, bias, folded_As, scaled_Bs, rows, dropout_p=self.config.lora_dropout, training=self.training

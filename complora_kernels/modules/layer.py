@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -146,6 +146,19 @@ class CompLoRALayer(Float32State):
         with joined(changes) as pending:
             pending.set_buffer(self, _basis_name(name, side), basis.matrix)
             pending.draft(self._about_bases)[name, side] = (basis.kind, basis.k, basis.energy)
+            self._describe_basis(name, side, basis.matrix, pending)
+
+    def describe_bases(self, matrices: Mapping[str, Tensor], changes: Changes) -> None:
+        """Sets the fingerprints to those of these bases, by the names of their buffers, as one of `changes`."""
+        for name, side in self._about_bases:
+            self._describe_basis(name, side, matrices[_basis_name(name, side)], changes)
+
+    def _describe_basis(self, name: str, side: str, matrix: Tensor, changes: Changes) -> None:
+        """Describes a basis of activations by a buffer in the state dict, which does not hold the basis."""
+        if self.config.protects_activations:
+            sketch = base_weights.describe_projection(matrix).float()  # [8]; not every device has float64
+            device = self.frozen_parameter(name).device
+            changes.set_buffer(self, _fingerprint_name(name, side), sketch.to(device), persistent=True)
 
     def protect_activations(
         self,
@@ -241,6 +254,15 @@ class CompLoRALayer(Float32State):
                 pending.remove_buffer(self, _original_name(name))
             pending.draft(vars(self))["merged"] = False
 
+    def _require_frozen(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises ValueError where an active layer would leave out a gradient that is asked for."""
+        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            kind = "weight" if weight.requires_grad else "bias"
+            raise ValueError(
+                f"{self._path or type(self).__name__}: {kind}.requires_grad=True, expected a frozen {kind}: only the "
+                "factors of an adapted module are trained. Freeze it, or leave the module out of target_modules"
+            )
+
     @property
     def active(self) -> bool:
         """Whether the forward pass adds the low-rank term (not while merged or disabled)."""
@@ -278,11 +300,24 @@ class CompLoRALayer(Float32State):
                 "into a plain model and apply_complora to that"
             )
             return
+        calibrated = list(self._about_bases) if self.config.protects_activations else []
+        others = [key for key in calibrated if not self._has_basis(*key, prefix, state_dict)]
+        if others:
+            error_msgs.append(
+                f"{', '.join(f'{self._label(name)} ({side})' for name, side in others)}: the state dict is of a model "
+                "that was calibrated on other batches, and does not hold its bases. Expected a model calibrated on the "
+                "same ones, or files of save_adapter, which hold the bases, and load_adapter"
+            )
+            return
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
-        if own_factors.isdisjoint(state_dict):  # a plain model's checkpoint has no factors: keep ours
-            missing_keys[:] = [key for key in missing_keys if key not in own_factors]
+        fingerprints = {f"{prefix}{_fingerprint_name(*key)}" for key in calibrated}
+        for own in (own_factors, fingerprints):
+            if own.isdisjoint(
+                state_dict
+            ):  # a plain model's checkpoint has none, an older one no fingerprints: keep ours
+                missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def update_bases(self) -> None:
         """Computes the bases of every weight whose values changed since they were last computed.
@@ -327,6 +362,16 @@ class CompLoRALayer(Float32State):
             return True  # it stays, and torch says why
         described = base_weights.describe(loaded[start:stop])
         return base_weights.relative_distance(described, self._calibrated_on[name]) <= base_weights.TOLERANCE
+
+    def _has_basis(self, name: str, side: str, prefix: str, state_dict: dict[str, Any]) -> bool:
+        """Whether a state dict has the fingerprint of our basis, up to rounding, or none."""
+        own = self.get_buffer(_fingerprint_name(name, side))
+        loaded = state_dict.get(f"{prefix}{_fingerprint_name(name, side)}")
+        if not isinstance(loaded, Tensor) or loaded.shape != own.shape:
+            return True  # torch says what is wrong with it
+        apart = float((loaded.cpu().double() - own.cpu().double()).norm()) / math.sqrt(base_weights.SKETCHES)
+        columns = self.get_buffer(_basis_name(name, side)).shape[1]  # |U U^T|²
+        return apart <= base_weights.TOLERANCE * math.sqrt(columns)
 
     def _init_adapter(self, config: CompLoRAConfig, weights: dict[str, WeightRows], path: str) -> None:
         """Common to the `from_...` constructors, once the frozen parameters are in place."""
@@ -407,6 +452,10 @@ def _update_bases_after_load(module: CompLoRALayer, _: Any) -> None:
 
 def _basis_name(name: str, side: str) -> str:
     return f"{side}_basis_{name}" if name else f"{side}_basis"
+
+
+def _fingerprint_name(name: str, side: str) -> str:
+    return f"{side}_fingerprint_{name}" if name else f"{side}_fingerprint"
 
 
 def _original_name(parameter: str) -> str:

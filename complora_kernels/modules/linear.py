@@ -53,12 +53,14 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         self,
         input: Tensor,  # [..., in]
     ) -> Tensor:  # [..., out]
+        weight, bias = self.weight, self.bias
         if not self.active:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, weight, bias)
+        self._require_frozen(weight, bias)
         (folded_A,), (scaled_B,) = folded_factors(self, ("",), functional.compute_dtype(input))
         dropout_p = self.config.lora_dropout
         return functional.lora_linear(
-            input, self.weight, self.bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training
+            input, weight, bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training
         )
 
     def extra_repr(self) -> str:
