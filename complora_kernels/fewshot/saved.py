@@ -22,11 +22,12 @@ from complora_kernels.fewshot.checks import check_device
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.datasets import Dataset, check_dataset, read_draw
 from complora_kernels.fewshot.evaluate import Task
-from complora_kernels.fewshot.files import check_writable, write_atomically
+from complora_kernels.fewshot.files import check_writable
 from complora_kernels.fewshot.grid import DESCRIPTION
 from complora_kernels.fewshot.measure import at_most, test_images
 from complora_kernels.fewshot.recipe import DRAW, precision_for
 from complora_kernels.fewshot.setting import Settings
+from complora_kernels.files import write_atomically
 
 
 @dataclass(frozen=True)

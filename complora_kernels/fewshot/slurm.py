@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.grid import RESULTS, SLURM, record
+from complora_kernels.fewshot.grid import SLURM, record
 from complora_kernels.fewshot.jobs import Job, run_alone
+from complora_kernels.fewshot.outcomes import results_of
 
 _SUBMITTED = "_submitted.pkl"  # how submitit's files of tasks end
 _MOST_TASKS = 1000  # of one array: Slurm's default limit
@@ -68,7 +68,7 @@ def run_on_slurm(
         executor.update_parameters(**{"name": output.name, **parameters})
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {parameters}: {error}") from error
-    finished = {result["run"] for result in read_json_lines(output / RESULTS)}
+    finished = {result["run"] for result in results_of(output)}
     remaining = {job.run.name: job for job in jobs if job.run.name not in finished}
     under_way = _under_way(folder, type(executor._executor).job_class)
     submitted = {name: task for name, task in under_way.items() if name in remaining}

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from complora_kernels.fewshot.checks import check_data, check_options, check_workers
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
-from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.grid import RESULTS, check_images, check_same, description, open_folder, run_jobs
+from complora_kernels.fewshot.grid import check_images, check_same, description, open_folder, run_jobs
 from complora_kernels.fewshot.jobs import Job
 from complora_kernels.fewshot.methods import METHODS
+from complora_kernels.fewshot.outcomes import results_of
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
 from complora_kernels.fewshot.team import ALONE, Team, is_started_together
 
@@ -258,5 +258,5 @@ def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = 
         run_on_slurm(sweep.jobs, sweep.output, sweep.slurm, console)
     else:
         run_jobs(sweep.jobs, sweep.output, console, workers=config.workers, team=team, keep_going=True)
-    finished = {result["run"] for result in read_json_lines(sweep.output / RESULTS)}
+    finished = {result["run"] for result in results_of(sweep.output)}
     return sum(job.run.name not in finished for job in sweep.jobs)

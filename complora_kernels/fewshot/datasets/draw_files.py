@@ -15,7 +15,7 @@ from torch import Tensor
 from complora_kernels.fewshot.datasets.coop_pickles import read_coop_pickle
 from complora_kernels.fewshot.datasets.dataset import Dataset
 from complora_kernels.fewshot.datasets.drawn import Draw, complete, restrict
-from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.files import write_atomically
 
 
 def write_draw(path: Path, dataset: Dataset, draw: Draw) -> None:

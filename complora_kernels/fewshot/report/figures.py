@@ -9,13 +9,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from complora_kernels.fewshot.files import write_atomically
 from complora_kernels.fewshot.report.intervals import differences
 from complora_kernels.fewshot.report.panels import WIDE, Panel, arrange, caption, draw_figure, error_bar, wrapped
 from complora_kernels.fewshot.report.styles import BARS, FEW, LINE, ZERO_SHOT, Look, display_name
 from complora_kernels.fewshot.report.summary import Cell, Spread, Summary
 from complora_kernels.fewshot.report.tradeoff import fronts, new_against_kept
 from complora_kernels.fewshot.report.wording import average_name, axis_names, measure_names, new_name, shots_name
+from complora_kernels.files import write_atomically
 
 _SHOTS = "shots (training images per class)"
 _PATTERNS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from complora_kernels.fewshot.files import read_json_lines, write_atomically
+from complora_kernels.fewshot.files import read_json
+from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.report.figures import write_figures
 from complora_kernels.fewshot.report.sections import rows, sections
 from complora_kernels.fewshot.report.spreadsheet import to_csv
@@ -28,6 +28,7 @@ from complora_kernels.fewshot.report.wording import (
     shots_name,
     title,
 )
+from complora_kernels.files import write_atomically
 
 _MOST_SENTENCES = 12  # that somebody reads on a terminal
 
@@ -37,9 +38,10 @@ def report(folder: Path, console: Console) -> None:
 
     Raises:
         FileNotFoundError: the folder holds no results.
+        ValueError: one of its files is damaged; it is named, with the line.
     """
-    results = read_json_lines(folder / "results.jsonl")
-    failed = failures(results, read_json_lines(folder / "failures.jsonl"))
+    results = results_of(folder)
+    failed = failures(results, failures_of(folder))
     if not results:
         because = f" ({len(failed)} failed, see failures.jsonl)" if failed else ""
         raise FileNotFoundError(
@@ -67,7 +69,7 @@ def report(folder: Path, console: Console) -> None:
 def variants(folder: Path) -> list[str]:
     """Those of a sweep, in the order of its file; none of `complora train`, whose config.json is one mapping."""
     path = folder / "config.json"
-    described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    described = read_json(path) if path.exists() else {}
     return [name for name, options in described.items() if isinstance(options, dict)]
 
 
