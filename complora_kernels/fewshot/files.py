@@ -10,12 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from complora_kernels.files import open_to_append, reading, sealed, unsealed, writing
+from complora_kernels.files import open_to_append, reading, sealed, unsealed, write_atomically, writing
 
 
 def file_name(text: str) -> str:
     """The text with each run of characters that file names had better not have as one underscore."""
     return re.sub(r"[^\w.-]+", "_", text)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write an object, sealed, into a file that is whole or absent. An OSError leaves what was there before."""
+    write_atomically(path, json.dumps(sealed(record), indent=2) + "\n")
 
 
 def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.checks import check_data, check_options
 from complora_kernels.fewshot.config import TrainConfig
-from complora_kernels.fewshot.files import append_json_line, check_writable, read_json
+from complora_kernels.fewshot.files import append_json_line, check_writable, read_json, write_json
 from complora_kernels.fewshot.jobs import RUNS, Job, is_full
 from complora_kernels.fewshot.outcomes import FAILURES, RESULTS, failures_of, results_of
 from complora_kernels.fewshot.profile import PROFILE
@@ -22,7 +21,7 @@ from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT
 from complora_kernels.fewshot.team import ALONE, Team
 from complora_kernels.fewshot.workers import work_off
-from complora_kernels.files import sealed, words_of, write_atomically
+from complora_kernels.files import words_of
 
 DESCRIPTION = "config.json"
 FIGURES = "figures"
@@ -64,7 +63,7 @@ def open_folder(folder: Path, described: dict[str, Any]) -> None:
     failures_of(folder)  # which the report at the end will read
     for part in (folder, folder / RUNS, folder / FIGURES):
         check_writable(part)
-    write_atomically(folder / DESCRIPTION, json.dumps(sealed(described), indent=2) + "\n")
+    write_json(folder / DESCRIPTION, described)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import platform
 import sys
@@ -26,6 +25,7 @@ from complora_kernels.fewshot.crops import draw_boxes, resample
 from complora_kernels.fewshot.datasets import Draw, draw, write_draw
 from complora_kernels.fewshot.datasets.fingerprint import fingerprint
 from complora_kernels.fewshot.decode import load_crops
+from complora_kernels.fewshot.files import write_json
 from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.logs import RunLog
 from complora_kernels.fewshot.measure import Measurement
@@ -34,7 +34,6 @@ from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, 
 from complora_kernels.fewshot.sampler import batch_indices
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import ALONE, Team
-from complora_kernels.files import sealed, write_atomically
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules.prompts import cut_prompts
 
@@ -93,7 +92,7 @@ def train(
         write_draw(folder / DRAW, setting.new.dataset, drawn)
         root = None if config.data_root is None else str(config.data_root)
         described = {"run": run.name, **options.to_json(config), "data_root": root, "versions": versions()}
-        write_atomically(folder / "config.json", json.dumps(sealed(described), indent=2) + "\n")
+        write_json(folder / "config.json", described)
     before = {
         "run": run.name,
         "data": config.data,
