@@ -18,6 +18,7 @@ from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.escapes import for_terminal
 from complora_kernels.fewshot.files import check_writable
 from complora_kernels.fewshot.grid import held, prepare, run_grid
+from complora_kernels.fewshot.jobs import is_full
 from complora_kernels.fewshot.outcomes import FAILURES, results_of
 from complora_kernels.fewshot.pretrain import PretrainConfig, pretrain
 from complora_kernels.fewshot.report import report
@@ -126,7 +127,7 @@ def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[
     again = f"goes on from the last checkpoints: complora {shlex.join(arguments)}"
     if isinstance(ended, ArithmeticError) or isinstance(ended.__cause__, ArithmeticError):
         advice = "The same command would diverge again: expected a lower rate in --learning-rates, for one"
-    elif isinstance(ended, KeyboardInterrupt):
+    elif isinstance(ended, KeyboardInterrupt) or (isinstance(ended, OSError) and is_full(ended)):
         advice = f"The same command {again}"
     else:
         advice = f"Once the cause is gone, the same command {again}"
