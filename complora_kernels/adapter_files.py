@@ -416,7 +416,12 @@ def _with_digest(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
 
 def _digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Of the configuration, whatever digest it holds, and of every name, shape, dtype and bit of the tensors."""
-    return _sha256([json.dumps(_with_digest(config, None)), *_fingerprints(tensors)])
+    return tensor_digest(tensors, json.dumps(_with_digest(config, None)))
+
+
+def tensor_digest(tensors: dict[str, Tensor], text: str) -> str:
+    """Of a text and of every name, shape, dtype and bit of the tensors: a checkpoint's too."""
+    return _sha256([text, *_fingerprints(tensors)])
 
 
 def _fingerprints(tensors: dict[str, Tensor]) -> list[str]:

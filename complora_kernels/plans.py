@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from complora_kernels.files import reading, set_aside, unsealed
 from complora_kernels.thread_stack import ThreadStack
 
 NAMES = ("fused", "concat", "merge", "addmm")
@@ -181,21 +181,20 @@ def read(path: Path, *, locked: bool = False) -> Entries:
         OSError: the file cannot be read, or is damaged and cannot be locked or renamed.
     """
     try:
-        content = json.loads(path.read_bytes())
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema={content['schema']!r}, expected {SCHEMA}")
-        entries = [checked(_entry(**row)) for row in content["entries"]]
-        return {(entry.problem, entry.versions): entry for entry in entries}
+        with reading(path, "a file of measured plans"):
+            content = unsealed(json.loads(path.read_bytes()))
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema={content['schema']!r}, expected {SCHEMA}")
+            entries = [checked(_entry(**row)) for row in content["entries"]]
+            return {(entry.problem, entry.versions): entry for entry in entries}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, RecursionError) as damage:  # no JSON, or JSON that says something else
+    except ValueError as damage:
         if not locked:
             with lock(path):  # by now another process may have renamed it and written a whole one
                 return read(path, locked=True)
-        names = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
-        path.rename(aside)
-        logger.warning("%s is damaged (%r): renamed to %s, the shipped plans are used", path, damage, aside.name)
+        words, aside = damage.__cause__ or damage, set_aside(path).name
+        logger.warning("%s is damaged (%r): renamed to %s, the shipped plans are used", path, words, aside)
         return {}
 
 

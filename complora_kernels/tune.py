@@ -6,7 +6,6 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from complora_kernels import backends, functional, plans
+from complora_kernels.files import sealed, write_atomically
 from complora_kernels.plans import Entry, Plan, Problem
 
 SHAPES = {  # width d, and tokens of one image or text
@@ -126,18 +126,10 @@ def record(measured: Mapping[Problem, Sequence[tuple[Plan, float]]], path: Path 
     today = datetime.now(timezone.utc).date().isoformat()
     new = [plans.checked(Entry(problem, tuple(each), plans.versions(), today)) for problem, each in measured.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
     with plans.lock(path):
         entries = plans.read(path, locked=True) | {(entry.problem, entry.versions): entry for entry in new}
         rows = [entry._asdict() | {"problem": entry.problem._asdict()} for entry in entries.values()]
-        try:
-            with temporary.open("w") as file:
-                json.dump({"schema": plans.SCHEMA, "entries": rows}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, json.dumps(sealed({"schema": plans.SCHEMA, "entries": rows}), indent=1))
     plans.reload()
 
 

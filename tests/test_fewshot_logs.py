@@ -5,7 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import fewshot_standin as standin
 import matplotlib.image
@@ -121,21 +120,17 @@ class Full(io.RawIOBase):
 
 def test_a_disk_that_is_full_ends_the_run_with_what_it_says(tmp_path, monkeypatch):
     """Once: neither the file, whose rest cannot be written when it is closed, nor the figure says it again."""
-    opened, written = Path.open, logs.write_atomically
-
-    def on_full_disk(path: Path, *mode: Any, **options: Any) -> Any:
-        full = (path.name, *mode) == ("log.jsonl", "ab")
-        return io.BufferedWriter(Full()) if full else opened(path, *mode, **options)
+    written = logs.write_atomically
 
     def no_figure(path: Path, content: bytes) -> None:
         if path.name == "loss.png":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         written(path, content)
 
-    monkeypatch.setattr(Path, "open", on_full_disk)
+    monkeypatch.setattr(logs, "open_to_append", lambda path: io.BufferedWriter(Full()))
     monkeypatch.setattr(logs, "write_atomically", no_figure)
     steps = []
-    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$") as error:
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: .*log.jsonl'$") as error:
         train(
             standin.config(tmp_path, log_every=2),
             RUN,

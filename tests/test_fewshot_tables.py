@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from complora_kernels.fewshot.datasets import ELEVEN
+from complora_kernels.fewshot.escapes import for_latex
 from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.report.comparisons import harmonic
 from complora_kernels.fewshot.report.folder import failures, latex, markdown, terminal_table
@@ -16,7 +17,7 @@ from complora_kernels.fewshot.report.results import read_results
 from complora_kernels.fewshot.report.sections import accuracy_table, data_set_table, kept_table, sections
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
-from complora_kernels.fewshot.report.tables import LATEX_HEAD, Table, escape_latex, markdown_table, to_latex
+from complora_kernels.fewshot.report.tables import LATEX_HEAD, Table, markdown_table, to_latex
 from complora_kernels.fewshot.report.wording import gaps, kept_name
 
 
@@ -470,9 +471,9 @@ def test_latex_is_well_formed():
 
 
 def test_latex_prints_the_characters():
-    assert escape_latex("fgvc_aircraft & 50%") == r"fgvc\_aircraft \& 50\%"
-    assert escape_latex("-1.5 [-2.0, +0.1], wd-3, 63.1 ± 0.4") == r"$-$1.5 {[}$-$2.0, +0.1], wd-3, 63.1 $\pm$ 0.4"
-    assert escape_latex(r"\{~^") == r"\textbackslash{}\{\textasciitilde{}\textasciicircum{}"
+    assert for_latex("fgvc_aircraft & 50%") == r"fgvc\_aircraft \& 50\%"
+    assert for_latex("-1.5 [-2.0, +0.1], wd-3, 63.1 ± 0.4") == r"$-$1.5 {[}$-$2.0, +0.1], wd-3, 63.1 $\pm$ 0.4"
+    assert for_latex(r"\{~^") == r"\textbackslash{}\{\textasciitilde{}\textasciicircum{}"
     table = Table(["50%"], ["method", "a_b"], [["[x]", "1"]])
     assert r"{[}x] & 1 \\" in to_latex(table)
     assert r"\caption{50\%}" in to_latex(table)

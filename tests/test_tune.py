@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from failures import contents, failing
 from torch import Tensor
 
 from complora_kernels import functional, plans, tune
+from complora_kernels.files import unsealed
 from complora_kernels.kernels import linear
 from complora_kernels.plans import Plan, Problem
 
@@ -223,7 +225,7 @@ def test_file_that_cannot_be_written_is_an_error_before_anything_is_measured(sta
 def test_record_keeps_other_entries_and_replaces_its_own(path):
     other = PROBLEM._replace(rank=4)
     tune.record({PROBLEM: [(CONCAT, 0.1), (ADDMM, 0.2)], other: [(CONCAT, 0.1)]})
-    file = json.loads(path.read_text())
+    file = unsealed(json.loads(path.read_text()))
     file["entries"][1]["versions"] = ["0.0", "0.0"]  # the same problem under other versions is kept too
     path.write_text(json.dumps(file))
     tune.record({PROBLEM: [(MERGE, 0.3)], other: [(ADDMM, 0.4)]})
@@ -251,7 +253,7 @@ def test_record_refuses_what_could_not_be_read(path, measured):
 def test_failed_write_leaves_the_old_file(path, monkeypatch, step):
     tune.record({PROBLEM: [(CONCAT, 0.1)]})
     before = contents(path.parent)
-    failing(monkeypatch, tune.os, step, {0}, OSError("disk full"))
+    failing(monkeypatch, os, step, {0}, OSError("disk full"))
     with pytest.raises(OSError, match="disk full"):
         tune.record({PROBLEM: [(ADDMM, 0.1)]})
     assert contents(path.parent) == before

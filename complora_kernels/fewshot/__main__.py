@@ -15,13 +15,17 @@ import tyro
 from rich.console import Console
 
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
-from complora_kernels.fewshot.files import check_writable, read_json_lines
-from complora_kernels.fewshot.grid import FAILURES, RESULTS, held, prepare, run_grid
+from complora_kernels.fewshot.escapes import for_terminal
+from complora_kernels.fewshot.files import check_writable
+from complora_kernels.fewshot.grid import held, prepare, run_grid
+from complora_kernels.fewshot.jobs import is_full
+from complora_kernels.fewshot.outcomes import FAILURES, results_of
 from complora_kernels.fewshot.pretrain import PretrainConfig, pretrain
 from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.saved import EvalConfig, ExportConfig, evaluate, export
 from complora_kernels.fewshot.sweep import Sweep, SweepConfig, prepare_sweep, run_sweep
 from complora_kernels.fewshot.team import assemble, leads
+from complora_kernels.files import words_of
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ready = _prepare(command)
         has_begun = isinstance(command, (TrainConfig, SweepConfig, PretrainConfig))
         return _run(command, ready, console)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        _tell_how_to_go_on(command, ready, arguments)
+    except KeyboardInterrupt as stop:
+        _say("stopped")
+        _tell_how_to_go_on(command, ready, arguments, stop)
         return 130
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+        _say(f"error: {words_of(error)}")
         if not has_begun:
             return 2 if isinstance(error, (ValueError, OSError)) else 1
-        _tell_how_to_go_on(command, ready, arguments)
+        _tell_how_to_go_on(command, ready, arguments, error)
         return 1
+
+
+def _say(text: str) -> None:
+    print(for_terminal(text), file=sys.stderr)
 
 
 def _prepare(command: Command) -> Any:
@@ -99,13 +107,11 @@ def _run(command: Command, ready: Any, console: Console) -> int:
         if team.leads:
             report(output, console)
     if failed:
-        print(
-            f"error: {failed} runs failed, see {output / FAILURES}; the same command tries them again", file=sys.stderr
-        )
+        _say(f"error: {failed} runs failed, see {output / FAILURES}; the same command tries them again")
     return 1 if failed else 0
 
 
-def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[str]) -> None:
+def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[str], ended: BaseException) -> None:
     if isinstance(command, TrainConfig):
         output, names = command.output, [run.name for run in command.runs()]
     elif isinstance(ready, Sweep):
@@ -114,12 +120,18 @@ def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[
         return
     if not leads():
         return
-    done = {result["run"] for result in read_json_lines(output / RESULTS)}
-    print(
-        f"{len(done & set(names))} of {len(names)} runs are finished. The same command goes on from the last "
-        f"checkpoints: complora {shlex.join(arguments)}",
-        file=sys.stderr,
-    )
+    try:
+        done = {result["run"] for result in results_of(output)}
+    except (ValueError, OSError):  # which is what ended the command, or will be said when it is tried again
+        return
+    again = f"goes on from the last checkpoints: complora {shlex.join(arguments)}"
+    if isinstance(ended, ArithmeticError) or isinstance(ended.__cause__, ArithmeticError):
+        advice = "The same command would diverge again: expected a lower rate in --learning-rates, for one"
+    elif isinstance(ended, KeyboardInterrupt) or (isinstance(ended, OSError) and is_full(ended)):
+        advice = f"The same command {again}"
+    else:
+        advice = f"Once the cause is gone, the same command {again}"
+    _say(f"{len(done & set(names))} of {len(names)} runs are finished. {advice}")
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import pickle
 import tempfile
 import textwrap
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from complora_kernels.fewshot import glyphs
 from complora_kernels.fewshot.config import GLYPHS
+from complora_kernels.fewshot.torchscript import is_torchscript, read_torchscript
+from complora_kernels.files import reading, words_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def load_backbone(
         if isinstance(error, OSError) and error.errno is not None:
             raise
         source = f"--pretrained {pretrained}" if pretrained else f"--model {model}"
-        words = textwrap.shorten(str(error), 400) or type(error).__name__  # of a state dict it may name every key
+        words = _words_of(error, Path(pretrained or ""))
         raise ValueError(f"{source}: cannot be loaded as {model}: {words}") from error
 
 
@@ -77,7 +80,7 @@ def _load(model: str, pretrained: str | None, activation: str, device: torch.dev
     quick_gelu = _wants_quick_gelu(model, activation)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("error", message="QuickGELU mismatch")
-        if pretrained is not None and _is_torchscript(Path(pretrained)):
+        if pretrained is not None and is_torchscript(Path(pretrained)):
             pretrained = _unpack_torchscript(Path(pretrained), Path(folder))
         clip = open_clip.create_model(
             model,
@@ -98,8 +101,9 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
 
     Args:
         model: "glyphs" or a model name of open_clip.
-        pretrained: a file with weights, or a tag of open_clip; for "glyphs" a folder written by `pretrain-glyphs`, or
-            None for the bundled weights; None for names that bring their weights (`hf-hub:`, `local-dir:`).
+        pretrained: a file with weights, whose code, if it has any, is not run, or a tag of open_clip; for "glyphs" a
+            folder written by `pretrain-glyphs`, or None for the bundled weights; None for names that bring their
+            weights (`hf-hub:`, `local-dir:`).
         activation: "gelu", "quick-gelu", or "auto" for what the model's name says.
 
     Raises:
@@ -133,6 +137,15 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
         )
 
 
+def is_listed(model: str, pretrained: str | None) -> bool:
+    """Whether both are names of open_clip's own tables, or the bundled model: no file, no folder, no hub."""
+    if model == GLYPHS:
+        return pretrained is None
+    schema, name = parse_model_name(model)
+    is_tag = pretrained is None or bool(open_clip.get_pretrained_cfg(name, pretrained))
+    return schema is None and open_clip.get_model_config(name) is not None and is_tag
+
+
 def _check_glyphs(folder: str | None, activation: str) -> None:
     if activation != "auto":
         raise ValueError(f"--activation {activation}: expected auto with --model {GLYPHS}, which brings its own")
@@ -162,9 +175,12 @@ def _trained_with_quick_gelu(name: str, pretrained: str) -> tuple[bool | None, s
     path = Path(pretrained)
     described = path.parent / "open_clip_config.json"
     if described.is_file():
-        model_config = json.loads(described.read_text()).get("model_cfg", {})
-        return bool(model_config.get("quick_gelu", False)), str(described)
-    if _is_torchscript(path):
+        with reading(described, "the configuration of a model, as open_clip writes it"):
+            model_config = json.loads(described.read_bytes()).get("model_cfg", {})
+            return bool(model_config.get("quick_gelu", False)), str(described)
+    with reading(path, "a file of weights"):
+        is_archive = is_torchscript(path)
+    if is_archive:
         return True, "its TorchScript format, in which OpenAI published its models"
     for tag in list_pretrained_tags_by_model(name):
         known = open_clip.get_pretrained_cfg(name, tag)
@@ -173,22 +189,27 @@ def _trained_with_quick_gelu(name: str, pretrained: str) -> tuple[bool | None, s
     return None, ""
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in entry for entry in archive.namelist())
-
-
 def _unpack_torchscript(path: Path, folder: Path) -> str:
     """Write the weights of one of OpenAI's archives into a file of a format that open_clip's loader reads."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit")  # deprecated, as these archives are
-        weights = torch.jit.load(path, map_location="cpu").state_dict()
     not_weights = ("input_resolution", "context_length", "vocab_size")
+    weights = {name: weight for name, weight in read_torchscript(path).items() if name not in not_weights}
     unpacked = folder / "weights.safetensors"
-    save_file({name: weight.contiguous() for name, weight in weights.items() if name not in not_weights}, unpacked)
+    save_file({name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}, unpacked)
     return str(unpacked)
+
+
+def _words_of(error: Exception, path: Path) -> str:
+    """Why the weights of a model, in a file perhaps, cannot be loaded."""
+    if isinstance(error, StopIteration):  # of open_clip, which looks at the first weight
+        return "there are no weights in it"
+    if isinstance(error, pickle.UnpicklingError) and path.is_file():
+        with contextlib.suppress(Exception):  # a file that is no pickle at all
+            if found := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                return (
+                    f"beside tensors it holds Python objects ({', '.join(sorted(found))}), and a pickle of these can "
+                    "run code; expected a file of weights alone, such as safetensors"
+                )
+    return textwrap.shorten(words_of(error), 400)  # of a state dict it may name every key
 
 
 def _preprocessing(

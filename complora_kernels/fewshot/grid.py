@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -14,16 +13,16 @@ from rich.console import Console
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.checks import check_data, check_options
 from complora_kernels.fewshot.config import TrainConfig
-from complora_kernels.fewshot.files import append_json_line, check_writable, read_json_lines, write_atomically
-from complora_kernels.fewshot.jobs import RUNS, Job, is_full, words_of
+from complora_kernels.fewshot.files import append_json_line, check_writable, read_json, write_json
+from complora_kernels.fewshot.jobs import RUNS, Job, is_full
+from complora_kernels.fewshot.outcomes import FAILURES, RESULTS, failures_of, results_of
 from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT
 from complora_kernels.fewshot.team import ALONE, Team
 from complora_kernels.fewshot.workers import work_off
+from complora_kernels.files import words_of
 
-RESULTS = "results.jsonl"
-FAILURES = "failures.jsonl"
 DESCRIPTION = "config.json"
 FIGURES = "figures"
 SLURM = "slurm"
@@ -48,18 +47,23 @@ def prepare(config: TrainConfig) -> None:
 
 
 def description(folder: Path) -> dict[str, Any]:
-    """What a folder is of that holds results, or runs that would go on; nothing of any other."""
+    """What a folder is of that holds results, or runs that would go on; nothing of any other.
+
+    Raises:
+        ValueError: its config.json is damaged.
+    """
     begun = (RESULTS, f"{RUNS}/*/{CHECKPOINT}", f"{SLURM}/*_submitted.pkl")
     is_begun = any(True for pattern in begun for _ in folder.glob(pattern))
     path = folder / DESCRIPTION
-    return json.loads(path.read_text()) if is_begun and path.exists() else {}
+    return read_json(path) if is_begun and path.exists() else {}
 
 
 def open_folder(folder: Path, described: dict[str, Any]) -> None:
-    """Make the folder of a grid, and note what it is of."""
+    """Make the folder of a grid, and note what it is of. A damaged line of failures.jsonl is a ValueError."""
+    failures_of(folder)  # which the report at the end will read
     for part in (folder, folder / RUNS, folder / FIGURES):
         check_writable(part)
-    write_atomically(folder / DESCRIPTION, json.dumps(described, indent=2) + "\n")
+    write_json(folder / DESCRIPTION, described)
 
 
 @contextmanager
@@ -87,7 +91,7 @@ def check_images(images: Mapping[str, str], folder: Path) -> None:
         images: the fingerprint of each run's, by its name.
         folder: of the grid.
     """
-    for result in read_json_lines(folder / RESULTS):
+    for result in results_of(folder):
         found, asked = result.get("images"), images.get(result["run"])
         if None not in (found, asked) and found != asked:
             raise ValueError(
@@ -96,8 +100,10 @@ def check_images(images: Mapping[str, str], folder: Path) -> None:
             )
 
 
-def check_same(found: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+def check_same(found: Any, asked: dict[str, Any], folder: Path) -> None:
     """Raise a ValueError with the options of a folder that are asked for with other values now."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / DESCRIPTION}: expected the options of each variant, not {str(found)[:80]}")
     found = {**options.BEFORE, **found}
     differences = [
         f"--{name.replace('_', '-')} was {found.get(name)}, now {asked.get(name)}"
@@ -144,11 +150,10 @@ def run_jobs(
         team: as in `run_grid`.
         keep_going: a run that fails is noted in failures.jsonl and does not stop the others.
     """
-    results_file = output / RESULTS
-    finished = team.agree({result["run"] for result in read_json_lines(results_file)})
+    finished = team.agree({result["run"] for result in results_of(output)})
     remaining = [job for job in jobs if job.run.name not in finished]
     if not remaining:
-        return read_json_lines(results_file)
+        return results_of(output)
     shown: Any = GridProgress(remaining, len(jobs) - len(remaining), console) if team.leads else nullcontext(_Silent())
     with shown as progress, closing(work_off(remaining, progress, workers, team)) as done:
         has_shown_profile = False
@@ -167,7 +172,7 @@ def run_jobs(
                 has_shown_profile = True
                 console.print(profile.read_text(), highlight=False, soft_wrap=True)
     team.wait()
-    return read_json_lines(results_file)
+    return results_of(output)
 
 
 def record(job: Job, result: Any, output: Path) -> None:

@@ -13,6 +13,7 @@ from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
 from complora_kernels.fewshot.recipe import CHECKPOINT, train
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.team import ALONE, SharedError, Team
+from complora_kernels.files import words_of
 
 RUNS = "runs"
 """Below the folder of a grid: where each run has a folder of its own."""
@@ -72,7 +73,7 @@ def result_of(
         return train(config, job.run, setting, job.folder, on_step, team)
     except (ArithmeticError, SharedError) as error:  # which all processes of a team meet
         return error.with_traceback(None)  # whose frames would keep the model
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if team.size > 1:
             raise  # the others wait for this one: all have to end
         return error.with_traceback(None)
@@ -90,15 +91,11 @@ def sendable(result: Any) -> Any:
     if not isinstance(result, Exception):
         return result
     if isinstance(result, OSError) and is_full(result):
-        return OSError(result.errno, result.strerror)
-    return RuntimeError(words_of(result))
+        return OSError(result.errno, result.strerror, result.filename)
+    kind = FloatingPointError if isinstance(result, ArithmeticError) else RuntimeError
+    return kind(words_of(result))
 
 
 def is_full(error: Exception) -> bool:
     """Whether there is no room for the results of other runs either."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-def words_of(error: Exception) -> str:
-    """What an error says, or its kind where it says nothing."""
-    return str(error) or type(error).__name__

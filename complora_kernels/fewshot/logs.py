@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from complora_kernels.fewshot.config import TrainConfig
-from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.files import open_to_append, write_atomically, writing
 
 LOG = "log.jsonl"
 FIGURE = "loss.png"
@@ -62,7 +62,7 @@ class RunLog:
             self._wandb = wandb.init(
                 project=config.wandb, name=name, id=f"{name}-{place:08x}", dir=folder, resume="allow"
             )
-        self._file = (folder / LOG).open("ab")
+        self._file = open_to_append(folder / LOG)
 
     def __enter__(self) -> RunLog:
         return self
@@ -85,9 +85,10 @@ class RunLog:
         """After `step` steps."""
         line = {"step": step, "loss": loss, "learning_rate": learning_rate}
         self.lines.append(line)
-        if self._file is not None:
-            self._file.write(_encoded(line))
-            self._file.flush()  # to the system, which keeps it when the process is killed
+        if self._file is not None and self.folder is not None:
+            with writing(self.folder / LOG):
+                self._file.write(_encoded(line))
+                self._file.flush()  # to the system, which keeps it when the process is killed
         self._tell({"loss": loss, "learning_rate": learning_rate}, step)
 
     def finish(self, result: dict[str, Any]) -> None:

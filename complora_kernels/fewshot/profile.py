@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,8 @@ from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+
+from complora_kernels.files import write_atomically
 
 FIRST_STEP, STEPS = 4, 8  # after what happens once only
 PROFILE, TRACE = "profile.txt", "trace.json"
@@ -59,8 +62,11 @@ class StepProfile:
             torch.cuda.synchronize()
         profiler, self.profiler = self.profiler, None
         profiler.stop()
-        profiler.export_chrome_trace(str(self.folder / TRACE))
-        (self.folder / PROFILE).write_text(describe(profiler.key_averages(), self.last - self.first))
+        # Into a folder of its own, because the profiler would follow a link in the place of its file.
+        with tempfile.TemporaryDirectory(prefix=".profile-", dir=self.folder) as temporary:
+            profiler.export_chrome_trace(str(Path(temporary, TRACE)))
+            Path(temporary, TRACE).replace(self.folder / TRACE)
+        write_atomically(self.folder / PROFILE, describe(profiler.key_averages(), self.last - self.first))
 
 
 def describe(averages: Any, steps: int) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from complora_kernels.fewshot.escapes import for_terminal, say
 from complora_kernels.fewshot.report.wording import words as words_of
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ class GridProgress:
         """The run has done so many steps."""
         name = job.run.name
         if name not in self.bar_of:
-            self.bar_of[name] = self.bars.add_task(escape(name), total=job.steps)
+            self.bar_of[name] = self.bars.add_task(_shown(name), total=job.steps)
         self.steps_done[name] = done
-        self.bars.update(self.bar_of[name], completed=done, description=f"{escape(name)}  loss {loss:.3f}")
+        self.bars.update(self.bar_of[name], completed=done, description=f"{_shown(name)}  loss {loss:.3f}")
         self.bars.update(self.overall, completed=sum(self.steps_done.values()))
         if not self.console.is_terminal and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
             self.say(f"{name}: step {done} of {job.steps}, loss {loss:.3f}")
@@ -101,12 +102,16 @@ class GridProgress:
         """Print a line, with the time left where there is no bar."""
         self.last_line = time.monotonic()
         left = "" if self.console.is_terminal else f"; {self._time_left()} left"
-        self.console.print(line + left, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, line + left, soft_wrap=True)
 
     def _time_left(self) -> str:
         done = sum(self.steps_done.values())
         seconds = (time.monotonic() - self.started) * (self.all_steps - done) / max(done, 1)
         return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _shown(name: str) -> str:
+    return escape(for_terminal(name))
 
 
 def _memory(mib: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import platform
 import sys
@@ -26,12 +25,12 @@ from complora_kernels.fewshot.crops import draw_boxes, resample
 from complora_kernels.fewshot.datasets import Draw, draw, write_draw
 from complora_kernels.fewshot.datasets.fingerprint import fingerprint
 from complora_kernels.fewshot.decode import load_crops
-from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.fewshot.files import write_json
 from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.logs import RunLog
 from complora_kernels.fewshot.measure import Measurement
 from complora_kernels.fewshot.profile import StepProfile
-from complora_kernels.fewshot.resume import load_checkpoint, random_state, save_checkpoint
+from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, random_state, save_checkpoint
 from complora_kernels.fewshot.sampler import batch_indices
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import ALONE, Team
@@ -56,7 +55,8 @@ def train(
     """Train and measure one cell of the grid.
 
     A run that finds a checkpoint in its folder goes on from there, and ends with the same factors as if it had
-    never been stopped. The checkpoint is left to the caller to remove, once the result is safe. The setting's own
+    never been stopped; one that is damaged is renamed, and the run starts again. The checkpoint is left to the caller
+    to remove, once the result is safe. The setting's own
     model stays as it is; torch's global random state is seeded.
 
     The processes of a team share every batch, the prompts and the images to be measured; without dropout they compute
@@ -92,7 +92,7 @@ def train(
         write_draw(folder / DRAW, setting.new.dataset, drawn)
         root = None if config.data_root is None else str(config.data_root)
         described = {"run": run.name, **options.to_json(config), "data_root": root, "versions": versions()}
-        write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
+        write_json(folder / "config.json", described)
     before = {
         "run": run.name,
         "data": config.data,
@@ -161,6 +161,9 @@ def _train(
     # Resume
     checkpoint = folder / CHECKPOINT
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": [], "images": seen}
+    with team.together():
+        if team.leads:
+            put_damaged_aside(checkpoint)
     found = team.collect(checkpoint.exists())
     with team.together():
         if any(found) and not all(found):

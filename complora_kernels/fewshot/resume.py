@@ -1,11 +1,13 @@
 """The state of an unfinished run: what is trained, the optimizer's moments, the random generators and the log.
 
-One safetensors file, replaced as a whole. The batches need no state: they are a function of the seed and the step.
+One safetensors file, replaced as a whole, with a digest of everything in it. The batches need no state: they are a
+function of the seed and the step.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
-from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.adapter_files import tensor_digest
+from complora_kernels.files import reading, set_aside, write_atomically
+
+logger = logging.getLogger("complora_kernels")
+
+_EXPECTED = "the checkpoint of an unfinished run"
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -47,29 +54,61 @@ def save_checkpoint(
     for rank, state in enumerate(random_states):
         tensors |= {f"random.{rank}.{kind}": value for kind, value in state.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"progress": json.dumps(progress)}))
+    described = json.dumps(progress)
+    metadata = {"progress": described, "digest": tensor_digest(tensors, described)}
+    write_atomically(path, save(tensors, metadata=metadata))
+
+
+def put_damaged_aside(path: Path) -> None:
+    """Rename a checkpoint that is damaged, with a warning: its run starts again, and ends with the same numbers.
+
+    So is one of an earlier version, which wrote no digest: nothing tells whether it is whole.
+
+    Raises:
+        OSError: it cannot be read or renamed.
+    """
+    if not path.exists():
+        return
+    try:
+        _read(path)
+    except ValueError as damage:
+        logger.warning("%s; renamed to %s, the run starts again", damage, set_aside(path).name)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote into an adapted model and a new optimizer, and return `progress`.
 
     The random state is that of the process `rank`; it stays as it is where the file has none for it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged or of another adapter; the model is then as it was.
     """
-    with safe_open(path, framework="pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    load_raw_adapter_state(model, _under("adapter.", tensors))
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under("optimizer.", tensors).items():
-        index, _, moment = name.partition(".")
-        moments.setdefault(int(index), {})[moment] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    state, device = _under(f"random.{rank}.", tensors), next(model.parameters()).device
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+    progress, tensors = _read(path)
+    with reading(path, f"{_EXPECTED} of this adapter"):
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under("optimizer.", tensors).items():
+            index, _, moment = name.partition(".")
+            moments.setdefault(int(index), {})[moment] = tensor
+        load_raw_adapter_state(model, _under("adapter.", tensors))
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        state, device = _under(f"random.{rank}.", tensors), next(model.parameters()).device
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if "cuda" in state and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
     return progress
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The progress and every tensor by its name in the file, verified."""
+    with reading(path, _EXPECTED):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata["digest"] != tensor_digest(tensors, metadata["progress"]):
+            raise ValueError("it does not match its digest")
+        return json.loads(metadata["progress"]), tensors
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,35 +5,50 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 import complora_kernels as ck
-from complora_kernels.fewshot.backbone import check_backbone
+from complora_kernels.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from complora_kernels.fewshot.backbone import check_backbone, is_listed
 from complora_kernels.fewshot.checks import check_device
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
+from complora_kernels.fewshot.config import check as check_values
 from complora_kernels.fewshot.datasets import Dataset, check_dataset, read_draw
+from complora_kernels.fewshot.datasets.dataset import MOST_NAMED
+from complora_kernels.fewshot.escapes import for_terminal, say
 from complora_kernels.fewshot.evaluate import Task
-from complora_kernels.fewshot.files import check_writable, write_atomically
+from complora_kernels.fewshot.files import check_writable, read_json
 from complora_kernels.fewshot.grid import DESCRIPTION
 from complora_kernels.fewshot.measure import at_most, test_images
 from complora_kernels.fewshot.recipe import DRAW, precision_for
 from complora_kernels.fewshot.setting import Settings
+from complora_kernels.files import reading, write_atomically
+
+_OF_A_RUN = (
+    *("model", "pretrained", "activation", "template", "data_root", "precision", "max_test_images"),
+    *("data", "protocol", "keep", "test_batch_size"),
+)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Measure a saved adapter: the accuracy of the pretrained and of the adapted model on the test images of data sets.
 
-    Options that are not given are those of the run that trained the adapter, where its config.json lies beside it.
+    Options that are not given are those of the run that trained the adapter, where its config.json lies beside it; but
+    for a model or weights outside of open_clip's tables, which have to be named here too.
     """
 
     adapter: tyro.conf.Positional[Path]
@@ -91,7 +106,8 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
         ValueError: an option that cannot work, or an adapter of other weights.
     """
     options = _of_run(config)
-    check_backbone(options.model, options.pretrained, options.activation)
+    with _of_another_model(config):
+        check_backbone(options.model, options.pretrained, options.activation)
     check_device(config.device)
     if config.output is not None:
         check_writable(config.output.parent)
@@ -100,15 +116,17 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
         check_dataset(name, options.data_root, download=options.download)
     backbone = settings.backbone(options, config.device)
     dtype = precision_for(options.precision, backbone.device)
-    model = ck.load_adapter(copy.deepcopy(backbone.model), config.adapter).to(dtype).eval()
-    table = Table("data set", box=HORIZONTALS, title=f"Accuracy in percent, {config.adapter}")
+    with _of_another_model(config):
+        model = ck.load_adapter(copy.deepcopy(backbone.model), config.adapter).to(dtype).eval()
+    table = Table("data set", box=HORIZONTALS, title="Accuracy in percent")
     table.add_column("zero-shot", justify="right")
     table.add_column("adapted", justify="right")
     results = {}
     for name, task, indices in _measured(config, options, settings):
         indices = at_most(options.max_test_images, indices)
         results[name] = [task.zero_shot_accuracy(indices, dtype), task.accuracy(model, indices, dtype)]
-        table.add_row(name, *(f"{100 * accuracy:.1f}" for accuracy in results[name]))
+        table.add_row(escape(for_terminal(name)), *(f"{100 * accuracy:.1f}" for accuracy in results[name]))
+    say(console, str(config.adapter), soft_wrap=True)
     console.print(table)
     if config.output is not None:
         write_atomically(config.output, json.dumps(results, indent=2) + "\n")
@@ -123,11 +141,14 @@ def export(config: ExportConfig, console: Console) -> None:
         ValueError: an adapter of other weights, or one that PEFT cannot hold.
     """
     options = _of_run(config)
-    check_backbone(options.model, options.pretrained, options.activation)
+    with _of_another_model(config):
+        check_backbone(options.model, options.pretrained, options.activation)
     check_writable(config.output)
     backbone = Settings().backbone(options, "cpu")
-    ck.export_peft(ck.load_adapter(backbone.model, config.adapter), config.output)
-    console.print(f"wrote {config.output}", highlight=False, soft_wrap=True)
+    with _of_another_model(config):
+        model = ck.load_adapter(backbone.model, config.adapter)
+    ck.export_peft(model, config.output)
+    say(console, f"wrote {config.output}", soft_wrap=True)
 
 
 def _measured(config: EvalConfig, options: TrainConfig, settings: Settings) -> Iterator[tuple[str, Task, Tensor]]:
@@ -152,17 +173,78 @@ def _test_images(config: EvalConfig, dataset: Dataset) -> Tensor:
 
 def _of_run(config: EvalConfig | ExportConfig) -> TrainConfig:
     """The options of the run that made an adapter, and what the command line says instead."""
-    if not config.adapter.is_dir():
-        raise FileNotFoundError(f"{config.adapter}: expected the folder of an adapter that `complora train` has saved")
-    described, known = config.adapter.parent / DESCRIPTION, {}
-    if described.is_file():
-        known = json.loads(described.read_text())
-    names = ("model", "pretrained", "activation", "template", "data_root", "precision", "max_test_images")
-    run_names = (*names, "data", "protocol", "keep", "test_batch_size")
+    _check_is_adapter(config.adapter)
+    known = _described(config.adapter.parent / DESCRIPTION)
     asked = {name: value for name, value in vars(config).items() if value is not None}
-    found: dict[str, Any] = {name: known[name] for name in run_names if name in known}
-    found |= {name: asked[name] for name in (*names, "download", "test_batch_size") if name in asked}
-    found["keep"] = None if found.get("keep") is None else tuple(found["keep"])
-    found["data_root"] = None if found.get("data_root") is None else Path(found["data_root"])
-    defaults = PRESETS[preset_for(None, found.get("model", GLYPHS))]
-    return dataclasses.replace(defaults, **found)
+    given = {*_OF_A_RUN, "download"} - {"data", "protocol", "keep"}
+    found = known | {name: value for name, value in asked.items() if name in given}
+    for name in ("model", "pretrained"):
+        if name in known and name not in asked and not is_listed(*_named(found, name)):
+            raise ValueError(
+                f"{config.adapter.parent / DESCRIPTION} asks for --{name} {known[name]}, which lies outside of "
+                "open_clip's tables; where it comes from is for you to trust: expected it on the command line too"
+            )
+    complete = dataclasses.replace(PRESETS[preset_for(None, found.get("model", GLYPHS))], **found)
+    check_values(complete)
+    return complete
+
+
+def _named(found: dict[str, Any], name: str) -> tuple[str, str | None]:
+    model = found.get("model", GLYPHS)
+    return (model, None) if name == "model" else (model, found["pretrained"])
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The options of a run that a measurement needs, of the types that they have in a `TrainConfig`.
+
+    The folder may be somebody else's. What is taken from it names data, whose images and lists are read and nothing
+    more, and a model, which `_of_run` does not take for granted.
+    """
+    if not path.is_file():
+        return {}
+    known, types = read_json(path, "the options of a run"), get_type_hints(TrainConfig)
+    with reading(path, "the options of a run, as `complora train` writes them"):
+        found = {name: _as_option(name, known[name], types[name]) for name in _OF_A_RUN if name in known}
+        check_values(dataclasses.replace(PRESETS[preset_for(None, found.get("model", GLYPHS))], **found))
+    return found
+
+
+def _as_option(name: str, value: Any, kind: Any) -> Any:
+    """A value out of JSON, which has lists for tuples and texts for paths."""
+    for choice in get_args(kind) if get_origin(kind) is UnionType else (kind,):
+        if get_origin(choice) is Literal and value in get_args(choice):
+            return value
+        if get_origin(choice) is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if choice is Path and isinstance(value, str):
+            return Path(value)
+        if type(value) is choice:
+            return value
+    raise ValueError(f"{name} is {str(value)[:80]!r}")
+
+
+def _check_is_adapter(folder: Path) -> None:
+    """Raise a FileNotFoundError for a folder that holds no adapter, with those that lie below it."""
+    if any((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
+    below = [path.parent for depth in range(1, 5) for path in sorted(folder.glob("*/" * depth + WEIGHTS_FILE))]
+    hint = f"; below it are {', '.join(map(str, below[:MOST_NAMED]))}" if below else ""
+    more = f" and {len(below) - MOST_NAMED} more" if len(below) > MOST_NAMED else ""
+    raise FileNotFoundError(f"{folder}: expected the folder of an adapter that `complora train` has saved{hint}{more}")
+
+
+@contextmanager
+def _of_another_model(config: EvalConfig | ExportConfig) -> Iterator[None]:
+    """A block that loads the adapter: its errors say where it was asked for on another model than it was trained on."""
+    try:
+        yield
+    except ValueError as error:
+        known = _described(config.adapter.parent / DESCRIPTION)
+        asked = {name: getattr(config, name) for name in ("model", "pretrained", "activation")}
+        differing = [name for name, value in asked.items() if value is not None and name in known]
+        differing = [name for name in differing if known[name] != asked[name]]
+        if not differing:
+            raise
+        was, now = (", ".join(f"--{name} {of[name]}" for name in differing) for of in (known, asked))
+        words = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{config.adapter} was trained with {was}, not with {now}: {words}") from error

@@ -10,9 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.grid import RESULTS, SLURM, record
+from complora_kernels.fewshot.escapes import say
+from complora_kernels.fewshot.grid import SLURM, record
 from complora_kernels.fewshot.jobs import Job, run_alone
+from complora_kernels.fewshot.outcomes import results_of
+from complora_kernels.files import reading
 
 _SUBMITTED = "_submitted.pkl"  # how submitit's files of tasks end
 _MOST_TASKS = 1000  # of one array: Slurm's default limit
@@ -68,7 +70,7 @@ def run_on_slurm(
         executor.update_parameters(**{"name": output.name, **parameters})
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {parameters}: {error}") from error
-    finished = {result["run"] for result in read_json_lines(output / RESULTS)}
+    finished = {result["run"] for result in results_of(output)}
     remaining = {job.run.name: job for job in jobs if job.run.name not in finished}
     under_way = _under_way(folder, type(executor._executor).job_class)
     submitted = {name: task for name, task in under_way.items() if name in remaining}
@@ -98,15 +100,20 @@ def _under_way(folder: Path, kind: Any) -> dict[str, Any]:
         if task.done() and not task.paths.result_pickle.exists():
             task.paths.submitted_pickle.unlink()
             continue
-        (job,) = task.submission().args
+        with reading(task.paths.submitted_pickle, "what submitit wrote of a run"):
+            (job,) = task.submission().args
         found[job.run.name] = task
     return found
 
 
 def _collect(job: Job, task: Any, output: Path, console: Console) -> None:
     lost = task.exception()  # of the cluster: the process was killed, or never began
-    result = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
+    try:
+        with reading(task.paths.result_pickle, "what submitit wrote of a run"):
+            result = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
+    except ValueError as error:
+        result = error
     record(job, result, output)
     task.paths.submitted_pickle.unlink(missing_ok=True)  # it is no longer under way
     line = f"failed: {job.run.name}: {result}" if isinstance(result, Exception) else f"{job.run.name}: done"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, line, soft_wrap=True)

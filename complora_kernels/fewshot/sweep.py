@@ -18,16 +18,19 @@ from rich.console import Console
 
 from complora_kernels.fewshot.checks import check_data, check_options, check_workers
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
-from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.grid import RESULTS, check_images, check_same, description, open_folder, run_jobs
+from complora_kernels.fewshot.grid import check_images, check_same, description, open_folder, run_jobs
 from complora_kernels.fewshot.jobs import Job
 from complora_kernels.fewshot.methods import METHODS
+from complora_kernels.fewshot.outcomes import results_of
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
 from complora_kernels.fewshot.team import ALONE, Team, is_started_together
+from complora_kernels.files import reading
 
 _CELLS = ("shots", "seeds", "learning_rates")
 _OUTSIDE = ("methods", "output", "workers")  # of the file itself, or of the command line
 _KEYS = ("data", *_CELLS, "methods", "options", "slurm")
+_EXPECTED = f"a mapping with any of {', '.join(_KEYS)}"
+_MOST_VALUES = 10**5
 
 
 @dataclass(frozen=True)
@@ -74,24 +77,27 @@ def read_sweep(config: SweepConfig) -> Sweep:
         FileNotFoundError: no such file, or a data set is not there.
         ValueError: the file is no YAML, or holds an option that is unknown or cannot work.
     """
-    file, content = config.file, _content(config.file)
-    output = config.output or Path("runs") / file.stem
-    shared = _mapping(file, content, "options")
-    _refuse(file, "options", shared, (*_OUTSIDE, *(key for key in ("data", *_CELLS) if key in content)))
-    names = _names(file, "data", content.get("data", shared.pop("data", "digits")))
-    cells = {name: _listed(content[name]) for name in _CELLS if name in content}
+    file = config.file
     jobs: list[Job] = []
     variants: list[TrainConfig] = []
-    for data in names:
-        for label, own in _variants(file, content).items():
-            asked = {**shared, **cells, **own, "data": data, "output": output}
-            variant = _train_config(file, label, asked, shared)
-            variants.append(variant)
-            jobs += [Job(variant, dataclasses.replace(run, data=data, label=label)) for run in variant.runs()]
+    with reading(file, _EXPECTED):
+        content = _content(file)
+        output = config.output or Path("runs") / file.stem
+        shared = _mapping(file, content, "options")
+        _refuse(file, "options", shared, (*_OUTSIDE, *(key for key in ("data", *_CELLS) if key in content)))
+        names = _names(file, "data", content.get("data", shared.pop("data", "digits")))
+        cells = {name: _listed(content[name]) for name in _CELLS if name in content}
+        for data in names:
+            for label, own in _variants(file, content).items():
+                asked = {**shared, **cells, **own, "data": data, "output": output}
+                variant = _train_config(file, label, asked, shared)
+                variants.append(variant)
+                jobs += [Job(variant, dataclasses.replace(run, data=data, label=label)) for run in variant.runs()]
+        slurm = _mapping(file, content, "slurm")
     images = _check(file, variants, jobs)
     # By seed, so that a stopped sweep is balanced; then by draw, whose images are decoded once for all that see them.
     jobs.sort(key=lambda job: (job.run.seed, names.index(job.run.data), job.run.shots))
-    return Sweep(jobs, output, _mapping(file, content, "slurm"), images)
+    return Sweep(jobs, output, slurm, images)
 
 
 def prepare_sweep(config: SweepConfig) -> Sweep:
@@ -124,12 +130,28 @@ def _content(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    _check_plain(file, content)
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a mapping with any of {', '.join(_KEYS)}")
+        raise ValueError(f"{file}: expected {_EXPECTED}")
     unknown = [key for key in content if key not in _KEYS]
     if unknown:
         raise ValueError(f"{file}: {unknown[0]}: expected any of {', '.join(_KEYS)}")
     return content
+
+
+def _check_plain(file: Path, content: Any) -> None:
+    """Raise a ValueError for names that are no plain values, and for what holds, by references, more than it shows."""
+    level = [content]
+    for _ in range(6):  # the values of an option in a list, in a mapping of options, in one of methods, in the file
+        mappings = [part for part in level if isinstance(part, dict)]
+        if wrong := [key for part in mappings for key in part if not isinstance(key, (str, int, float))]:
+            raise ValueError(f"{file}: {str(wrong[0])[:80]}: expected a name")
+        inside = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        if sum(map(len, inside)) > _MOST_VALUES:
+            raise ValueError(f"{file}: expected at most {_MOST_VALUES} values")
+        level = [value for part in inside for value in part]
+    if level:
+        raise ValueError(f"{file}: expected values and lists of values in mappings, not what is nested deeper")
 
 
 def _mapping(file: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
@@ -258,5 +280,5 @@ def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = 
         run_on_slurm(sweep.jobs, sweep.output, sweep.slurm, console)
     else:
         run_jobs(sweep.jobs, sweep.output, console, workers=config.workers, team=team, keep_going=True)
-    finished = {result["run"] for result in read_json_lines(sweep.output / RESULTS)}
+    finished = {result["run"] for result in results_of(sweep.output)}
     return sum(job.run.name not in finished for job in sweep.jobs)

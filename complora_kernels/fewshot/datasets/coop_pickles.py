@@ -6,6 +6,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from complora_kernels.fewshot.pickles import read_pickle
+from complora_kernels.files import reading
+
 _KNOWN = ("dassl.data.datasets.base_dataset", "Datum")
 _FIELDS = {"_impath": str, "_label": int, "_domain": int, "_classname": str}
 
@@ -17,18 +20,16 @@ class Record:
     label: int
 
     def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, dict) or any(type(state.get(name)) is not kind for name, kind in _FIELDS.items()):
-            raise pickle.UnpicklingError(f"the state of a Datum is {str(state)[:200]}")
+        kinds = {name: type(state.get(name)) for name in _FIELDS} if isinstance(state, dict) else type(state)
+        if kinds != _FIELDS:  # what the state holds is not shown: it may be endless
+            raise pickle.UnpicklingError(f"the state of a Datum has not the types {_FIELDS}")
         self.impath, self.label = state["_impath"], state["_label"]
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds dicts, lists, strings, numbers and `Record`s: whatever else a file asks for is refused, not imported."""
-
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) != _KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return Record
+def _find(module: str, name: str) -> type:
+    if (module, name) != _KNOWN:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+    return Record
 
 
 def read_coop_pickle(path: Path) -> dict[str, list[Record]]:
@@ -37,13 +38,8 @@ def read_coop_pickle(path: Path) -> dict[str, list[Record]]:
     Raises:
         ValueError: the file holds anything but lists of Dassl's `Datum`, or is damaged; it is named.
     """
-    try:
-        with path.open("rb") as file:
-            content: Any = _Unpickler(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # damaged files raise almost anything
-        raise ValueError(f"{path} is not read: {error}; expected a pickle of Dassl's Datum objects alone") from error
+    with reading(path, "a pickle of Dassl's Datum objects alone"):
+        content: Any = read_pickle(path.read_bytes(), _find)
     if not isinstance(content, dict) or "train" not in content or not set(content) <= {"train", "val"}:
         raise ValueError(f"{path}: expected a dict with the lists train and val")
     for split, records in content.items():

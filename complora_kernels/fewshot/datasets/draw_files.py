@@ -7,7 +7,6 @@ import re
 from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch import Tensor
 from complora_kernels.fewshot.datasets.coop_pickles import read_coop_pickle
 from complora_kernels.fewshot.datasets.dataset import Dataset
 from complora_kernels.fewshot.datasets.drawn import Draw, complete, restrict
-from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.fewshot.files import read_json
+from complora_kernels.files import sealed, write_atomically
 
 
 def write_draw(path: Path, dataset: Dataset, draw: Draw) -> None:
@@ -33,7 +33,7 @@ def write_draw(path: Path, dataset: Dataset, draw: Draw) -> None:
         "val": dataset.image_names(draw.val),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(content), indent=1, ensure_ascii=False) + "\n"
     # The bytes of a file name that are not UTF-8 are lone surrogates in Python, whose escapes are JSON's
     write_atomically(path, text.encode(errors="backslashreplace"))
 
@@ -54,11 +54,8 @@ def read_draw(path: Path, dataset: Dataset) -> Draw:
         if dataset.part_of is not None:
             return _of_part(path, dataset)
         return _read_pickle(path, dataset)
-    try:
-        content: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from error
-    name = content.get("dataset") if isinstance(content, dict) else None
+    content = read_json(path, "JSON, as an earlier run wrote it")
+    name = content.get("dataset")
     if not isinstance(name, str) or any(not isinstance(content.get(split), list) for split in ("train", "val")):
         raise ValueError(f"{path}: expected a file written by an earlier run, with dataset, train and val")
     if name != dataset.name:
@@ -71,12 +68,14 @@ def read_draw(path: Path, dataset: Dataset) -> Draw:
         for i, image in enumerate(content[split]):
             place = places[split].get(image) if isinstance(image, (str, int)) else None
             if place is None:
-                raise ValueError(
-                    f"{path}: {split}[{i}] is {image!r}, which {dataset.name} does not have to {_USE[split]}"
-                )
+                raise ValueError(_unknown(path, split, i, image, dataset))
             indices[split].append(place)
     shots, seed = (value if isinstance(value := content.get(key), int) else None for key in ("shots", "seed"))
     return _complete(path, dataset, indices, shots, seed, str(content.get("kind", path)))
+
+
+def _unknown(path: Path, split: str, i: int, image: object, dataset: Dataset) -> str:
+    return f"{path}: {split}[{i}] is {image!r:.300}, which {dataset.name} does not have to {_USE[split]}"
 
 
 _USE = {"train": "train on", "val": "validate on"}
@@ -92,13 +91,12 @@ def _read_pickle(path: Path, dataset: Dataset) -> Draw:
         for i, record in enumerate(records):
             place = _place_of_path(record.impath, places[split])
             if place is None:
-                raise ValueError(
-                    f"{path}: {split}[{i}] is {record.impath!r}, which {dataset.name} does not have to {_USE[split]}"
-                )
+                raise ValueError(_unknown(path, split, i, record.impath, dataset))
             label = int(dataset.labels[place])
             if record.label != label:
                 raise ValueError(
-                    f"{path}: {split}[{i}], {record.impath}, has label {record.label}, in {dataset.name} it has {label}"
+                    f"{path}: {split}[{i}], {record.impath:.300}, has label {record.label}, in {dataset.name} it has "
+                    f"{label}"
                 )
             indices[split].append(place)
     named = re.fullmatch(r"shot_(\d+)-seed_(\d+)", path.stem)

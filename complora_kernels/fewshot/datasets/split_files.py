@@ -14,6 +14,7 @@ from complora_kernels.fewshot.datasets.dataset import Dataset, Entry, assemble, 
 from complora_kernels.fewshot.datasets.layouts import Home
 from complora_kernels.fewshot.datasets.listing import first_missing, read_lines, read_text
 from complora_kernels.fewshot.datasets.ratio import ratio_split
+from complora_kernels.files import reading
 
 SPLITS = ("train", "val", "test")
 _TABLE = "a table with the columns path,label[,split]"
@@ -33,10 +34,8 @@ def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
             one prompt; the message has the file and the entry.
         FileNotFoundError: an entry whose image is not there.
     """
-    try:
+    with reading(path, "JSON"):
         content: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from error
     if not isinstance(content, dict) or any(not isinstance(content.get(split), list) for split in SPLITS):
         raise ValueError(f"{path}: expected an object with the three lists {', '.join(SPLITS)}")
     splits: dict[str, list[Entry]] = {}
@@ -51,11 +50,14 @@ def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
                 ):
                     splits[split].append((images / file, label))
                 case _:
-                    raise ValueError(f"{path}: {where} is {entry}, expected [file, label from 0, class name]")
+                    raise ValueError(
+                        f"{path}: {where} is {str(entry)[:300]}, expected [file, label from 0, class name]"
+                    )
             first_name, first = named.setdefault(label, (class_name, where))
             if class_name != first_name:
                 raise ValueError(f"{path}: {where} calls label {label} {class_name!r}, {first} calls it {first_name!r}")
-        missing = first_missing([file for file, _ in splits[split]])
+        with reading(path, "names of files"):
+            missing = first_missing([file for file, _ in splits[split]])
         if missing is not None:
             raise FileNotFoundError(_no_file(f"{path}: {split}[{missing}]", splits[split][missing][0]))
     class_names = []
@@ -87,7 +89,8 @@ def read_variants(name: str, home: Home) -> Dataset:
                 raise ValueError(f"{path}, line {number}: {line!r}, expected an image and a class of variants.txt")
             splits[split].append((home.images / f"{image}.jpg", labels[class_name]))
             numbers.append(number)
-        missing = first_missing([file for file, _ in splits[split]])
+        with reading(path, "names of files"):
+            missing = first_missing([file for file, _ in splits[split]])
         if missing is not None:
             raise FileNotFoundError(_no_file(f"{path}, line {numbers[missing]}", splits[split][missing][0]))
     return assemble(name, home.folder, class_names, splits)
@@ -108,7 +111,8 @@ def read_csv(path: Path) -> Dataset:
         raise FileNotFoundError(f"csv:{path}: there is no such file, expected {_TABLE}")
     rows, numbers = _rows(path)
     files = [path.parent / row[0] for row in rows]
-    missing = first_missing(files)
+    with reading(path, _TABLE):
+        missing = first_missing(files)
     if missing is not None:
         raise FileNotFoundError(_no_file(f"{path}, line {numbers[missing]}", files[missing]))
     class_names = sorted({row[1] for row in rows})

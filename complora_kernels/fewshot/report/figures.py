@@ -9,15 +9,18 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from complora_kernels.fewshot.files import write_atomically
+from complora_kernels.fewshot.config import PROTOCOLS
+from complora_kernels.fewshot.escapes import for_figure
 from complora_kernels.fewshot.report.intervals import differences
 from complora_kernels.fewshot.report.panels import WIDE, Panel, arrange, caption, draw_figure, error_bar, wrapped
 from complora_kernels.fewshot.report.styles import BARS, FEW, LINE, ZERO_SHOT, Look, display_name
 from complora_kernels.fewshot.report.summary import Cell, Spread, Summary
 from complora_kernels.fewshot.report.tradeoff import fronts, new_against_kept
 from complora_kernels.fewshot.report.wording import average_name, axis_names, measure_names, new_name, shots_name
+from complora_kernels.files import write_atomically
 
 _SHOTS = "shots (training images per class)"
+_SOFTWARE = "complora report"
 _PATTERNS = (
     "accuracy_against_*.png",
     "accuracy_by_data_set*.png",
@@ -80,7 +83,8 @@ def accuracy_by_data_set(summary: Summary, rate: float | None) -> Figure:
 def write_figures(protocols: Sequence[Summary], folder: Path) -> list[Path]:
     """Write the figures as PNG files into `folder`, of several protocols into a folder each, and return their paths.
 
-    Figures that an earlier report wrote there of fewer results, and that suit them no longer, are removed.
+    Figures that an earlier report wrote there, and that suit the results no longer, are removed: files of the names
+    that it gives, in the folders that it makes, which say inside that it wrote them.
     """
     paths = []
     for summary in protocols:
@@ -88,12 +92,19 @@ def write_figures(protocols: Sequence[Summary], folder: Path) -> list[Path]:
         inside.mkdir(parents=True, exist_ok=True)
         for name, figure in figures(summary).items():
             image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=150)
+            figure.savefig(image, format="png", dpi=150, metadata={"Software": _SOFTWARE})
             paths.append(inside / f"{name}.png")
             write_atomically(paths[-1], image.getvalue())
-    for stale in {path for pattern in _PATTERNS for path in folder.rglob(pattern)} - set(paths):
-        stale.unlink()
+    folders = [folder, *(folder / protocol for protocol in PROTOCOLS)]
+    for stale in {path for pattern in _PATTERNS for inside in folders for path in inside.glob(pattern)} - set(paths):
+        if _is_ours(stale):
+            stale.unlink()
     return paths
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return f"Software\0{_SOFTWARE}".encode() in file.read(1000)
 
 
 def _over_shots(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
@@ -140,7 +151,7 @@ def _rows_of_data_sets(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> N
         axes.plot(*zip(*points, strict=True), **{**LINE, **look, "linestyle": "none"})
     for row in range(0, len(parts), 2):
         axes.axhspan(row - 0.5, row + 0.5, color="black", alpha=0.04, linewidth=0)
-    axes.set_yticks(range(len(parts)), list(parts))
+    axes.set_yticks(range(len(parts)), [for_figure(name) for name in parts])
     axes.set_ylim(len(parts) - 0.5, -0.5)
     axes.tick_params(labelleft=measure == 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from complora_kernels.fewshot.files import read_json_lines, write_atomically
+from complora_kernels.fewshot.escapes import for_markdown, for_terminal, say
+from complora_kernels.fewshot.files import read_json
+from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.report.figures import write_figures
 from complora_kernels.fewshot.report.sections import rows, sections
 from complora_kernels.fewshot.report.spreadsheet import to_csv
@@ -28,6 +29,7 @@ from complora_kernels.fewshot.report.wording import (
     shots_name,
     title,
 )
+from complora_kernels.files import write_atomically
 
 _MOST_SENTENCES = 12  # that somebody reads on a terminal
 
@@ -37,9 +39,10 @@ def report(folder: Path, console: Console) -> None:
 
     Raises:
         FileNotFoundError: the folder holds no results.
+        ValueError: one of its files is damaged; it is named, with the line.
     """
-    results = read_json_lines(folder / "results.jsonl")
-    failed = failures(results, read_json_lines(folder / "failures.jsonl"))
+    results = results_of(folder)
+    failed = failures(results, failures_of(folder))
     if not results:
         because = f" ({len(failed)} failed, see failures.jsonl)" if failed else ""
         raise FileNotFoundError(
@@ -53,21 +56,21 @@ def report(folder: Path, console: Console) -> None:
             len(compared) > _MOST_SENTENCES
         )
         for text in (*gaps(summary), *compared[:_MOST_SENTENCES], *more):
-            console.print(f"· {text}", highlight=False, markup=False)
+            say(console, f"· {text}")
     for run, error in failed.items():
-        console.print(f"failed: {run}: {error}", highlight=False, markup=False)
+        say(console, f"failed: {run}: {error}")
     contents = {"md": markdown(protocols, failed), "csv": to_csv(protocols), "tex": latex(protocols)}
     for suffix, content in contents.items():
         write_atomically(folder / f"table.{suffix}", content)
     tables = [folder / f"table.{suffix}" for suffix in contents]
     for path in (*tables, *write_figures(protocols, folder / "figures")):
-        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"wrote {path}", soft_wrap=True)
 
 
 def variants(folder: Path) -> list[str]:
     """Those of a sweep, in the order of its file; none of `complora train`, whose config.json is one mapping."""
     path = folder / "config.json"
-    described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    described = read_json(path) if path.exists() else {}
     return [name for name, options in described.items() if isinstance(options, dict)]
 
 
@@ -97,18 +100,19 @@ def terminal_table(summary: Summary) -> Group:
     for (method, rate, cells), following in zip(lines, [*lines[1:], None], strict=True):
         texts = ["\n".join(accuracies(cell, summary)).replace(" ", "") if cell else "" for cell in cells]
         last_of_method = following is None or following[0] != method
-        table.add_row(escape(method), rate, *texts, end_section=last_of_method)
-    return Group(*map(Text, lines_above), table)
+        table.add_row(escape(for_terminal(method)), rate, *texts, end_section=last_of_method)
+    return Group(*(Text(for_terminal(line)) for line in lines_above), table)
 
 
 def markdown(protocols: Sequence[Summary], failed: dict[str, str] | None = None) -> str:
     """The content of table.md."""
     parts = []
     for summary in protocols:
-        parts += [f"# {summary.protocol}"] if len(protocols) > 1 else []
+        parts += [f"# {for_markdown(summary.protocol)}"] if len(protocols) > 1 else []
         parts += map(to_markdown, sections(summary))
     if failed:
-        parts += ["Failed runs without a result:", "\n".join(f"- {run}: {error}" for run, error in failed.items())]
+        lines = [f"- {for_markdown(f'{run}: {error}')}" for run, error in failed.items()]
+        parts += ["Failed runs without a result:", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 

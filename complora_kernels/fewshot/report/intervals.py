@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from complora_kernels.fewshot.escapes import for_figure
 from complora_kernels.fewshot.report.comparisons import Comparison, Gain
 from complora_kernels.fewshot.report.styles import Look, looks
 from complora_kernels.fewshot.report.summary import Summary
@@ -34,7 +35,7 @@ def differences(summary: Summary) -> Figure | None:
         _draw(axes, of, compared, [_gains(comparison, titles)[column] for comparison in compared])
         for row in controls[:1]:
             axes.axhline(row - 0.5, color="grey", linewidth=0.8)
-        axes.set_yticks(range(len(names)), names, fontsize="small")
+        axes.set_yticks(range(len(names)), [for_figure(name) for name in names], fontsize="small")
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.tick_params(labelleft=column == 0)
     return figure

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from complora_kernels.fewshot.escapes import for_figure
 from complora_kernels.fewshot.report.labels import SIDES, SOURCES
 from complora_kernels.fewshot.report.styles import (
     FEW,
@@ -92,22 +93,22 @@ def draw_figure(
     wide, high = max(map(len, grid)), len(grid)
     tall = 1.1 + height * high + 0.2 * -(-len(legend) // columns)
     figure = Figure(figsize=(1.2 + 3.2 * max(wide, 2), tall), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(for_figure(title))
     first = None
     for row, column, panel in _placed(grid):
         shared = {f"share{axis}": first for axis in share}
         axes = figure.add_subplot(high, wide, row * wide + column + 1, **shared)
         first = first or axes
-        axes.set_title(panel.title, fontsize="medium")
+        axes.set_title(for_figure(panel.title), fontsize="medium")
         axes.grid(alpha=0.3)
         draw(axes, panel, of)
         axes.set_xlabel(
-            "" if any(grid[row + 1][column : column + 1] if row + 1 < high else ()) else x, fontsize="small"
+            "" if any(grid[row + 1][column : column + 1] if row + 1 < high else ()) else for_figure(x), fontsize="small"
         )
-        axes.set_ylabel("" if any(grid[row][:column]) else y, fontsize="small")
+        axes.set_ylabel("" if any(grid[row][:column]) else for_figure(y), fontsize="small")
     for axes in figure.axes:
         _end_at_100(axes, [axis for axis, name in (("x", x), ("y", y)) if name.endswith("%")])
-    handles = [Line2D([], [], label=name, **{**LINE, **look}) for name, look in legend]
+    handles = [Line2D([], [], label=for_figure(name), **{**LINE, **look}) for name, look in legend]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     return figure
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from complora_kernels.fewshot.escapes import for_csv
 from complora_kernels.fewshot.report.results import Result
 from complora_kernels.fewshot.report.summary import Row, Summary
 
@@ -21,9 +22,10 @@ def to_csv(summaries: Sequence[Summary]) -> str:
     """
     lines = [line for summary in summaries for line in _lines(summary)]
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    writer = csv.writer(file, lineterminator="\n")
+    for row in (columns, *([line.get(column) for column in columns] for line in lines)):
+        writer.writerow([for_csv(cell) if isinstance(cell, str) else cell for cell in row])
     return file.getvalue()
 
 

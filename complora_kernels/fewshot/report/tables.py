@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",  # after the end of a row it would begin the row's options
-    "*": "{*}",
-    "±": r"$\pm$",
-    "Δ": r"$\Delta$",
-    "–": "--",
-    **{character: rf"\{character}" for character in "&%$#_"},
-}
+from complora_kernels.fewshot.escapes import for_latex, for_markdown
 
 # A table wider or higher than a page is shrunk to it.
 LATEX_HEAD = r"""% \usepackage{booktabs, graphicx}
@@ -54,13 +38,14 @@ class Table:
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """The rows of a Markdown table."""
     rows = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(for_markdown(cell).replace("|", r"\|") for cell in row) + " |" for row in rows)
 
 
 def to_markdown(table: Table) -> str:
     """Heading, text, table and what stands below, with empty lines between."""
-    heading = [f"## {table.heading}"] if table.heading else []
-    parts = [*heading, "\n".join(table.text), markdown_table(table.head, table.body), "\n".join(table.after)]
+    heading = [f"## {for_markdown(table.heading)}"] if table.heading else []
+    text, after = ("\n".join(map(for_markdown, lines)) for lines in (table.text, table.after))
+    parts = [*heading, text, markdown_table(table.head, table.body), after]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -68,12 +53,12 @@ def to_latex(table: Table) -> str:
     """A `table` environment, for what `LATEX_HEAD` says and defines."""
     caption = " ".join([*([f"{table.heading}."] if table.heading else []), *table.text])
     columns = "l" * table.labels + "r" * (len(table.head) - table.labels)
-    rows = [" & ".join(map(escape_latex, row)) + r" \\" for row in (table.head, *table.body)]
+    rows = [" & ".join(map(for_latex, row)) + r" \\" for row in (table.head, *table.body)]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering\small\setlength{\tabcolsep}{3pt}\setlength{\belowcaptionskip}{4pt}",
-            rf"\caption{{{escape_latex(caption)}}}",
+            rf"\caption{{{for_latex(caption)}}}",
             r"\fitted{%",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
@@ -85,9 +70,3 @@ def to_latex(table: Table) -> str:
             r"\end{table}",
         ]
     )
-
-
-def escape_latex(text: str) -> str:
-    """The text as LaTeX prints it; a minus before a number becomes one."""
-    escaped = "".join(_LATEX.get(character, character) for character in text)
-    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)

@@ -1,0 +1,147 @@
+"""Files that are whole or absent whenever the process is killed, and errors that say which file they are about.
+
+Nothing is ever written through a link that somebody else may have laid: files come into being under a name that nobody
+can guess, and are then moved into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+DIGEST = "digest"
+"""The key of an object's digest, without which it is read unverified: people may write such files by hand."""
+
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
+
+
+@contextlib.contextmanager
+def reading(source: Path | str, expected: str) -> Iterator[None]:
+    """A block that reads a file: whatever a parser raises there, on damaged content too, becomes one kind of error.
+
+    Args:
+        source: the file, or the place in it, as it stands in the message.
+        expected: what the file should have been.
+
+    Raises:
+        ValueError: the content is not what was expected; one that already begins with the source stays as it is.
+        OSError: the file cannot be opened or read.
+        MemoryError: there is no room for it.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.EIO, words_of(error), str(source)) from error
+    except Exception as error:
+        if type(error) is ValueError and str(error).startswith(str(source)):
+            raise
+        raise ValueError(f"{source}: expected {expected} ({words_of(error)})") from error
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, with its kind where that alone says little."""
+    if isinstance(error, MemoryError) and not error.args:
+        return "not enough memory"
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    return str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes a file: "No space left on device" and its like name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def create(path: Path) -> IO[bytes]:
+    """A new file, open for writing. What is already there, a link too, is a FileExistsError."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb")
+
+
+def open_to_append(path: Path) -> IO[bytes]:
+    """A file, made where it is missing, open for reading and for writing at its end.
+
+    Raises:
+        OSError: it is a link or no plain file, or cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its other end.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_LINK | getattr(os, "O_NONBLOCK", 0)
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "a symbolic link, expected a file that belongs to this folder", str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "expected a plain file", str(path))
+    return os.fdopen(descriptor, "r+b")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write to a temporary file beside `path`, force it to the disk, and move it into place.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is still there.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
+    with writing(path):
+        file = create(temporary)
+        try:
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to the first of `NAME.damaged-1`, `-2` and so on that is free, and return the new path."""
+    names = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    path.rename(aside)
+    return aside
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a digest of the rest of it, which tells a changed digit from what was written."""
+    return {**record, DIGEST: _digest(record)}
+
+
+def unsealed(record: Any) -> dict[str, Any]:
+    """The record without its digest. Raises a ValueError unless it is an object that fits its digest, if it has one."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {_KINDS.get(type(record), 'number')} stands there")
+    content = {name: value for name, value in record.items() if name != DIGEST}
+    if DIGEST in record and record[DIGEST] != _digest(content):
+        raise ValueError(f"it does not match its digest; one that was changed by hand needs no {DIGEST!r}")
+    return content
+
+
+_KINDS = {type(None): "null", bool: "truth value", str: "text", list: "array"}
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
