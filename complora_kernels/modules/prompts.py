@@ -41,7 +41,8 @@ class Cut(NamedTuple):
 
 
 class _Running(threading.local):
-    cut: Cut | None = None  # of the innermost encode_text
+    def __init__(self) -> None:
+        self.cut: Cut | None = None  # of the innermost encode_text
 
 
 _RUNNING = _Running()
