@@ -233,9 +233,8 @@ def _adapted(
 
 def _is_plain(x: Tensor) -> bool:
     """A batch with values: subclasses, tracers and transforms see operations one by one, or have no memory."""
-    return (
-        type(x) in (Tensor, nn.Parameter) and x.dim() == 3 and not torch.compiler.is_compiling() and not is_followed()
-    )
+    followed = torch.compiler.is_compiling() or is_followed()
+    return type(x) in (Tensor, nn.Parameter) and x.dim() == 3 and not followed
 
 
 def _global_hooks() -> bool:
