@@ -76,13 +76,14 @@ class DifferentiableBackward(NamedTuple):
         for i, (A, B, (start, stop)) in enumerate(zip(As, Bs, rows, strict=True)):
             m = 1.0 if masks is None else masks[i]
             dropped = m * flat
-            g = dY[:, start:stop] @ B.to(wide)  # [M, r]
+            own_dY = dY.narrow(1, start, stop - start)  # [M, rows]
+            g = own_dY @ B.to(wide)  # [M, r]
             if dX is not None:
                 dX = dX + m * (g @ A.to(wide))
             if needs_A:
                 dAs[i] = (g.mT @ dropped).to(A.dtype)
             if needs_B:
-                dBs[i] = (dY[:, start:stop].mT @ (dropped @ A.to(wide).mT)).to(B.dtype)
+                dBs[i] = (own_dY.mT @ (dropped @ A.to(wide).mT)).to(B.dtype)
         return None if dX is None else dX.to(x.dtype).reshape(x.shape), dAs, dBs
 
     def complora_linear_bwd(
