@@ -219,6 +219,9 @@ def _unpack(tensors: Sequence[Tensor], adapters: int) -> tuple[Sequence[Tensor],
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Dtypes are chosen before the Function is called; autocast must not lower the projections inside it."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of devices; torch has none for "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)

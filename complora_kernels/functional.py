@@ -23,7 +23,7 @@ from complora_kernels.autograd import (
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
 from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
-from complora_kernels.tracing import is_followed
+from complora_kernels.tracing import check_followed, is_followed
 
 SERVED_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -369,7 +369,8 @@ def reference_masks(x: Tensor, adapters: int, dropout_p: float) -> list[Tensor]:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the product: autocast's where it is on (it leaves float64 alone), else that of `x`."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    check_followed(x)
+    if autograd.autocasts(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -415,7 +416,7 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen {name}: it gets no gradient here")
         _check_device(tensor, name, x.device)
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype != x.dtype and not autograd.autocasts(x.device.type):
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}, outside autocast")
 
 

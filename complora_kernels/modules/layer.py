@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from complora_kernels import base_weights, functional, subspace
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.tracing import Unscriptable
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 
@@ -47,7 +48,7 @@ class FoldInputs(NamedTuple):
     input_kind: str
 
 
-class Float32State(nn.Module):
+class Float32State(Unscriptable):
     """A module whose own `lora_*` parameters and bases stay float32 or wider when `.half()` converts the rest."""
 
     def _own_float32_state(self) -> Iterator[Tensor]:
