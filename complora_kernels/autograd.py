@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from complora_kernels import eager, extension, ops
+from complora_kernels.differentiable import DifferentiableBackward
+from complora_kernels.tracing import is_differentiated
 
 # Each operation under one name, with the same arguments.
 BACKENDS = {"torch": eager, "triton": ops, "extension": extension}
+DIFFERENTIABLE = {name: DifferentiableBackward(name) for name in BACKENDS}
 
 
 class ProjectComplementFunction(torch.autograd.Function):
@@ -30,12 +32,9 @@ class ProjectComplementFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (basis,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the projection of the gradient is differentiated again
-            projected = ProjectComplementFunction.apply(grad, basis, ctx.basis_kind, ctx.backend)
-        else:
-            with _without_autocast(grad):
-                projected = BACKENDS[ctx.backend].project_complement(grad, basis, ctx.basis_kind)
-        return projected, None, None, None
+        with _without_autocast(grad):
+            backend = backend_of_backward(BACKENDS, ctx.backend)
+            return backend.project_complement(grad, basis, ctx.basis_kind), None, None, None
 
 
 def project_complement_(factor: Tensor, basis: Tensor, basis_kind: str, backend: str) -> Tensor:
@@ -81,8 +80,7 @@ class FoldFactorsFunction(torch.autograd.Function):
         return tuple(folded)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """`dA = dÃ P_in` and `dB = P_out (s · d(sB̃))`, the operation that folded the factors."""
         needed = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[7 + i]]
         result: list[Tensor | None] = [None] * len(grads)
@@ -91,7 +89,7 @@ class FoldFactorsFunction(torch.autograd.Function):
             bases, kinds, dtypes = ([part[i] for i in needed] for part in (ctx.bases, ctx.kinds, ctx.dtypes))
             output_side = [i >= len(grads) // 2 for i in needed]
             with _without_autocast(wanted[0]):
-                projected = BACKENDS[ctx.backend].fold_factors_bwd(
+                projected = backend_of_backward(BACKENDS, ctx.backend).fold_factors_bwd(
                     wanted, bases, kinds, output_side, ctx.scaling, dtypes
                 )
             for i, gradient in zip(needed, projected, strict=True):
@@ -128,7 +126,6 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, h, weight, *seeds_and_factors = ctx.saved_tensors
         seeds, As, Bs = _unpack(seeds_and_factors, len(ctx.rows))
@@ -136,7 +133,7 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         first_A = 8 + len(seeds)
         needs = (needed[0], any(needed[first_A : first_A + len(As)]), any(needed[first_A + len(As) :]))
         with _without_autocast(dY):
-            dX, dAs, dBs = BACKENDS[ctx.backend].packed_lora_linear_bwd(
+            dX, dAs, dBs = backend_of_backward(BACKENDS, ctx.backend).packed_lora_linear_bwd(
                 dY, x, h, weight, As, Bs, ctx.rows, ctx.dropout_p, seeds, needs, precision=ctx.precision
             )
         return (dX, *[None] * (7 + len(seeds)), *dAs, *dBs)
@@ -146,7 +143,8 @@ class CompLoRALinearFunction(torch.autograd.Function):
     """`y = x W^T + b + s · (drop(x) (A P_in)^T) (P_out B)^T` of the extension: one node from the raw factors.
 
     Of the activations it saves x and h = drop(x) Ã^T. The gradients of the factors are summed and projected in one
-    call: in half precision they are rounded once, not before the projection too. The last arguments are the seeds.
+    call: in half precision they are rounded once, not before the projection too. The raw factors are saved for a
+    backward pass that is differentiated again. The last arguments are the seeds.
     """
 
     @staticmethod
@@ -176,19 +174,18 @@ class CompLoRALinearFunction(torch.autograd.Function):
             y, h = extension.packed_lora_linear_fwd(
                 x, weight, bias, [A], [B], rows, dropout_p, seeds, save_h=save_h, precision=precision
             )
-        ctx.save_for_backward(x, h, weight, A, B, output_basis, input_basis, *seeds)
+        ctx.save_for_backward(x, h, weight, A, B, output_basis, input_basis, lora_A, lora_B, *seeds)
         ctx.kinds, ctx.scaling, ctx.dropout_p = kinds, scaling, dropout_p
-        ctx.dtype, ctx.precision = lora_A.dtype, precision
+        ctx.precision = precision
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, h, weight, A, B, output_basis, input_basis, *seeds = ctx.saved_tensors
+        x, h, weight, A, B, output_basis, input_basis, lora_A, lora_B, *seeds = ctx.saved_tensors
         needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         output_kind, input_kind = ctx.kinds
         with _without_autocast(dY):
-            dX, dA, dB = extension.complora_linear_bwd(
+            dX, dA, dB = backend_of_backward(BACKENDS, "extension").complora_linear_bwd(
                 dY,
                 x,
                 h,
@@ -203,10 +200,15 @@ class CompLoRALinearFunction(torch.autograd.Function):
                 ctx.dropout_p,
                 seeds,
                 (needs_x, needs_A, needs_B),
-                ctx.dtype,
+                (lora_A, lora_B),
                 precision=ctx.precision,
             )
         return (dX, None, None, dA, dB, *[None] * (8 + len(seeds)))
+
+
+def backend_of_backward(backends: Mapping[str, Any], name: str) -> Any:
+    """The backend of that name, or its twin that torch can differentiate: with `create_graph=True`, or batched."""
+    return DIFFERENTIABLE[name] if is_differentiated() else backends[name]
 
 
 def _unpack(tensors: Sequence[Tensor], adapters: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
@@ -217,6 +219,9 @@ def _unpack(tensors: Sequence[Tensor], adapters: int) -> tuple[Sequence[Tensor],
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Dtypes are chosen before the Function is called; autocast must not lower the projections inside it."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of devices; torch has none for "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from complora_kernels import eager, eager_block, extension, ops_block
-from complora_kernels.autograd import _without_autocast
+from complora_kernels.autograd import _without_autocast, backend_of_backward
 from complora_kernels.eager_block import Activated, Norm, Normed, Source
+from complora_kernels.tracing import is_differentiated
 
 
 class Linear(NamedTuple):
@@ -84,7 +84,6 @@ class NormLoRALinearFunction(torch.autograd.Function):
         return stream, y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_stream: Tensor | None, dY: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
         normed, (h, weight, *rest) = _unpack_normed(saved[:5], ctx.eps, ctx.dtype), saved[5:]
@@ -92,7 +91,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         needs_stream = any(ctx.needs_input_grad[:2])
         dx, d_factors = d_stream, (None,) * len(factors)
         if dY is not None:
-            run = BACKENDS[ctx.backend]
+            run = backend_of_backward(BACKENDS, ctx.backend)
             with _without_autocast(dY):
                 dn, d_factors = _linear_bwd(
                     run, linear, factors, dY, normed, h, needs_stream, ctx.needs_input_grad[7:], ctx.precision
@@ -105,7 +104,8 @@ class NormLoRAMLPFunction(torch.autograd.Function):
     """`s + fc2(act(fc1(LN(s))))` with `s = x + delta`, both products with adapters.
 
     Of the activations it saves s, its means and deviations, h of both products and, unless it is recomputed, what the
-    activation reads. The last arguments are fc1's Ãs and B̃s, then fc2's.
+    activation reads. The last arguments are fc1's Ãs and B̃s, then fc2's. s is returned beside the result, so that a
+    backward pass that is differentiated again knows what it was computed from; None without delta, where s is x.
     """
 
     @staticmethod
@@ -122,7 +122,7 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         precision: str,
         backend: str,
         *factors: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         run = BACKENDS[backend]
         factors1, factors2 = factors[: 2 * len(fc1.rows)], factors[2 * len(fc1.rows) :]
         with _without_autocast(x):
@@ -137,11 +137,15 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         )
         ctx.eps, ctx.dtype, ctx.activation, ctx.recompute = norm.eps, dtype, activation, recompute
         ctx.fc1, ctx.fc2, ctx.precision, ctx.backend = _without_tensors(fc1), _without_tensors(fc2), precision, backend
-        return y
+        ctx.set_materialize_grads(False)
+        if delta is None:
+            return y, None
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(stream)
+        return y, stream
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor | None, d_stream: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
         end1 = 9 + len(ctx.fc1.seeds) + 2 * len(ctx.fc1.rows)
         normed, (z, h1, weight1, bias1) = _unpack_normed(saved[:5], ctx.eps, ctx.dtype), saved[5:9]
@@ -150,9 +154,12 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         fc2, factors2 = _with_tensors(ctx.fc2, weight2, rest)
         needs_stream, needs1 = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[10 : 10 + len(factors1)]
         needs2 = ctx.needs_input_grad[10 + len(factors1) :]
-        run, dx, d_factors1 = BACKENDS[ctx.backend], None, (None,) * len(factors1)
+        if dY is None:
+            dx, d_factors = d_stream, [None] * (len(factors1) + len(factors2))
+            return dx, dx if ctx.needs_input_grad[1] else None, *[None] * 8, *d_factors
+        run, dx, d_factors1 = backend_of_backward(BACKENDS, ctx.backend), None, (None,) * len(factors1)
         with _without_autocast(dY):
-            if ctx.recompute:
+            if ctx.recompute or is_differentiated():  # the saved z does not know its inputs
                 z, _ = _linear_fwd(run, fc1, factors1, normed.compute(), h1 if fc1.rows else None, ctx.precision)
             below = needs_stream or any(needs1)
             source = Activated(z, ctx.activation)
@@ -161,7 +168,8 @@ class NormLoRAMLPFunction(torch.autograd.Function):
                 dz = run.activation_bwd(da, z, ctx.activation)
                 del da, z, source
                 dn, d_factors1 = _linear_bwd(run, fc1, factors1, dz, normed, h1, needs_stream, needs1, ctx.precision)
-                dx = run.norm_bwd(dn, dY, normed) if needs_stream else None
+                d_stream = dY if d_stream is None else dY + d_stream
+                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream else None
         return dx, dx if ctx.needs_input_grad[1] else None, *[None] * 8, *d_factors1, *d_factors2
 
 

@@ -86,7 +86,11 @@ def _affine(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def activate(z: Tensor, activation: str) -> Tensor:
     """`z · Φ(z)` or `z · sigmoid(1.702 z)`."""
-    return F.gelu(z) if activation == "gelu" else (QUICK_GELU * z).sigmoid_().mul_(z)
+    if activation == "gelu":
+        return F.gelu(z)
+    if z.requires_grad and torch.is_grad_enabled():  # a backward pass that is differentiated again
+        return (QUICK_GELU * z).sigmoid() * z
+    return (QUICK_GELU * z).sigmoid_().mul_(z)
 
 
 def norm_fwd(

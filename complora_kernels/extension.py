@@ -128,7 +128,7 @@ def complora_linear_bwd(
     dropout_p: float,
     seeds: Sequence[Tensor],
     needs: tuple[bool, bool, bool],
-    dtype: torch.dtype,  # of the factors
+    factors: tuple[Tensor, Tensor],  # A [r, K], B [N, r], of which only the dtype is looked at
     *,
     precision: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dX, dA [r, K], dB [N, r]
@@ -142,6 +142,7 @@ def complora_linear_bwd(
     if needs_x:
         dX = _input_grad(dY, g, weight, [folded_A], [scaled_B], rows, dropout_p, seeds, plan, x.dtype)
     if needs_A or needs_B:
+        dtype = factors[0].dtype
         wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
         dA, dB = torch.ops.complora.complora_factor_grads(
             dY,

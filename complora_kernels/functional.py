@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from complora_kernels import autograd, backends, reference
+from complora_kernels import autograd, backends, differentiable, reference
 from complora_kernels.autograd import (
     CompLoRALinearFunction,
     FoldFactorsFunction,
@@ -23,6 +23,7 @@ from complora_kernels.autograd import (
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
 from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
+from complora_kernels.tracing import check_followed, is_followed
 
 SERVED_DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -181,16 +182,14 @@ def packed_lora_linear(
         lambda name: unserved_rows(name, x, As, rows, len(weight)),
         dropping=dropping,
     )
+    if name == "reference":
+        wide = x.to(torch.promote_types(dtype, torch.float32))
+        masks = reference_masks(wide, adapters, dropout_p) if dropping else None
+        return differentiable.packed_lora_linear(x, weight, bias, As, Bs, rows, masks)
     if name in ("triton", "extension"):
         seeds = [philox_seed(x)] if dropping else []
     else:
         seeds = [dropout_seed(x) for _ in rows] if dropping else []
-    if name == "reference":
-        masks = [
-            drop(torch.ones_like(x), dropout_mask(x, x.shape, seed, dropout_p), dropout_p) for seed in seeds
-        ] or None
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return reference.packed_lora_linear(x, weight, bias, As, Bs, rows, dropout_masks=masks)
     save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
     dropout_p = dropout_p if dropping else 0.0
     return PackedLoRALinearFunction.apply(
@@ -341,13 +340,37 @@ def resolve(
     *,
     dropping: bool = False,
 ) -> str:
+    """The backend to use: the reference where somebody follows its operations, torch's where torch.export does."""
+    if is_followed():
+        backends.resolve(backend, operation, _unfollowed, ("triton", "extension"))
+        return "reference"
     passed_over = backends.passed_over(operation, tensor.device.type, dropping)
+    if torch.compiler.is_exporting():  # the program is to run where this package is not
+        passed_over = ("triton", "extension")
     return backends.resolve(backend, operation, unserved, passed_over)
+
+
+def _unfollowed(backend: str) -> str | None:
+    if backend not in SERVED_DTYPES:
+        return None
+    return (
+        "torch.func, forward-mode differentiation and torch.jit.trace follow torch's own operations alone, "
+        "which are those of COMPLORA_BACKEND=reference"
+    )
+
+
+def reference_masks(x: Tensor, adapters: int, dropout_p: float) -> list[Tensor]:
+    """Each adapter's dropout mask `m = mask / (1 - p)`, as x. vmap's `randomness` says whether its masks differ."""
+    ones = torch.ones_like(x)
+    if is_followed():
+        return [torch.nn.functional.dropout(ones, dropout_p) for _ in range(adapters)]
+    return [drop(ones, dropout_mask(x, x.shape, dropout_seed(x), dropout_p), dropout_p) for _ in range(adapters)]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the product: autocast's where it is on (it leaves float64 alone), else that of `x`."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    check_followed(x)
+    if autograd.autocasts(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -393,7 +416,7 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen {name}: it gets no gradient here")
         _check_device(tensor, name, x.device)
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype != x.dtype and not autograd.autocasts(x.device.type):
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}, outside autocast")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from complora_kernels import functional, reference
 from complora_kernels.autograd_block import Linear, NormLoRALinearFunction, NormLoRAMLPFunction
-from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
+from complora_kernels.dropout import dropout_seed, philox_seed
 from complora_kernels.eager_block import Norm
 from complora_kernels.kernels.blocks import MAX_NORM_WIDTH
 
@@ -60,9 +60,9 @@ def norm_lora_linear(
     dtype = functional.compute_dtype(x)
     name = _resolve(backend, "norm_lora_linear", x, dtype, [linear])
     linear = _cast(linear, dtype)
-    seeds = _seeds(name, x, linear)
     if name == "reference":
-        return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=_masks(x, linear, seeds))
+        return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=_masks(x, linear))
+    seeds = _seeds(name, x, linear)
     stream, y = NormLoRALinearFunction.apply(
         *_flat(x, delta), norm, _frozen(linear, seeds), dtype, precision, name, *linear.folded_As, *linear.folded_Bs
     )
@@ -99,14 +99,13 @@ def norm_lora_mlp(
     dtype = functional.compute_dtype(x)
     name = _resolve(backend, "norm_lora_mlp", x, dtype, [fc1, fc2])
     fc1, fc2 = _cast(fc1, dtype), _cast(fc2, dtype)
-    seeds1, seeds2 = _seeds(name, x, fc1), _seeds(name, x, fc2)
     if name == "reference":
-        masks = _masks(x, fc1, seeds1)
-        stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=masks)
-        masks = _masks(z, fc2, seeds2)
+        stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=_masks(x, fc1))
+        masks = _masks(z, fc2)
         return stream + reference.activation_lora_linear(z, *fc2[:5], activation=activation, dropout_masks=masks)
+    seeds1, seeds2 = _seeds(name, x, fc1), _seeds(name, x, fc2)
     factors = (*fc1.folded_As, *fc1.folded_Bs, *fc2.folded_As, *fc2.folded_Bs)
-    y = NormLoRAMLPFunction.apply(
+    y, _ = NormLoRAMLPFunction.apply(
         *_flat(x, delta),
         norm,
         _frozen(fc1, seeds1),
@@ -176,10 +175,9 @@ def _seeds(backend: str, x: Tensor, linear: AdaptedLinear) -> list[Tensor]:
     return [philox_seed(x)] if backend in ("triton", "extension") else [dropout_seed(x) for _ in linear.rows]
 
 
-def _masks(x: Tensor, linear: AdaptedLinear, seeds: Sequence[Tensor]) -> list[Tensor] | None:
+def _masks(x: Tensor, linear: AdaptedLinear) -> list[Tensor] | None:
     """Each `m = mask / (1 - p)` [..., in]."""
-    p = linear.dropout_p
-    return [drop(torch.ones_like(x), dropout_mask(x, x.shape, seed, p), p) for seed in seeds] or None
+    return functional.reference_masks(x, len(linear.rows), linear.dropout_p) if linear.dropout_p > 0 else None
 
 
 def _frozen(linear: AdaptedLinear, seeds: Sequence[Tensor]) -> Linear:

@@ -34,6 +34,7 @@ from complora_kernels.thread_stack import ThreadStack
 NAMES = ("fused", "concat", "merge", "addmm")
 MAX_FUSED_RANK = 64
 SCHEMA = 1
+ANY = 0  # the tokens of a problem that is traced: its graph serves any number of them
 
 logger = logging.getLogger("complora_kernels")
 
@@ -43,7 +44,7 @@ class Problem(NamedTuple):
 
     backend: str  # "torch" or "triton"
     device: str  # "cpu", or the name of the GPU
-    tokens: int  # M, rounded up to a power of two
+    tokens: int  # M, rounded up to a power of two, or `ANY`
     inputs: int  # K
     outputs: int  # N
     rank: int  # r of one adapter
@@ -53,7 +54,8 @@ class Problem(NamedTuple):
     dropout: bool
 
     def __str__(self) -> str:
-        shape = f"M <= {self.tokens}, K={self.inputs}, N={self.outputs}, {self.adapters} x r={self.rank}"
+        tokens = "any M" if self.tokens == ANY else f"M <= {self.tokens}"
+        shape = f"{tokens}, K={self.inputs}, N={self.outputs}, {self.adapters} x r={self.rank}"
         dtypes = f"{self.dtype}, weight {self.weight_dtype}{', dropout' if self.dropout else ''}"
         return f"{self.backend}, {self.device}, {shape}, {dtypes}"
 
@@ -104,10 +106,14 @@ def problem(
     dtype: torch.dtype,  # of the product
     dropout: bool,
 ) -> Problem:
-    """The problem that `choose` is asked about."""
-    (rows, inputs), tokens = x.shape, 1
-    while tokens < rows:  # by comparison: torch.compile then guards a dynamic M by its bucket, not by its value
-        tokens *= 2
+    """The problem that `choose` is asked about.
+
+    While torch.compile or torch.export traces, M is not looked at, or the graph would serve the M of one bucket alone:
+    the problem is one of `ANY` tokens.
+    """
+    rows, inputs = x.shape
+    traced = torch.compiler.is_compiling() or type(rows) is not int  # a size that make_fx or torch.jit.trace follows
+    tokens = ANY if traced else 1 << max(rows - 1, 0).bit_length()
     product, kept = str(dtype).removeprefix("torch."), str(weight.dtype).removeprefix("torch.")
     return Problem(backend, _device(x.device), tokens, inputs, weight.shape[0], rank, adapters, product, kept, dropout)
 
@@ -126,7 +132,8 @@ def eligible(problem: Problem, precision: str = "exact") -> tuple[str, ...]:
 def choose(problem: Problem, precision: str = "exact") -> Plan:
     """That of `override`, else by `COMPLORA_PLAN`, else the fastest eligible one measured, else the shipped one.
 
-    torch.compile asks while it traces: the plan is part of the graph.
+    torch.compile asks while it traces: the plan is part of the graph. For `ANY` tokens it is the one that was measured
+    with the most tokens, where the choice matters most.
 
     Raises:
         ValueError: the forced plan is unknown or not eligible, or `precision` is.
@@ -267,11 +274,20 @@ def _resolve(problem: Problem, precision: str, forced: Plan | None, variable: st
         reason = f"COMPLORA_PLAN={variable!r} cannot compute ({problem}): {_refusal(variable, problem, precision)}"
         raise ValueError(f"{reason}; expected one of auto, {', '.join(names)}")
     names = names if variable == "auto" else (variable,)
-    entry = _entries().get((problem, versions()))
+    entry = _measured(problem)
     tuned = [plan for plan, _ in entry.measured if plan.name in names] if entry else []
     shipped = [plan for _, applies, plan in SHIPPED if plan.name in names and applies(problem)]
     source = "COMPLORA_PLAN" if variable != "auto" else "tuned" if tuned else "shipped"
     return (*tuned, *shipped, Plan(names[0]))[0], source  # the last: merge, which does not ship, is forced
+
+
+def _measured(problem: Problem) -> Entry | None:
+    """The entry of a problem, for `ANY` tokens that of the most tokens."""
+    if problem.tokens != ANY:
+        return _entries().get((problem, versions()))
+    entries = [entry for (_, measured_with), entry in _entries().items() if measured_with == versions()]
+    same = [entry for entry in entries if entry.problem._replace(tokens=ANY) == problem]
+    return max(same, key=lambda entry: entry.problem.tokens, default=None)
 
 
 @functools.lru_cache(maxsize=1)  # read, and complained about, once

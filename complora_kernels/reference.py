@@ -148,23 +148,25 @@ def activation_lora_linear(
 
 
 def keep_mask(
-    seed: int,
+    seed: int | Tensor,  # or [1], int64
     adapter: int,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     p: float,
-) -> Tensor:  # [M, K], bool; True is kept
+) -> Tensor:  # [M, K], bool, on the device of the seed; True is kept
     """The dropout mask that the Triton kernels draw for one adapter, and `kernels.dropout` describes."""
     M, K = shape
+    device = seed.device if isinstance(seed, Tensor) else None
     bits = 8 if (256 * p).is_integer() else 16
     lanes = 32 // bits  # of a word
-    column, row = torch.arange(-(-K // (4 * lanes))).expand(M, -1), torch.arange(M).unsqueeze(1)
+    column = torch.arange(-(-K // (4 * lanes)), device=device).expand(M, -1)
+    row = torch.arange(M, device=device).unsqueeze(1)
     counter = [column, row.expand_as(column), torch.full_like(column, adapter), torch.zeros_like(column)]
     words = torch.stack(philox4x32(counter, seed, rounds=7), -1).flatten(1)  # [M, 4 · columns]
-    values = (words.unsqueeze(-1) >> (bits * torch.arange(lanes))) & (2**bits - 1)
+    values = (words.unsqueeze(-1) >> (bits * torch.arange(lanes, device=device))) & (2**bits - 1)
     return values.flatten(1)[:, :K] >= min(round(p * 2**bits), 2**bits - 1)
 
 
-def philox4x32(counter: Sequence[Tensor], key: int, rounds: int) -> list[Tensor]:
+def philox4x32(counter: Sequence[Tensor], key: int | Tensor, rounds: int) -> list[Tensor]:
     """Philox4x32 (Salmon et al., SC 2011): four 32-bit words in int64 tensors, under a 64-bit key."""
     low = 2**32 - 1
     c0, c1, c2, c3 = counter

@@ -21,9 +21,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from complora_kernels.config import CompLoRAConfig, check_subspace_size
 from complora_kernels.tensor_facts import TensorFacts
+from complora_kernels.tracing import has_values
 
 Side = Literal["output", "input"]
 BasisKind = Literal["principal", "complement"]
@@ -162,7 +164,11 @@ _ORTHONORMAL: TensorFacts[bool] = TensorFacts()
 
 def check_orthonormal(basis: Tensor, name: str) -> None:
     """Raises ValueError unless the columns of `basis` [d, k] are orthonormal to 1e-4; each tensor is looked at once."""
-    if torch.compiler.is_compiling() or _ORTHONORMAL.get_or_compute(basis, _is_orthonormal):
+    if torch.compiler.is_compiling() or _ORTHONORMAL.get(basis) or not has_values(basis):
+        return
+    with _disable_current_modes():  # which fake values, count or record
+        orthonormal = _ORTHONORMAL.set(basis, _is_orthonormal(basis))
+    if orthonormal:
         return
     raise ValueError(
         f"{name} of shape {tuple(basis.shape)} does not have orthonormal columns: expected {name}^T {name} = I to 1e-4"

@@ -14,6 +14,7 @@ from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer, Factors, WeightRows, clone_as, require_plain
 from complora_kernels.modules.tower import folded_factors
 from complora_kernels.tensor_facts import TensorFacts
+from complora_kernels.tracing import has_values
 
 
 class CompLoRAAttentionLayer(CompLoRALayer):
@@ -303,6 +304,8 @@ def known_causal(mask: Tensor, L: int, S: int) -> bool:
     if not is_corner or kept.shape[0] != kept.shape[1] or kept.is_inference():  # a write to the last would go unseen
         return False
     known = _CAUSAL.get(kept)
+    if known is None and not has_values(kept):
+        return False
     if known is None and kept.device.type != "cpu":
         _CAUSAL.set(kept, _SEEN_ONCE)
         return False

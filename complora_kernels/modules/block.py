@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
@@ -33,6 +31,7 @@ from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.pooled import Pooled, pooled, take
 from complora_kernels.modules.tower import folded_factors
+from complora_kernels.tracing import is_followed
 
 RECOMPUTE = ("none", "mlp")
 
@@ -92,7 +91,7 @@ class CompLoRABlock(Extension):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether the fused operations compute what the block's own forward pass would, and what hooks may see."""
-        if torch.compiler.is_compiling() or not _is_plain(x) or _global_hooks():
+        if not _is_plain(x) or _global_hooks():
             return False
         if not_understood(self) is not None:
             return False
@@ -101,7 +100,7 @@ class CompLoRABlock(Extension):
         mlp, attn = self.mlp, self.attn
         adapted = [part for part in (attn, mlp.c_fc, mlp.c_proj) if isinstance(part, CompLoRALayer)]
         if adapted and not any(layer.active for layer in adapted):
-            return False  # merged or switched off: a plain model, which can be traced and differentiated twice
+            return False  # merged or switched off: a plain model
         frozen = (self.ln_1, self.ln_2, mlp.c_fc, mlp.c_proj, attn.out_proj)
         parameters = [parameter for part in frozen for parameter in (part.weight, part.bias)]
         parameters += [attn.in_proj_weight, attn.in_proj_bias]
@@ -235,13 +234,8 @@ def _adapted(
 
 def _is_plain(x: Tensor) -> bool:
     """A batch with values: subclasses, tracers and transforms see operations one by one, or have no memory."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.dim() == 3
-        and torch._C._get_tracing_state() is None
-        and not is_functorch_wrapped_tensor(x)
-        and forward_ad._current_level < 0
-    )
+    followed = torch.compiler.is_compiling() or is_followed()
+    return type(x) in (Tensor, nn.Parameter) and x.dim() == 3 and not followed
 
 
 def _global_hooks() -> bool:

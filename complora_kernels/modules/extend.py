@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from complora_kernels.changes import Changes
+from complora_kernels.tracing import Unscriptable
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 LIBRARIES = ("torch", "open_clip", "clip")  # whose classes are known by their names
 _OWN_HOOKS: list[Any] = []
 
 
-class Extension(nn.Module):
+class Extension(Unscriptable):
     """The base of what `extend` adds: a mixin whose methods come before those of the module's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -19,6 +19,7 @@ from complora_kernels import base_weights, functional, subspace
 from complora_kernels.changes import Changes, joined
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.thread_stack import ThreadStack
+from complora_kernels.tracing import Unscriptable
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 
@@ -50,7 +51,7 @@ class FoldInputs(NamedTuple):
     input_kind: str
 
 
-class Float32State(nn.Module):
+class Float32State(Unscriptable):
     """A module whose own `lora_*` parameters and bases stay float32 or wider when `.half()` converts the rest."""
 
     def _own_float32_state(self) -> Iterator[Tensor]:

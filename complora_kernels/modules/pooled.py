@@ -36,7 +36,8 @@ class Pooled(NamedTuple):
 
 
 class _Running(threading.local):
-    pooled: Pooled | None = None  # of the innermost tower
+    def __init__(self) -> None:
+        self.pooled: Pooled | None = None  # of the innermost tower
 
 
 _RUNNING = _Running()

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from complora_kernels.changes import Changes, joined
 from complora_kernels.modules.attention import has_been_read, known_causal, recognise_causal_mask
 from complora_kernels.modules.extend import Extension, extend, own_hook
 from complora_kernels.modules.pooled import Pool, pooling
 from complora_kernels.tensor_facts import TensorFacts
+from complora_kernels.tracing import has_values
 
 MULTIPLE = 8  # lengths are rounded up to one of these: few shapes, and rows that suit vector loads
 
@@ -42,7 +42,8 @@ class Cut(NamedTuple):
 
 
 class _Running(threading.local):
-    cut: Cut | None = None  # of the innermost encode_text
+    def __init__(self) -> None:
+        self.cut: Cut | None = None  # of the innermost encode_text
 
 
 _RUNNING = _Running()
@@ -131,16 +132,8 @@ def find_cut(tower: TextTower, text: Tensor) -> Cut | None:
 
 
 def _is_readable(text: Any) -> bool:
-    """Whether `text` holds ids [N, L] whose values can be had now; tracers, fakes and functorch's tensors have none."""
-    return (
-        torch._C._get_tracing_state() is None
-        and type(text) is Tensor
-        and text.dtype in (torch.int64, torch.int32)
-        and text.dim() == 2
-        and text.numel() > 0
-        and not text.is_meta
-        and not is_functorch_wrapped_tensor(text)
-    )
+    """Whether `text` holds ids [N, L] whose values can be had now."""
+    return has_values(text) and text.dtype in (torch.int64, torch.int32) and text.dim() == 2 and text.numel() > 0
 
 
 def _longest(

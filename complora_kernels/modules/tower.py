@@ -47,7 +47,8 @@ class RunningTower(NamedTuple):
 
 
 class _Running(threading.local):
-    towers: tuple[RunningTower, ...] = ()  # the innermost comes last
+    def __init__(self) -> None:
+        self.towers: tuple[RunningTower, ...] = ()  # the innermost comes last
 
 
 _RUNNING = _Running()

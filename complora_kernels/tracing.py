@@ -1,0 +1,72 @@
+"""Who follows operations one by one: torch.func, forward-mode differentiation, torch.jit.trace."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+CHECKPOINT = "torch.utils.checkpoint"
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+
+
+def is_followed() -> bool:
+    """Whether somebody follows what is computed now, operation by operation, who cannot enter a custom Function.
+
+    These are torch.func, a batched backward pass, forward-mode differentiation, torch.jit.trace, and selective
+    checkpointing, which keeps results that nobody may write to.
+    """
+    transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
+    return transformed or _is_traced() or _is_batched() or _is_checkpointed()
+
+
+def is_differentiated() -> bool:
+    """Within a backward pass: whether it is differentiated again (`create_graph=True`), or followed."""
+    return torch.is_grad_enabled() or is_followed()
+
+
+class Unscriptable(nn.Module):
+    """A module that says what to do instead of torch.jit.script, which would fail on its annotations."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile an adapted model ({type(self).__name__}), merged or not: use "
+            "torch.jit.trace or torch.export, or script a plain model that has loaded the merged one's state dict "
+            "(strict=False)"
+        )
+
+
+def check_followed(x: Tensor) -> None:
+    """Raises TypeError for what is no tensor: the stand-in that torch.fx.symbolic_trace passes through a model."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x is a {type(x).__name__}, expected a tensor: torch.fx.symbolic_trace cannot follow an adapted layer, "
+            "use torch.export, or a torch.fx.Tracer to which the layer is a leaf"
+        )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` can be read now; fakes, tracers and torch.func's wrapped tensors have none."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
+    return plain and not tensor.is_meta and not _is_traced()
+
+
+def _is_batched() -> bool:
+    """As by `is_grads_batched=True`, whose tensors are not torch.func's."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+
+
+def _is_checkpointed() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 and type(_get_current_dispatch_mode()).__module__ == CHECKPOINT
+
+
+def _is_traced() -> bool:
+    return torch._C._get_tracing_state() is not None
+
+
+# torch.compile calls it while it traces and takes the result for a constant: it guards the transforms itself.
+is_followed._dynamo_marked_constant = True  # type: ignore[attr-defined]
