@@ -93,6 +93,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         dx, d_factors = d_stream, (None,) * len(factors)
         if dY is not None:
             run = BACKENDS[ctx.backend]
+            dY, d_stream = dY.resolve_neg(), None if d_stream is None else d_stream.resolve_neg()  # kernels read memory
             with _without_autocast(dY):
                 dn, d_factors = _linear_bwd(
                     run, linear, factors, dY, normed, h, needs_stream, ctx.needs_input_grad[7:], ctx.precision
@@ -151,6 +152,7 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         needs_stream, needs1 = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[10 : 10 + len(factors1)]
         needs2 = ctx.needs_input_grad[10 + len(factors1) :]
         run, dx, d_factors1 = BACKENDS[ctx.backend], None, (None,) * len(factors1)
+        dY = dY.resolve_neg()  # kernels read memory
         with _without_autocast(dY):
             if ctx.recompute:
                 z, _ = _linear_fwd(run, fc1, factors1, normed.compute(), h1 if fc1.rows else None, ctx.precision)
