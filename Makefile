@@ -38,8 +38,9 @@ test-oldest: .venv-oldest/.installed $(EXTENSION)  ## run the tests on the oldes
 
 # A copy of the package in build/sanitize, whose extension checks every address and every undefined operation; a report
 # goes to stderr and ends the run. Python never frees everything, so leaks are not looked for. libstdc++ is loaded with
-# libasan, which could not see its exceptions otherwise. asan-stack=0: the emulated threads have stacks of their own. Two
-# CPU threads, whatever the machine.
+# libasan, which could not see its exceptions otherwise. Too much memory is refused, as without sanitizers. asan-stack=0:
+# the emulated threads have stacks of their own. Two CPU threads, whatever the machine. pythonpath: pytest would find the
+# package that lies here before the copy.
 sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under the address and undefined-behaviour sanitizers
 	rm -rf build/sanitize/lib
 	$(BUILD) COMPLORA_WERROR=1 CFLAGS="$(SANITIZER) -g" LDFLAGS="$(SANITIZER)" COMPLORA_BUILD=cpu \
