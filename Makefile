@@ -38,16 +38,18 @@ test-oldest: .venv-oldest/.installed $(EXTENSION)  ## run the tests on the oldes
 
 # A copy of the package in build/sanitize, whose extension checks every address and every undefined operation; a report
 # goes to stderr and ends the run. Python never frees everything, so leaks are not looked for. libstdc++ is loaded with
-# libasan, which could not see its exceptions otherwise. asan-stack=0: the emulated threads have stacks of their own. Two
-# CPU threads, whatever the machine.
+# libasan, which could not see its exceptions otherwise. Too much memory is refused, as without sanitizers. asan-stack=0:
+# the emulated threads have stacks of their own. Two CPU threads, whatever the machine. pythonpath: pytest would find the
+# package that lies here before the copy.
 sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under the address and undefined-behaviour sanitizers
 	rm -rf build/sanitize/lib
 	$(BUILD) COMPLORA_WERROR=1 CFLAGS="$(SANITIZER) -g" LDFLAGS="$(SANITIZER)" COMPLORA_BUILD=cpu \
 		.venv/bin/python setup.py build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/sanitize/lib \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=2 PYTHONPATH=build/sanitize/lib \
 		CUDA_ON_CPU_FLAGS="$(SANITIZER) --param asan-stack=0" \
-		.venv/bin/pytest --capture=no tests/test_extension.py tests/test_cuda_source.py $(ARGS)
+		.venv/bin/pytest --override-ini=pythonpath= --capture=no \
+		tests/test_extension.py tests/test_cuda_source.py tests/test_raw_operations.py $(ARGS)
 
 aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU: registers, spills, shared memory
 	.venv/bin/python -m benchmarks.aot $(ARGS)

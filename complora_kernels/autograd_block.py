@@ -92,6 +92,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         dx, d_factors = d_stream, (None,) * len(factors)
         if dY is not None:
             run = backend_of_backward(BACKENDS, ctx.backend)
+            dY, d_stream = dY.resolve_neg(), None if d_stream is None else d_stream.resolve_neg()  # kernels read memory
             with _without_autocast(dY):
                 dn, d_factors = _linear_bwd(
                     run, linear, factors, dY, normed, h, needs_stream, ctx.needs_input_grad[7:], ctx.precision
@@ -158,6 +159,7 @@ class NormLoRAMLPFunction(torch.autograd.Function):
             dx, d_factors = d_stream, [None] * (len(factors1) + len(factors2))
             return dx, dx if ctx.needs_input_grad[1] else None, *[None] * 8, *d_factors
         run, dx, d_factors1 = backend_of_backward(BACKENDS, ctx.backend), None, (None,) * len(factors1)
+        dY = dY.resolve_neg()  # kernels read memory
         with _without_autocast(dY):
             if ctx.recompute or is_differentiated():  # the saved z does not know its inputs
                 z, _ = _linear_fwd(run, fc1, factors1, normed.compute(), h1 if fc1.rows else None, ctx.precision)

@@ -7,6 +7,7 @@ The base product carries any number of adapters side by side ("packed": q, k and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -78,7 +79,7 @@ def packed_lora_linear_fwd(
 
     `drop_each(x, seeds, adapters, p)` gives each adapter's `drop(x)`, where masks are not those of `dropout_mask`.
     """
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    flat = flatten(x)  # [M, K]
     plan = choose(flat, weight, As, seeds, precision)
     bias = None if bias is None else bias.to(x.dtype)
     if h is None and seeds:
@@ -116,8 +117,8 @@ def packed_lora_linear_bwd(
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """`g = dY B̃`, `dX = dY W + m ∘ (g Ã)`, `dÃ = g^T drop(x)`, `dB̃ = dY^T h`; `needs` says which of dX, dÃ, dB̃."""
     needs_x, needs_A, needs_B = needs
-    dY = dY.reshape(-1, weight.shape[0])  # [M, N]
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    dY = flatten(dY)  # [M, N]
+    flat = flatten(x)  # [M, K]
     dAs: list[Tensor | None] = [None] * len(As)
     dBs: list[Tensor | None] = [None] * len(Bs)
     dX = None
@@ -217,7 +218,7 @@ def _projected(factor: Tensor, basis: Tensor | None, kind: str) -> Tensor:
     factor = factor.to(torch.promote_types(factor.dtype, torch.float32))
     if basis is None:
         return factor
-    rows = factor.reshape(-1, factor.shape[-1])  # [R, d]
+    rows = flatten(factor)  # [R, d]
     basis = basis.to(factor.dtype)
     coordinates = rows @ basis  # [R, k]
     if kind == "complement":
@@ -228,6 +229,21 @@ def _projected(factor: Tensor, basis: Tensor | None, kind: str) -> Tensor:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.to(dtype)`, but not to its own: torch.compile of torch 2.11 loses the gradient of such an output."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def check_device(first: Tensor, *others: Tensor | None) -> None:
+    """Raises ValueError unless all are on one device: beside a tensor without values others have no result."""
+    device = first.device
+    for tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"a tensor is on {tensor.device}, expected {device}")
+
+
+def flatten(
+    x: Tensor,  # [..., d]
+) -> Tensor:  # [M, d]
+    """`x.reshape(-1, d)`, also where d is 0, which torch calls ambiguous."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def unflatten(result: Tensor, shape: Sequence[int]) -> Tensor:

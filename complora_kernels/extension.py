@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from complora_kernels import eager
-from complora_kernels.eager import Rows, unflatten
+from complora_kernels.eager import Rows, flatten, unflatten
 
 
 def project_complement(
@@ -98,7 +98,7 @@ def packed_lora_linear_bwd(
     `needs` says which of dX, dÃ, dB̃ are computed.
     """
     needs_x, needs_A, needs_B = needs
-    dY, flat = dY.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])  # [M, N], [M, K]
+    dY, flat = flatten(dY), flatten(x)  # [M, N], [M, K]
     plan = eager.choose(flat, weight, As, seeds, precision)
     g = _g(dY, Bs, rows) if needs_A or (needs_x and plan != "merge") else dY.new_empty(0, h.shape[1])
     dX = _input_grad(dY, g, weight, As, Bs, rows, dropout_p, seeds, plan, x.dtype) if needs_x else None
@@ -134,7 +134,7 @@ def complora_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dX, dA [r, K], dB [N, r]
     """`dA = (g^T drop(x)) P_in` and `dB = P_out (s · dY^T h)`: summed and projected in one call, rounded once."""
     needs_x, needs_A, needs_B = needs
-    dY, flat = dY.reshape(-1, weight.shape[0]), x.reshape(-1, x.shape[-1])  # [M, N], [M, K]
+    dY, flat = flatten(dY), flatten(x)  # [M, N], [M, K]
     rows = [(0, weight.shape[0])]
     plan = eager.choose(flat, weight, [folded_A], seeds, precision)
     g = _g(dY, [scaled_B], rows) if needs_A or (needs_x and plan != "merge") else dY.new_empty(0, h.shape[1])

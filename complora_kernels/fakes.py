@@ -10,14 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from complora_kernels.eager import check_device
+
 
 def project_complement(factor: Tensor, basis: Tensor, complement: bool) -> Tensor:
     """As `factor`, contiguous."""
+    check_device(factor, basis)
     return torch.empty_like(factor, memory_format=torch.contiguous_format)
 
 
 def project_complement_(factor: Tensor, basis: Tensor, complement: bool) -> None:
     """Nothing is returned: `factor` is written to."""
+    check_device(factor, basis)
 
 
 def fold_factors(
@@ -29,6 +33,7 @@ def fold_factors(
     dtype: torch.dtype,
 ) -> Tensor:
     """[Σ r d]."""
+    check_device(*factors, *bases)
     return factors[0].new_empty((sum(factor.numel() for factor in factors),), dtype=dtype)
 
 
@@ -50,6 +55,7 @@ def complora_factor_grads(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Both gradients: dA [P, r, K], dB [P, D, r]; [0, …] where it is not needed."""
+    check_device(x, dY, h, g, seed, *output_bases, *input_bases)
     P, K = len(starts), x.shape[1]
     rank = (g if needs[0] else h).shape[1] // P
     dA = x.new_empty((P if needs[0] else 0, rank, K), dtype=dtype)
@@ -58,6 +64,7 @@ def complora_factor_grads(
 
 def drop(x: Tensor, seed: Tensor, adapter: int, dropout_p: float) -> Tensor:
     """As `x`, contiguous."""
+    check_device(x, seed)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from complora_kernels import autograd, backends, differentiable, reference
+from complora_kernels import autograd, backends, differentiable, ops, reference
 from complora_kernels.autograd import (
     CompLoRALinearFunction,
     FoldFactorsFunction,
@@ -26,7 +26,7 @@ from complora_kernels.subspace import check_orthonormal
 from complora_kernels.tracing import check_followed, is_followed
 
 SERVED_DTYPES = {
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": ops.DTYPES,
     "extension": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
 }
 __all__ = [
@@ -70,12 +70,12 @@ def project_complement_(
     """`project_complement` in place: `factor` is written to and returned, as by torch's own names with an underscore.
 
     Raises:
-        ValueError: as `project_complement`; a leaf that requires a gradient, outside `torch.no_grad`; an expanded
-            factor, with a stride of 0.
+        ValueError: as `project_complement`; a leaf that requires a gradient, outside `torch.no_grad`; a factor with
+            two elements in one place, as an expanded one has.
     """
     if factor.requires_grad and factor.is_leaf and torch.is_grad_enabled():
         raise ValueError("factor is a leaf that requires a gradient, expected torch.no_grad() around a write to it")
-    if any(stride == 0 and size > 1 for size, stride in zip(factor.shape, factor.stride(), strict=True)):
+    if _overlaps_itself(factor):
         raise ValueError(f"factor has strides {factor.stride()}, expected memory of its own for each element")
     name = _project_complement_backend(factor, basis, basis_kind, backend)
     if name == "reference":
@@ -109,9 +109,12 @@ def fold_factors(
     to both. The results are not to be written to: they may be parts of one tensor.
 
     Raises:
-        ValueError: lists of different lengths, shapes that do not fit, columns that are not orthonormal, or an unknown
-            kind.
+        ValueError: lists of different lengths, shapes that do not fit, columns that are not orthonormal, an unknown
+            kind, a scaling that is not finite, or factors or a `dtype` that are not floating-point.
     """
+    _check_scaling(scaling)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}, expected a floating-point one")
     layers = len(lora_As)
     output_kinds = [output_basis_kinds] * layers if isinstance(output_basis_kinds, str) else list(output_basis_kinds)
     input_kinds = [input_basis_kinds] * layers if isinstance(input_basis_kinds, str) else list(input_basis_kinds)
@@ -224,10 +227,11 @@ def lora_linear(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a weight or bias that requires a gradient, dropout_p
-            outside [0, 1), or another precision.
+            outside [0, 1), a scaling that is not finite, or another precision.
         RuntimeError: a backend that was asked for by name does not serve the arguments.
     """
     _check_fits(folded_A, folded_B, weight, "folded_A", "folded_B")
+    _check_scaling(scaling)
     scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
     rows = [(0, weight.shape[0])]
     return packed_lora_linear(
@@ -274,6 +278,7 @@ def complora_linear(
         ValueError: as `fold_factors` and `lora_linear`.
     """
     _check_fits(lora_A, lora_B, weight, "lora_A", "lora_B")
+    _check_scaling(scaling)
     dtype, rows = compute_dtype(x), [(0, weight.shape[0])]
     _check_factors(lora_A, lora_B, "lora_A", "lora_B")
     _check_basis(output_basis, output_basis_kind, lora_B.shape[0], "output_basis", lora_B.device)
@@ -406,6 +411,8 @@ def check_product(
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}, expected [..., in] and [out, in]")
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}, expected a floating-point one")
     if weight.shape[1] == 0:
         raise ValueError(f"weight {tuple(weight.shape)}, expected [out, in] with in >= 1")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -425,6 +432,32 @@ def _check_factors(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
         raise ValueError(
             f"{name_A} {tuple(A.shape)} and {name_B} {tuple(B.shape)}, expected [r, in] and [out, r] with r >= 1"
         )
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise ValueError(f"{name_A} and {name_B} have dtypes {A.dtype} and {B.dtype}, expected floating-point ones")
+
+
+def _check_scaling(scaling: float) -> None:
+    if not abs(scaling) < float("inf"):  # NaN is not either
+        raise ValueError(f"scaling={scaling}, expected a finite number")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements lie in one place."""
+    apart = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    if torch.compiler.is_compiling():  # sorted strides would be guards
+        return any(stride == 0 for stride, _ in apart)
+    last, sorted_apart = 0, True
+    for stride, size in sorted(apart):
+        sorted_apart = sorted_apart and stride > last
+        last += (size - 1) * stride
+    if sorted_apart or tensor.numel() == 0:
+        return False
+    if tensor.numel() > last + 1:
+        return True
+    places = torch.zeros(1, dtype=torch.int64)  # strides that interleave: every place is looked at
+    for stride, size in apart:
+        places = (places.unsqueeze(1) + stride * torch.arange(size)).flatten()
+    return len(places.unique()) < len(places)
 
 
 def _check_fits(A: Tensor, B: Tensor, weight: Tensor, name_A: str, name_B: str) -> None:

@@ -8,7 +8,7 @@ activation return is not saved for the backward pass, only what they read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from complora_kernels import functional, reference
 from complora_kernels.autograd_block import Linear, NormLoRALinearFunction, NormLoRAMLPFunction
 from complora_kernels.dropout import dropout_seed, philox_seed
+from complora_kernels.eager import flatten
 from complora_kernels.eager_block import Norm
 from complora_kernels.kernels.blocks import MAX_NORM_WIDTH
 
@@ -58,7 +59,7 @@ def norm_lora_linear(
     """
     _check(x, delta, norm, [linear], precision)
     dtype = functional.compute_dtype(x)
-    name = _resolve(backend, "norm_lora_linear", x, dtype, [linear])
+    name = _resolve(backend, "norm_lora_linear", x, delta, norm, dtype, [linear])
     linear = _cast(linear, dtype)
     if name == "reference":
         return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=_masks(x, linear))
@@ -97,7 +98,7 @@ def norm_lora_mlp(
     if fc2.weight.shape != fc1.weight.shape[::-1]:
         raise ValueError(f"fc1 {tuple(fc1.weight.shape)} and fc2 {tuple(fc2.weight.shape)}, expected transposed shapes")
     dtype = functional.compute_dtype(x)
-    name = _resolve(backend, "norm_lora_mlp", x, dtype, [fc1, fc2])
+    name = _resolve(backend, "norm_lora_mlp", x, delta, norm, dtype, [fc1, fc2])
     fc1, fc2 = _cast(fc1, dtype), _cast(fc2, dtype)
     if name == "reference":
         stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=_masks(x, fc1))
@@ -143,11 +144,19 @@ def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[Adapte
 
 
 def _resolve(
-    backend: str | None, operation: str, x: Tensor, dtype: torch.dtype, linears: Sequence[AdaptedLinear]
+    backend: str | None,
+    operation: str,
+    x: Tensor,
+    delta: Tensor | None,
+    norm: Norm,
+    dtype: torch.dtype,
+    linears: Sequence[AdaptedLinear],
 ) -> str:
     def unserved(name: str) -> str | None:
         if name == "triton" and x.shape[-1] > MAX_NORM_WIDTH:
             return f"x {tuple(x.shape)}, the kernels serve rows of at most {MAX_NORM_WIDTH}"
+        if name == "triton" and any(t is not None and t.is_neg() for t in _tensors(x, delta, norm, linears)):
+            return "a tensor is a view that negates its memory, the kernels read the memory"
         like = x.new_empty(0, dtype=dtype)
         for linear in linears:
             factors = linear.folded_As
@@ -161,6 +170,12 @@ def _resolve(
         return functional.unserved(name, "x", [x])
 
     return functional.resolve(backend, operation, x, unserved, dropping=any(linear.dropout_p for linear in linears))
+
+
+def _tensors(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear]) -> Iterator[Tensor | None]:
+    yield from (x, delta, norm.weight, norm.bias)
+    for linear in linears:
+        yield from (linear.weight, linear.bias, *linear.folded_As, *linear.folded_Bs)
 
 
 def _cast(linear: AdaptedLinear, dtype: torch.dtype) -> AdaptedLinear:
@@ -186,4 +201,4 @@ def _frozen(linear: AdaptedLinear, seeds: Sequence[Tensor]) -> Linear:
 
 
 def _flat(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [M, K] each
-    return x.reshape(-1, x.shape[-1]), None if delta is None else delta.reshape(-1, delta.shape[-1])
+    return flatten(x), None if delta is None else flatten(delta)

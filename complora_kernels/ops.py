@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from complora_kernels import plans
-from complora_kernels.eager import Rows, block_diagonal, unflatten
+from complora_kernels.eager import Rows, block_diagonal, check_device, flatten, unflatten
 from complora_kernels.kernels.blocks import Blocks, row_blocks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("complora_triton", "DEF")
 _LIBRARY.define(
@@ -85,7 +87,7 @@ def project_complement(
     basis_kind: str,
 ) -> Tensor:
     """`factor (I - U U^T)` or `factor U U^T`, in float32."""
-    rows = factor.reshape(-1, factor.shape[-1])  # [R, d]
+    rows = flatten(factor)  # [R, d]
     (projected,) = fold_factors([rows], [basis], [basis_kind], [False], 1.0, [factor.dtype])
     return unflatten(projected, factor.shape)
 
@@ -127,7 +129,10 @@ def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 def _blocks(weight: Tensor, Bs: Sequence[Tensor], starts: Sequence[int]) -> Blocks:
     blocks = row_blocks([(start, start + len(B)) for start, B in zip(starts, Bs, strict=True)], len(weight))
-    assert blocks is not None  # `functional` sends nothing else here
+    if blocks is None:
+        raise ValueError(
+            f"starts={list(starts)} with Bs {_shapes(Bs)}, expected distinct ones of equal blocks of {len(weight)} rows"
+        )
     return blocks
 
 
@@ -251,6 +256,65 @@ def _beside(left: Tensor, right: Tensor) -> Tensor:
     return F.pad(both, (0, -both.shape[1] % 8))[:, : both.shape[1]]
 
 
+# What `functional` has checked, in fewer words: anybody may call a registered operation, and a kernel reads past what
+# does not fit.
+
+
+def _check_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    precision: str,
+) -> None:
+    if not 1 <= len(As) == len(Bs) == len(starts):
+        raise ValueError(
+            f"As, Bs, starts have lengths {len(As)}, {len(Bs)}, {len(starts)}, expected equal ones of at least 1"
+        )
+    A, B = As[0].shape, Bs[0].shape
+    fits = x.dim() >= 1 and weight.dim() == len(A) == len(B) == 2 and x.shape[-1] == weight.shape[1] == A[1] > 0
+    fits = fits and A[0] == B[1] > 0 and all(other.shape == A for other in As) and all(other.shape == B for other in Bs)
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = _shapes([x, weight, *As, *Bs, *([] if bias is None else [bias])])
+        raise ValueError(
+            f"x, weight, As, Bs, bias have shapes {shapes}, expected [..., K], [N, K], each [r, K], each [D, r], [N]"
+        )
+    check_device(x, weight, bias, *As, *Bs, seed)
+    _check_memory(x, weight, bias, *As, *Bs, seed)
+    _check_dtype(x.dtype, *As, *Bs)
+    if not all(tensor.is_floating_point() for tensor in (weight, bias) if tensor is not None):
+        raise ValueError(f"weight has dtype {weight.dtype}, expected a floating-point one as of the bias")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
+    if dropout_p > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
+        raise ValueError(f"seed={seed} with dropout_p={dropout_p}, expected an int64 tensor of shape [1]")
+    if precision not in ("exact", "fast"):
+        raise ValueError(f"precision={precision!r}, expected 'exact' or 'fast'")
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """Each is strided, and its storage was not given back."""
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.layout is not torch.strided or (tensor.data_ptr() == 0 and tensor.numel() > 0)
+        ):
+            raise ValueError(f"a tensor {list(tensor.shape)} is {tensor.layout} or has no memory, expected a dense one")
+
+
+def _check_dtype(dtype: torch.dtype, *tensors: Tensor) -> None:
+    if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
+        dtypes = [dtype, *(tensor.dtype for tensor in tensors)]
+        raise ValueError(f"tensors have dtypes {dtypes}, expected one of {DTYPES}")
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[list[int]]:
+    return [list(tensor.shape) for tensor in tensors]
+
+
 def _packed_lora_linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -263,7 +327,8 @@ def _packed_lora_linear_fwd(
     save_h: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
+    _check_product(x, weight, bias, As, Bs, starts, dropout_p, seed, precision)
+    flat = flatten(x)  # [M, K]
     y, h = linear_fwd(flat, weight, bias, As, Bs, starts, dropout_p, seed, save_h, precision)
     return unflatten(y, [*x.shape[:-1], len(weight)]), h
 
@@ -283,8 +348,17 @@ def _packed_lora_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from complora_kernels.kernels import reductions
 
-    flat = x.reshape(-1, x.shape[-1])  # [M, K]
-    dY = dY.reshape(-1, len(weight))  # [M, N]
+    _check_product(x, weight, None, As, Bs, starts, dropout_p, seed, precision)
+    check_device(x, dY, h)
+    _check_memory(dY, h)
+    _check_dtype(x.dtype, dY, h)
+    flat = flatten(x)  # [M, K]
+    h_shape = (len(flat), len(As) * len(As[0]))
+    if dY.shape != (*x.shape[:-1], len(weight)) or len(needs) != 3 or (needs[2] and h.shape != h_shape):
+        raise ValueError(
+            f"dY {list(dY.shape)}, h {list(h.shape)}, needs={list(needs)}, expected [..., N], [M, P r] and three"
+        )
+    dY, h = flatten(dY), h.contiguous()  # [M, N], [M, P r]
     dX, dA, dB = linear_bwd(
         dY,
         flat,
@@ -312,6 +386,15 @@ def _fold_factors(
 ) -> Tensor:
     from complora_kernels.kernels.factors import fold_factors
 
+    if not 1 <= len(factors) == len(bases) == len(complement) == len(output_side):
+        raise ValueError(
+            f"factors, bases, complement, output_side have lengths {len(factors)}, {len(bases)}, {len(complement)}, "
+            f"{len(output_side)}, expected equal ones of at least 1"
+        )
+    check_device(*factors, *bases)
+    _check_dtype(factors[0].dtype, *factors)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}, expected one of {DTYPES}")
     return fold_factors(factors, bases, complement, output_side, scaling, dtype)
 
 
@@ -327,6 +410,7 @@ def _packed_lora_linear_fwd_shape(
     save_h: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
+    check_device(x, weight, bias, *As, *Bs, seed)
     M, R = math.prod(x.shape[:-1]), sum(len(A) for A in As)
     return x.new_empty((*x.shape[:-1], len(weight))), x.new_empty((M if save_h else 0, R))
 
@@ -344,6 +428,7 @@ def _packed_lora_linear_bwd_shape(
     needs: Sequence[bool],
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_device(x, dY, h, weight, *As, *Bs, seed)
     shapes = (x.shape, (len(As), *As[0].shape), (len(Bs), *Bs[0].shape))
     dX, dA, dB = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
     return dX, dA, dB
@@ -357,6 +442,7 @@ def _fold_factors_shape(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    check_device(*factors, *bases)
     return factors[0].new_empty((sum(factor.numel() for factor in factors),), dtype=dtype)
 
 

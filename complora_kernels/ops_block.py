@@ -51,15 +51,19 @@ def norm_bwd(
 def activation_fwd(
     z: Tensor,  # [M, K]
     activation: str,
-    As: Sequence[Tensor],  # one [r, K], or none
+    As: Sequence[Tensor],  # each [r, K]
     dropout_p: float,
     seeds: Sequence[Tensor],  # one [1], or none without dropout
 ) -> tuple[Tensor, Tensor | None]:
-    """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, r]."""
+    """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, P r]."""
     from complora_kernels.kernels import activation as kernels
+    from complora_kernels.kernels import launch, linear
 
-    A = As[0].contiguous() if As else None
-    a, h = kernels.activation_fwd(z, activation, A, dropout_p, seeds[0] if seeds else None)
+    seed, A = seeds[0] if seeds else None, launch.stacked(As) if As else None
+    inside = None if A is None or (seeds and len(As) > 1) else A.flatten(0, 1)  # the kernel draws one mask
+    a, h = kernels.activation_fwd(z, activation, inside, dropout_p, seed)
+    if A is not None and inside is None:
+        h = linear.packed_lora_linear_h(a, A, dropout_p, seed)
     return a, h if As else None
 
 

@@ -285,7 +285,7 @@ def _eigenvectors(weight: Tensor, second_moment: Tensor, side: Side) -> Directio
         Q, R = torch.linalg.qr(weight.detach().to(device, torch.float64))  # [out, m], [m, in]
         energies, vectors = torch.linalg.eigh(R @ M @ R.mT)
         vectors = Q @ vectors  # [out, m]
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # [1, m]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) if len(vectors) else vectors  # [1, m]
     energies, vectors = energies.flip(0), (vectors * largest.sign()).flip(1)
     rounding = energies[:1] * len(M) * torch.finfo(torch.float64).eps
     return Directions(vectors.contiguous().cpu(), energies.where(energies > rounding, 0).cpu())

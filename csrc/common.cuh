@@ -28,8 +28,6 @@ constexpr ScalarType dtype_of = std::is_same_v<T, double>          ? ScalarType:
                                 : std::is_same_v<T, __nv_bfloat16> ? ScalarType::BFloat16
                                                                    : ScalarType::Half;
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 __device__ inline float widen(float value) { return value; }
 __device__ inline double widen(double value) { return value; }
 __device__ inline float widen(__half value) { return __half2float(value); }
@@ -251,6 +249,12 @@ __device__ Shared& shared_memory() {
   static_assert(sizeof(Shared) <= 48 * 1024, "what every chip gives a block without being asked");
   extern __shared__ __align__(128) unsigned char block_memory[];
   return *reinterpret_cast<Shared*>(block_memory);
+}
+
+// Blocks along the first dimension of a grid.
+inline unsigned blocks(int64_t n) {
+  COMPLORA_CHECK(n < int64_t{1} << 31, "a launch of ", n, " blocks, expected fewer than 2^31");
+  return static_cast<unsigned>(n);
 }
 
 // An error is reported here, at the launch that caused it.

@@ -9,6 +9,8 @@
 
 #pragma once
 
+#include "sizes.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,8 +19,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -58,28 +58,15 @@ struct Reduction {
   bool needs_A = true, needs_B = true;
 };
 
-template <typename... Parts>
-std::string sentence(const Parts&... parts) {
-  std::ostringstream text;
-  ((text << parts), ...);
-  return text.str();
-}
-
-// A macro, so that a sentence is only written where something is wrong.
-#define COMPLORA_CHECK(condition, ...)                             \
-  do {                                                             \
-    if (!(condition)) {                                            \
-      throw std::runtime_error(::complora::sentence(__VA_ARGS__)); \
-    }                                                              \
-  } while (false)
-
-inline std::string shape_of(const Tensor& tensor) {
+inline std::string listed(const torch::headeronly::IntHeaderOnlyArrayRef& numbers) {
   std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
   }
   return text + "]";
 }
+
+inline std::string shape_of(const Tensor& tensor) { return listed(tensor.sizes()); }
 
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -110,6 +97,33 @@ inline void check_dtype(const Tensor& tensor, ScalarType dtype, const std::strin
                  ", expected ", torch::headeronly::toString(dtype));
 }
 
+// The distance between two neighbours. Of a single element torch keeps any number: it stays small enough to count with.
+inline int64_t stride_of(const Tensor& tensor, int64_t dim) {
+  return tensor.size(dim) > 1 ? tensor.stride(dim) : std::min(tensor.stride(dim), int64_t{1} << 32);
+}
+
+// How many elements lie between the ends of a tensor, both included.
+inline int64_t extent(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) == 0) {
+      return 0;
+    }
+    last = sum_of(last, product_of(tensor.size(i) - 1, tensor.stride(i)));
+  }
+  return sum_of(last, 1);
+}
+
+// Its storage may have been given back: https://pytorch.org/docs/stable/storage.html, `resize_`.
+inline void check_memory(const Tensor& tensor, const std::string& name) {
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const int64_t elements = extent(tensor);
+  COMPLORA_CHECK(
+      elements == 0 || sum_of(tensor.storage_offset(), elements) <= bytes / static_cast<int64_t>(tensor.element_size()),
+      name, " has shape ", shape_of(tensor), " in a storage of ", bytes, " bytes, expected one that holds it");
+}
+
 inline Tensor empty(const Tensor& where, std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty(shape, dtype, std::nullopt, where.device());
 }
@@ -120,18 +134,26 @@ inline Tensor as_rows(const Tensor& tensor) {
   return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {d == 0 ? 0 : tensor.numel() / d, d});
 }
 
-inline void set_basis(Job& job, const std::optional<Tensor>& basis, bool complement, const Tensor& where,
-                      ScalarType computed_in, const std::string& name) {
+inline void check_basis(const std::optional<Tensor>& basis, int64_t d, const Tensor& where, ScalarType computed_in,
+                        const std::string& name) {
   if (!basis.has_value()) {
     return;
   }
-  COMPLORA_CHECK(basis->dim() == 2 && basis->size(0) == job.d && basis->size(1) <= job.d, name, " has shape ",
-                 shape_of(*basis), ", expected [", job.d, ", k] with k <= ", job.d);
+  COMPLORA_CHECK(basis->dim() == 2 && basis->size(0) == d && basis->size(1) <= d, name, " has shape ", shape_of(*basis),
+                 ", expected [", d, ", k] with k <= ", d);
   check_device(*basis, where, name);
   check_dtype(*basis, computed_in, name);
+  check_memory(*basis, name);
+}
+
+// One that was checked.
+inline void set_basis(Job& job, const std::optional<Tensor>& basis, bool complement) {
+  if (!basis.has_value()) {
+    return;
+  }
   job.basis = basis->const_data_ptr();
-  job.basis_stride_d = basis->stride(0);
-  job.basis_stride_k = basis->stride(1);
+  job.basis_stride_d = stride_of(*basis, 0);
+  job.basis_stride_k = stride_of(*basis, 1);
   job.k = basis->size(1);
   job.complement = complement;
   if (job.k == 0) {
@@ -142,59 +164,90 @@ inline void set_basis(Job& job, const std::optional<Tensor>& basis, bool complem
 inline void check_factor(const Tensor& factor, const std::string& name) {
   COMPLORA_CHECK(factor.dim() >= 1, name, " has no dimensions, expected [..., d]");
   check_floating(factor.scalar_type(), name);
+  check_memory(factor, name);
+}
+
+inline void check_projection(const Tensor& factor, const Tensor& basis) {
+  check_factor(factor, "factor");
+  const ScalarType dtype = factor.scalar_type();
+  check_basis(basis, factor.size(factor.dim() - 1), factor, accumulator(dtype, dtype), "basis");
 }
 
 template <class Device>
 void project_rows(const Tensor& rows, const Tensor& basis, bool complement, const Tensor& out) {
   Job job;
   job.factor = rows.const_data_ptr();  // [R, d]
-  job.factor_stride_r = rows.stride(0);
-  job.factor_stride_d = rows.stride(1);
+  job.factor_stride_r = stride_of(rows, 0);
+  job.factor_stride_d = stride_of(rows, 1);
   job.out = out.mutable_data_ptr();  // [R, d]
-  job.out_stride_r = out.stride(0);
-  job.out_stride_d = out.stride(1);
+  job.out_stride_r = stride_of(out, 0);
+  job.out_stride_d = stride_of(out, 1);
   job.r = rows.size(0);
   job.d = rows.size(1);
-  const ScalarType dtype = rows.scalar_type();
-  set_basis(job, basis, complement, rows, accumulator(dtype, dtype), "basis");
+  set_basis(job, basis, complement);
   if (rows.numel() > 0) {
-    Device::project({job}, dtype, dtype, rows);
+    Device::project({job}, rows.scalar_type(), rows.scalar_type(), rows);
   }
 }
 
 // `factor (I - U U^T)`, or `factor U U^T` with a complement basis.
 template <class Device>
 Tensor project_complement(const Tensor& factor /* [..., d] */, const Tensor& basis /* [d, k] */, bool complement) {
-  check_factor(factor, "factor");
+  check_projection(factor, basis);
   const Tensor rows = as_rows(factor);  // [R, d]
   const Tensor out = empty(factor, {factor.sizes().begin(), factor.sizes().end()}, factor.scalar_type());
   project_rows<Device>(rows, basis, complement, as_rows(out));
   return out;
 }
 
-// The memory between the first and the last element, as addresses.
-inline std::pair<uintptr_t, uintptr_t> extent(const Tensor& tensor) {
-  uintptr_t first = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = first;
-  for (int64_t i = 0; i < tensor.dim() && tensor.numel() > 0; ++i) {
-    end += (tensor.size(i) - 1) * tensor.stride(i) * tensor.element_size();
-  }
-  return {first, tensor.numel() > 0 ? end + tensor.element_size() : end};
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const uintptr_t a_first = reinterpret_cast<uintptr_t>(a.const_data_ptr());
+  const uintptr_t b_first = reinterpret_cast<uintptr_t>(b.const_data_ptr());
+  return a_first < b_first + extent(b) * b.element_size() && b_first < a_first + extent(a) * a.element_size();
 }
 
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  const auto [a_first, a_end] = extent(a);
-  const auto [b_first, b_end] = extent(b);
-  return a_first < b_end && b_first < a_end;
+// Whether two elements lie at one address.
+inline bool overlaps_itself(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // strides and sizes, the closest neighbours first
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1) {
+      dimensions.emplace_back(tensor.stride(i), tensor.size(i));
+    }
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t last = 0;  // the last element that the dimensions before reach
+  bool apart = true;
+  for (const auto& [stride, size] : dimensions) {
+    apart = apart && last < stride;
+    last += (size - 1) * stride;
+  }
+  if (apart || tensor.numel() == 0) {
+    return false;
+  }
+  if (tensor.numel() > last + 1) {
+    return true;
+  }
+  std::vector<bool> taken(last + 1);  // strides that interleave: every address is looked at
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    int64_t rest = i, address = 0;
+    for (const auto& [stride, size] : dimensions) {
+      address += rest % size * stride;
+      rest /= size;
+    }
+    if (taken[address]) {
+      return true;
+    }
+    taken[address] = true;
+  }
+  return false;
 }
 
 // The same, written back to `factor`.
 template <class Device>
 void project_complement_(const Tensor& factor /* [..., d] */, const Tensor& basis /* [d, k] */, bool complement) {
-  check_factor(factor, "factor");
-  for (int64_t i = 0; i < factor.dim(); ++i) {
-    COMPLORA_CHECK(factor.stride(i) != 0 || factor.size(i) <= 1, "factor has stride 0 in dimension ", i,
-                   ", expected memory of its own for each element");
-  }
+  check_projection(factor, basis);
+  COMPLORA_CHECK(!overlaps_itself(factor), "factor of shape ", shape_of(factor), " has strides ",
+                 listed(factor.strides()), ", expected memory of its own for each element");
   const Tensor rows = as_rows(factor);  // [R, d]
   project_rows<Device>(rows, overlap(rows, basis) ? torch::stable::clone(basis) : basis, complement, rows);
   if (rows.const_data_ptr() != factor.const_data_ptr()) {
@@ -227,15 +280,16 @@ Tensor fold_factors(const Tensors& factors, const OptionalTensors& bases, const 
     const int r = output_side[i] ? 1 : 0, d = 1 - r;
     Job& job = jobs[i];
     job.factor = factor.const_data_ptr();
-    job.factor_stride_r = factor.stride(r);
-    job.factor_stride_d = factor.stride(d);
+    job.factor_stride_r = stride_of(factor, r);
+    job.factor_stride_d = stride_of(factor, d);
     job.r = factor.size(r);
     job.d = factor.size(d);
     job.out_stride_r = output_side[i] ? 1 : job.d;
     job.out_stride_d = output_side[i] ? job.r : 1;
     job.scale = output_side[i] ? scaling : 1.0;
-    set_basis(job, bases[i], complement[i], first, computed_in, "bases" + index);
-    size += factor.numel();
+    check_basis(bases[i], job.d, first, computed_in, "bases" + index);
+    set_basis(job, bases[i], complement[i]);
+    size = sum_of(size, factor.numel());
   }
   const Tensor out = empty(first, {size}, dtype);
   char* bytes = static_cast<char*>(out.mutable_data_ptr());
@@ -249,6 +303,13 @@ Tensor fold_factors(const Tensors& factors, const OptionalTensors& bases, const 
     Device::project(jobs, factor_dtype, dtype, first);
   }
   return out;
+}
+
+inline void check_seed(const Tensor& seed, const Tensor& where) {
+  COMPLORA_CHECK(seed.numel() == 1, "seed has shape ", shape_of(seed), ", expected [1]");
+  check_dtype(seed, ScalarType::Long, "seed");
+  check_device(seed, where, "seed");
+  check_memory(seed, "seed");
 }
 
 // The gradients of the factors of P adapters on one product, from that of its output:
@@ -285,8 +346,8 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
                      (!needs[1] || (h.size(0) == M && h.size(1) == P * rank)),
                  "h ", shape_of(h), ", g ", shape_of(g), ", expected [", M, ", P r] with P = ", P);
   for (int64_t start : starts) {
-    COMPLORA_CHECK(0 <= start && 0 <= height && start + height <= N, "starts has ", start, " with height ", height,
-                   ", expected 0 <= start and start + height <= ", N);
+    COMPLORA_CHECK(0 <= height && height <= N && 0 <= start && start <= N - height, "starts has ", start,
+                   " with height ", height, ", expected 0 <= start and start + height <= ", N);
   }
   const ScalarType computed = x.scalar_type();
   check_floating(computed, "x");
@@ -294,13 +355,13 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
   for (const auto& [tensor, name] : {std::pair{&dY, "dY"}, std::pair{&h, "h"}, std::pair{&g, "g"}}) {
     check_device(*tensor, x, name);
     check_dtype(*tensor, computed, name);
+    check_memory(*tensor, name);
   }
+  check_memory(x, "x");
   COMPLORA_CHECK(0 <= dropout_p && dropout_p < 1, "dropout_p=", dropout_p, ", expected a probability in [0, 1)");
   COMPLORA_CHECK(dropout_p == 0 || seed.has_value(), "seed is missing, expected one with dropout_p=", dropout_p);
   if (seed.has_value()) {
-    COMPLORA_CHECK(seed->numel() == 1, "seed has shape ", shape_of(*seed), ", expected [1]");
-    check_dtype(*seed, ScalarType::Long, "seed");
-    check_device(*seed, x, "seed");
+    check_seed(*seed, x);
   }
   const auto fits = [P](size_t bases, size_t kinds) {
     return bases == kinds && (bases == 0 || bases == static_cast<size_t>(P));
@@ -311,6 +372,12 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
       ", ", input_complement.size(), ", expected none, or one for each of ", P, " adapters");
 
   const ScalarType sums = accumulator(computed, dtype);
+  for (const auto& basis : output_bases) {
+    check_basis(basis, height, x, sums, "an output basis");
+  }
+  for (const auto& basis : input_bases) {
+    check_basis(basis, K, x, sums, "an input basis");
+  }
   const std::vector<int64_t> A_shape{needs[0] ? P : 0, rank, K}, B_shape{needs[1] ? P : 0, height, rank};
   const Tensor dA_sum = empty(x, A_shape, sums), dB_sum = empty(x, B_shape, sums);
   Device::reduce({dY, x, h, g, dA_sum, dB_sum, starts, height, rank, dropout_p, seed, needs[0], needs[1]}, x);
@@ -318,7 +385,7 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
   const Tensor dA = empty(x, A_shape, dtype), dB = empty(x, B_shape, dtype);
   std::vector<Job> jobs;
   const auto add_job = [&](const Tensor& sum, const Tensor& out, int64_t p, bool output_side,
-                           const OptionalTensors& bases, const std::vector<bool>& complement, const char* name) {
+                           const OptionalTensors& bases, const std::vector<bool>& complement) {
     Job job;
     const int64_t offset = p * sum.size(1) * sum.size(2);
     job.r = rank;
@@ -329,7 +396,7 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
     job.factor_stride_d = job.out_stride_d = output_side ? rank : 1;
     job.scale = output_side ? scaling : 1.0;
     if (!bases.empty()) {
-      set_basis(job, bases[p], complement[p], x, sums, name);
+      set_basis(job, bases[p], complement[p]);
     }
     if (job.r > 0 && job.d > 0) {
       jobs.push_back(job);
@@ -337,10 +404,10 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
   };
   for (int64_t p = 0; p < P; ++p) {
     if (needs[0]) {
-      add_job(dA_sum, dA, p, false, input_bases, input_complement, "an input basis");
+      add_job(dA_sum, dA, p, false, input_bases, input_complement);
     }
     if (needs[1]) {
-      add_job(dB_sum, dB, p, true, output_bases, output_complement, "an output basis");
+      add_job(dB_sum, dB, p, true, output_bases, output_complement);
     }
   }
   if (!jobs.empty()) {
@@ -354,10 +421,9 @@ template <class Device>
 Tensor drop(const Tensor& x /* [..., K] */, const Tensor& seed /* [1] */, int64_t adapter, double dropout_p) {
   check_factor(x, "x");
   COMPLORA_CHECK(0 <= dropout_p && dropout_p < 1, "dropout_p=", dropout_p, ", expected a probability in [0, 1)");
-  COMPLORA_CHECK(seed.numel() == 1, "seed has shape ", shape_of(seed), ", expected [1]");
-  check_dtype(seed, ScalarType::Long, "seed");
-  check_device(seed, x, "seed");
-  COMPLORA_CHECK(adapter >= 0, "adapter=", adapter, ", expected at least 0");
+  check_seed(seed, x);
+  COMPLORA_CHECK(0 <= adapter && adapter < int64_t{1} << 32, "adapter=", adapter,
+                 ", expected at least 0 and less than 2^32");
   const Tensor out = empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
   if (x.numel() > 0) {
     Device::drop(as_rows(x), as_rows(out), adapter, dropout_p, seed);

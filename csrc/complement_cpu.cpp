@@ -116,9 +116,7 @@ struct Pieces {
   int64_t n, count, size;
 
   explicit Pieces(int64_t n)
-      : n(n),
-        count(n <= MIN_COLUMNS ? 1 : 2 * ((n + 2 * MAX_COLUMNS - 1) / (2 * MAX_COLUMNS))),
-        size((n + count - 1) / count) {}
+      : n(n), count(n <= MIN_COLUMNS ? 1 : 2 * ceil_div(n, 2 * MAX_COLUMNS)), size(ceil_div(n, count)) {}
   int64_t begin(int64_t i) const { return std::min(i * size, n); }
   int64_t length(int64_t i) const { return begin(i + 1) - begin(i); }
 };
@@ -168,7 +166,7 @@ void compute_coordinates(const Strip<Acc>& strip, const Piece& piece, ScalarType
   if (direct<Acc>(factor_dtype, job.factor_stride_r, job.factor_stride_d)) {
     rows = part<Acc>(job.factor, job.factor_stride_r, job.factor_stride_d, strip.first, strip.rows, 0, job.d);
   } else {
-    widened.resize(strip.rows * job.d);
+    widened.resize(product_of(strip.rows, job.d));
     rows.data = widened.data();
     with_type(factor_dtype, [&](auto type) {
       using T = decltype(type);
@@ -189,7 +187,7 @@ void compute_projection(const Strip<Acc>& strip, const Piece& piece, ScalarType 
   if (in_place) {
     sum = part<Acc>(job.out, job.out_stride_r, job.out_stride_d, strip.first, strip.rows, piece.begin, piece.length);
   } else {
-    wide.resize(strip.rows * piece.length);
+    wide.resize(product_of(strip.rows, piece.length));
     sum.data = wide.data();
   }
   if (!job.complement) {
@@ -234,7 +232,7 @@ template <typename Acc>
 void project_strips(std::vector<Strip<Acc>>& strips, ScalarType factor_dtype, ScalarType out_dtype) {
   int64_t elements = 0;
   for (const Strip<Acc>& strip : strips) {
-    elements += strip.rows * strip.job->k;
+    elements = sum_of(elements, product_of(strip.rows, strip.job->k));
   }
   std::vector<Acc> workspace(elements);
   Acc* next = workspace.data();
@@ -244,7 +242,10 @@ void project_strips(std::vector<Strip<Acc>>& strips, ScalarType factor_dtype, Sc
   }
   if (strips.size() >= MANY_STRIPS) {
     // The largest first: no thread begins one when the others are nearly done.
-    const auto cost = [](const Strip<Acc>& strip) { return strip.rows * strip.job->d * (strip.job->k + 1); };
+    const auto cost = [](const Strip<Acc>& strip) {
+      return static_cast<double>(strip.rows) * static_cast<double>(strip.job->d) *
+             static_cast<double>(strip.job->k + 1);
+    };
     std::stable_sort(strips.begin(), strips.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
     parallel(strips.size(), [&](int64_t i) {  // the basis is still in the cache for the second product
       compute_coordinates(strips[i], {i, 0, strips[i].job->k}, factor_dtype);
@@ -275,7 +276,7 @@ void project_jobs(const std::vector<Job>& jobs, ScalarType factor_dtype, ScalarT
     for (int64_t first = 0; first < job.r; first += MAX_ROWS) {
       const int64_t rows = std::min(MAX_ROWS, job.r - first);
       strips.push_back({&job, first, rows, nullptr});
-      elements += rows * std::max(job.k, int64_t{1});
+      elements = sum_of(elements, product_of(rows, std::max(job.k, int64_t{1})));
       if (elements >= MAX_WORKSPACE) {
         project_strips(strips, factor_dtype, out_dtype);
         strips.clear();
@@ -360,7 +361,8 @@ void drop_rows(const Matrix<To>& to, const Matrix<From>& from, int64_t first_row
 
 template <typename T>
 Matrix<T> matrix(const Tensor& tensor, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns) {
-  return part<T>(tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), first_row, rows, first_column, columns);
+  return part<T>(tensor.const_data_ptr(), stride_of(tensor, 0), stride_of(tensor, 1), first_row, rows, first_column,
+                 columns);
 }
 
 Dropout dropout_of(double p, const Tensor& seed) {
@@ -377,7 +379,7 @@ Matrix<Acc> widened(const Matrix<T>& from, std::vector<Acc>& scratch) {
       return from;
     }
   }
-  scratch.resize(from.rows * from.columns);
+  scratch.resize(product_of(from.rows, from.columns));
   const Matrix<Acc> to{scratch.data(), from.rows, from.columns, from.columns, 1};
   copy(to, from, 1.0);
   return to;
@@ -401,17 +403,20 @@ void reduce(const Reduction& task) {
   const int64_t P = static_cast<int64_t>(task.starts.size());
   const bool dropping = task.dropout_p > 0;
   const Dropout dropout = dropping ? dropout_of(task.dropout_p, *task.seed) : Dropout{};
-  const int64_t splits = std::clamp((M + ROWS_PER_SPLIT - 1) / ROWS_PER_SPLIT, int64_t{1}, MAX_SPLITS);
-  const int64_t rows_of_split = (M + splits - 1) / splits;
+  const int64_t splits = std::clamp(ceil_div(M, ROWS_PER_SPLIT), int64_t{1}, MAX_SPLITS);
+  const int64_t rows_of_split = ceil_div(M, splits);
   // Without masks of their own the adapters are one of more ranks.
   const int64_t A_sums = !task.needs_A ? 0 : dropping ? P : 1, A_rank = dropping ? R : P * R;
   const int64_t B_sums = task.needs_B ? P : 0;
-  const int64_t A_size = task.dA.numel(), B_size = task.dB.numel();
-  std::vector<Acc> partials(splits * (A_size + B_size));  // [splits, P r K + P D r]
+  const int64_t A_size = task.dA.numel(), B_size = task.dB.numel(), size = sum_of(A_size, B_size);
+  if (size == 0) {
+    return;
+  }
+  std::vector<Acc> partials(product_of(splits, size));  // [splits, P r K + P D r]
   parallel(splits * (A_sums + B_sums), [&](int64_t item) {
     const int64_t split = item / (A_sums + B_sums), sum = item % (A_sums + B_sums);
-    const int64_t first = split * rows_of_split, last = std::min(first + rows_of_split, M);
-    Acc* const partial = partials.data() + split * (A_size + B_size);
+    const int64_t first = split * rows_of_split, last = split + 1 < splits ? first + rows_of_split : M;
+    Acc* const partial = partials.data() + split * size;
     if (sum < A_sums) {
       const Matrix<Acc> dA{partial + sum * A_rank * K, A_rank, K, K, 1};  // g_p^T drop_p(x)
       add_up<Acc, T>(dA, task.g, sum * A_rank, first, last, [&](int64_t m, int64_t rows, std::vector<Acc>& scratch) {
@@ -419,7 +424,7 @@ void reduce(const Reduction& task) {
         if (!dropping) {
           return widened<Acc>(x, scratch);
         }
-        scratch.resize(rows * K);
+        scratch.resize(product_of(rows, K));
         const Matrix<Acc> dropped{scratch.data(), rows, K, K, 1};
         drop_rows(dropped, x, m, sum, dropout);
         return dropped;
@@ -434,8 +439,7 @@ void reduce(const Reduction& task) {
   });
   // In the order of the splits, a few elements at a time.
   constexpr int64_t BLOCK = 4096;
-  const int64_t size = A_size + B_size;
-  parallel((size + BLOCK - 1) / BLOCK, [&](int64_t block) {
+  parallel(ceil_div(size, BLOCK), [&](int64_t block) {
     const int64_t begin = block * BLOCK, end = std::min(begin + BLOCK, size);
     for (int64_t split = 1; split < splits; ++split) {
       const Acc* const partial = partials.data() + split * size;

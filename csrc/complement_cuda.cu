@@ -387,11 +387,11 @@ void launch_products(const Product* products, size_t n, const Splits& splits, co
   std::copy_n(products, n, arguments.item);
   int64_t tiles = 0;
   for (size_t i = 0; i < n; ++i) {
-    tiles = std::max(
-        tiles, ceil_div(products[i].left.columns, Tile::RANKS) * ceil_div(products[i].right.columns, Tile::COLUMNS));
+    tiles = std::max(tiles, product_of(ceil_div(products[i].left.columns, Tile::RANKS),
+                                       ceil_div(products[i].right.columns, Tile::COLUMNS)));
   }
   if (tiles > 0) {
-    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(n), static_cast<unsigned>(splits.count));
+    const dim3 grid(blocks(tiles), static_cast<unsigned>(n), static_cast<unsigned>(splits.count));
     launch(&product_kernel<Tile, N, DROPPING>, grid, sizeof(typename Tile::Shared), stream, arguments, splits.depth,
            splits.out_stride, seed, dropout);
   }
@@ -406,10 +406,10 @@ void launch_projections(const Projection* projections, size_t n, ScalarType fact
   int64_t tiles = 0;
   for (size_t i = 0; i < n; ++i) {
     const Job& job = projections[i].job;
-    tiles = std::max(tiles, ceil_div(job.r, Tile::RANKS) * ceil_div(job.d, Tile::COLUMNS));
+    tiles = std::max(tiles, product_of(ceil_div(job.r, Tile::RANKS), ceil_div(job.d, Tile::COLUMNS)));
   }
   if (tiles > 0) {
-    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(n));
+    const dim3 grid(blocks(tiles), static_cast<unsigned>(n));
     launch(&projection_kernel<Acc, N>, grid, sizeof(typename Tile::Shared), stream, arguments, factor_dtype, out_dtype);
   }
 }
@@ -441,7 +441,7 @@ void project(const std::vector<Job>& jobs, ScalarType factor_dtype, ScalarType o
   const Place place(where);
   int64_t size = 0;
   for (const Job& job : jobs) {
-    size += job.r * job.k;
+    size = sum_of(size, product_of(job.r, job.k));
   }
   const Tensor workspace = empty(where, {size}, dtype_of<Acc>);  // the coordinates of every factor, each [r, k]
   std::vector<Projection> projections(jobs.size());
@@ -459,12 +459,13 @@ void project(const std::vector<Job>& jobs, ScalarType factor_dtype, ScalarType o
 
 Matrix matrix(const Tensor& tensor, int64_t first_column, int64_t columns) {
   const char* const data = static_cast<const char*>(tensor.const_data_ptr());
-  return {data + first_column * tensor.stride(1) * tensor.element_size(),
+  const int64_t row_stride = stride_of(tensor, 0), column_stride = stride_of(tensor, 1);
+  return {data + first_column * column_stride * tensor.element_size(),
           tensor.scalar_type(),
           tensor.size(0),
           columns,
-          tensor.stride(0),
-          tensor.stride(1)};
+          row_stride,
+          column_stride};
 }
 
 template <class Tile>
@@ -473,25 +474,27 @@ void reduce(const Reduction& task, cudaStream_t stream) {
   const int64_t M = task.x.size(0), K = task.x.size(1), R = task.rank, D = task.height;
   const int64_t P = static_cast<int64_t>(task.starts.size());
   const int64_t A_size = task.dA.numel(), B_size = task.dB.numel();
-  if (A_size + B_size == 0) {
+  const int64_t size = sum_of(A_size, B_size);
+  if (size == 0) {
     return;
   }
   const bool dropping = task.dropout_p > 0;
   // Without masks of their own the adapters are one of more ranks.
   const int64_t A_sums = A_size == 0 ? 0 : dropping ? P : 1, A_rank = dropping ? R : P * R;
   const int64_t B_sums = B_size == 0 ? 0 : P;
-  const int64_t tiles = A_sums * ceil_div(A_rank, Tile::RANKS) * ceil_div(K, Tile::COLUMNS) +
-                        B_sums * ceil_div(R, Tile::RANKS) * ceil_div(D, Tile::COLUMNS);
+  const int64_t A_tiles = product_of(ceil_div(A_rank, Tile::RANKS), ceil_div(K, Tile::COLUMNS));
+  const int64_t B_tiles = product_of(ceil_div(R, Tile::RANKS), ceil_div(D, Tile::COLUMNS));
+  const int64_t tiles = sum_of(product_of(A_sums, A_tiles), product_of(B_sums, B_tiles));
   Splits splits;
-  splits.out_stride = A_size + B_size;
-  const int64_t blocks = SMS * (dropping ? RESIDENT<Tile, true> : RESIDENT<Tile, false>);
-  splits.count = std::min(ceil_div(M, ROWS_PER_SPLIT), std::max(blocks / tiles, int64_t{1}));
-  splits.depth = M == 0 ? 0 : ceil_div(ceil_div(M, splits.count), Tile::DEPTH) * Tile::DEPTH;
+  splits.out_stride = size;
+  const int64_t resident = SMS * (dropping ? RESIDENT<Tile, true> : RESIDENT<Tile, false>);
+  splits.count = std::min(ceil_div(M, ROWS_PER_SPLIT), std::max(resident / tiles, int64_t{1}));
+  splits.depth = M == 0 ? 0 : product_of(ceil_div(ceil_div(M, splits.count), Tile::DEPTH), Tile::DEPTH);
   splits.count = M == 0 ? 0 : ceil_div(M, splits.depth);
 
   Acc* dA = static_cast<Acc*>(task.dA.mutable_data_ptr());
   Acc* dB = static_cast<Acc*>(task.dB.mutable_data_ptr());
-  const Tensor workspace = empty(task.x, {splits.count > 1 ? splits.count * splits.out_stride : 0}, dtype_of<Acc>);
+  const Tensor workspace = empty(task.x, {splits.count > 1 ? product_of(splits.count, size) : 0}, dtype_of<Acc>);
   Acc* const partials = static_cast<Acc*>(workspace.mutable_data_ptr());  // [splits, P r K + P D r]
   Acc* const A_sum = splits.count == 1 ? dA : partials;
   Acc* const B_sum = splits.count == 1 ? dB : partials + A_size;
@@ -510,22 +513,23 @@ void reduce(const Reduction& task, cudaStream_t stream) {
                                                    splits, seed, dropout_lanes(task.dropout_p), stream);
   }
   if (splits.count != 1) {
-    launch(&sum_kernel<Acc>, dim3(static_cast<unsigned>(ceil_div(splits.out_stride, THREADS))), 0, stream,
-           static_cast<const Acc*>(partials), splits.count, A_size, B_size, dA, dB);
+    launch(&sum_kernel<Acc>, dim3(blocks(ceil_div(size, THREADS))), 0, stream, static_cast<const Acc*>(partials),
+           splits.count, A_size, B_size, dA, dB);
   }
 }
 
 template <typename T>
 void reduce_halves(const Reduction& task, cudaStream_t stream) {
-  const int64_t ranks = task.dropout_p > 0 || !task.needs_A ? task.rank : task.rank * task.starts.size();
+  const int64_t P = static_cast<int64_t>(task.starts.size());
+  const int64_t ranks = task.dropout_p > 0 || !task.needs_A ? task.rank : product_of(P, task.rank);
   (ranks <= 16 ? reduce<TensorCores<T, 16>> : reduce<TensorCores<T, 64>>)(task, stream);
 }
 
 template <typename T>
 void drop_elements(const Tensor& x, const Tensor& out, int64_t adapter, double dropout_p, const Tensor& seed,
                    cudaStream_t stream) {
-  const int64_t vectors = x.size(0) * ceil_div(x.size(1), 16 / sizeof(T));
-  launch(&drop_kernel<T>, dim3(static_cast<unsigned>(ceil_div(vectors, THREADS))), 0, stream, matrix(x, 0, x.size(1)),
+  const int64_t vectors = product_of(x.size(0), ceil_div(x.size(1), 16 / sizeof(T)));
+  launch(&drop_kernel<T>, dim3(blocks(ceil_div(vectors, THREADS))), 0, stream, matrix(x, 0, x.size(1)),
          static_cast<T*>(out.mutable_data_ptr()), adapter, seed.const_data_ptr<int64_t>(), dropout_lanes(dropout_p));
 }
 

@@ -4,15 +4,11 @@
 
 #pragma once
 
+#include "sizes.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-
-#ifdef __CUDACC__
-#define COMPLORA_HOST_DEVICE __host__ __device__
-#else
-#define COMPLORA_HOST_DEVICE
-#endif
 
 namespace complora {
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from mutations import check_refused_or_right
 from numerics import assert_as_accurate_as_reference, random_basis
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -494,6 +495,14 @@ def test_addresses_past_two_to_the_31(cuda, dtype):
         moved = problem._replace(**{name: far(getattr(problem, name), along) for name in ("dY", "x", "h", "g")})
         for ours, near in zip(cuda.ops.complora_factor_grads(*moved.arguments()), expected, strict=True):
             assert torch.equal(ours, near)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "name", ["project_complement", "project_complement_", "fold_factors", "complora_factor_grads", "drop"]
+)
+def test_what_does_not_fit_is_refused(emulated, name):
+    check_refused_or_right(getattr(emulated.ops, name), name, torch.device("cpu"), 300)
 
 
 def test_an_error_is_reported_at_the_operation_that_caused_it(emulated):

@@ -120,7 +120,7 @@ def activation_bwd_kernel(
 def activation_fwd(
     z: Tensor,  # [M, K]
     activation: str,
-    A: Tensor | None,  # [r, K], contiguous; None: h is not computed
+    A: Tensor | None,  # [r, K], contiguous, of one adapter, or of all without dropout; None: h is not computed
     dropout_p: float,
     seed: Tensor | None,  # [1]
 ) -> tuple[Tensor, Tensor]:  # a [M, K], h [M, r]

@@ -33,7 +33,7 @@ def row_blocks(rows: Sequence[tuple[int, int]], N: int) -> Blocks | None:
     starts = [start for start, _ in rows]
     if size < 1 or N % size or N // size > MAX_BLOCKS or len(set(starts)) < len(rows):
         return None
-    if any(stop - start != size or start % size for start, stop in rows):
+    if any(stop - start != size or start % size or not 0 <= start < N for start, stop in rows):
         return None
     slots = [NO_ADAPTER] * (N // size)
     for slot, start in enumerate(starts):

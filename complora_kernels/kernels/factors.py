@@ -173,6 +173,12 @@ def fold_factors(
     for factor, basis, rest, output in zip(factors, bases, complement, output_side, strict=True):
         vectors = factor.mT if output else factor  # [r, d]
         r, d = vectors.shape
+        k = 0 if basis is None else basis.shape[-1]
+        if basis is not None and (basis.shape != (d, k) or k > d or basis.dtype != torch.float32):
+            shape = list(basis.shape)
+            raise ValueError(f"a basis is {basis.dtype} {shape}, expected torch.float32 [{d}, k] with k <= {d}")
+        if max(r, d) >= 2**31:
+            raise ValueError(f"a factor has shape {list(factor.shape)}, expected sizes below 2^31")
         job = Job(
             factor=_elements_between(first_factor, factor),
             factor_stride_r=vectors.stride(0),
@@ -184,7 +190,7 @@ def fold_factors(
             out_stride_d=r if output else 1,
             r=r,
             d=d,
-            k=0 if basis is None else basis.shape[1],
+            k=k,
             complement=int(rest and basis is not None),
             scaled=int(output),
         )
@@ -253,7 +259,11 @@ def merge_weight(
 
 
 def _elements_between(first: Tensor, other: Tensor) -> int:
-    return (other.data_ptr() - first.data_ptr()) // first.element_size()
+    address = other.data_ptr()
+    elements, rest = divmod(address - first.data_ptr(), first.element_size())
+    if rest or (address == 0 and other.numel() > 0):
+        raise ValueError(f"a tensor {list(other.shape)} lies at address {address}, expected aligned memory")
+    return elements
 
 
 @functools.lru_cache(maxsize=1024)

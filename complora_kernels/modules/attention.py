@@ -338,7 +338,7 @@ def additive_mask(
         bias = _additive(attn_mask, q.dtype)
         bias = bias.view(N, heads, L, S) if bias.dim() == 3 else bias
     if key_padding_mask is not None:
-        padding = key_padding_mask.reshape(-1, key_padding_mask.shape[-1])
+        padding = torch.atleast_2d(key_padding_mask)
         if padding.shape != (N, S):
             raise ValueError(f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected ({N}, {S})")
         padding = _additive(padding, q.dtype).view(N, 1, 1, S)

@@ -433,7 +433,7 @@ def clone_as(module: nn.Module, cls: type[Layer]) -> Layer:
 def require_plain(module: nn.Module, label: str, *weights: Any) -> None:
     """Raises ValueError for a quantised base, a weight that is computed by a hook, or a forward method put on top.
 
-    The adapter would drop the second two without a word.
+    The adapter would drop the second two without a word. A weight without inputs is refused too.
     """
     if "forward" in vars(module):
         raise ValueError(f"{label} has a forward method of its own, expected that of {type(module).__name__}")
@@ -445,6 +445,8 @@ def require_plain(module: nn.Module, label: str, *weights: Any) -> None:
                 f"{label} holds {weight.dtype} weights, expected floating-point ones: "
                 "a quantised base cannot be adapted"
             )
+        if weight.shape[1] == 0:
+            raise ValueError(f"{label} has a weight of shape {tuple(weight.shape)}, expected [out, in] with in >= 1")
 
 
 def _update_bases_after_load(module: CompLoRALayer, _: Any) -> None:

@@ -1,0 +1,30 @@
+"""The registered operations, called with anything: a result is right, or there is an error; none leaves its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mutations import check_refused_or_right
+from triton_device import DEVICE
+
+from complora_kernels import ops  # noqa: F401  registers those of Triton
+from complora_kernels.backends import build
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numpy, which Triton's interpreter computes with
+]
+
+EXTENSION = ("project_complement", "project_complement_", "fold_factors", "complora_factor_grads", "drop")
+TRITON = ("fold_factors", "packed_lora_linear_fwd", "packed_lora_linear_bwd")
+
+
+@pytest.mark.parametrize("name", EXTENSION)
+def test_of_the_extension(name):
+    assert build.failure("cpu") is None, build.failure("cpu")
+    check_refused_or_right(getattr(torch.ops.complora, name), name, torch.device("cpu"), 300)
+
+
+@pytest.mark.parametrize("name", TRITON)
+def test_of_triton(name):
+    check_refused_or_right(getattr(torch.ops.complora_triton, name), f"triton.{name}", DEVICE, 60)
