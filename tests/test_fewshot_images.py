@@ -6,6 +6,7 @@ import logging
 import math
 import struct
 import threading
+import warnings
 import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -427,30 +428,24 @@ DAMAGED = {  # EXIF blocks, and whether they say how the picture is turned
     "orientation 1": (block(tag(0x112, SHORT, 1, b"\1")), False),
     "orientation 9": (block(tag(0x112, SHORT, 1, b"\x09")), False),
     "orientation as text": (block(tag(0x112, 2, 2, b"6")), False),
-    "two orientations": (block(tag(0x112, SHORT, 2, b"\6\0\6")), False),
+    "two orientations": (block(tag(0x112, SHORT, 2, b"\6\0\3")), True),  # the first
     "no orientation": (block(tag(0x10F, 2, 2, b"x")), False),
     "no TIFF": (b"Exif\0\0" + b"\xff" * 40, False),
     "cut": (b"Exif\0\0II", False),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*(EXIF|bytes|entries|Truncated)")  # of Pillow, in what the test itself does
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_of_exif_only_the_orientation_counts(tmp_path, picture, damage, suffix):
     """What else stands there, and cannot be read or written, is no reason to refuse a picture."""
     exif, is_turned = DAMAGED[damage]
     path = tmp_path / f"photo.{suffix}"
-    if suffix == "tif":
-        other = Image.Exif()
-        other[0x0112] = 6 if is_turned else 1
-        picture.save(path, exif=other)
-    else:
-        picture.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
-    with Image.open(path) as image:
-        expected = pixels(image.convert("RGB"))
-        if suffix == "tif" and expected.shape[1] == 7:  # Pillow turns them itself
-            expected = expected.rot90(1, (1, 2))
+    picture.save(path, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow says of the block
+        with Image.open(path) as image:
+            expected = pixels(image.convert("RGB"))
     expected = expected.rot90(-1, (1, 2)) if is_turned else expected
     for _ in range(2):
         (stored,) = DeviceImages.from_files([path], "cpu")

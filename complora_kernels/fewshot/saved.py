@@ -17,10 +17,10 @@ from rich.table import Table
 from torch import Tensor
 
 import complora_kernels as ck
-from complora_kernels.fewshot.backbone import check_backbone
-from complora_kernels.fewshot.checks import check_device
+from complora_kernels.fewshot.backbone import check_backbone, load_tokenizer
+from complora_kernels.fewshot.checks import check_classes, check_device
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
-from complora_kernels.fewshot.datasets import Dataset, check_dataset, read_draw
+from complora_kernels.fewshot.datasets import Dataset, read_draw
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import check_writable, write_atomically
 from complora_kernels.fewshot.grid import DESCRIPTION
@@ -96,8 +96,9 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
     if config.output is not None:
         check_writable(config.output.parent)
     settings = Settings()
+    tokenize = load_tokenizer(options.model, options.pretrained)
     for name in config.data:
-        check_dataset(name, options.data_root, download=options.download)
+        check_classes(options, name, tokenize)
     backbone = settings.backbone(options, config.device)
     dtype = precision_for(options.precision, backbone.device)
     model = ck.load_adapter(copy.deepcopy(backbone.model), config.adapter).to(dtype).eval()

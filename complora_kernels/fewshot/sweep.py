@@ -216,7 +216,8 @@ def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> dict[str
         try:
             check_options(variant)
             data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw)
-            draws = (*data, variant.shots, variant.seeds)
+            prompts = (variant.model, variant.pretrained, variant.template)
+            draws = (*data, *prompts, variant.shots, variant.seeds)
             if draws not in seen:
                 seen[draws] = check_data(variant)
         except FileNotFoundError as error:
