@@ -245,6 +245,16 @@ def _cut(
     return image.crop((box[0], box[2], box[1], box[3])), *ends
 
 
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes, in lower case, of files that are taken for images: those of `_SUFFIXES` and of Pillow's plugins."""
+    register_plugins()
+    return _SUFFIXES + tuple(
+        suffix
+        for suffix, kind in Image.EXTENSION.items()
+        if kind in Image.OPEN and not Image.OPEN[kind][0].__module__.startswith("PIL.")
+    )
+
+
 @cache
 def register_plugins() -> None:
     """Let Pillow know all its formats, and HEIF, in which phones take photos, where pillow-heif is installed."""
@@ -257,6 +267,12 @@ def register_plugins() -> None:
     register_heif_opener()
 
 
+# Of what Pillow itself reads: no icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
+_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".png", ".apng", ".gif", ".webp", ".avif", ".avifs", ".tif", ".tiff", ".bmp", ".dib"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".qoi", ".tga"),
+)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
