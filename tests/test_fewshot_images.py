@@ -450,7 +450,7 @@ def test_of_exif_only_the_orientation_counts(tmp_path, picture, damage, suffix):
     for _ in range(2):
         (stored,) = DeviceImages.from_files([path], "cpu")
         assert torch.equal(stored, expected)
-    (crop,) = load_crops([path], tuple(expected.shape[1:]))
+    (crop,) = load_crops([path], (expected.shape[1], expected.shape[2]))
     assert torch.equal(crop, expected)
 
 
@@ -536,7 +536,7 @@ def test_too_large_an_image_is_named_with_the_limit(tmp_path, picture, monkeypat
     fitting, too_large, huge = tmp_path / "fits.png", tmp_path / "large.png", tmp_path / "huge.png"
     for path, size in ((fitting, (20, 10)), (too_large, (67, 3)), (huge, (30, 20))):
         picture.resize(size).save(path)
-    assert 2 * Image.MAX_IMAGE_PIXELS > 108e6
+    assert (Image.MAX_IMAGE_PIXELS or 0) * 2 > 108e6
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     decode = {
         "from_files": lambda paths: DeviceImages.from_files(paths, "cpu"),
