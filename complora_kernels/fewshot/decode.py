@@ -36,9 +36,9 @@ def load_crops(
     """Decode image files and bring them to a model's size as CLIP does before it names them.
 
     Of the image in RGB, turned upright as `DeviceImages.from_files` does it, the pixels are those of
-    `open_clip.image_transform(size, is_train=False)` before they become floats, bit for bit. (CLIP's own evaluation
-    ignores EXIF's orientation and converts to RGB last, which tells in photos that lie on their side, transparent ones
-    and CMYK.)
+    `open_clip.image_transform(size, is_train=False)` before they become floats, bit for bit; of an image hundreds of
+    times as long as wide, which is cut before it is enlarged, up to one level. (CLIP's own evaluation ignores EXIF's
+    orientation and converts to RGB last, which tells in photos that lie on their side, transparent ones and CMYK.)
 
     Args:
         paths: at least one file, as in `DeviceImages.from_files`.
@@ -93,7 +93,7 @@ def for_each_file(
 
     pool = ThreadPoolExecutor(workers)
     with warnings.catch_warnings():
-        # Pillow's warnings do not name the file: of many pixels, which are decoded, and of damage in what is no pixel
+        # They name no file: many pixels, which are decoded up to twice Pillow's limit, and damage in what is no pixel
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Jpeg|Tiff)ImagePlugin")
         try:
@@ -138,12 +138,11 @@ def _upright(image: Image.Image) -> Image.Image:
     """As `ImageOps.exif_transpose` turns it, which also writes the EXIF block anew and fails where that cannot be."""
     image.load()
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
     except Exception:  # of whatever kind a damaged block is met with: it tells no orientation
-        orientation = None
-    turn = _TURNS.get(orientation)
+        turn = None
     return image if turn is None else image.transpose(turn)
 
 
