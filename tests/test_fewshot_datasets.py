@@ -557,9 +557,9 @@ def test_every_photo_is_read_or_counted_once(tmp_path, caplog):
     assert sorted(map(str, dataset.image_names(everything))) == expected
     assert names(dataset, everything) == colours(dataset, everything)
     assert caplog.messages == [
-        f"{data}: left out are files that are no images by their suffixes: 2 .heic (such as 'green/8.heic'), 1 without "
-        "a suffix (such as 'green/of no suffix'), 1 .txt (such as 'red/album/notes.txt'), 1 images in no folder of a "
-        "class (such as 'beside.jpg'); with pillow-heif installed, .heic and .heif are read"
+        f"{data}: left out are files without the suffix of an image: 2 .heic (such as 'green/8.heic'), 1 without a "
+        "suffix (such as 'green/of no suffix'), 1 .txt (such as 'red/album/notes.txt'); images outside of the folders "
+        "of classes: 1 (such as 'beside.jpg'); .heic and .heif are read where pillow-heif is installed"
     ]
 
 
@@ -627,13 +627,15 @@ def test_what_lies_beside_a_split_is_counted(tmp_path, caplog):
         draw_image(tmp_path / path / "0.png", "red", 0)
     draw_image(tmp_path / "train" / "overview.png", "red", 0)
     assert len(load_dataset(f"folder:{tmp_path}").images) == 4
-    assert caplog.messages == [
-        f"{tmp_path}: left out are 3 images in no folder of a class (such as 'extra/blue/0.png')"
-    ]
     (tmp_path / "valid").mkdir()
-    (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match=rf"{tmp_path}: 'val', 'valid' are all called like val/, expected one of them"):
+    (tmp_path / "Val").mkdir()
+    with pytest.raises(ValueError, match=rf"{tmp_path}: 'Val', 'valid' are all called like val/, expected one of them"):
         load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "val").mkdir()
+    assert len(load_dataset(f"folder:{tmp_path}").images) == 4
+    assert caplog.messages == [
+        f"{tmp_path}: left out are images outside of the folders of classes: 3 (such as 'extra/blue/0.png')"
+    ]
 
 
 def test_a_folder_that_is_alone_is_the_data_set(tmp_path, caplog):

@@ -49,13 +49,17 @@ def check_workers(workers: int | None) -> None:
         raise ValueError(f"--workers {workers}: expected 1 under torchrun, whose processes share each run")
 
 
-def check_data(config: TrainConfig) -> dict[tuple[int, int], str]:
+def check_data(config: TrainConfig, tokenize: Tokenizer | None = None) -> dict[tuple[int, int], str]:
     """Find out whether the data sets are there, or fetch them, and draw what every run will draw.
+
+    Args:
+        config: the options of the runs.
+        tokenize: the tokenizer of their model, which has to tell the classes apart; None: it is loaded.
 
     Returns:
         The fingerprint of each draw's images, by shots and seed.
     """
-    tokenize = load_tokenizer(config.model, config.pretrained)
+    tokenize = load_tokenizer(config.model, config.pretrained) if tokenize is None else tokenize
     for name in config.kept():
         check_classes(config, name, tokenize)
     learned = load(config, config.data)

@@ -116,6 +116,7 @@ def _splits(folder: Path) -> dict[str, str]:
     given = {}
     for split in _SPLIT_NAMES:
         names = [name for name in found.get(split, ()) if split == "val" or name in with_classes]
+        names = [split] if split in names else names
         if len(names) > 1:
             raise ValueError(f"folder:{folder}: {enumerated(names)} are all called like {split}/, expected one of them")
         if names:

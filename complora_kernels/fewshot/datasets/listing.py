@@ -16,7 +16,8 @@ _NO_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume inf
 
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted; without hidden ones and those that systems leave there."""
-    return sorted(path.name for path in folder.iterdir() if _is_data(path.name) and path.is_dir())
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _is_data(entry.name) and _is_folder(entry))
 
 
 def image_files(folder: Path, others: list[Path] | None = None, *, below: bool = True) -> list[Path]:
@@ -38,10 +39,12 @@ def image_files(folder: Path, others: list[Path] | None = None, *, below: bool =
         further = []
         # Of ImageNet there are a million: iterdir makes paths in half the time that joining them takes
         for path in here.iterdir():
-            if not _is_data(path.name):
+            if path.name.startswith("."):
                 continue
             if path.name.lower().endswith(suffixes):
                 found.append(path)
+            elif not _is_data(path.name):
+                continue
             elif path.is_dir():
                 further.append(path)
             elif others is not None:
@@ -79,24 +82,28 @@ def warn_of_left_out(source: Path, others: Sequence[Path], outside: Sequence[Pat
     by_suffix: dict[str, list[Path]] = {}
     for path in sorted(others):
         by_suffix.setdefault(path.suffix.lower() or "without a suffix", []).append(path)
-    most = sorted(by_suffix, key=lambda suffix: -len(by_suffix[suffix]))
-    parts = [f"{len(by_suffix[suffix]):,} {_place(suffix, by_suffix[suffix], source)}" for suffix in most[:MOST_NAMED]]
-    if len(most) > MOST_NAMED:
-        parts.append(f"{sum(len(by_suffix[suffix]) for suffix in most[MOST_NAMED:]):,} of other suffixes")
-    if parts:
-        parts[0] = f"files that are no images by their suffixes: {parts[0]}"
+
+    def counted(paths: Sequence[Path], what: str = "") -> str:
+        return f"{len(paths):,}{what} (such as {relative_name(paths[0], source)!r})"
+
+    parts = []
+    if others:
+        most = sorted(by_suffix, key=lambda suffix: -len(by_suffix[suffix]))
+        named = [counted(by_suffix[suffix], f" {suffix}") for suffix in most[:MOST_NAMED]]
+        rest = sum(len(by_suffix[suffix]) for suffix in most[MOST_NAMED:])
+        named += [f"{rest:,} of other suffixes"] if rest else []
+        parts.append(f"files without the suffix of an image: {', '.join(named)}")
     if outside:
-        parts.append(f"{len(outside):,} {_place('images in no folder of a class', sorted(outside), source)}")
+        parts.append(f"images outside of the folders of classes: {counted(sorted(outside))}")
     if parts:
-        heif = {".heic", ".heif"} & by_suffix.keys()
-        warn_once(
-            f"{source}: left out are {', '.join(parts)}"
-            + ("; with pillow-heif installed, .heic and .heif are read" if heif else "")
-        )
+        advice = "; .heic and .heif are read where pillow-heif is installed"
+        needed = {".heic", ".heif"} & by_suffix.keys()
+        warn_once(f"{source}: left out are {'; '.join(parts)}{advice if needed else ''}")
 
 
-def _place(what: str, paths: Sequence[Path], source: Path) -> str:
-    return f"{what} (such as {relative_name(paths[0], source)!r})"
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # A link is asked by itself: of one to itself `entry.is_dir()` raises
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112
 
 
 def _is_data(name: str) -> bool:
