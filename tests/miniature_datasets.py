@@ -16,13 +16,13 @@ COLOURS = {
     "dark_blue": (20, 20, 120),
     "yellow": (190, 190, 20),
     "pink": (190, 100, 150),
-    "light_blue": (100, 150, 190),
+    "navy": (20, 20, 128),
     "grey": (100, 100, 100),
     "brown": (100, 60, 20),
     "black": (0, 0, 0),
     "white": (200, 200, 200),
     "orange": (190, 100, 20),
-    "violet": (110, 20, 190),
+    "purple": (110, 20, 190),
 }
 """The classes, in the order of their labels where the data set does not sort them."""
 

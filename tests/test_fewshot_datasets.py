@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -20,8 +21,10 @@ import torch
 import torchvision.datasets
 from miniature_datasets import COLOURS, MINIATURES, WNIDS, colour_of, draw_image, make_miniature
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from complora_kernels.fewshot import decode
 from complora_kernels.fewshot.datasets import (
     DOMAIN_SHIFTS,
     ELEVEN,
@@ -514,6 +517,165 @@ def test_names_with_blanks_and_of_any_script_work(tmp_path):
     assert load_crops(dataset.images, (8, 8)).shape == (8, 3, 8, 8)
 
 
+# ---- folders as people have them
+
+
+@pytest.fixture
+def plugins(monkeypatch) -> None:
+    """Pillow's formats as they are before any plugin, whatever a test adds; without pillow-heif."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(decode, "register_plugins", decode.register_plugins.__wrapped__)
+    decode.register_plugins()
+    for registry in ("ID", "OPEN", "EXTENSION"):
+        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
+
+
+@pytest.mark.usefixtures("plugins")
+def test_every_photo_is_read_or_counted_once(tmp_path, caplog):
+    """In a format by whatever name, below other folders too; what systems leave behind is nobody's photo."""
+    photos = ["0.JPG", "1.jfif", "2.jpe", "3.jpeg", "album/4.jpg", "album/of 2020/5.PNG", "album 2/4.jpg", "6.Jfif"]
+    data = tmp_path / "data"
+    for colour in ("red", "green"):
+        for number, name in enumerate(photos):
+            draw_image(tmp_path / "plain.png", colour, number)
+            (data / colour / name).parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(tmp_path / "plain.png") as image:
+                image.save(data / colour / name, format="PNG" if name.endswith("PNG") else "JPEG")
+    left_behind = ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.JPG", "@eaDir/0.jpg", "__MACOSX/0.jpg", ".git/0.jpg")
+    for name in left_behind:
+        write(data / "red" / name, "")
+        write(data / name, "")
+    load_dataset(f"folder:{data}")
+    assert not caplog.records
+    for name in ("red/7.HEIC", "green/8.heic", "red/album/notes.txt", "green/of no suffix", "beside.jpg"):
+        write(data / name, "")
+    load_dataset(f"folder:{data}")
+    dataset = load_dataset(f"folder:{data}")
+    assert dataset.test is not None
+    everything = torch.cat([dataset.train, dataset.val, dataset.test])
+    expected = sorted(f"{colour}/{name}" for colour in ("red", "green") for name in photos)
+    assert sorted(map(str, dataset.image_names(everything))) == expected
+    assert names(dataset, everything) == colours(dataset, everything)
+    assert caplog.messages == [
+        f"{data}: left out are files without the suffix of an image: 2 .heic (such as 'green/8.heic'), 1 without a "
+        "suffix (such as 'green/of no suffix'), 1 .txt (such as 'red/album/notes.txt'); images outside of the folders "
+        "of classes: 1 (such as 'beside.jpg'); .heic and .heif are read where pillow-heif is installed"
+    ]
+
+
+@pytest.mark.usefixtures("plugins")
+def test_photos_of_plugins_are_read(tmp_path, monkeypatch):
+    """Here PNG files by another suffix, as a plugin of Pillow's would have them; pillow-heif registers itself so."""
+
+    class Plugin(PngImagePlugin.PngImageFile):
+        format = "HEIF"
+
+    def register() -> None:
+        Image.register_open("HEIF", Plugin)
+        Image.register_extension("HEIF", ".heic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    for colour in ("red", "green"):
+        for number in range(3):
+            draw_image(tmp_path / colour / f"{number}.png", colour, number)
+            (tmp_path / colour / f"{number}.png").rename(tmp_path / colour / f"{number}.HEIC")
+    dataset = load_dataset(f"folder:{tmp_path}")
+    assert len(dataset.images) == 6
+    assert names(dataset, dataset.train) == colours(dataset, dataset.train)
+
+
+def test_links_are_followed_once(tmp_path):
+    """Into other folders; those to themselves, to a folder above or to nothing do not hang."""
+    folder = make_miniature(tmp_path, "folder")
+    plain = load_dataset(f"folder:{folder}")
+    more = tmp_path / "more"
+    draw_image(more / "7.png", "red", 7)
+    (folder / "red" / "a").symlink_to(more)
+    (folder / "red" / "b").symlink_to(more)
+    (folder / "red" / "up").symlink_to(folder)
+    (folder / "red" / "itself").symlink_to("itself")
+    (folder / "itself").symlink_to("itself")
+    (more / "loop").symlink_to(folder / "red")
+    dataset = load_dataset(f"folder:{folder}")
+    assert isinstance(dataset.images, tuple)
+    assert set(dataset.images) - set(plain.images) == {folder / "red" / "a" / "7.png"}
+    (folder / "red" / "dead.jpg").symlink_to("dead.jpg")
+    dataset = load_dataset(f"folder:{folder}")
+    assert isinstance(dataset.images, tuple)
+    with pytest.raises(OSError, match=r"dead.jpg"):
+        load_crops(dataset.images, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [("Train", "valid", "TEST"), ("training", "Validation", "testing"), ("train", "VAL", "Test")],
+)
+def test_splits_have_many_names(tmp_path, train, val, test):
+    for part, n in ((train, 2), (val, 1), (test, 3)):
+        for colour in FIRST_FOUR:
+            for number in range(n):
+                draw_image(tmp_path / part / colour / f"{number}.png", colour, number)
+    dataset = load_dataset(f"folder:{tmp_path}")
+    assert dataset.test is not None
+    for indices, part, n in ((dataset.train, train, 2), (dataset.val, val, 1), (dataset.test, test, 3)):
+        assert Counter(names(dataset, indices)) == dict.fromkeys(FIRST_FOUR, n)
+        assert {str(name).partition("/")[0] for name in dataset.image_names(indices)} == {part}
+
+
+def test_what_lies_beside_a_split_is_counted(tmp_path, caplog):
+    for path in ("train/red", "train/green", "test/red", "test/green", "extra/red", "extra/blue"):
+        draw_image(tmp_path / path / "0.png", "red", 0)
+    draw_image(tmp_path / "train" / "overview.png", "red", 0)
+    assert len(load_dataset(f"folder:{tmp_path}").images) == 4
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "Val").mkdir()
+    with pytest.raises(ValueError, match=rf"{tmp_path}: 'Val', 'valid' are all called like val/, expected one of them"):
+        load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "val").mkdir()
+    assert len(load_dataset(f"folder:{tmp_path}").images) == 4
+    assert caplog.messages == [
+        f"{tmp_path}: left out are images outside of the folders of classes: 3 (such as 'extra/blue/0.png')"
+    ]
+
+
+def test_a_folder_that_is_alone_is_the_data_set(tmp_path, caplog):
+    """As an archive leaves it that is unpacked into a folder of its name."""
+    inner = make_miniature(tmp_path / "my folder" / "my folder", "folder")
+    write(tmp_path / "my folder" / "__MACOSX" / "0.jpg", "")
+    plain = load_dataset(f"folder:{inner}")
+    assert not caplog.records
+    dataset = load_dataset(f"folder:{tmp_path}")
+    assert dataset.test is not None
+    assert plain.test is not None
+    assert dataset.image_names(dataset.test) == plain.image_names(plain.test)
+    assert caplog.messages == [
+        f"{tmp_path}: the data set is the folder 'my folder/my folder/my folder', because it is alone there"
+    ]
+
+
+def test_classes_that_hold_folders_alone_are_named(tmp_path, caplog):
+    """They may be parts of something else: a/red, b/red."""
+    for path in ("a/red/0", "a/red/1", "b/red/0", "b/green/0"):
+        draw_image(tmp_path / f"{path}.png", "red", 0)
+    assert load_dataset(f"folder:{tmp_path}").class_names == ("a", "b")
+    assert caplog.messages == [f"{tmp_path}: 'a', 'b' hold images in folders below alone, and are taken for classes"]
+
+
+def test_a_class_of_no_image_or_of_anothers_name_is_named(tmp_path):
+    folder = make_miniature(tmp_path, "folder")
+    (folder / "white").mkdir()
+    with pytest.raises(ValueError, match=r"my folder: class 'white' \(label 3\) has no train image"):
+        load_dataset(f"folder:{folder}")
+    (folder / "white").rmdir()
+    for number in range(2):
+        draw_image(folder / "Red" / f"{number}.png", "red", 0)
+    with pytest.raises(ValueError, match=r"classes 0 and 3 are called 'Red' and 'red', expected names that differ in"):
+        load_dataset(f"folder:{folder}")
+    shutil.rmtree(folder / "Red")
+    (folder / "red").rename(folder / "two\nlines\t")
+    assert load_dataset(f"folder:{folder}").class_names[2] == "two\nlines\t"
+
+
 @pytest.mark.parametrize("name", ["train", "val", "test"])
 @pytest.mark.parametrize("other", ["", "@eaDir"])
 def test_a_class_may_be_called_like_a_split(tmp_path, name, other):
@@ -589,11 +751,11 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is train/CLASS/ and no test/CLASS/, expected\n  train/CLASS"):
         load_dataset(f"folder:{tmp_path}")
     (tmp_path / "test" / "0.png").unlink()
-    (tmp_path / "train").rename(tmp_path / "training")
+    (tmp_path / "train").rename(tmp_path / "learning")
     draw_image(tmp_path / "test" / "red" / "0.png", "red", 0)
     with pytest.raises(FileNotFoundError, match=r"there is test/CLASS/ and no train/CLASS/, expected\n  train/CLASS"):
         load_dataset(f"folder:{tmp_path}")
-    (tmp_path / "training").rename(tmp_path / "train")
+    (tmp_path / "learning").rename(tmp_path / "train")
     draw_image(tmp_path / "test" / "green" / "0.png", "green", 0)
     with pytest.raises(ValueError, match=rf"{tmp_path}: class 'green' \(label 0\) has no train image"):
         load_dataset(f"folder:{tmp_path}")
@@ -639,6 +801,14 @@ def test_a_table_with_a_split_is_taken_as_it_is(tmp_path):
     [
         (("path,name", "a.png,x"), r": the columns are path, name, expected path,label\[,split\]"),
         ((), r": the columns are missing, expected path,label\[,split\]"),
+        (
+            ("path;label", "a.png;x"),
+            r": the columns are path;label, expected .*, each once and with commas between them",
+        ),
+        (
+            ("path,label,path", "a.png,x,b.png"),
+            r": the columns are path, label, path, expected path,label.*, each once",
+        ),
         (("path,label", "a.png,x", "gone.png,x"), r", line 3 names .*gone.png, and there is no such file"),
         (("path,label", "a.png"), r", line 2: label is empty"),
         (("path,label", ",x"), r", line 2: path is empty"),
@@ -694,7 +864,7 @@ def test_a_table_of_another_encoding_is_named(tmp_path):
 def test_a_table_may_have_blanks_and_empty_cells_at_its_ends(tmp_path):
     for number in range(4):
         draw_image(tmp_path / f"{number}.png", "red", number)
-    path = table(tmp_path, "label, path", '"a, b", 0.png,', "", ' "a, b",1.png', "c,2.png", "c,3.png")
+    path = table(tmp_path, "", "label, path", '"a, b", 0.png,', "", ' "a, b",1.png', "c,2.png", "c,3.png")
     assert load_dataset(f"csv:{path}").class_names == ("a, b", "c")
 
 

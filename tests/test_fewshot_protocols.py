@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from miniature_datasets import make_miniature
+from miniature_datasets import draw_image, make_miniature
 from torch.nn import functional as F
 
 import complora_kernels as ck
@@ -235,6 +235,12 @@ def test_an_adapter_is_measured_again_and_exported(root, tmp_path, capsys):
         main(["eval", adapter, "--data", "dtd", "--max-test-images", "3", "--output", str(saved)]) == 0
     )  # its root too
     assert json.loads(saved.read_text())["dtd"][1] * 3 % 1 == pytest.approx(0)
+    for name in ("cat", "dog"):  # which the bundled model does not know
+        for number in range(2):
+            draw_image(tmp_path / "pets" / name / f"{number}.png", "red", number)
+    capsys.readouterr()
+    assert main(["eval", adapter, "--data", "ucf101", f"folder:{tmp_path}/pets", "--data-root", str(root)]) == 2
+    assert "does not tell the classes 'cat', 'dog' apart" in capsys.readouterr().err
     assert main(["eval", adapter, "--device", "tpu"]) == 2
     assert "--device tpu: expected cpu, cuda or auto" in capsys.readouterr().err
     assert main(["export", adapter, "--output", str(tmp_path / "peft")]) == 0

@@ -9,7 +9,8 @@ import pickle
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,28 @@ def load_backbone(
         OSError: a file cannot be read or, of a download, written.
     """
     check_backbone(model, pretrained, activation)
-    try:
+    with _named(model, pretrained):
         return _load(model, pretrained, activation, torch.device(device))
+
+
+def load_tokenizer(model: str, pretrained: str | None = None) -> Callable[[list[str]], Tensor]:
+    """`Backbone.tokenize` alone, without the weights.
+
+    Raises:
+        ValueError: it cannot be loaded.
+        OSError: a file cannot be read or, of a download, written.
+    """
+    with _named(model, pretrained):
+        if model == GLYPHS:
+            return glyphs.load_glyph_tokenizer(_glyph_folder(pretrained))
+        return open_clip.get_tokenizer(model)
+
+
+@contextmanager
+def _named(model: str, pretrained: str | None) -> Iterator[None]:
+    """Say in an error what was loaded."""
+    try:
+        yield
     except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
         raise
     except Exception as error:  # of whatever kind a reader meets damaged or foreign weights with
@@ -74,8 +95,7 @@ def load_backbone(
 
 def _load(model: str, pretrained: str | None, activation: str, device: torch.device) -> Backbone:
     if model == GLYPHS:
-        folder = glyphs.ASSETS if pretrained is None else Path(pretrained)
-        clip, tokenize, preprocess = glyphs.load_glyph_clip(device, folder=folder)
+        clip, tokenize, preprocess = glyphs.load_glyph_clip(device, folder=_glyph_folder(pretrained))
         return Backbone(clip, tokenize, preprocess, device, (glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE), glyphs.normalize)
     quick_gelu = _wants_quick_gelu(model, activation)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -151,6 +171,10 @@ def _check_glyphs(folder: str | None, activation: str) -> None:
         raise ValueError(f"--activation {activation}: expected auto with --model {GLYPHS}, which brings its own")
     if folder is not None and not (Path(folder) / glyphs.WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"--pretrained {folder}: expected a folder written by `complora pretrain-glyphs`")
+
+
+def _glyph_folder(pretrained: str | None) -> Path:
+    return glyphs.ASSETS if pretrained is None else Path(pretrained)
 
 
 def _tags(name: str) -> str:

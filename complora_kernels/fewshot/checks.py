@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot import datasets
-from complora_kernels.fewshot.backbone import check_backbone
+from complora_kernels.fewshot.backbone import check_backbone, load_tokenizer
 from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.datasets.fingerprint import fingerprint
 from complora_kernels.fewshot.logs import check_loggers
 from complora_kernels.fewshot.setting import load
 from complora_kernels.fewshot.team import is_started_together
+from complora_kernels.fewshot.templates import templates_for, training_template
+from complora_kernels.fewshot.tokens import Tokenizer, check_told_apart, warn_of_cut
 
 
 def check_options(config: TrainConfig) -> None:
@@ -46,20 +49,24 @@ def check_workers(workers: int | None) -> None:
         raise ValueError(f"--workers {workers}: expected 1 under torchrun, whose processes share each run")
 
 
-def check_data(config: TrainConfig) -> dict[tuple[int, int], str]:
+def check_data(config: TrainConfig, tokenize: Tokenizer | None = None) -> dict[tuple[int, int], str]:
     """Find out whether the data sets are there, or fetch them, and draw what every run will draw.
+
+    Args:
+        config: the options of the runs.
+        tokenize: the tokenizer of their model, which has to tell the classes apart; None: it is loaded.
 
     Returns:
         The fingerprint of each draw's images, by shots and seed.
     """
+    tokenize = load_tokenizer(config.model, config.pretrained) if tokenize is None else tokenize
     for name in config.kept():
-        if config.download:
-            load(config, name)
-        else:
-            datasets.check_dataset(name, config.data_root)
+        check_classes(config, name, tokenize)
     learned = load(config, config.data)
-    if config.protocol == "base-to-new":
-        learned, _ = datasets.base_and_new(learned)
+    parts = datasets.base_and_new(learned) if config.protocol == "base-to-new" else (learned,)
+    for part in parts:
+        _check_prompts(config, part.asked_as or part.name, part.name, part.class_names, tokenize)
+    learned = parts[0]
     is_file = config.draw.endswith((".json", ".pkl"))
     if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
         raise ValueError(f"--draw {config.draw}: one draw for the seeds {config.seeds}, expected {{seed}} in the path")
@@ -74,3 +81,21 @@ def check_data(config: TrainConfig) -> dict[tuple[int, int], str]:
             "that has some"
         )
     return {cell: fingerprint(learned, draw) for cell, draw in drawn.items()}
+
+
+def check_classes(config: TrainConfig, name: str, tokenize: Tokenizer) -> None:
+    """Find out whether a data set is there, or fetch it, and whether the model can tell its classes apart."""
+    if config.download:
+        dataset = load(config, name)
+        called, class_names = dataset.name, dataset.class_names
+    else:
+        called, class_names = datasets.check_dataset(name, config.data_root)
+    _check_prompts(config, name, called, class_names, tokenize)
+
+
+def _check_prompts(
+    config: TrainConfig, source: str, name: str, class_names: Sequence[str], tokenize: Tokenizer
+) -> None:
+    templates, for_steps = templates_for(config.template, name), training_template(config.template, name)
+    check_told_apart(source, class_names, templates, for_steps, tokenize)
+    warn_of_cut(source, class_names, templates, for_steps, tokenize)

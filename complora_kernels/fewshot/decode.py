@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
+
+_MOST_PIXELS = 2**25
+"""Of what `resize` makes of an image before its middle is cut out; Pillow keeps it in 128 MiB."""
 
 
 def load_crops(
@@ -31,9 +36,9 @@ def load_crops(
     """Decode image files and bring them to a model's size as CLIP does before it names them.
 
     Of the image in RGB, turned upright as `DeviceImages.from_files` does it, the pixels are those of
-    `open_clip.image_transform(size, is_train=False)` before they become floats, bit for bit. (CLIP's own evaluation
-    ignores EXIF's orientation and converts to RGB last, which tells in photos that lie on their side, transparent ones
-    and CMYK.)
+    `open_clip.image_transform(size, is_train=False)` before they become floats, bit for bit; of an image hundreds of
+    times as long as wide, which is cut before it is enlarged, up to one level. (CLIP's own evaluation ignores EXIF's
+    orientation and converts to RGB last, which tells in photos that lie on their side, transparent ones and CMYK.)
 
     Args:
         paths: at least one file, as in `DeviceImages.from_files`.
@@ -49,7 +54,8 @@ def load_crops(
         uint8 [N, 3, H, W].
 
     Raises:
-        ValueError: no paths, an unknown mode, or a file that cannot be decoded or is too large; the first is named.
+        ValueError: no paths, an unknown mode, or a file that cannot be decoded, is too large or finds no memory; the
+            first is named.
         OSError: a file that cannot be read.
     """
     if resize_mode not in _FIT:
@@ -77,11 +83,21 @@ def for_each_file(
     """`work(i, path)` of every path, in threads. The first path's error is raised, whichever came first in time."""
     if not paths:
         raise ValueError("paths is empty, expected at least one image file")
+    register_plugins()
+
+    def named(i: int, path: str | Path) -> T:
+        try:
+            return work(i, path)
+        except MemoryError as error:
+            raise ValueError(f"{path} is not decoded: there is not enough memory for it") from error
+
     pool = ThreadPoolExecutor(workers)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # which does not name the file
+        # They name no file: many pixels, which are decoded up to twice Pillow's limit, and damage in what is no pixel
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Jpeg|Tiff)ImagePlugin")
         try:
-            doing = pool.map(work, range(len(paths)), paths)
+            doing = pool.map(named, range(len(paths)), paths)
             with tqdm(doing, doing_what, len(paths), unit="image", delay=2, leave=False, disable=not progress) as bar:
                 return list(bar)
         finally:
@@ -92,11 +108,12 @@ def open_image(path: str | Path, shorter_side: int | None = None) -> Image.Image
     """An image in RGB, upright; reduced as `DeviceImages.from_files` says where a shorter side is enough.
 
     Raises:
-        ValueError: it cannot be decoded, or has more pixels than Pillow's limit.
+        ValueError: it cannot be decoded, or has more pixels than Pillow opens.
+        MemoryError: there is not enough memory for it.
         OSError: it cannot be read.
     """
     with _reading(path, shorter_side) as image:
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         if upright.mode == "P":
             upright = upright.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB at once
         rgb = upright.convert("RGB")
@@ -117,6 +134,18 @@ def size_by_header(path: str | Path, shorter_side: int | None) -> tuple[int, int
         return 0, 0
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """As `ImageOps.exif_transpose` turns it, which also writes the EXIF block anew and fails where that cannot be."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
+    except Exception:  # of whatever kind a damaged block is met with: it tells no orientation
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 @contextmanager
 def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image]:
     """An image that is not decoded yet; of a JPEG as many pixels will be decoded as are needed."""
@@ -128,11 +157,14 @@ def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image
             if factor > 1:  # a JPEG: by 2, 4 or 8 while decoding
                 image.draft(None, (-(-image.width // factor), -(-image.height // factor)))
             yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{path} is not decoded: it has {_pixels(error)} pixels, expected at most {Image.MAX_IMAGE_PIXELS}: shrink "
-            "the file. (A Python program that trusts it may raise this limit, PIL.Image.MAX_IMAGE_PIXELS.)"
+            f"{path} is not decoded: it has {_pixels(error)} pixels, expected at most "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0)}: shrink the file. (A Python program that trusts it may raise this "
+            "limit, twice PIL.Image.MAX_IMAGE_PIXELS.)"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # of whatever kind a decoder meets damaged bytes with
         if isinstance(error, OSError) and error.errno is not None:  # the file system's, which names the file
             raise
@@ -140,7 +172,7 @@ def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image
 
 
 def _pixels(error: Exception) -> str:
-    """How many pixels an image has that Pillow refuses; the limit that it names is twice its own where it fails."""
+    """How many pixels an image has that Pillow refuses."""
     found = re.search(r"\((\d+) pixels\)", str(error))
     return found[1] if found else "too many"
 
@@ -152,7 +184,7 @@ def _reduction(image: Image.Image, shorter_side: int | None) -> int:
 
 def pixels_of(image: Image.Image) -> Tensor:  # uint8 [3, H, W]
     """The pixels of an image in RGB."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
 def _shortest(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
@@ -162,9 +194,7 @@ def _shortest(image: Image.Image, size: tuple[int, int], resample: Image.Resampl
         covering = (height * image.width // shorter, height * image.height // shorter)
     else:
         covering, resample = _scaled(image, size, min), Image.Resampling.BICUBIC
-    image = image.resize(covering, resample)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+    return _middle(image, covering, resample, size)
 
 
 def _longest(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
@@ -187,5 +217,69 @@ def _scaled(image: Image.Image, size: tuple[int, int], which: Callable[..., floa
     return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
 
 
+def _middle(
+    image: Image.Image, covering: tuple[int, int], resample: Image.Resampling, size: tuple[int, int]
+) -> Image.Image:
+    """What lies in the middle of an image that is resized so as to cover height and width."""
+    height, width = size
+    left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
+    if covering[0] * covering[1] <= max(_MOST_PIXELS, image.width * image.height):
+        return image.resize(covering, resample).crop((left, top, left + width, top + height))
+    # A thin image would take gigabytes: it is cut before it is enlarged, rows before columns as Pillow enlarges
+    image, (x0, x1), (y0, y1) = _cut(image, covering, (left, top, left + width, top + height))
+    image = image.resize((width, image.height), resample, (x0, 0, x1, image.height))
+    return image.resize((width, height), resample, (0, y0, width, y1))
+
+
+def _cut(
+    image: Image.Image, covering: tuple[int, int], part: tuple[int, int, int, int]
+) -> tuple[Image.Image, tuple[float, float], tuple[float, float]]:
+    """The pixels that a part of the enlarged image depends on, and from where to where in them it reaches."""
+    box, ends = [], []
+    for first, end, pixels, enlarged in zip(part[:2], part[2:], image.size, covering, strict=True):
+        begins, stops = first * pixels / enlarged, end * pixels / enlarged
+        start = max(0, math.floor(begins) - 3)  # a bicubic filter sees two pixels on each side
+        box += [start, min(pixels, math.ceil(stops) + 3)]
+        ends.append((begins - start, stops - start))
+    return image.crop((box[0], box[2], box[1], box[3])), *ends
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes, in lower case, of files that are taken for images: those of `_SUFFIXES` and of Pillow's plugins."""
+    register_plugins()
+    return _SUFFIXES + tuple(
+        suffix
+        for suffix, kind in Image.EXTENSION.items()
+        if kind in Image.OPEN and not Image.OPEN[kind][0].__module__.startswith("PIL.")
+    )
+
+
+@cache
+def register_plugins() -> None:
+    """Let Pillow know all its formats, and HEIF, in which phones take photos, where pillow-heif is installed."""
+    Image.preinit()  # in the order in which `Image.open` would try them
+    Image.init()
+    try:
+        from pillow_heif import register_heif_opener  # type: ignore[reportMissingImports]
+    except ImportError:
+        return
+    register_heif_opener()
+
+
+# Of what Pillow itself reads: no icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
+_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".png", ".apng", ".gif", ".webp", ".avif", ".avifs", ".tif", ".tiff", ".bmp", ".dib"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".qoi", ".tga"),
+)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _FIT = {"shortest": _shortest, "longest": _longest, "squash": _squash}
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -14,6 +14,7 @@ from complora_kernels.fewshot.datasets import Dataset
 from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.team import ALONE, Team
 from complora_kernels.fewshot.templates import prompts
+from complora_kernels.fewshot.tokens import check_told_apart
 
 
 class MemoryBudget:
@@ -45,6 +46,9 @@ class Task:
         budget: what decoded images of files may take; None: as much as they need. Those beyond it are decoded at each
             use.
         training_template: that of `training_features`; None: the first of `templates`.
+
+    Raises:
+        ValueError: two classes whose prompts are the same tokens to the model.
     """
 
     def __init__(
@@ -59,8 +63,10 @@ class Task:
         self.dataset = dataset
         self.backbone = backbone
         self.batch_size = batch_size
-        self.tokens = self._tokenize(templates)  # [T · C, L]
         training_template = templates[0] if training_template is None else training_template
+        source = dataset.asked_as or dataset.name
+        check_told_apart(source, dataset.class_names, templates, training_template, backbone.tokenize)
+        self.tokens = self._tokenize(templates)  # [T · C, L]
         self.training_tokens = self._tokenize([training_template])  # [C, L]
         self._zero_shot: dict[torch.dtype, Tensor] = {}  # [N]: 1 correct, 0 wrong, -1 not asked yet
         self._crops: dict[int, Tensor] = {}  # uint8 [3, S, S], by image

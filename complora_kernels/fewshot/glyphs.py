@@ -57,8 +57,12 @@ class GlyphTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of one text, from `<start>` to `<end>`, without padding."""
         unknown = self.vocabulary[UNKNOWN]
-        words = [self.vocabulary.get(word, unknown) for word in re.findall(r"\w+", text.lower())]
+        words = [self.vocabulary.get(word, unknown) for word in _words(text)]
         return [self.vocabulary[START], *words, self.vocabulary[END]]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that become `<unk>`, in their order."""
+        return [word for word in _words(text) if word not in self.vocabulary]
 
     def __call__(self, texts: str | list[str]) -> Tensor:
         """Tokenize one text or several.
@@ -78,6 +82,10 @@ class GlyphTokenizer:
                 raise ValueError(f"texts: {text!r} has {len(ids) - 2} words, expected at most {most}")
             row[: len(ids)] = torch.tensor(ids)
         return tokens
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def preprocess(images: Tensor) -> Tensor:
@@ -119,12 +127,18 @@ def load_glyph_clip(
     Returns:
         The model in eval mode and float32, its tokenizer, and its preprocessing, `preprocess`.
     """
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    vocabulary = json.loads((folder / VOCABULARY_FILE).read_text())
-    model = build_clip(config["model_cfg"])
+    tokenizer = load_glyph_tokenizer(folder)
+    model = build_clip(json.loads((folder / CONFIG_FILE).read_text())["model_cfg"])
     weights = load_file(folder / WEIGHTS_FILE)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    return model.to(device).eval(), GlyphTokenizer(vocabulary, model.context_length), preprocess
+    return model.to(device).eval(), tokenizer, preprocess
+
+
+def load_glyph_tokenizer(folder: Path = ASSETS) -> GlyphTokenizer:
+    """The tokenizer of the model in a folder."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    vocabulary = json.loads((folder / VOCABULARY_FILE).read_text())
+    return GlyphTokenizer(vocabulary, config["model_cfg"]["text_cfg"]["context_length"])
 
 
 def held_out_test_set() -> tuple[Tensor, Tensor]:

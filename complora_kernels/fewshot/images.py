@@ -88,9 +88,9 @@ class DeviceImages:
             progress: show a progress bar on stderr once the work has taken two seconds.
 
         Raises:
-            ValueError: no paths, or a file that cannot be decoded, is not of the size that its header says, or has
-                more pixels than Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`, against files that are made to fill the
-                memory); the first is named.
+            ValueError: no paths, or a file that cannot be decoded, is not of the size that its header says, finds no
+                memory, or has more pixels than Pillow opens (179 million, twice `PIL.Image.MAX_IMAGE_PIXELS`, against
+                files that are made to fill the memory); the first is named.
             OSError: a file that cannot be read.
         """
         if shorter_side is not None and shorter_side < 1:

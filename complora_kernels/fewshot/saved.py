@@ -22,11 +22,11 @@ from torch import Tensor
 
 import complora_kernels as ck
 from complora_kernels.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from complora_kernels.fewshot.backbone import check_backbone, is_listed
-from complora_kernels.fewshot.checks import check_device
+from complora_kernels.fewshot.backbone import check_backbone, is_listed, load_tokenizer
+from complora_kernels.fewshot.checks import check_classes, check_device
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.config import check as check_values
-from complora_kernels.fewshot.datasets import Dataset, check_dataset, read_draw
+from complora_kernels.fewshot.datasets import Dataset, read_draw
 from complora_kernels.fewshot.datasets.dataset import MOST_NAMED
 from complora_kernels.fewshot.escapes import for_terminal, say
 from complora_kernels.fewshot.evaluate import Task
@@ -112,8 +112,9 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
     if config.output is not None:
         check_writable(config.output.parent)
     settings = Settings()
+    tokenize = load_tokenizer(options.model, options.pretrained)
     for name in config.data:
-        check_dataset(name, options.data_root, download=options.download)
+        check_classes(options, name, tokenize)
     backbone = settings.backbone(options, config.device)
     dtype = precision_for(options.precision, backbone.device)
     with _of_another_model(config):

@@ -16,6 +16,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from complora_kernels.fewshot.backbone import load_tokenizer
 from complora_kernels.fewshot.checks import check_data, check_options, check_workers
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
 from complora_kernels.fewshot.grid import check_images, check_same, description, open_folder, run_jobs
@@ -24,6 +25,7 @@ from complora_kernels.fewshot.methods import METHODS
 from complora_kernels.fewshot.outcomes import results_of
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
 from complora_kernels.fewshot.team import ALONE, Team, is_started_together
+from complora_kernels.fewshot.tokens import Tokenizer
 from complora_kernels.files import reading
 
 _CELLS = ("shots", "seeds", "learning_rates")
@@ -233,14 +235,17 @@ def _refuse(file: Path, where: str, asked: dict[str, Any], names: Iterable[str])
 def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> dict[str, str]:
     """Every option, and each draw of each data set once; the fingerprints of the images of every run."""
     seen: dict[Any, dict[tuple[int, int], str]] = {}
+    tokenizers: dict[Any, Tokenizer] = {}
     images: dict[str, str] = {}
     for variant in variants:
         try:
             check_options(variant)
             data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw)
-            draws = (*data, variant.shots, variant.seeds)
+            model = (variant.model, variant.pretrained)
+            draws = (*data, *model, variant.template, variant.shots, variant.seeds)
             if draws not in seen:
-                seen[draws] = check_data(variant)
+                tokenizers[model] = tokenizers.get(model) or load_tokenizer(*model)
+                seen[draws] = check_data(variant, tokenizers[model])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{file}: {error}") from error
         except ValueError as error:

@@ -10,6 +10,11 @@ from torch import Tensor
 from complora_kernels.fewshot import glyphs
 from complora_kernels.fewshot.datasets.dataset import Dataset
 
+CLASSES = {
+    "digits": tuple(f"digit {digit}" for digit in glyphs.DIGITS),
+    "letters": tuple(name.removeprefix("the ") for name in glyphs.LETTERS),
+}
+
 
 def digits() -> Dataset:
     """scikit-learn's 1,797 scanned handwritten digits, 8x8 pixels, bright on black.
@@ -22,17 +27,15 @@ def digits() -> Dataset:
     scans: Any = load_digits()
     grey = torch.from_numpy(scans.images)  # float64 [N, 8, 8], 0 to 16
     images = (grey * (255 / 16)).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous()
-    names = tuple(f"digit {digit}" for digit in glyphs.DIGITS)
-    return _characters("digits", images, torch.from_numpy(scans.target).long(), names, test=None)
+    return _characters("digits", images, torch.from_numpy(scans.target).long(), test=None)
 
 
 def letters() -> Dataset:
     """The 26 letters in fonts that the bundled model has never seen, 32x32 pixels, in colours on dark grounds."""
     images, labels = glyphs.letter_test_set()
-    names = tuple(name.removeprefix("the ") for name in glyphs.LETTERS)
-    return _characters("letters", images, labels, names, test=torch.arange(len(labels)))
+    return _characters("letters", images, labels, test=torch.arange(len(labels)))
 
 
-def _characters(name: str, images: Tensor, labels: Tensor, names: tuple[str, ...], test: Tensor | None) -> Dataset:
+def _characters(name: str, images: Tensor, labels: Tensor, test: Tensor | None) -> Dataset:
     everything = torch.arange(len(labels))
-    return Dataset(name, images, labels, names, everything, everything[:0], test, can_be_mirrored=False)
+    return Dataset(name, images, labels, CLASSES[name], everything, everything[:0], test, can_be_mirrored=False)

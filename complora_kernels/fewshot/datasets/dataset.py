@@ -107,11 +107,14 @@ def warn_of_untested(dataset: Dataset, source: Path) -> None:
         tested = set(dataset.labels[dataset.test].tolist())
         untested = tuple(name for label, name in enumerate(dataset.class_names) if label not in tested)
         if untested:
-            _warn(f"{source}: there is no image to test on of {enumerated(untested)}, which the accuracy leaves out")
+            warn_once(
+                f"{source}: there is no image to test on of {enumerated(untested)}, which the accuracy leaves out"
+            )
 
 
 @cache  # a run loads its data set more than once, and says it once
-def _warn(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning that has not been logged yet."""
     logger.warning(message)
 
 

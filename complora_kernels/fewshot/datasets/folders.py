@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from complora_kernels.fewshot.datasets.dataset import Dataset, assemble, enumerated, warn_of_untested
+from complora_kernels.fewshot.datasets.dataset import Dataset, assemble, enumerated, warn_of_untested, warn_once
 from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES
-from complora_kernels.fewshot.datasets.listing import class_folders, image_files, numbered_class_names, subfolders
+from complora_kernels.fewshot.datasets.listing import (
+    class_folders,
+    image_files,
+    numbered_class_names,
+    relative_name,
+    subfolders,
+    warn_of_left_out,
+)
 from complora_kernels.fewshot.datasets.ratio import ratio_split
-from complora_kernels.fewshot.datasets.split_files import SPLITS
 
 _LAYOUT = """expected
   train/CLASS/*.jpg   the images that shots are drawn from
@@ -17,39 +23,68 @@ _LAYOUT = """expected
   test/CLASS/*.jpg
 or CLASS/*.jpg alone, to be split 50 : 20 : 30; classnames.txt, if there, has lines of a folder name and a class name"""
 
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
 
 def read_folder(folder: Path) -> Dataset:
     """A data set out of a folder for each class, in the folders train, val and test if the split is given.
 
-    A folder of such a name that holds images itself is a class's. Classes are in the order of their folders' names,
-    which are the class names where no classnames.txt gives others. Without train and test `ratio_split` decides, by
-    "class folder/file". A warning names classes without a test image.
+    These may also be called training, valid or validation, and testing, in any case. A folder of such a name that holds
+    images itself is a class's. The images of a class are those in its folder and in all below it. Where the folder
+    holds another one alone, as archives are unpacked, that one is read. Classes are in the order of their folders'
+    names, which are the class names where no classnames.txt gives others. Without train and test `ratio_split` decides,
+    by "class folder/file". One warning counts the files that are left out, one names classes without a test image.
 
     Raises:
         FileNotFoundError: no such folder, nothing in it, or only one of train and test.
         ValueError: a single class, one without training images, or without a name in classnames.txt; a line there for
-            a folder that does not exist; two classes whose names give one prompt.
+            a folder that does not exist; two classes whose names give one prompt; two folders of one split.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder:{folder}: there is no such folder, {_LAYOUT}")
+    name, folder = folder.resolve().name, _innermost(folder)
     given = _splits(folder)
-    splits = SPLITS if given else (".",)
     for split in ("train", "test"):
         if given and split not in given:
-            raise FileNotFoundError(f"folder:{folder}: there is {given[0]}/CLASS/ and no {split}/CLASS/, {_LAYOUT}")
-    folders = sorted({name for split in splits if (folder / split).is_dir() for name in subfolders(folder / split)})
+            there = next(iter(given.values()))
+            raise FileNotFoundError(f"folder:{folder}: there is {there}/CLASS/ and no {split}/CLASS/, {_LAYOUT}")
+    parts = given or {".": "."}
+    folders = sorted({found for part in parts.values() for found in subfolders(folder / part)})
     if not folders:
         raise FileNotFoundError(f"folder:{folder}: there are no folders of classes, {_LAYOUT}")
     class_names = folders
     if (folder / CLASS_NAMES).is_file():
         class_names = _class_names(folder / CLASS_NAMES, folders)
-    entries = {split: class_folders(folder / split, folders) for split in splits}
+    others: list[Path] = []
+    entries = {split: class_folders(folder / part, folders, others) for split, part in parts.items()}
+    warn_of_left_out(folder, others, _outside(folder, given))
     if not given:
-        names = [f"{path.parent.name}/{path.name}" for path, _ in entries["."]]
+        if all(path.parent.parent != folder for path, _ in entries["."]) and entries["."]:
+            warn_once(f"{folder}: {enumerated(folders)} hold images in folders below alone, and are taken for classes")
+        names = [relative_name(path, folder) for path, _ in entries["."]]
         entries = ratio_split(entries["."], names, class_names, folder)
-    dataset = assemble(folder.resolve().name, folder, class_names, entries)
+    dataset = assemble(name, folder, class_names, {"val": [], **entries})
     warn_of_untested(dataset, folder)
     return dataset
+
+
+def _innermost(folder: Path) -> Path:
+    """The folder of the data set, where others hold nothing but it."""
+    asked = folder
+    while len(names := subfolders(folder)) == 1 and not (folder / CLASS_NAMES).exists():
+        inner = folder / names[0]
+        if _split_of(names[0]) or image_files(folder, below=False) or image_files(inner, below=False):
+            break
+        if not subfolders(inner):
+            break
+        folder = inner
+    if folder != asked:
+        warn_once(f"{asked}: the data set is the folder {relative_name(folder, asked)!r}, because it is alone there")
+    return folder
 
 
 def _class_names(path: Path, folders: Sequence[str]) -> list[str]:
@@ -68,8 +103,35 @@ def _class_names(path: Path, folders: Sequence[str]) -> list[str]:
     return [names[folder] for folder in folders]
 
 
-def _splits(folder: Path) -> list[str]:
-    """Which of train and test are there and hold the folders of classes."""
-    found = [split for split in ("train", "test") if (folder / split).is_dir() and subfolders(folder / split)]
-    is_class = len(found) == 1 and image_files(folder / found[0])  # that holds folders beside its images
-    return [] if is_class else found
+def _splits(folder: Path) -> dict[str, str]:
+    """The names of the folders of train, val and test, where one of train and test is there and holds folders."""
+    found: dict[str, list[str]] = {}
+    for name in subfolders(folder):
+        if split := _split_of(name):
+            found.setdefault(split, []).append(name)
+    with_classes = [name for split in ("train", "test") for name in found.get(split, ()) if subfolders(folder / name)]
+    # One alone that holds folders beside its images is a class's
+    if not with_classes or (len(with_classes) == 1 and image_files(folder / with_classes[0], below=False)):
+        return {}
+    given = {}
+    for split in _SPLIT_NAMES:
+        names = [name for name in found.get(split, ()) if split == "val" or name in with_classes]
+        names = [split] if split in names else names
+        if len(names) > 1:
+            raise ValueError(f"folder:{folder}: {enumerated(names)} are all called like {split}/, expected one of them")
+        if names:
+            given[split] = names[0]
+    return given
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a folder of this name holds."""
+    return next((split for split, names in _SPLIT_NAMES.items() if name.lower() in names), None)
+
+
+def _outside(folder: Path, given: Mapping[str, str]) -> list[Path]:
+    """Images that are in no folder of a class."""
+    places = [folder, *(folder / name for name in given.values())]
+    outside = [path for place in places for path in image_files(place, below=False)]
+    beside = [name for name in subfolders(folder) if given and name not in given.values()]
+    return outside + [path for name in beside for path in image_files(folder / name)]

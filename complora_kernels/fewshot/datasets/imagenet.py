@@ -6,7 +6,7 @@ from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import Dataset, assemble
 from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES, COOP, LAYOUTS, Home
-from complora_kernels.fewshot.datasets.listing import class_folders, read_class_names, subfolders
+from complora_kernels.fewshot.datasets.listing import class_folders, read_class_names, subfolders, warn_of_left_out
 
 # image-net.org's archives have no such folders
 _TO_SORT = {
@@ -25,7 +25,9 @@ def read_imagenet(name: str, root: Path, home: Home) -> Dataset:
             no class of ImageNet.
     """
     folders, class_names = check_imagenet(root, home)
-    train, test = (class_folders(home.images / split, folders) for split in ("train", "val"))
+    others: list[Path] = []
+    train, test = (class_folders(home.images / split, folders, others) for split in ("train", "val"))
+    warn_of_left_out(home.images, others)
     return assemble(name, home.folder, class_names, {"train": train, "val": [], "test": test}, twins=True)
 
 
@@ -60,7 +62,9 @@ def read_shift(name: str, root: Path, home: Home) -> Dataset:
         class_names = list(names.values())
     else:
         class_names = [_name_of(folder, names, home) for folder in folders]
-    entries = class_folders(home.images, folders)
+    others: list[Path] = []
+    entries = class_folders(home.images, folders, others)
+    warn_of_left_out(home.images, others)
     return assemble(
         name, home.folder, class_names, {"train": [], "val": [], "test": entries}, source=home.images, twins=True
     )

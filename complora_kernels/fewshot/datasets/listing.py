@@ -7,32 +7,107 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from complora_kernels.fewshot.datasets.dataset import Entry
+from complora_kernels.fewshot.datasets.dataset import MOST_NAMED, Entry, warn_once
+from complora_kernels.fewshot.decode import image_suffixes
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
+# What systems and programs leave in folders for themselves, beside what is hidden
+_NO_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; hidden ones are left out."""
+    """The names of the folders in a folder, sorted; without hidden ones and those that systems leave there."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if _is_data(entry.name) and _is_folder(entry))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder, told by their suffixes, sorted; hidden ones are left out."""
-    # Of ImageNet there are a million: iterdir makes paths in half the time that joining them takes
-    paths = (path for path in folder.iterdir() if path.name.lower().endswith(_SUFFIXES))
-    return sorted((path for path in paths if not path.name.startswith(".")), key=lambda path: path.name)
+def image_files(folder: Path, others: list[Path] | None = None, *, below: bool = True) -> list[Path]:
+    """The image files in a folder, told by their suffixes, sorted; without what `subfolders` leaves out.
+
+    Args:
+        folder: where to look.
+        others: a list to which the other files are added.
+        below: look into the folders below it too, into each once, wherever links lead.
+    """
+    suffixes, found, folders, seen = image_suffixes(), [], [folder], set[str]()
+    while folders:
+        here = folders.pop()
+        if here is not folder:
+            seen = seen or {os.path.realpath(path) for path in (folder, *folder.absolute().parents)}
+            if (real := os.path.realpath(here)) in seen:
+                continue
+            seen.add(real)
+        further = []
+        # Of ImageNet there are a million: iterdir makes paths in half the time that joining them takes
+        for path in here.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.name.lower().endswith(suffixes):
+                found.append(path)
+            elif not _is_data(path.name):
+                continue
+            elif path.is_dir():
+                further.append(path)
+            elif others is not None:
+                others.append(path)
+        folders += sorted(further, reverse=True) if below else []
+    return sorted(found, key=Path.as_posix)
 
 
-def class_folders(folder: Path, names: Sequence[str]) -> list[Entry]:
-    """The images in the folders of these names, each labelled with its folder's place among them."""
+def class_folders(folder: Path, names: Sequence[str], others: list[Path]) -> list[Entry]:
+    """The images in the folders of these names, each labelled with its folder's place among them.
+
+    The other files in them are added to `others`.
+    """
     return [
         (path, label)
         for label, name in enumerate(names)
         if (folder / name).is_dir()
-        for path in image_files(folder / name)
+        for path in image_files(folder / name, others)
     ]
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """The path of a file below a folder, with "/"."""
+    return "/".join(path.parts[len(folder.parts) :])
+
+
+def warn_of_left_out(source: Path, others: Sequence[Path], outside: Sequence[Path] = ()) -> None:
+    """Log a warning where files are left out, with their suffixes and where the first of each is.
+
+    Args:
+        source: the folder of the data set.
+        others: files in the folders of classes that are not taken for images.
+        outside: images that are in no folder of a class.
+    """
+    by_suffix: dict[str, list[Path]] = {}
+    for path in sorted(others):
+        by_suffix.setdefault(path.suffix.lower() or "without a suffix", []).append(path)
+
+    def counted(paths: Sequence[Path], what: str = "") -> str:
+        return f"{len(paths):,}{what} (such as {relative_name(paths[0], source)!r})"
+
+    parts = []
+    if others:
+        most = sorted(by_suffix, key=lambda suffix: -len(by_suffix[suffix]))
+        named = [counted(by_suffix[suffix], f" {suffix}") for suffix in most[:MOST_NAMED]]
+        rest = sum(len(by_suffix[suffix]) for suffix in most[MOST_NAMED:])
+        named += [f"{rest:,} of other suffixes"] if rest else []
+        parts.append(f"files without the suffix of an image: {', '.join(named)}")
+    if outside:
+        parts.append(f"images outside of the folders of classes: {counted(sorted(outside))}")
+    if parts:
+        advice = "; .heic and .heif are read where pillow-heif is installed"
+        needed = {".heic", ".heif"} & by_suffix.keys()
+        warn_once(f"{source}: left out are {'; '.join(parts)}{advice if needed else ''}")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # A link is asked by itself: of one to itself `entry.is_dir()` raises
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112
+
+
+def _is_data(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in _NO_DATA
 
 
 def missing(paths: Sequence[Path]) -> Iterator[int]:

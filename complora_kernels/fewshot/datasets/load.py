@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+from complora_kernels.fewshot.datasets.bundled import CLASSES as BUNDLED_CLASSES
 from complora_kernels.fewshot.datasets.bundled import digits, letters
 from complora_kernels.fewshot.datasets.dataset import Dataset
 from complora_kernels.fewshot.datasets.downloads import check_download, download, downloaded
@@ -55,26 +57,28 @@ def _load(name: str, root: Path | None, fetch: bool) -> Dataset:
     return read_json_split(name, home.folder, home.images, home.folder / LAYOUTS[name].split)
 
 
-def check_dataset(name: str, root: Path | None = None, *, download: bool = False) -> None:
+def check_dataset(name: str, root: Path | None = None, *, download: bool = False) -> tuple[str, Sequence[str]]:
     """Find out what would fail in `load_dataset`, without downloading anything or listing all of ImageNet.
 
     The arguments and errors are those of `load_dataset`.
+
+    Returns:
+        The data set's name, and those of its classes: none where it is still to be downloaded.
     """
-    if name in _BUNDLED:
-        return
-    if name not in LAYOUTS or root is None:
-        load_dataset(name, root)
-        return
-    root = _check_root(name, root)
-    home = find(name, root)
-    if home is None and downloaded(name, root) is None:
-        if not download:
-            raise FileNotFoundError(missing_message(name, root))
-        check_download(name, root)
-    elif home is not None and LAYOUTS[name].split == "folders":
-        check_imagenet(root, home)
-    else:
-        load_dataset(name, root)
+    if name in BUNDLED_CLASSES:
+        return name, BUNDLED_CLASSES[name]
+    if name in LAYOUTS and root is not None:
+        root = _check_root(name, root)
+        home = find(name, root)
+        if home is None and downloaded(name, root) is None:
+            if not download:
+                raise FileNotFoundError(missing_message(name, root))
+            check_download(name, root)
+            return name, ()
+        if home is not None and LAYOUTS[name].split == "folders":
+            return name, check_imagenet(root, home)[1]
+    dataset = load_dataset(name, root)
+    return dataset.name, dataset.class_names
 
 
 def _check_root(name: str, root: Path | None) -> Path:

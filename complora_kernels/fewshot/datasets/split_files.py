@@ -150,10 +150,13 @@ def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
     # If it were not strict, all rows after a quotation mark that is not closed would be one cell
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, skipinitialspace=True)
     try:
-        header = [name.strip() for name in next(reader, [])]
-        columns = [column for column in ("path", "label", "split") if column in header]
-        if columns[:2] != ["path", "label"]:
-            raise ValueError(f"{path}: the columns are {', '.join(header) or 'missing'}, expected path,label[,split]")
+        header = [name.strip() for name in next(filter(None, reader), [])]
+        columns = [column for column in ("path", "label", "split") for name in header if name == column]
+        if columns not in (["path", "label"], ["path", "label", "split"]):
+            raise ValueError(
+                f"{path}: the columns are {', '.join(header) or 'missing'}, expected path,label[,split], each once and "
+                "with commas between them"
+            )
         for row in filter(None, reader):  # without empty lines
             where = f"{path}, line {reader.line_num}"
             if any(row[len(header) :]):
