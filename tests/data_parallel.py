@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cuda_graph_on_cpu import cuda_graphs_on_cpu
+from process_group import process_group
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,16 +52,16 @@ def train(model: nn.Module, inputs: list[Tensor], optimizer: Callable[..., Any],
 def train_half(rank: int, folder: str) -> None:
     """Trains with half of every batch in each of the ways; the results go to a file of this process."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    inputs, results = [x.chunk(2)[rank] for x in BATCHES], []
-    for wrapped, graph in WAYS:
-        model = network()
-        model.frozen.data.fill_(0 if wrapped else rank)  # DDP makes all equal at the start
-        with cuda_graphs_on_cpu():
-            if wrapped:
-                results.append(train(DistributedDataParallel(model), inputs, torch.optim.SGD, graph=graph))
-            else:
-                group = distributed.group.WORLD
-                results.append(train(model, inputs, torch.optim.SGD, graph=graph, process_group=group))
+    inputs = [x.chunk(2)[rank] for x in BATCHES]
+    with process_group(folder, rank, 2):
+        results = [train_in_a_way(rank, inputs, *way) for way in WAYS]
     torch.save([tuple(result) for result in results], f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+
+
+def train_in_a_way(rank: int, inputs: list[Tensor], wrapped: bool, graph: bool) -> Result:
+    model = network()
+    model.frozen.data.fill_(0 if wrapped else rank)  # DDP makes all equal at the start
+    with cuda_graphs_on_cpu():
+        if wrapped:
+            return train(DistributedDataParallel(model), inputs, torch.optim.SGD, graph=graph)
+        return train(model, inputs, torch.optim.SGD, graph=graph, process_group=distributed.group.WORLD)

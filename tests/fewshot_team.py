@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fewshot_standin as standin
 import torch
+from process_group import process_group
 from torch import distributed
 
 from complora_kernels.fewshot.config import Run
@@ -27,15 +28,14 @@ class Killed(Exception):
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     team, root = Team(rank, 2), Path(folder)
-    for name, options in CASES.items():
-        result = train(standin.config(root, **options), RUN, standin.setting(), root / name, team=team)
-        (root / f"{name}-{rank}.json").write_text(json.dumps(result))
-        team.wait()
-    resume(team, root)
-    gather(team, root)
-    distributed.destroy_process_group()
+    with process_group(folder, rank, 2):
+        for name, options in CASES.items():
+            result = train(standin.config(root, **options), RUN, standin.setting(), root / name, team=team)
+            (root / f"{name}-{rank}.json").write_text(json.dumps(result))
+            team.wait()
+        resume(team, root)
+        gather(team, root)
 
 
 def resume(team: Team, root: Path) -> None:

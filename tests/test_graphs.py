@@ -18,6 +18,7 @@ import pytest
 import torch
 from cuda_graph_on_cpu import CUDAGraphsOnCPU, cuda_graphs_on_cpu
 from failures import Unchanged
+from process_group import process_group
 from small_clip import adapted, small_clip
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
@@ -436,13 +437,10 @@ def test_two_processes_are_one_with_their_batches_together(tmp_path: Path):
 
 def test_a_parameter_without_a_gradient_is_refused_where_processes_share_them(device, tmp_path):
     model, optimizer = make(device, towers=("image", "text"))
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    inputs, group = tuple(batches(1, device)), distributed.group.WORLD
-    try:
-        with Unchanged(model), pytest.raises(ValueError, match="12 parameters of the optimizer got no gradient"):
-            ck.GraphedTrainStep(model, loss, optimizer, inputs, process_group=group, graph=True)
-    finally:
-        distributed.destroy_process_group()
+    inputs = tuple(batches(1, device))
+    refused = pytest.raises(ValueError, match="12 parameters of the optimizer got no gradient")
+    with process_group(tmp_path), Unchanged(model), refused:
+        ck.GraphedTrainStep(model, loss, optimizer, inputs, process_group=distributed.group.WORLD, graph=True)
 
 
 # ---- a capture that fails

@@ -1,8 +1,10 @@
-"""torchvision's random crops of training images, to the same bits on every device.
+"""torchvision's random crops of training images, on every device.
 
 torchvision's transforms of uint8 images run torch's 8-bit kernel on the CPU, and so does `resample` there. Elsewhere
 two products with small matrices compute the same integers: 16-bit weights, the columns first, each pass rounded to 8
-bits. So a crop has the same bits alone and in any batch, on every device, whatever TF32 and autocast allow.
+bits. So a crop has the same bits alone and in any batch, whatever TF32 and autocast allow. The weights are computed in
+float64: where one lies halfway between two 16-bit numbers, a device that rounds its last bit otherwise may give a
+pixel's next value, one of 255.
 """
 
 from __future__ import annotations
@@ -80,8 +82,10 @@ def resample(
 ) -> Tensor:
     """Cut boxes out of images, resize them (bicubic, antialiased) and flip some from left to right.
 
-    Equal, bit for bit, to torchvision's `horizontal_flip(resized_crop(...))` of the uint8 images on the CPU, divided
-    by 255. Nothing waits for the device.
+    torchvision's `horizontal_flip(resized_crop(...))` of the uint8 images on the CPU, divided by 255: on the CPU to the
+    same bits, elsewhere up to one 255th in the rare pixels whose weights lie at the edge of rounding. Results one pixel
+    wide, of which torch's kernel is wrong on processors without AVX2, are computed as elsewhere. Nothing waits for the
+    device.
 
     Args:
         images: N images.
@@ -101,7 +105,7 @@ def resample(
     _check(images, indices, boxes, flips, height, width)
     if not len(indices):
         return torch.empty(0, 3, height, width, device=images.target)
-    if images.target.type == "cpu" and height * width > 1:  # torch's kernel fails on some boxes for 1x1
+    if images.target.type == "cpu" and width > 1:  # torch's kernel is wrong without AVX2, and with it fails on some 1x1
         return _resample_by_torch(images, indices, boxes, flips, height, width)
     return _resample_by_products(images, indices, boxes, flips, height, width)
 

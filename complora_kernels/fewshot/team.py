@@ -159,6 +159,10 @@ def assemble() -> Iterator[Team]:
     if size == 1:
         yield ALONE
         return
+    # Its functions have the default group at the time of its import among their defaults, and torch's compiler imports
+    # it: from now on it would hold the group, whose threads must end before Python does.
+    import torch.distributed.nn.functional
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("cpu:gloo,cuda:nccl")
