@@ -13,10 +13,10 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --benchmark-disa
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation extension test test-oldest sanitize aot bench report bench-gpu gpu targets lint format
+.PHONY: help demo full ablation extension test test-other-processor test-oldest sanitize aot bench report bench-gpu gpu targets lint format
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed  ## adapt a small CLIP to handwritten digits: a table and figures in runs/glyphs, about three minutes
 	.venv/bin/complora train $(ARGS)
@@ -31,6 +31,15 @@ extension: $(EXTENSION)  ## build the C++/CUDA extension in place, with the newe
 
 test: .venv/.installed $(EXTENSION)  ## run the tests
 	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+# What rounds otherwise on another machine: torch without AVX, MKL without what it knows of this processor, two threads.
+# The files in which most is computed by more than one way; FILES=tests for all.
+FILES ?= $(patsubst %,tests/test_%.py,$(OTHER_PROCESSOR))
+OTHER_PROCESSOR = activations adapter apply block dropout fewshot_anchors fewshot_evaluate fewshot_images \
+	fewshot_recipe functional modules pooled prompts reference subspace tower
+test-other-processor: .venv/.installed $(EXTENSION)  ## run the tests of the numerics as another processor computes, on two threads
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+		.venv/bin/python -m pytest $(PARALLEL) $(FILES) $(ARGS)
 
 # The same files that the newest torch built: what the stable ABI promises.
 test-oldest: .venv-oldest/.installed $(EXTENSION)  ## run the tests on the oldest supported versions

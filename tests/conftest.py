@@ -18,16 +18,15 @@ from complora_kernels.modules import extend, tower
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # No file is there: the shipped plans run, not those that somebody measured on this machine.
 os.environ["COMPLORA_PLANS"] = str(Path(__file__).with_name("plans.json"))
+# The tests' tensors are small: a second thread costs more than it brings, many times more on a busy machine.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
-    return f"Triton kernels: {HOW}"
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """The tests' tensors are small: a second thread costs more than it brings, many times more on a busy machine."""
-    torch.set_num_threads(1)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"Triton kernels: {HOW}; torch on the CPU: {capability}, threads: {torch.get_num_threads()}"
 
 
 @pytest.fixture(autouse=True)

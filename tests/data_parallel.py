@@ -51,7 +51,6 @@ def train(model: nn.Module, inputs: list[Tensor], optimizer: Callable[..., Any],
 
 def train_half(rank: int, folder: str) -> None:
     """Trains with half of every batch in each of the ways; the results go to a file of this process."""
-    torch.set_num_threads(1)
     inputs = [x.chunk(2)[rank] for x in BATCHES]
     with process_group(folder, rank, 2):
         results = [train_in_a_way(rank, inputs, *way) for way in WAYS]

@@ -27,7 +27,6 @@ class Killed(Exception):
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     team, root = Team(rank, 2), Path(folder)
     with process_group(folder, rank, 2):
         for name, options in CASES.items():

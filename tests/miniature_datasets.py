@@ -16,15 +16,18 @@ COLOURS = {
     "dark_blue": (20, 20, 120),
     "yellow": (190, 190, 20),
     "pink": (190, 100, 150),
-    "navy": (20, 20, 128),
-    "grey": (100, 100, 100),
+    "cyan": (100, 150, 190),
+    "gray": (100, 100, 100),
     "brown": (100, 60, 20),
     "black": (0, 0, 0),
     "white": (200, 200, 200),
     "orange": (190, 100, 20),
     "purple": (110, 20, 190),
 }
-"""The classes, in the order of their labels where the data set does not sort them."""
+"""The classes, in the order of their labels where the data set does not sort them.
+
+The bundled model tells their names apart: of the words it does not know there is one, "dark".
+"""
 
 # Of ImageNet's classes the first ones, and some from further on, as ImageNet-A and -R have them.
 WNIDS = (

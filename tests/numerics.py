@@ -1,7 +1,10 @@
-"""The one accuracy rule of the tests, and the random matrices it is applied to."""
+"""The one accuracy rule of the tests, the random matrices it is applied to, and accuracies of another kind."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -35,3 +38,18 @@ def assert_as_accurate_as_reference(
 
 def random_basis(d: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:  # [d, k], orthonormal columns
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q[:, :k].to(dtype)
+
+
+def share_named_right(cosines: Tensor, labels: Tensor) -> Any:
+    """The share of images whose nearest class is their own.
+
+    It equals a share that differs from it by images alone of which two classes are too near to call.
+
+    Args:
+        cosines: [N, C] of images and classes; float32 rounds one by 1e-6, otherwise in batches of other sizes.
+        labels: [N].
+    """
+    first, second = cosines.topk(2).values.T
+    is_near = (first - second < 1e-4).double().mean().item()
+    assert is_near < 0.15, "the images do not tell two ways of computing apart"
+    return pytest.approx((cosines.argmax(1) == labels).double().mean().item(), abs=is_near + 1e-6)  # of float32

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from miniature_datasets import draw_image, make_miniature
+from numerics import share_named_right
 from torch.nn import functional as F
 
 import complora_kernels as ck
@@ -43,14 +44,6 @@ FEW = [
 FEW += ["--template", "a photo of a {}."]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """So many classes that nothing is all right, before and after."""
@@ -74,7 +67,7 @@ def by_hand(
     templates: Sequence[str] = ("a photo of a {}.",),
     *,
     split: str = "test",
-) -> tuple[float, float]:
+) -> tuple[Any, Any]:
     """The shares of a split's images that CLIP names right, without and with the saved adapter of a run."""
     backbone = load_backbone(GLYPHS)
     indices, files = getattr(dataset, split), cast("tuple[Path, ...]", dataset.images)
@@ -82,11 +75,11 @@ def by_hand(
     names = [name.replace("_", " ") for name in dataset.class_names]
     texts = [backbone.tokenize([template.replace("{}", name) for name in names]) for template in templates]
 
-    def share(model: Any) -> float:
+    def share(model: Any) -> Any:
         with torch.no_grad():
             classes = torch.stack([F.normalize(model.encode_text(tokens), dim=-1) for tokens in texts]).mean(0)
             cosines = F.cosine_similarity(model.encode_image(images)[:, None], classes, dim=-1)
-        return (cosines.argmax(1) == dataset.labels[indices]).double().mean().item()
+        return share_named_right(cosines, dataset.labels[indices])
 
     before = share(backbone.model)
     return before, share(ck.load_adapter(backbone.model, folder / "out" / "runs" / result["run"] / "adapter").eval())
@@ -97,7 +90,7 @@ def test_few_shot_on_each_data_set(root, tmp_path, name):
     (result,) = train(tmp_path, root, "--data", name)
     assert (result["data"], result["protocol"], result["kept"], result["tasks"]) == (name, "few-shot", None, {})
     assert (result["zero_shot_new"], result["new"]) == by_hand(tmp_path, result, load_dataset(name, root))
-    assert 0 < result["zero_shot_new"] < result["new"] < 1
+    assert 0 < result["zero_shot_new"] < result["new"] - 0.3  # three of ten images more
     folder = tmp_path / "out" / "runs" / result["run"]
     assert {path.name for path in folder.iterdir()} == {"config.json", DRAW, "log.jsonl", "loss.png", "adapter"}
     assert json.loads((folder / "config.json").read_text())["versions"]["torch"] == torch.__version__
@@ -109,7 +102,7 @@ def test_transfer_and_domain_shift_from_imagenet(root, tmp_path, protocol, kept)
     tasks = {name: list(by_hand(tmp_path, result, load_dataset(name, root))) for name in kept if name != "imagenet"}
     assert result["tasks"] == tasks
     assert list(result["tasks"]) == list(tasks)
-    before, after = zip(*tasks.values(), strict=True)
+    before, after = zip(*result["tasks"].values(), strict=True)
     assert (result["zero_shot_kept"], result["kept"]) == pytest.approx((mean(before), mean(after)))
     assert before != after
 
@@ -147,9 +140,10 @@ def test_base_to_new_learns_base_classes_and_names_new_ones(root, tmp_path, name
     assert (len(base.class_names), len(new.class_names)) == (6, 5)
     assert list(result["tasks"]) == [NEW_CLASSES]
     # Each half is named among its own classes
-    learned, kept = by_hand(tmp_path, result, base), by_hand(tmp_path, result, new)
-    assert (result["zero_shot_new"], result["new"]) == learned
-    assert (result["zero_shot_kept"], result["kept"]) == kept == tuple(result["tasks"][NEW_CLASSES])
+    learned, kept = (result["zero_shot_new"], result["new"]), (result["zero_shot_kept"], result["kept"])
+    assert learned == by_hand(tmp_path, result, base)
+    assert kept == by_hand(tmp_path, result, new)
+    assert kept == tuple(result["tasks"][NEW_CLASSES])
     assert (learned[0], kept[0]) != (learned[1], kept[1])
     for method, share, other in (("output", learned[1], kept[1]), ("zero-shot", learned[0], kept[0])):
         numbers = (share, other, 2 * share * other / (share + other))

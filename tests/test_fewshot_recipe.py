@@ -27,15 +27,6 @@ from complora_kernels.fewshot.setting import Settings
 RUN = Run("both", 2, 1e-2, 0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads would wait for each other longer than these small products take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Killed(Exception):
     pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_as_accurate_as_reference, random_basis
+from numerics import assert_as_accurate_as_reference, random_basis, share_named_right
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -26,6 +26,17 @@ def test_accuracy_rule_rejects_nan_a_wrong_shape_and_a_wrong_dtype():
         assert_as_accurate_as_reference(rounded[:1], rounded, exact, "y")
     with pytest.raises(AssertionError, match=r"expected torch.float32 \(3, 4\)"):
         assert_as_accurate_as_reference(exact, rounded, exact, "y")
+
+
+def test_an_image_between_two_classes_may_be_named_either_way_and_no_other():
+    cosines = torch.eye(10)
+    cosines[0, 1] = 1 - 1e-6
+    share = share_named_right(cosines, torch.arange(10))
+    assert share == 1.0
+    assert share == 0.9
+    assert share != 0.8
+    with pytest.raises(AssertionError, match="do not tell"):
+        share_named_right(torch.ones(10, 10), torch.arange(10))
 
 
 def test_unwritten_memory_is_poisoned():
