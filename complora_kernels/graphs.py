@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -272,11 +272,14 @@ class GraphedTrainStep:
                 for name in ("grad_scale", "found_inf"):
                     vars(self.optimizer).pop(name, None)
 
-        with ExitStack() as stack:
-            stack.callback(restore)
-            stack.callback(restore)  # called first; the other does what an interrupt kept it from
-            stack.enter_context(torch.random.fork_rng(cuda))
-            yield
+        try:
+            try:
+                with torch.random.fork_rng(cuda):
+                    yield
+            finally:
+                restore()
+        finally:
+            restore()  # again: an interrupt may have broken the first off
 
     def _show_grads(self, grads: Sequence[Tensor | None]) -> None:
         for p, grad in zip(self._trained, grads, strict=True):

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small_clip import adapted, config, random_texts, small_clip
+from small_clip import adapted, config, small_clip
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import complora_kernels as ck
 from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
-from complora_kernels.apply import adapted_layers
+from complora_kernels.changes import Changes
+from complora_kernels.modules.layer import CompLoRALayer
 
 PACKAGE = str(Path(ck.__file__).parent)
 ALL = ("q", "k", "v", "o", "fc1", "fc2")
 ERRORS = (KeyboardInterrupt, MemoryError)
+MOST = 20  # places tried in a call, beside those in `changes.py`: any number may be tried, at 0.05 seconds each
 
 
 # ---- faults
@@ -107,6 +109,13 @@ def torch_calls_of(call: Callable[[], object]) -> list[TorchCall]:
     with CountedCalls() as counted:
         call()
     return [TorchCall(name, n) for name, last in counted.times.items() for n in sorted({1, last})]
+
+
+def sample(places: list[Any], most: int = MOST) -> list[Any]:
+    """All places in the code that makes changes, and `most` of the others, from the first to the last."""
+    own = [place for place in places if isinstance(place, Line) and Path(place.file).name == "changes.py"]
+    others = [place for place in places if place not in own]
+    return own + others[:: -(-len(others) // most) or 1]
 
 
 # ---- what is compared
@@ -231,12 +240,12 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
     run(model)  # makes files, and fills caches
     after = contents(model)
     model = make()
-    places = places_of(lambda: run(model))
-    assert len(places) > 5
+    places = sample(places_of(lambda: run(model)))
+    assert places or name == "set_recompute"  # which calls nothing of torch
     model, changed = make(), []
     before = references(model)
     for place, error in zip(places, itertools.cycle(ERRORS)):
-        with contextlib.suppress(error), fault_at(place, error):
+        with contextlib.suppress(error, ValueError), fault_at(place, error):  # ValueError: the file cannot be read
             run(model)
         if same(references(model), before):
             continue
@@ -245,3 +254,82 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
         model = make()
         before = references(model)
     assert changed == []
+
+
+# ---- calls that change files, and contexts
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that a fault left open
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("source", ["weight", "activations"])
+def test_a_fault_while_saving_leaves_the_files_as_before_or_as_after(tmp_path, existing, source):
+    def model(seed: int) -> Any:
+        torch.manual_seed(seed)
+        x = torch.randn(8, 6)
+        settings = config(target_modules=r"\d", subspace_k=2, subspace_source=source)
+        runs = {"calibrate": lambda model: model(x)} if source == "activations" else {}
+        model = ck.apply_complora(linears(), settings, **runs, progress=False)
+        for factor in ck.adapter_parameters(model):
+            nn.init.constant_(factor, seed)
+        return model
+
+    def start(folder: Path) -> None:
+        if existing:
+            ck.save_adapter(old, folder / "a" / "b")
+
+    old, new = model(1), model(2)
+    (reference := tmp_path / "reference").mkdir()
+    start(reference)
+    before = files(reference)
+    places = lines_of(lambda: ck.save_adapter(new, reference / "a" / "b"))
+    after = files(reference)
+    assert before != after
+    last = [place for place in places if Path(place.file).name == "adapter_files.py"]
+    wrong = []
+    for i, (place, error) in enumerate(zip(sample(last, 60), itertools.cycle(ERRORS))):
+        (folder := tmp_path / str(i)).mkdir()
+        start(folder)
+        with contextlib.suppress(error), fault_at_line(place, error):
+            ck.save_adapter(new, folder / "a" / "b")
+        if files(folder) not in (before, after):
+            wrong.append((place, files(folder).keys()))
+    assert wrong == []
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    """The contents of all files, and None for folders."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def test_a_fault_at_either_end_of_a_disabled_adapter_leaves_it_enabled():
+    model = adapted_clip()
+    layer = next(module for module in model.modules() if isinstance(module, CompLoRALayer))
+
+    def run() -> None:
+        with ck.disable_adapter(model):
+            assert not layer.active
+
+    for place, error in zip(lines_of(run), itertools.cycle(ERRORS)):
+        with contextlib.suppress(error), fault_at_line(place, error):
+            run()
+        assert layer.active, place
+
+
+# ---- one step
+
+
+def test_changes_that_were_made_are_undone_when_another_is_refused():
+    model = linears()
+    before = references(model)
+    changes = Changes()
+    changes.exchange(model[0].weight, torch.zeros(5, 6))
+    changes.copy([model[2].bias], [torch.zeros(4)])
+    changes.set_attribute(model[2].weight, "requires_grad", False)
+    changes.draft(model._modules).pop("1")
+    changes.draft(vars(model))["note"] = "new"
+    changes.set_buffer(model[0], "basis", torch.ones(1))
+    changes.set_attribute(model[2].bias, "data", "no tensor")
+    with pytest.raises(TypeError):
+        changes.make()
+    assert same(references(model), before)
