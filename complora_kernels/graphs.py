@@ -49,7 +49,8 @@ class GraphedTrainStep:
 
     What a graph does not see after its capture: train() and eval(), requires_grad, hyperparameters of the optimizer
     other than a learning rate that is a tensor, hooks and anything else in Python, an autocast around the call (use it
-    in `loss`). It keeps the parameters and buffers that it was captured with. A state that is loaded into the
+    in `loss`). It keeps the parameters and buffers that it was captured with, in the memory that they had: the weights
+    as they were, after `merge_adapter`. A state that is loaded into the
     optimizer is seen: the graphs are captured anew.
 
     With several processes (`model` is a DistributedDataParallel, whose module is then called, or `process_group`) the

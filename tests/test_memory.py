@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_clip import adapted, config, small_clip
@@ -56,7 +58,7 @@ def tied_across_a_part(model):
 
 @pytest.mark.parametrize("tie", [tied_by_object, tied_by_data, tied_by_a_view, tied_across_a_part])
 def test_a_weight_whose_memory_another_module_uses_is_not_merged(tie):
-    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
     tie(model)
     adapted(model, target_modules="0", subspace_k=2)
     weight = model[0].weight.detach().clone()
@@ -76,7 +78,7 @@ def test_a_packed_weight_is_tied_where_a_part_of_it_is():
 
 
 def test_weights_that_are_neighbours_in_a_flat_buffer_are_merged():
-    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
     parameters = list(model.parameters())
     flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
