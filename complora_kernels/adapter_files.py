@@ -118,15 +118,20 @@ def replaced_adapter(directory: str | os.PathLike[str]) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # it is not empty: the adapter is there
                 folder.rmdir()
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(clean)
-        stack.callback(clean)  # called first; the other does what an interrupt kept it from
+    try:
         try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise OSError(f"directory={str(target)!r}, expected a folder that can be written to ({error})") from error
-        yield staging
-        _move_adapter(staging, target)
+            try:
+                staging.mkdir(parents=True)
+            except OSError as error:
+                raise OSError(
+                    f"directory={str(target)!r}, expected a folder that can be written to ({error})"
+                ) from error
+            yield staging
+            _move_adapter(staging, target)
+        finally:
+            clean()
+    finally:
+        clean()  # again: an interrupt may have broken the first off
 
 
 def write_files(

@@ -154,11 +154,14 @@ def _watching(model: nn.Module, watched: Sequence[Watched], moments: dict[str, S
         changes.draft(vars(layer))["disabled"] = True
     for module, hook in hooks:
         changes.add_hook(module, functools.partial(_register, hook))
-    with contextlib.ExitStack() as stack:
-        stack.callback(leave)
-        stack.callback(leave)  # called first; the other does what an interrupt kept it from
-        changes.make()
-        yield
+    try:
+        try:
+            changes.make()
+            yield
+        finally:
+            leave()
+    finally:
+        leave()  # again: an interrupt may have broken the first off
 
 
 def _hooks(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> Iterator[tuple[nn.Module, Hook]]:

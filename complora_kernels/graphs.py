@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,8 @@ class GraphedTrainStep:
 
     What a graph does not see after its capture: train() and eval(), requires_grad, hyperparameters of the optimizer
     other than a learning rate that is a tensor, hooks and anything else in Python, an autocast around the call (use it
-    in `loss`). It keeps the parameters and buffers that it was captured with. A state that is loaded into the
+    in `loss`). It keeps the parameters and buffers that it was captured with, in the memory that they had: the weights
+    as they were, after `merge_adapter`. A state that is loaded into the
     optimizer is seen: the graphs are captured anew.
 
     With several processes (`model` is a DistributedDataParallel, whose module is then called, or `process_group`) the
@@ -278,11 +279,14 @@ class GraphedTrainStep:
                 for name in ("grad_scale", "found_inf"):
                     vars(self.optimizer).pop(name, None)
 
-        with ExitStack() as stack:
-            stack.callback(restore)
-            stack.callback(restore)  # called first; the other does what an interrupt kept it from
-            stack.enter_context(torch.random.fork_rng(cuda))
-            yield
+        try:
+            try:
+                with torch.random.fork_rng(cuda):
+                    yield
+            finally:
+                restore()
+        finally:
+            restore()  # again: an interrupt may have broken the first off
 
     def _show_grads(self, grads: Sequence[Tensor | None]) -> None:
         for p, grad in zip(self._trained, grads, strict=True):

@@ -12,8 +12,8 @@ stored.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -184,36 +184,35 @@ def fingerprint(weight: Tensor) -> str:
 
 
 _SPECTRA: OrderedDict[str, Spectrum | Directions] = OrderedDict()
-_SPECTRA_LOCK = threading.RLock()
 
 
 def clear_cache() -> None:
     """Forgets the decompositions that are kept, up to `CACHE_BYTES` of host memory, for weights seen before."""
-    with _SPECTRA_LOCK:
-        _SPECTRA.clear()
+    _SPECTRA.clear()
 
 
 def is_cached(weight: Tensor) -> bool:
     """Whether the decomposition of `weight` is already known."""
-    key = fingerprint(weight)
-    with _SPECTRA_LOCK:
-        return key in _SPECTRA
+    return fingerprint(weight) in _SPECTRA
 
 
 Decomposition = TypeVar("Decomposition", Spectrum, Directions)
 
 
 def _cached(key: str, decompose: Callable[[], Decomposition]) -> Decomposition:
-    with _SPECTRA_LOCK:
-        if key in _SPECTRA:
-            _SPECTRA.move_to_end(key)
-            return cast("Decomposition", _SPECTRA[key])
-    decomposed = decompose()  # without the lock: other threads decompose meanwhile, perhaps the same weight
-    with _SPECTRA_LOCK:
-        _SPECTRA[key] = decomposed
-        while len(_SPECTRA) > 1 and sum(part.nbytes for kept in _SPECTRA.values() for part in kept) > CACHE_BYTES:
+    # Other threads read and write meanwhile. Each use of the dictionary is one step, and none expects that what an
+    # earlier one found is still there: no lock that an interrupt could leave held.
+    decomposed = cast("Decomposition", _SPECTRA.get(key) or decompose())
+    _SPECTRA[key] = decomposed
+    with contextlib.suppress(KeyError):
+        _SPECTRA.move_to_end(key)
+        while len(_SPECTRA) > 1 and _bytes_kept() > CACHE_BYTES:
             _SPECTRA.popitem(last=False)
     return decomposed
+
+
+def _bytes_kept() -> int:
+    return sum(part.nbytes for kept in list(_SPECTRA.values()) for part in kept)
 
 
 def _decompose(

@@ -53,13 +53,16 @@ class ThreadStack(Generic[Value]):
                 entries.remove(entry)
             self._open.discard(entry)
 
-        with contextlib.ExitStack() as stack:
-            stack.callback(leave)
-            stack.callback(leave)  # called first; the other ends what an interrupt broke off
-            torch._C._stash_obj_in_tls(self._key, entries)
-            entries.append(entry)
-            self._open.add(entry)
-            yield
+        try:
+            try:
+                torch._C._stash_obj_in_tls(self._key, entries)
+                entries.append(entry)
+                self._open.add(entry)
+                yield
+            finally:
+                leave()
+        finally:
+            leave()  # again: an interrupt may have broken the first off
 
     def _entries(self) -> list[_Entry[Value]]:
         """Those of this thread; on a thread of a backward pass those of the thread that it works for."""

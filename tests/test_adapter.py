@@ -340,6 +340,42 @@ def test_training_mode_merges_nothing():
         assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
+def test_merging_gives_the_parameters_other_memory_and_unmerging_their_own():
+    """A captured graph knows a weight by its memory, an optimizer by the parameter."""
+    model = adapted_linears()
+    parameters = dict(model.named_parameters())
+    memory = {name: (parameter.data_ptr(), parameter.detach()) for name, parameter in parameters.items()}
+    values = frozen(model)
+    ck.merge_adapter(model)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert model[0].weight.data_ptr() != memory["0.weight"][0]
+    assert all(torch.equal(memory[name][1], value) for name, value in values.items())
+    ck.unmerge_adapter(model)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == {
+        name: address for name, (address, _) in memory.items()
+    }
+
+
+def test_a_backward_pass_does_not_take_merged_weights_for_those_of_its_forward_pass():
+    model = adapted_linears()
+    output = model(torch.randn(3, 6, requires_grad=True)).sum()
+    ck.merge_adapter(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_merging_in_inference_mode_makes_no_inference_tensors():
+    model = adapted_linears()
+    with torch.inference_mode():
+        ck.merge_adapter(model)
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def adapted_linears() -> Any:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    return randomise(ck.apply_complora(model, config(target_modules=r"\d"), progress=False))
+
+
 def test_a_tied_weight_is_not_merged():
     """Merging would change the embedding with the head."""
     model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False))

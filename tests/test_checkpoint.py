@@ -269,6 +269,26 @@ def test_a_failed_save_leaves_the_files_as_they_were(tmp_path, monkeypatch, owne
         assert_close(features(ck.load_adapter(small_clip(), directory, progress=False)), features(old), ROUNDING)
 
 
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_folder_that_cannot_be_synced_holds_the_new_adapter_and_the_error_says_so(tmp_path, monkeypatch, existing):
+    if existing:
+        saved(tmp_path)
+    new = adapted(small_clip(), seed=2)
+    with monkeypatch.context() as patch:
+        failing(patch, os, "fsync", {2}, OSError("input/output error"))
+        with pytest.raises(OSError, match=r"the new adapter is in place in '.*', but .* \(input/output error\)"):
+            ck.save_adapter(new, tmp_path)
+    assert contents(tmp_path).keys() == {CONFIG_FILE, WEIGHTS_FILE}
+    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(new), ROUNDING)
+
+
+def test_a_failed_save_leaves_no_folders_that_it_made(tmp_path, monkeypatch):
+    failing(monkeypatch, os, "fsync", {0}, OSError("disk full"))
+    with pytest.raises(OSError, match="disk full"):
+        ck.save_adapter(adapted(small_clip()), tmp_path / "a" / "b" / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_process_killed_between_the_moves_leaves_the_old_adapter(tmp_path, monkeypatch):
     old = saved(tmp_path)
     with monkeypatch.context() as patch:

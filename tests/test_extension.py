@@ -1236,7 +1236,7 @@ def test_unequal_adapters_are_refused_by_name_and_passed_over(monkeypatch, caplo
     expected = packed(**changed, backend="torch")
     assert torch.equal(packed(**changed), expected)
     monkeypatch.setattr(backends, "passed_over", lambda *_: ())  # as on a GPU
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_said", {})
     caplog.set_level(logging.WARNING, "complora_kernels")
     for _ in range(2):
         assert torch.equal(packed(**changed), expected)

@@ -355,6 +355,19 @@ def test_memory_of_a_cache_is_kept_by_the_graph_that_reads_it(monkeypatch):
     assert step(x).isfinite()
 
 
+def test_a_graph_keeps_the_memory_of_parameters_that_get_other_memory():
+    config = ck.CompLoRAConfig(r=2, subspace_k=3)
+    model = ck.CompLoRALinear.from_linear(nn.Linear(16, 16).requires_grad_(False), config).to(DEVICE)
+    x = torch.ones(4, 16, device=DEVICE)
+    with cuda_graphs_on_cpu() if DEVICE.type == "cpu" else contextlib.nullcontext():
+        step = ck.GraphedTrainStep(model, lambda model, x: model(x).sum(), adamw(model, DEVICE.type), (x,), graph=True)
+    address = model.weight.data_ptr()
+    model.weight.data = model.weight.data.clone()
+    (graph,) = step._graphs.values()
+    assert graph is not None
+    assert address in {tensor.data_ptr() for tensor in graph.kept}
+
+
 # ---- bad input
 
 

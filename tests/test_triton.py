@@ -463,7 +463,7 @@ def test_what_the_kernels_do_not_serve(monkeypatch, caplog, changed, reason):
     monkeypatch.delenv("COMPLORA_BACKEND")
     automatic = backends.BACKENDS["triton"]._replace(automatic=lambda: True)
     monkeypatch.setitem(backends.BACKENDS, "triton", automatic)
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_said", {})
     caplog.set_level(logging.WARNING, "complora_kernels")
     expected = packed(**changed, backend="torch")
     for _ in range(2):

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import logging
 import os
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -154,15 +153,12 @@ def _unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable()
 
 
-_said: set[str] = set()
-_SAYING = threading.Lock()
+_said: dict[str, object] = {}  # by message, whose call said it
 
 
 def _say_once(message: str) -> None:
-    with _SAYING:
-        is_new = message not in _said
-        _said.add(message)
-    if is_new:
+    call = object()
+    if _said.setdefault(message, call) is call:  # one step: of several threads one says it
         logger.warning(message)
 
 

@@ -139,10 +139,10 @@ def scaled_update(model: Any, share: float) -> Iterator[None]:
     layers = adapted_layers(model).values()
     factors = [layer.factors(name)[1] for layer in layers for name in layer.weights]
     trained = [B.detach().clone() for B in factors]
-    with torch.no_grad():
-        for B in factors:
-            B.mul_(share)
     try:
+        with torch.no_grad():
+            for B in factors:
+                B.mul_(share)
         yield
     finally:
         with torch.no_grad():

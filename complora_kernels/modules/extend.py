@@ -6,8 +6,6 @@ its answers.
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -61,18 +59,15 @@ def is_watched(module: nn.Module) -> bool:
     return any(hook not in _OWN_HOOKS for kind in hooks if kind for hook in kind.values())
 
 
+_EXTENDED: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def extended_class(cls: type[nn.Module], extension: type[Extension]) -> type[nn.Module]:
-    """`cls` with the methods of `extension` before its own: the same class for all threads."""
-    with _MAKING_CLASSES:  # functools.cache alone would let two threads make two of them
-        return _extended(cls, extension)
-
-
-_MAKING_CLASSES = threading.Lock()
-
-
-@functools.cache
-def _extended(cls: type[nn.Module], extension: type[Extension]) -> type[nn.Module]:
-    return type(f"CompLoRA{cls.__name__}", (extension, cls), {"__module__": cls.__module__})
+    """`cls` with the methods of `extension` before its own: one class, whichever thread makes it first."""
+    if (cls, extension) not in _EXTENDED:
+        made = type(f"CompLoRA{cls.__name__}", (extension, cls), {"__module__": cls.__module__})
+        _EXTENDED.setdefault((cls, extension), made)
+    return _EXTENDED[cls, extension]
 
 
 def _rebuild(extension: type[Extension], cls: type[nn.Module]) -> nn.Module:
