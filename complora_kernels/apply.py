@@ -17,6 +17,7 @@ from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRAL
 from complora_kernels.modules.attention import recognise_causal_mask
 from complora_kernels.modules.block import CompLoRABlock, not_understood
 from complora_kernels.modules.extend import extend
+from complora_kernels.modules.layer import check_before_load
 from complora_kernels.modules.pooled import pool_images
 from complora_kernels.modules.prompts import cut_prompts
 from complora_kernels.modules.tower import fold_once
@@ -106,6 +107,7 @@ def adapt(
         protect_activations(model, watched, calibrate, progress=progress)
 
     _swap(model, adapted)
+    model.register_load_state_dict_pre_hook(check_before_load)
     model.requires_grad_(False)
     for layer in adapted.values():
         for name in layer.weights:

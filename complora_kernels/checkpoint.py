@@ -448,7 +448,13 @@ def _smallest_layers(
 
 def _remember_modules(model: nn.Module) -> Callable[[], None]:
     """A function that puts the modules, their classes and hooks, and which parameters are trained, back as they are."""
-    kinds = ("_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+    kinds = (
+        "_modules",
+        "_forward_pre_hooks",
+        "_forward_hooks",
+        "_forward_hooks_always_called",
+        "_load_state_dict_pre_hooks",
+    )
     tables = [getattr(module, kind) for module in model.modules() for kind in kinds]
     before = [table.copy() for table in tables]
     classes = [(module, type(module)) for module in model.modules()]
