@@ -53,8 +53,8 @@ def apply_complora(
 
     Args:
         model: an open_clip model, or any model when `config.target_modules` is a regular expression; also one that
-            torch.compile, DataParallel or AveragedModel wraps, as a whole or in parts. What is inside is adapted, and
-            modules have the names that they have there.
+            torch.compile, DataParallel or AveragedModel wraps, as a whole or in parts: what is inside is adapted, under
+            the names that it has there. Of a container, such as a LightningModule, pass the model in it.
         config: what to adapt and how.
         calibrate: a function of the model that runs what is adapted (`encode_text` too, or only `encode_text`, where
             the text tower is) on some batches without labels; what it returns is not looked at. It is called once, with
@@ -274,18 +274,17 @@ def adapted_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no part of `model` has an adapter, or several have one, or it is itself a part of what was adapted.
     """
-    prefixes = {}
+    parts: set[str] = set()
     for path, layer in adapted_layers(model).items():
         name = layer.path or path  # a layer that was made alone knows no model
-        if f".{path}".endswith(f".{name}"):
-            prefixes.setdefault(path[: -len(name)].rstrip("."), path)
-        else:
+        if not f".{path}".endswith(f".{name}"):
             raise ValueError(
                 f"{path} was adapted as {name}: expected the whole model that apply_complora was given, no part of it"
             )
-    if len(prefixes) > 1:
+        parts.add(path.removesuffix(name).rstrip("."))
+    if len(parts) > 1:
         raise ValueError(
-            f"{', '.join(prefix or 'the model itself' for prefix in prefixes)} have an adapter each: expected one of "
+            f"{', '.join(part or 'the model itself' for part in sorted(parts))} have an adapter each: expected one of "
             "these parts, because an adapter is saved by the names of its own model"
         )
-    return dict(named_modules(model))[next(iter(prefixes))]
+    return dict(named_modules(model))[parts.pop()]
