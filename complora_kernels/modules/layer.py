@@ -269,10 +269,8 @@ class CompLoRALayer(Float32State):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
         fingerprints = {f"{prefix}{_fingerprint_name(*key)}" for key in self._about_bases}
-        for own in (own_factors, fingerprints):
-            if own.isdisjoint(
-                state_dict
-            ):  # a plain model's checkpoint has none, an older one no fingerprints: keep ours
+        for own in (own_factors, fingerprints):  # a plain model's checkpoint has neither, an older one only the first
+            if own.isdisjoint(state_dict):
                 missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
