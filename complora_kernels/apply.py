@@ -18,6 +18,7 @@ from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRAL
 from complora_kernels.modules.attention import recognise_causal_mask
 from complora_kernels.modules.block import CompLoRABlock, not_understood
 from complora_kernels.modules.extend import extend
+from complora_kernels.modules.layer import check_before_load
 from complora_kernels.modules.pooled import pool_images
 from complora_kernels.modules.prompts import cut_prompts
 from complora_kernels.modules.tower import fold_once
@@ -53,8 +54,8 @@ def apply_complora(
 
     Args:
         model: an open_clip model, or any model when `config.target_modules` is a regular expression; also one that
-            torch.compile, DataParallel or AveragedModel wraps, as a whole or in parts. What is inside is adapted, and
-            modules have the names that they have there.
+            torch.compile, DataParallel or AveragedModel wraps, as a whole or in parts: what is inside is adapted, under
+            the names that it has there. Of a container, such as a LightningModule, pass the model in it.
         config: what to adapt and how.
         calibrate: a function of the model that runs what is adapted (`encode_text` too, or only `encode_text`, where
             the text tower is) on some batches without labels; what it returns is not looked at. It is called once, with
@@ -103,6 +104,7 @@ def put_in_place(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer], chan
     for mask in _square_masks(model):
         recognise_causal_mask(mask)
     _swap(model, adapted, changes)
+    changes.add_hook(model, lambda module: module.register_load_state_dict_pre_hook(check_before_load))
     for parameter in model.parameters():
         if parameter.requires_grad:
             changes.set_attribute(parameter, "requires_grad", False)
@@ -270,18 +272,17 @@ def adapted_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no part of `model` has an adapter, or several have one, or it is itself a part of what was adapted.
     """
-    prefixes = {}
+    parts: set[str] = set()
     for path, layer in adapted_layers(model).items():
         name = layer.path or path  # a layer that was made alone knows no model
-        if f".{path}".endswith(f".{name}"):
-            prefixes.setdefault(path[: -len(name)].rstrip("."), path)
-        else:
+        if not f".{path}".endswith(f".{name}"):
             raise ValueError(
                 f"{path} was adapted as {name}: expected the whole model that apply_complora was given, no part of it"
             )
-    if len(prefixes) > 1:
+        parts.add(path.removesuffix(name).rstrip("."))
+    if len(parts) > 1:
         raise ValueError(
-            f"{', '.join(prefix or 'the model itself' for prefix in prefixes)} have an adapter each: expected one of "
+            f"{', '.join(part or 'the model itself' for part in sorted(parts))} have an adapter each: expected one of "
             "these parts, because an adapter is saved by the names of its own model"
         )
-    return dict(named_modules(model))[next(iter(prefixes))]
+    return dict(named_modules(model))[parts.pop()]

@@ -8,6 +8,7 @@ Python code: an interrupt comes before it or after it.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -60,6 +61,9 @@ class Changes:
         register(stand_in := nn.Module())
         for name, table in vars(stand_in).items():
             if "_hooks" in name and table:
+                for hook in table.values():
+                    if getattr(hook, "with_module", False):  # torch's wrapper, which hands its module to the hook
+                        hook.module = weakref.ref(module)
                 self.draft(vars(module)[name]).update(table)
 
     def exchange(self, parameter: Tensor, values: Tensor) -> None:

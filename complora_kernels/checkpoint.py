@@ -200,12 +200,11 @@ def warn_of_trained(model: nn.Module) -> None:
         if parameter.requires_grad
     }
     for path, layer in adapted_layers(model).items():
-        bases = {
-            rows.parameter for rows in layer.weights.values()
-        }  # adapted, these cannot be trained, nor their biases
-        own = [name for name, _ in layer.named_parameters() if name.startswith(("lora_A", "lora_B"))]
-        for name in (*own, *bases, *(base.replace("weight", "bias") for base in bases)):
-            trained.pop(f"{path}.{name}" if path else name, None)
+        weights = {rows.parameter for rows in layer.weights.values()}  # frozen, or an error, as their biases are
+        biases = {weight.replace("weight", "bias") for weight in weights}
+        for name, _ in layer.named_parameters():
+            if name in weights | biases or name.startswith(("lora_A", "lora_B")):
+                trained.pop(f"{path}.{name}" if path else name, None)
     if trained:
         warnings.warn(
             f"{_listed(trained)} require a gradient and are no part of the adapter: they are not saved with it. Save "
@@ -393,12 +392,14 @@ def _aligned_basis(
     A, B = factors
     factor = B.mT if side == "output" else A  # [r, d]
     aligned = basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))
-    factor = factor.to(aligned.matrix)
-    lost = float((_project(factor, aligned) - factor).norm() / factor.norm().clamp(min=torch.finfo(factor.dtype).tiny))
-    if not lost <= LOST:
+    wide, matrix = factor.cpu().double(), aligned.matrix.cpu().double()  # autocast and TF32 leave float64 alone
+    lost = wide @ matrix  # [r, m]
+    lost = lost if basis.kind == "principal" else wide - lost @ matrix.T
+    if not lost.norm() <= LOST * wide.norm():
         raise ValueError(
-            f"{path}: projecting the {side} side with k={basis.k} changes the saved factor by {lost:.2g} of its norm, "
-            f"expected at most {LOST}: the adapter was saved with other subspaces"
+            f"{path}: projecting the {side} side with k={basis.k} changes the saved factor by "
+            f"{float(lost.norm() / wide.norm()):.2g} of its norm, expected at most {LOST}: the adapter was saved with "
+            "other subspaces"
         )
     return aligned
 

@@ -155,7 +155,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     that the adapter was trained on, for OpenAI's weights the variant with QuickGELU.
 
     Args:
-        model: an open_clip model, or one of OpenAI's package, without an adapter.
+        model: an open_clip model, or one of OpenAI's package, without an adapter; in wrappers or not, as for
+            `apply_complora`.
         path: the file; it is read by torch's weights-only reader, which runs no code.
         progress: as `apply_complora`.
 

@@ -64,24 +64,23 @@ def contents(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
 
 
 def rewritten(source: Path, target: Path, change: Change = same, tensors: Change = same, bases: Change = same) -> None:
-    """The adapter with changes, and digests that are right again."""
-    config, factors, matrices = contents(source)
-    config = copy.deepcopy(config)
-    matrices = bases(dict(matrices))
-    own_digest = config["complora"].get("bases_digest")
-    config = change(config) or config
+    """The adapter with changes, and digests that are right again unless it is they that were changed."""
+    original, factors, matrices = contents(source)
+    config, factors, matrices = copy.deepcopy(original), tensors(dict(factors)), bases(dict(matrices))
+    change(config)
     target.mkdir(exist_ok=True)
     for path in target.iterdir():
         path.unlink()
     saved = config.get("complora")
-    if matrices and isinstance(saved, dict) and saved.get("bases_digest") == own_digest:
-        saved["bases_digest"] = adapter_files._sha256(adapter_files._fingerprints(matrices))
+    known = saved if isinstance(saved, dict) else {}
     if matrices:
-        name = adapter_files._bases_file(adapter_files._sha256(adapter_files._fingerprints(matrices)))
-        safetensors.torch.save_file(matrices, target / name, metadata={"format": "pt"})
-    factors = {name: tensor.contiguous() for name, tensor in tensors(dict(factors)).items()}
-    if isinstance(saved, dict) and isinstance(saved.get("digest"), str) and len(saved["digest"]) == 64:
-        saved["digest"] = adapter_files._digest(config, factors)
+        digest = adapter_files._sha256(adapter_files._fingerprints(matrices))
+        safetensors.torch.save_file(matrices, target / adapter_files._bases_file(digest), metadata={"format": "pt"})
+        if known.get("bases_digest") == original["complora"]["bases_digest"]:
+            known["bases_digest"] = digest
+    factors = {name: tensor.contiguous() for name, tensor in factors.items()}
+    if known.get("digest") == original["complora"]["digest"]:
+        known["digest"] = adapter_files._digest(config, factors)
     adapter_files.write_files(target, config, factors, metadata={"adapter_config": json.dumps(config)})
 
 

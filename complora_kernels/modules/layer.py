@@ -289,36 +289,40 @@ class CompLoRALayer(Float32State):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if self.merged:
-            path = prefix.rstrip(".")
-            error_msgs.append(f"{path} is merged, expected an unmerged adapter: call unmerge_adapter first")
-            return
-        others = [name for name in self._calibrated_on if not self._is_calibrated_on(name, prefix, state_dict)]
-        if others:
-            error_msgs.append(
-                f"{', '.join(map(self._label, others))}: the state dict has other base weights, expected those that "
-                "the model was calibrated on, because the bases are those of their activations: load other weights "
-                "into a plain model and apply_complora to that"
-            )
-            return
-        calibrated = list(self._about_bases) if self.config.protects_activations else []
-        others = [key for key in calibrated if not self._has_basis(*key, prefix, state_dict)]
-        if others:
-            error_msgs.append(
-                f"{', '.join(f'{self._label(name)} ({side})' for name, side in others)}: the state dict is of a model "
-                "that was calibrated on other batches, and does not hold its bases. Expected a model calibrated on the "
-                "same ones, or files of save_adapter, which hold the bases, and load_adapter"
-            )
+        refusal = self.refusal(state_dict, prefix)
+        if refusal is not None:
+            error_msgs.append(refusal)
+            state_dict.update(self.state_dict(prefix=prefix))  # a copy of torch's: the modules below stay too
             return
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
-        fingerprints = {f"{prefix}{_fingerprint_name(*key)}" for key in calibrated}
-        for own in (own_factors, fingerprints):
-            if own.isdisjoint(
-                state_dict
-            ):  # a plain model's checkpoint has none, an older one no fingerprints: keep ours
+        fingerprints = {f"{prefix}{_fingerprint_name(*key)}" for key in self._about_bases}
+        for own in (own_factors, fingerprints):  # a plain model's checkpoint has neither, an older one only the first
+            if own.isdisjoint(state_dict):
                 missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why a state dict, in which the layer's names begin with `prefix`, cannot be loaded; None where it can."""
+        if self.merged:
+            return f"{prefix.rstrip('.')} is merged, expected an unmerged adapter: call unmerge_adapter first"
+        if not self.config.protects_activations:
+            return None
+        others = [name for name in self._calibrated_on if not self._is_calibrated_on(name, prefix, state_dict)]
+        if others:
+            return (
+                f"{', '.join(map(self._label, others))}: the state dict has other base weights, expected those that "
+                "the model was calibrated on, because the bases are those of their activations: load other weights "
+                "into a plain model and apply_complora to that"
+            )
+        projected = [key for key in self._about_bases if not self._has_basis(*key, prefix, state_dict)]
+        if projected:
+            return (
+                f"{', '.join(f'{self._label(name)} ({side})' for name, side in projected)}: the state dict is of a "
+                "model that was calibrated on other batches, and does not hold its bases. Expected a model calibrated "
+                "on the same ones, or files of save_adapter, which hold the bases, and load_adapter"
+            )
+        return None
 
     def update_bases(self) -> None:
         """Computes the bases of every weight whose values changed since they were last computed.
@@ -447,6 +451,15 @@ def require_plain(module: nn.Module, label: str, *weights: Any) -> None:
             )
         if weight.shape[1] == 0:
             raise ValueError(f"{label} has a weight of shape {tuple(weight.shape)}, expected [out, in] with in >= 1")
+
+
+def check_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of the whole model: raises RuntimeError, as torch does after the fact, before any layer is loaded."""
+    layers = module.named_modules(prefix=prefix.rstrip("."))
+    refusals = [layer.refusal(state_dict, f"{path}.") for path, layer in layers if isinstance(layer, CompLoRALayer)]
+    if any(refusals):
+        reasons = "\n\t".join(filter(None, refusals))
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{reasons}")
 
 
 def _update_bases_after_load(module: CompLoRALayer, _: Any) -> None:
