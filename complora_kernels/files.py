@@ -42,9 +42,11 @@ def reading(source: Path | str, expected: str) -> Iterator[None]:
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno is not None:
-            raise
-        raise OSError(errno.EIO, words_of(error), str(source)) from error
+        if error.errno is None:
+            raise OSError(errno.EIO, words_of(error), str(source)) from error
+        if error.filename is None:  # from a read, or a seek to where damage says that something is
+            error.filename = str(source)
+        raise
     except Exception as error:
         if type(error) is ValueError and str(error).startswith(str(source)):
             raise

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
-from complora_kernels.fewshot.escapes import for_terminal
+from complora_kernels.fewshot.escapes import visible
 from complora_kernels.fewshot.files import check_writable
 from complora_kernels.fewshot.grid import held, prepare, run_grid
 from complora_kernels.fewshot.jobs import is_full
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    print(for_terminal(text), file=sys.stderr)
+    print(visible(text, keep="\n"), file=sys.stderr)
 
 
 def _prepare(command: Command) -> Any:

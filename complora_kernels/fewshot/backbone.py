@@ -101,7 +101,8 @@ def _load(model: str, pretrained: str | None, activation: str, device: torch.dev
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("error", message="QuickGELU mismatch")
         if pretrained is not None and is_torchscript(Path(pretrained)):
-            pretrained = _unpack_torchscript(Path(pretrained), Path(folder))
+            with reading(pretrained, "an archive of weights"):
+                pretrained = _unpack_torchscript(Path(pretrained), Path(folder))
         clip = open_clip.create_model(
             model,
             pretrained,

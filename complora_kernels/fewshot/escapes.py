@@ -44,14 +44,9 @@ def visible(text: str, keep: str = "") -> str:
     )
 
 
-def for_terminal(text: str) -> str:
-    """Lines of text for a terminal; where rich reads markup, `rich.markup.escape` has to go with it."""
-    return visible(text, keep="\n")
-
-
 def say(console: Console, text: str, *, soft_wrap: bool = False) -> None:
-    """Print lines of text on a console as they are: without markup, colours of rich's own, or anything to obey."""
-    console.print(for_terminal(text), highlight=False, markup=False, soft_wrap=soft_wrap)
+    """Print a line of text on a console as it is: without markup, colours of rich's own, or anything to obey."""
+    console.print(visible(text), highlight=False, markup=False, soft_wrap=soft_wrap)
 
 
 def for_markdown(text: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from complora_kernels.fewshot.escapes import for_terminal, say
+from complora_kernels.fewshot.escapes import say, visible
 from complora_kernels.fewshot.report.wording import words as words_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class GridProgress:
         """The run has failed, and the others go on."""
         self.failed += 1
         self._end(job)
-        self.say(f"failed: {job.run.name}: {error}")
+        self.say(f"failed: {job.run.name}: {' '.join(error.split())}")
 
     def _end(self, job: Job) -> None:
         self.steps_done[job.run.name] = job.steps
@@ -111,7 +111,7 @@ class GridProgress:
 
 
 def _shown(name: str) -> str:
-    return escape(for_terminal(name))
+    return escape(visible(name))
 
 
 def _memory(mib: float) -> str:

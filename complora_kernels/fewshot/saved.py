@@ -28,7 +28,7 @@ from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset
 from complora_kernels.fewshot.config import check as check_values
 from complora_kernels.fewshot.datasets import Dataset, read_draw
 from complora_kernels.fewshot.datasets.dataset import MOST_NAMED
-from complora_kernels.fewshot.escapes import for_terminal, say
+from complora_kernels.fewshot.escapes import say, visible
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import check_writable, read_json
 from complora_kernels.fewshot.grid import DESCRIPTION
@@ -126,7 +126,7 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
     for name, task, indices in _measured(config, options, settings):
         indices = at_most(options.max_test_images, indices)
         results[name] = [task.zero_shot_accuracy(indices, dtype), task.accuracy(model, indices, dtype)]
-        table.add_row(escape(for_terminal(name)), *(f"{100 * accuracy:.1f}" for accuracy in results[name]))
+        table.add_row(escape(visible(name)), *(f"{100 * accuracy:.1f}" for accuracy in results[name]))
     say(console, str(config.adapter), soft_wrap=True)
     console.print(table)
     if config.output is not None:

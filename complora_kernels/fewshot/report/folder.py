@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from complora_kernels.fewshot.escapes import for_markdown, for_terminal, say
+from complora_kernels.fewshot.escapes import for_markdown, say, visible
 from complora_kernels.fewshot.files import read_json
 from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.report.figures import write_figures
@@ -100,8 +100,8 @@ def terminal_table(summary: Summary) -> Group:
     for (method, rate, cells), following in zip(lines, [*lines[1:], None], strict=True):
         texts = ["\n".join(accuracies(cell, summary)).replace(" ", "") if cell else "" for cell in cells]
         last_of_method = following is None or following[0] != method
-        table.add_row(escape(for_terminal(method)), rate, *texts, end_section=last_of_method)
-    return Group(*(Text(for_terminal(line)) for line in lines_above), table)
+        table.add_row(escape(visible(method)), rate, *texts, end_section=last_of_method)
+    return Group(*(Text(visible(line)) for line in lines_above), table)
 
 
 def markdown(protocols: Sequence[Summary], failed: dict[str, str] | None = None) -> str:
