@@ -169,7 +169,8 @@ class DifferentiableBackward(NamedTuple):
         if not seeds:
             return None
         if self.backend == "torch":
-            masks = [dropout_mask(x, x.shape, seed, dropout_p) for seed in seeds]
+            masks, p = [dropout_mask(x, x.shape, seed, dropout_p) for seed in seeds], dropout_p
         else:
             masks = [reference.keep_mask(seeds[0], adapter, x.shape, dropout_p) for adapter in range(adapters)]
-        return [mask.to(torch.promote_types(x.dtype, torch.float32)) / (1 - dropout_p) for mask in masks]
+            p = reference.drawn_p(dropout_p)
+        return [mask.to(torch.promote_types(x.dtype, torch.float32)) / (1 - p) for mask in masks]

@@ -163,7 +163,13 @@ def keep_mask(
     counter = [column, row.expand_as(column), torch.full_like(column, adapter), torch.zeros_like(column)]
     words = torch.stack(philox4x32(counter, seed, rounds=7), -1).flatten(1)  # [M, 4 · columns]
     values = (words.unsqueeze(-1) >> (bits * torch.arange(lanes, device=device))) & (2**bits - 1)
-    return values.flatten(1)[:, :K] >= min(round(p * 2**bits), 2**bits - 1)
+    return values.flatten(1)[:, :K] >= drawn_p(p) * 2**bits
+
+
+def drawn_p(p: float) -> float:
+    """The probability that `keep_mask` draws with, and masks are scaled by: p, or p rounded to a multiple of 2^-16."""
+    lanes = 2**8 if (256 * p).is_integer() else 2**16
+    return min(round(p * lanes), lanes - 1) / lanes
 
 
 def philox4x32(counter: Sequence[Tensor], key: int | Tensor, rounds: int) -> list[Tensor]:

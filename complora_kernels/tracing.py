@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import (
+    _dispatch_key_parse,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 CHECKPOINT = "torch.utils.checkpoint"
-_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+_VMAP_MODE = _dispatch_key_parse("VmapMode")
 
 
 def is_followed() -> bool:
@@ -20,13 +25,18 @@ def is_followed() -> bool:
     These are torch.func, a batched backward pass, forward-mode differentiation, torch.jit.trace, and selective
     checkpointing, which keeps results that nobody may write to.
     """
-    transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
-    return transformed or _is_traced() or _is_batched() or _is_checkpointed()
+    return (  # in one expression: every adapted layer asks, several times
+        maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+        or _dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # `is_grads_batched=True`
+        or (_len_torch_dispatch_stack() > 0 and type(_get_current_dispatch_mode()).__module__ == CHECKPOINT)
+    )
 
 
 def is_differentiated() -> bool:
     """Within a backward pass: whether it is differentiated again (`create_graph=True`), or followed."""
-    return torch.is_grad_enabled() or is_followed()
+    return is_grad_enabled() or is_followed()
 
 
 class Unscriptable(nn.Module):
@@ -52,20 +62,7 @@ def check_followed(x: Tensor) -> None:
 def has_values(tensor: Tensor) -> bool:
     """Whether the values of `tensor` can be read now; fakes, tracers and torch.func's wrapped tensors have none."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
-    return plain and not tensor.is_meta and not _is_traced()
-
-
-def _is_batched() -> bool:
-    """As by `is_grads_batched=True`, whose tensors are not torch.func's."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
-
-
-def _is_checkpointed() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0 and type(_get_current_dispatch_mode()).__module__ == CHECKPOINT
-
-
-def _is_traced() -> bool:
-    return torch._C._get_tracing_state() is not None
+    return plain and not tensor.is_meta and _get_tracing_state() is None
 
 
 # torch.compile calls it while it traces and takes the result for a constant: it guards the transforms itself.
