@@ -208,6 +208,9 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
 
 // Whether two elements lie at one address.
 inline bool overlaps_itself(const Tensor& tensor) {
+  if (tensor.is_contiguous()) {
+    return false;
+  }
   std::vector<std::pair<int64_t, int64_t>> dimensions;  // strides and sizes, the closest neighbours first
   for (int64_t i = 0; i < tensor.dim(); ++i) {
     if (tensor.size(i) > 1) {
