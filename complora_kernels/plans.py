@@ -7,8 +7,8 @@
     merge   `x W_eff^T`, `W_eff = W + B̃ Ã` rounded to the product's dtype       one rounding, no dropout
     addmm   `y = x W^T + b`, then `y += h B̃^T`                                  two roundings
 
-With several adapters `concat` fills B̃ with zeros outside each one's rows: an infinite h of one adapter is NaN in the
-rows of the others too (0 · ∞). The other plans keep it in its own.
+With several adapters `concat` fills B̃ with zeros outside each one's rows: there an infinite h of one adapter makes the
+results of the others NaN (0 · ∞). The other plans keep it in its own rows.
 
 The shipped table decides, unless `python -m complora_kernels.tune` has measured the problem. What it found is in a JSON
 file, read at the first choice. `COMPLORA_PLAN=fused|concat|merge|addmm` forces a plan by name, `auto` none.

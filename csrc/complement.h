@@ -104,17 +104,17 @@ inline int64_t stride_of(const Tensor& tensor, int64_t dim) {
 
 // How many elements lie between the ends of a tensor, both included.
 inline int64_t extent(const Tensor& tensor) {
+  if (tensor.numel() == 0) {
+    return 0;
+  }
   int64_t last = 0;
   for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) == 0) {
-      return 0;
-    }
     last = sum_of(last, product_of(tensor.size(i) - 1, tensor.stride(i)));
   }
   return sum_of(last, 1);
 }
 
-// Its storage may have been given back: https://pytorch.org/docs/stable/storage.html, `resize_`.
+// A tensor can outlive its memory: `untyped_storage().resize_(0)` gives it back.
 inline void check_memory(const Tensor& tensor, const std::string& name) {
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
@@ -208,6 +208,9 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
 
 // Whether two elements lie at one address.
 inline bool overlaps_itself(const Tensor& tensor) {
+  if (tensor.is_contiguous()) {
+    return false;
+  }
   std::vector<std::pair<int64_t, int64_t>> dimensions;  // strides and sizes, the closest neighbours first
   for (int64_t i = 0; i < tensor.dim(); ++i) {
     if (tensor.size(i) > 1) {

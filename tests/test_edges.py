@@ -11,6 +11,7 @@ import torch
 from small_clip import adapted, small_clip
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from triton_device import DEVICE
 
 import complora_kernels as ck
@@ -243,7 +244,7 @@ def test_an_adapter_of_no_rows_beside_others(backend):
     torch.testing.assert_close(y, product(x, W, torch.zeros(12), As, Bs, [0, 4, 4]))
 
 
-CONFIG = ck.CompLoRAConfig(r=2, lora_alpha=2.0, subspace_ratio=0.5, sides="both", target_modules=["q", "k", "v", "o"])
+CONFIG = ck.CompLoRAConfig(r=2, lora_alpha=2.0, subspace_ratio=0.5, sides="both", target_modules=("q", "k", "v", "o"))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -286,6 +287,7 @@ def test_a_residual_block_of_an_empty_batch_or_sequence(shape):
     x = torch.empty(shape, requires_grad=True)
     y = model.transformer.resblocks[0](x)
     y.sum().backward()
+    assert x.grad is not None
     assert y.shape == x.grad.shape == shape
     assert all(p.grad is None or not p.grad.any() for p in ck.adapter_parameters(model))
 
@@ -295,7 +297,8 @@ def test_a_residual_block_of_an_empty_batch_or_sequence(shape):
 def test_bases_of_weights_of_no_elements(shape, size):
     """Nothing is protected, all is left."""
     weight = torch.empty(shape)
-    for side, d in (("output", shape[0]), ("input", shape[1])):
+    sides: list[tuple[subspace.Side, int]] = [("output", shape[0]), ("input", shape[1])]
+    for side, d in sides:
         for moment in (None, torch.eye(shape[1])):
             assert subspace.principal_basis(weight, side=side, second_moment=moment, **size).shape == (d, 0)
             left = subspace.complement_basis(weight, side=side, second_moment=moment, **size)
@@ -394,7 +397,7 @@ def test_views_that_negate_their_memory_in_a_block(activation, dropout_p):
         AdaptedLinear(W2, None, [torch.randn(2, 16)], [torch.randn(8, 2)], [(0, 8)], dropout_p),
     )
     norm = Norm(torch.ones(8), None, 1e-5)
-    x, norm, fc1, fc2 = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(DEVICE), (x, norm, fc1, fc2))
+    x, norm, fc1, fc2 = tree_map_only(Tensor, lambda t: t.to(DEVICE), (x, norm, fc1, fc2))
     negative = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert negative.is_neg()
     with pytest.raises(RuntimeError, match=r"backend='triton' does not serve norm_lora_mlp: .* negates"):

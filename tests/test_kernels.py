@@ -392,6 +392,8 @@ def test_tf32_only_where_torch_allows_it():
         ([(4, 12)], 24, None),  # between two blocks
         ([(0, 8)], 20, None),  # what is left is no block
         ([(0, 0)], 24, None),
+        ([(-8, 0)], 24, None),  # before the first
+        ([(24, 32)], 24, None),  # behind the last
     ],
     ids=str,
 )
