@@ -1033,14 +1033,6 @@ def test_used_twice_in_one_graph_accumulated_and_written_to():
     assert all(torch.equal(leaf.grad, 2 * once[f"d{name}"]) for name, leaf in zip(LEAVES, leaves, strict=True))
 
 
-def test_complora_linear_refuses_second_derivatives():
-    layer = make_layer()
-    x = layer.x.requires_grad_()
-    (gradient,) = torch.autograd.grad(ours(**layer.arguments()).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 @contextlib.contextmanager
 def compiled(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Traced whole, forward and backward, and once for all calls; `aot_eager` needs no compiler."""

@@ -344,15 +344,6 @@ def test_packed_lora_linear_gradcheck():
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_complora_linear_refuses_second_derivatives():
-    layer = make_layer()
-    x = layer.x.requires_grad_()
-    y = complora_linear(**layer.arguments())
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(("k", "kind"), [(0, "principal"), (4, "principal"), (4, "complement"), (12, "complement")])
 @pytest.mark.parametrize(("out", "in_"), [(12, 12), (12, 20), (20, 12)])
 def test_protected_directions_stay(out, in_, k, kind):

@@ -157,12 +157,8 @@ def exact(plain: nn.Module, model: nn.Module) -> Callable[[dict[str, Tensor], Te
         for path, layer in adapted_layers(model).items():
             for name, (parameter, start, stop) in layer.weights.items():
                 suffix, weight = f".{name}" if name else "", weights[f"{path}.{parameter}"]
-                delta = (
-                    scaling
-                    * projectors[path, name]
-                    @ params[f"{path}.lora_B{suffix}"]
-                    @ params[f"{path}.lora_A{suffix}"]
-                )
+                A, B = params[f"{path}.lora_A{suffix}"], params[f"{path}.lora_B{suffix}"]
+                delta = scaling * projectors[path, name] @ B @ A
                 weights[f"{path}.{parameter}"] = weight + nn.functional.pad(delta, (0, 0, start, len(weight) - stop))
         return functional_call(plain, weights, (x,))
 
@@ -176,9 +172,7 @@ TRANSFORMS: dict[str, Callable[[Loss, dict[str, Tensor], Tensor], Any]] = {
     "jvp": lambda loss, params, x: jvp(lambda params, x: loss(params, x), (params, x), (params, x.cos())),
     "jacrev": lambda loss, params, x: jacrev(loss)(params, x),
     "hessian": lambda loss, params, x: hessian(loss, argnums=1)(params, x),
-    "an ensemble": lambda loss, params, x: vmap(loss, (0, None))(
-        {n: torch.stack([p, p.cos()]) for n, p in params.items()}, x
-    ),
+    "an ensemble": lambda loss, params, x: vmap(lambda t: loss({n: t * p for n, p in params.items()}, x))(x[0, 0]),
     "batched backward": lambda loss, params, x: torch.autograd.functional.jacobian(
         lambda x: loss(params, x.sin()) * x[:, 0, 0], x, vectorize=True
     ),
@@ -192,6 +186,7 @@ def penalty(loss: Loss, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, .
     return torch.autograd.grad((gradient.norm() - 1).square(), list(params.values()))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by which torch makes its forward mode
 @pytest.mark.parametrize("make", [adapted_linear, adapted_attention])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_follow_adapted_layers(make, transform):
@@ -204,6 +199,7 @@ def test_transforms_follow_adapted_layers(make, transform):
     torch.testing.assert_close(of(lambda params, x: functional_call(model, params, (x,))), of(call))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's fused attention, batched
 def test_transforms_of_a_clip():
     """A residual block is not fused where somebody follows it, nor are prompts cut whose values nobody can read."""
     plain = clip().double()
@@ -215,12 +211,12 @@ def test_transforms_of_a_clip():
         torch.testing.assert_close(one(model), one(updated))
     gradients = vmap(grad(lambda p, x: functional_call(model.visual, p, (x[None],)).sum()), (None, 0))
     per_sample = gradients(adapters(model.visual), images)
-    summed = torch.autograd.grad(model.visual(images).sum(), ck_parameters(model.visual))
+    summed = torch.autograd.grad(model.visual(images).sum(), trainable(model.visual))
     for name, total in zip(per_sample, summed, strict=True):
         torch.testing.assert_close(per_sample[name].sum(0), total)
 
 
-def ck_parameters(model: nn.Module) -> list[nn.Parameter]:
+def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -245,12 +241,9 @@ def test_half_precision_is_rounded_once():
 
 @pytest.mark.parametrize("backend", ["triton", "extension"])
 def test_a_backend_that_was_asked_for_by_name_says_which_one_is_followed(backend):
-    _, model = adapted_linear()
-    x = torch.randn(2, 6, dtype=D)
+    x, W, A, B = torch.randn(2, 6), torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
     with pytest.raises(RuntimeError, match=re.escape("COMPLORA_BACKEND=reference")):
-        grad(
-            lambda x: lora_linear(x, torch.ones(5, 6, dtype=D), None, *adapters(model).values(), backend=backend).sum()
-        )(x)
+        grad(lambda x: lora_linear(x, W, None, A, B, backend=backend).sum())(x)
 
 
 # ---- traced, faked, checkpointed
@@ -277,7 +270,7 @@ def test_jit_script_and_symbolic_trace_say_what_to_do(monkeypatch):
             with pytest.raises(TypeError, match=r"x is a Proxy.*use torch.export"):
                 torch.fx.symbolic_trace(model)
             ck.merge_adapter(model)
-    with pytest.raises(RuntimeError, match="torch.jit.trace"):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace"):
         torch.jit.script(ck.apply_complora(clip(), config(), progress=False))
 
 
@@ -292,7 +285,7 @@ def test_fake_and_meta_tensors():
         (image_features @ text_features.T).sum().backward()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a basis that nobody has looked at
         assert adapted_linear()[1](torch.ones(3, 6, dtype=D)).shape == (3, 5)
-    model = model.to("meta")
+    model = ck.apply_complora(clip(), config(target_modules=ALL, lora_dropout=0.5), progress=False).train().to("meta")
     images, texts = (tensor.to("meta") for tensor in batch())
     features(model, images, texts).sum().backward()
     assert all(p.grad is not None for p in ck.adapter_parameters(model))
@@ -300,20 +293,19 @@ def test_fake_and_meta_tensors():
 
 def test_selective_checkpointing_of_products():
     """The product that it keeps is not written to."""
-    model = randomise(ck.apply_complora(clip(), config(target_modules=ALL), progress=False))
+    model = randomise(ck.apply_complora(clip().double(), config(target_modules=ALL), progress=False))
     kept = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
     def policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    images, _ = batch()
+    images, _ = batch(D)
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     whole = checkpoint(model.visual, images, use_reentrant=False, context_fn=contexts)
-    results = [
-        torch.autograd.grad(y.square().sum(), ck_parameters(model.visual)) for y in (whole, model.visual(images))
-    ]
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected)
+    ours, expected = (
+        torch.autograd.grad(y.square().sum(), trainable(model.visual)) for y in (whole, model.visual(images))
+    )
+    torch.testing.assert_close(ours, expected)
 
 
 # ---- compiled and exported, by a process that has computed nothing before
@@ -322,11 +314,6 @@ def test_selective_checkpointing_of_products():
 def test_compile_and_export_before_any_eager_pass():
     """Each check in a thread of its own: what a thread keeps begins with it."""
     script = Path(__file__).with_name("compile_first.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:complora_kernels", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, "-W", "error::UserWarning:complora_kernels", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
