@@ -451,8 +451,11 @@ def test_two_processes_are_one_with_their_batches_together(tmp_path: Path):
 def test_a_parameter_without_a_gradient_is_refused_where_processes_share_them(device, tmp_path):
     model, optimizer = make(device, towers=("image", "text"))
     inputs = tuple(batches(1, device))
-    refused = pytest.raises(ValueError, match="12 parameters of the optimizer got no gradient")
-    with process_group(tmp_path), Unchanged(model), refused:
+    with (
+        process_group(tmp_path),
+        Unchanged(model),
+        pytest.raises(ValueError, match="12 parameters of the optimizer got no gradient"),
+    ):
         ck.GraphedTrainStep(model, loss, optimizer, inputs, process_group=distributed.group.WORLD, graph=True)
 
 

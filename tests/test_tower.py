@@ -264,7 +264,8 @@ def test_a_block_outside_its_tower_folds_for_itself(make, folds):
 def test_merged_and_disabled_layers_are_left_out(folds):
     model = adapted(small_clip(), target_modules=ALL)
     with ck.disable_adapter(model):
-        assert torch.equal(images(model), images(small_clip()))
+        # The last block computes the position that is read alone: products of other shapes round otherwise
+        torch.testing.assert_close(images(model), images(small_clip()))
     assert not folds
     ck.merge_adapter(model)
     folds.clear()
