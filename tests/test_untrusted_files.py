@@ -327,7 +327,7 @@ def test_what_is_no_file_or_a_link_to_one(tmp_path, name):
     moved = path.rename(tmp_path / "moved")
     path.symlink_to(moved)  # as caches of downloaded files have them
     torch.testing.assert_close(ck.load_adapter(plain(), path.parent, progress=False)(X), expected, rtol=1e-5, atol=1e-5)
-    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+    for make in (path.mkdir, lambda: path.symlink_to("/dev/zero"), lambda: os.mkfifo(path)):
         path.rmdir() if path.is_dir() else path.unlink()
         make()
         model = plain()
@@ -385,8 +385,8 @@ def test_every_value_of_a_clip_lora_file_may_be_a_lie(tmp_path):
 
 
 def test_a_clip_lora_file_that_is_no_file(tmp_path):
-    for make in (Path.mkdir, os.mkfifo):
-        path = tmp_path / make.__name__
+    for number, make in enumerate((Path.mkdir, lambda path: path.symlink_to("/dev/zero"), os.mkfifo)):
+        path = tmp_path / str(number)
         make(path)
         with pytest.raises(ValueError, match=f"{path} is no regular file, expected CLIP-LoRA's"):
             ck.import_clip_lora(small_clip(), path)
