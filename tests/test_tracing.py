@@ -315,7 +315,6 @@ def test_selective_checkpointing_of_products():
 
 
 def test_compile_and_export_before_any_eager_pass():
-    """Each check in a thread of its own: what a thread keeps begins with it."""
     script = Path(__file__).with_name("compile_first.py")
     command = [sys.executable, "-W", "error::UserWarning:complora_kernels", script]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
