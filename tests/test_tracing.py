@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention: nn.Module = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.attention: Any = nn.MultiheadAttention(6, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x)[0]
@@ -153,7 +153,7 @@ def exact(plain: nn.Module, model: nn.Module) -> Callable[[dict[str, Tensor], Te
             projectors[path, name] = torch.eye(len(U), dtype=U.dtype) - U @ U.T
 
     def call(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        weights = dict(plain.named_parameters())
+        weights: dict[str, Tensor] = dict(plain.named_parameters())
         for path, layer in adapted_layers(model).items():
             for name, (parameter, start, stop) in layer.weights.items():
                 suffix, weight = f".{name}" if name else "", weights[f"{path}.{parameter}"]
@@ -315,7 +315,6 @@ def test_selective_checkpointing_of_products():
 
 
 def test_compile_and_export_before_any_eager_pass():
-    """Each check in a thread of its own: what a thread keeps begins with it."""
     script = Path(__file__).with_name("compile_first.py")
     command = [sys.executable, "-W", "error::UserWarning:complora_kernels", script]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
