@@ -73,6 +73,18 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def check_plain(path: Path | str) -> None:
+    """Raise an OSError for what is no file, nor a link to one: a pipe or a device could be read for ever."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(errno.EINVAL, "expected a plain file", str(path))
+
+
+def read_plain(path: Path) -> bytes:
+    """What a file holds. What `check_plain` refuses is an OSError."""
+    check_plain(path)
+    return path.read_bytes()
+
+
 def create(path: Path) -> IO[bytes]:
     """A new file, open for writing. What is already there, a link too, is a FileExistsError."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb")

@@ -31,7 +31,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from complora_kernels.files import reading, set_aside, unsealed
+from complora_kernels.files import read_plain, reading, set_aside, unsealed
 from complora_kernels.thread_stack import ThreadStack
 
 NAMES = ("fused", "concat", "merge", "addmm")
@@ -192,7 +192,7 @@ def read(path: Path, *, locked: bool = False) -> Entries:
     """
     try:
         with reading(path, "a file of measured plans"):
-            content = unsealed(json.loads(path.read_bytes()))
+            content = unsealed(json.loads(read_plain(path)))
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema={content['schema']!r}, expected {SCHEMA}")
             entries = [checked(_entry(**row)) for row in content["entries"]]

@@ -18,6 +18,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
+from complora_kernels.files import check_plain
+
 T = TypeVar("T")
 
 _MOST_PIXELS = 2**25
@@ -150,6 +152,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image]:
     """An image that is not decoded yet; of a JPEG as many pixels will be decoded as are needed."""
     try:
+        check_plain(path)
         with Image.open(path) as image:
             if image.mode in ("I", "F") or ";" in image.mode:
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")

@@ -51,7 +51,7 @@ def say(console: Console, text: str, *, soft_wrap: bool = False) -> None:
 
 def for_markdown(text: str) -> str:
     """One line of Markdown without markup of its own: no HTML, code, emphasis, picture or link."""
-    text = re.sub(r"[\\`*<&]", r"\\\g<0>", visible(text))
+    text = re.sub(r"[\\`*<&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", visible(text))  # no _ within a word
     return re.sub(r"\](?=[(:\[])", r"\]", text)
 
 
