@@ -8,6 +8,7 @@ Notation: `W` [out, in] is a frozen weight, `A` [r, in] and `B` [out, r] are the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -437,7 +438,7 @@ def _check_factors(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
 
 
 def _check_scaling(scaling: float) -> None:
-    if not abs(scaling) < float("inf"):  # NaN is not either
+    if not abs(scaling) < math.inf:  # NaN is not either
         raise ValueError(f"scaling={scaling}, expected a finite number")
 
 
