@@ -29,6 +29,7 @@ from torch import Tensor
 
 from complora_kernels import base_weights
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.files import write_atomically, write_new
 from complora_kernels.schema import check_type
 from complora_kernels.subspace import check_orthonormal, fingerprint
 
@@ -140,8 +141,8 @@ def write_files(
     """Writes the two files into `folder` and forces them to the disk."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry of metadata: safetensors writes several in random order, and equal adapters should be equal files.
-    _write(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-    _write(folder / WEIGHTS_FILE, save(tensors, metadata=metadata or {"format": "pt"}))
+    write_new(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_new(folder / WEIGHTS_FILE, save(tensors, metadata=metadata or {"format": "pt"}))
 
 
 def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], bases: dict[str, Tensor]) -> None:
@@ -153,7 +154,7 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
         bases = {name: tensor.detach().cpu().contiguous() for name, tensor in bases.items()}
         digest = _sha256(_fingerprints(bases))
         config = config | {"complora": config["complora"] | {"bases_digest": digest}}
-        _write(folder / _bases_file(digest), save(bases, metadata={"format": "pt"}))
+        write_new(folder / _bases_file(digest), save(bases, metadata={"format": "pt"}))
     config = _with_digest(config, _digest(config, tensors))
     write_files(folder, config, tensors, metadata={"adapter_config": json.dumps(config)})
 
@@ -227,13 +228,6 @@ def require_file(path: Path, expected: str) -> None:
         raise FileNotFoundError(f"{path} is missing, expected {expected}")
     if not path.is_file():  # a folder; a pipe or a device could be read for ever
         raise ValueError(f"{path} is no regular file, expected {expected}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bases_file(digest: str) -> str:
@@ -375,7 +369,11 @@ def _move_adapter(staging: Path, target: Path) -> None:
         _remove(target, old_bases - bases)
     except BaseException as error:
         if weights.exists():
-            _put_back(config, previous, staging)
+            moved = not (staging / CONFIG_FILE).exists()
+            if moved and previous is None:
+                config.unlink()
+            elif moved and previous is not None:
+                write_atomically(config, previous)
             _remove(target, bases - old_bases)
         elif isinstance(error, OSError):  # of the folder's sync; the old bases stay, for the old weights may come back
             raise OSError(
@@ -385,16 +383,6 @@ def _move_adapter(staging: Path, target: Path) -> None:
         else:  # an interrupt that came after the last move
             _remove(target, old_bases - bases)
         raise
-
-
-def _put_back(config: Path, previous: bytes | None, staging: Path) -> None:
-    if (staging / CONFIG_FILE).exists():  # it was not moved
-        return
-    if previous is None:
-        config.unlink()
-    else:
-        (staging / CONFIG_FILE).write_bytes(previous)
-        os.replace(staging / CONFIG_FILE, config)
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:

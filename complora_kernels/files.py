@@ -98,6 +98,14 @@ def open_to_append(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "r+b")
 
 
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, and force it to the disk."""
+    with create(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, force it to the disk, and move it into place.
 
@@ -107,12 +115,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     with writing(path):
-        file = create(temporary)
         try:
-            with file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(temporary, data)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
