@@ -37,14 +37,14 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASES_FILES = "adapter_bases-*.safetensors"
 FORMAT_VERSION = 1
-CONFIG_BYTES = 16 * 2**20  # that a configuration may have: an adapted weight takes about 500
+CONFIG_BYTES = 16 * 2**20  # the most of a configuration: an adapted weight takes about 500
 FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 class SavedBasis(TypedDict):
-    """What is to be known of a basis beside its matrix."""
+    """The description of a saved basis."""
 
     kind: Literal["principal", "complement"]
     k: int
@@ -52,7 +52,7 @@ class SavedBasis(TypedDict):
 
 
 class SavedAdapter(TypedDict):
-    """What the configuration says under "complora"."""
+    """The entry "complora" of the configuration."""
 
     format_version: int
     package_version: str
@@ -63,7 +63,7 @@ class SavedAdapter(TypedDict):
 
 
 class SavedBases(TypedDict):
-    """What it says besides where the bases are those of activations."""
+    """Its further keys where the bases are those of activations."""
 
     bases: dict[str, SavedBasis]
     bases_digest: str
@@ -375,7 +375,7 @@ def _move_adapter(staging: Path, target: Path) -> None:
             elif moved and previous is not None:
                 write_atomically(config, previous)
             _remove(target, bases - old_bases)
-        elif isinstance(error, OSError):  # of the folder's sync; the old bases stay, for the old weights may come back
+        elif isinstance(error, OSError):  # the sync failed; the old bases stay, for the old weights may come back
             raise OSError(
                 f"the new adapter is in place in {str(target)!r}, but the folder could not be forced to the disk "
                 f"({error}): if the machine fails now, the old adapter may be back"
@@ -408,12 +408,12 @@ def _with_digest(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
 
 
 def _digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Of the configuration, whatever digest it holds, and of every name, shape, dtype and bit of the tensors."""
+    """A digest of the configuration, without the one that it holds, and of the tensors."""
     return tensor_digest(tensors, json.dumps(_with_digest(config, None)))
 
 
 def tensor_digest(tensors: dict[str, Tensor], text: str) -> str:
-    """Of a text and of every name, shape, dtype and bit of the tensors: a checkpoint's too."""
+    """A digest of a text and of every name, shape, dtype and bit of the tensors."""
     return _sha256([text, *_fingerprints(tensors)])
 
 

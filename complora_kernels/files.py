@@ -54,7 +54,7 @@ def reading(source: Path | str, expected: str) -> Iterator[None]:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says, with its kind where that alone says little."""
+    """The message of an error, with its kind where the message alone says little."""
     if isinstance(error, MemoryError) and not error.args:
         return "not enough memory"
     if isinstance(error, KeyError):

@@ -346,7 +346,7 @@ def resolve(
     *,
     dropping: bool = False,
 ) -> str:
-    """The backend to use: the reference where somebody follows its operations, torch's where torch.export does."""
+    """The backend to use: the reference where operations are followed (`is_followed`), torch's under torch.export."""
     if is_followed():
         backends.resolve(backend, operation, _unfollowed, ("triton", "extension"))
         return "reference"

@@ -256,8 +256,8 @@ def _beside(left: Tensor, right: Tensor) -> Tensor:
     return F.pad(both, (0, -both.shape[1] % 8))[:, : both.shape[1]]
 
 
-# What `functional` has checked, in fewer words: anybody may call a registered operation, and a kernel reads past what
-# does not fit.
+# The checks of `functional` again, in fewer words: anybody may call a registered operation, and a kernel reads past the
+# end of a tensor that does not fit.
 
 
 def _check_product(

@@ -37,7 +37,7 @@ from complora_kernels.thread_stack import ThreadStack
 NAMES = ("fused", "concat", "merge", "addmm")
 MAX_FUSED_RANK = 64
 SCHEMA = 1
-ANY = 0  # the tokens of a problem that is traced: its graph serves any number of them
+ANY = 0  # the number of tokens while torch.compile traces: the graph serves any number
 
 logger = logging.getLogger("complora_kernels")
 

@@ -1,4 +1,4 @@
-"""Who follows operations one by one: torch.func, forward-mode differentiation, torch.jit.trace."""
+"""Whether operations are followed one by one: by torch.func, forward-mode differentiation, torch.jit.trace."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _VMAP_MODE = _dispatch_key_parse("VmapMode")
 
 
 def is_followed() -> bool:
-    """Whether somebody follows what is computed now, operation by operation, who cannot enter a custom Function.
+    """Whether something that cannot enter a custom Function follows the computation, operation by operation.
 
-    These are torch.func, a batched backward pass, forward-mode differentiation, torch.jit.trace, and selective
-    checkpointing, which keeps results that nobody may write to.
+    Such are torch.func, a batched backward pass, forward-mode differentiation, torch.jit.trace, and selective
+    checkpointing, which keeps results that must not be written to.
     """
     return (  # in one expression: every adapted layer asks, several times
         maybe_current_level() is not None
@@ -35,7 +35,7 @@ def is_followed() -> bool:
 
 
 def is_differentiated() -> bool:
-    """Within a backward pass: whether it is differentiated again (`create_graph=True`), or followed."""
+    """Whether the running backward pass is differentiated again (`create_graph=True`), or followed."""
     return is_grad_enabled() or is_followed()
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 _MOST_PIXELS = 2**25
-"""Of what `resize` makes of an image before its middle is cut out; Pillow keeps it in 128 MiB."""
+"""The most pixels of a resized image before its middle is cut out; Pillow keeps them in 128 MiB."""
 
 
 def load_crops(
@@ -220,7 +220,7 @@ def _scaled(image: Image.Image, size: tuple[int, int], which: Callable[..., floa
 def _middle(
     image: Image.Image, covering: tuple[int, int], resample: Image.Resampling, size: tuple[int, int]
 ) -> Image.Image:
-    """What lies in the middle of an image that is resized so as to cover height and width."""
+    """The middle of an image that is resized so as to cover height and width."""
     height, width = size
     left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
     if covering[0] * covering[1] <= max(_MOST_PIXELS, image.width * image.height):
@@ -266,7 +266,7 @@ def register_plugins() -> None:
     register_heif_opener()
 
 
-# Of what Pillow itself reads: no icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
+# The formats of photos among those of Pillow: no icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
 _SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     *(".png", ".apng", ".gif", ".webp", ".avif", ".avifs", ".tif", ".tiff", ".bmp", ".dib"),

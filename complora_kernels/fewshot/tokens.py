@@ -1,4 +1,4 @@
-"""Whether a model can tell classes apart: what its tokenizer makes of their prompts."""
+"""Checks that a model can tell classes apart by the tokens of their prompts."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from complora_kernels.fewshot.datasets.dataset import MOST_NAMED, Entry, warn_once
 from complora_kernels.fewshot.decode import image_suffixes
 
-# What systems and programs leave in folders for themselves, beside what is hidden
+# Names, beside hidden ones, that systems and programs use for files of their own
 _NO_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
 
@@ -37,7 +37,7 @@ def image_files(folder: Path, others: list[Path] | None = None, *, below: bool =
                 continue
             seen.add(real)
         further = []
-        # Of ImageNet there are a million: iterdir makes paths in half the time that joining them takes
+        # ImageNet has a million files: iterdir makes paths in half the time that joining them takes
         for path in here.iterdir():
             if path.name.startswith("."):
                 continue
