@@ -135,13 +135,13 @@ def size_by_header(path: str | Path, shorter_side: int | None) -> tuple[int, int
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As `ImageOps.exif_transpose` turns it, which also writes the EXIF block anew and fails where that cannot be."""
+    """The image turned as by `ImageOps.exif_transpose`, which also writes the EXIF block anew, and can fail there."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
-    except Exception:  # of whatever kind a damaged block is met with: it tells no orientation
+    except Exception:  # a damaged block raises almost anything, and tells no orientation
         turn = None
     return image if turn is None else image.transpose(turn)
 

@@ -211,7 +211,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _as_option(name: str, value: Any, kind: Any) -> Any:
-    """A value out of JSON, which has lists for tuples and texts for paths."""
+    """An option of that type from its value in JSON, which has lists for tuples and strings for paths."""
     for choice in get_args(kind) if get_origin(kind) is UnionType else (kind,):
         if get_origin(choice) is Literal and value in get_args(choice):
             return value
