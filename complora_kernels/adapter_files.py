@@ -29,6 +29,7 @@ from torch import Tensor
 
 from complora_kernels import base_weights
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.files import write_atomically, write_new
 from complora_kernels.schema import check_type
 from complora_kernels.subspace import check_orthonormal, fingerprint
 
@@ -36,14 +37,14 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASES_FILES = "adapter_bases-*.safetensors"
 FORMAT_VERSION = 1
-CONFIG_BYTES = 16 * 2**20  # that a configuration may have: an adapted weight takes about 500
+CONFIG_BYTES = 16 * 2**20  # the most of a configuration: an adapted weight takes about 500
 FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 class SavedBasis(TypedDict):
-    """What is to be known of a basis beside its matrix."""
+    """The description of a saved basis."""
 
     kind: Literal["principal", "complement"]
     k: int
@@ -51,7 +52,7 @@ class SavedBasis(TypedDict):
 
 
 class SavedAdapter(TypedDict):
-    """What the configuration says under "complora"."""
+    """The entry "complora" of the configuration."""
 
     format_version: int
     package_version: str
@@ -62,7 +63,7 @@ class SavedAdapter(TypedDict):
 
 
 class SavedBases(TypedDict):
-    """What it says besides where the bases are those of activations."""
+    """Its further keys where the bases are those of activations."""
 
     bases: dict[str, SavedBasis]
     bases_digest: str
@@ -140,8 +141,8 @@ def write_files(
     """Writes the two files into `folder` and forces them to the disk."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry of metadata: safetensors writes several in random order, and equal adapters should be equal files.
-    _write(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-    _write(folder / WEIGHTS_FILE, save(tensors, metadata=metadata or {"format": "pt"}))
+    write_new(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_new(folder / WEIGHTS_FILE, save(tensors, metadata=metadata or {"format": "pt"}))
 
 
 def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], bases: dict[str, Tensor]) -> None:
@@ -153,7 +154,7 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
         bases = {name: tensor.detach().cpu().contiguous() for name, tensor in bases.items()}
         digest = _sha256(_fingerprints(bases))
         config = config | {"complora": config["complora"] | {"bases_digest": digest}}
-        _write(folder / _bases_file(digest), save(bases, metadata={"format": "pt"}))
+        write_new(folder / _bases_file(digest), save(bases, metadata={"format": "pt"}))
     config = _with_digest(config, _digest(config, tensors))
     write_files(folder, config, tensors, metadata={"adapter_config": json.dumps(config)})
 
@@ -227,13 +228,6 @@ def require_file(path: Path, expected: str) -> None:
         raise FileNotFoundError(f"{path} is missing, expected {expected}")
     if not path.is_file():  # a folder; a pipe or a device could be read for ever
         raise ValueError(f"{path} is no regular file, expected {expected}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bases_file(digest: str) -> str:
@@ -375,9 +369,13 @@ def _move_adapter(staging: Path, target: Path) -> None:
         _remove(target, old_bases - bases)
     except BaseException as error:
         if weights.exists():
-            _put_back(config, previous, staging)
+            moved = not (staging / CONFIG_FILE).exists()
+            if moved and previous is None:
+                config.unlink()
+            elif moved and previous is not None:
+                write_atomically(config, previous)
             _remove(target, bases - old_bases)
-        elif isinstance(error, OSError):  # of the folder's sync; the old bases stay, for the old weights may come back
+        elif isinstance(error, OSError):  # the sync failed; the old bases stay, for the old weights may come back
             raise OSError(
                 f"the new adapter is in place in {str(target)!r}, but the folder could not be forced to the disk "
                 f"({error}): if the machine fails now, the old adapter may be back"
@@ -385,16 +383,6 @@ def _move_adapter(staging: Path, target: Path) -> None:
         else:  # an interrupt that came after the last move
             _remove(target, old_bases - bases)
         raise
-
-
-def _put_back(config: Path, previous: bytes | None, staging: Path) -> None:
-    if (staging / CONFIG_FILE).exists():  # it was not moved
-        return
-    if previous is None:
-        config.unlink()
-    else:
-        (staging / CONFIG_FILE).write_bytes(previous)
-        os.replace(staging / CONFIG_FILE, config)
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
@@ -420,12 +408,12 @@ def _with_digest(config: dict[str, Any], digest: str | None) -> dict[str, Any]:
 
 
 def _digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Of the configuration, whatever digest it holds, and of every name, shape, dtype and bit of the tensors."""
+    """A digest of the configuration, without the one that it holds, and of the tensors."""
     return tensor_digest(tensors, json.dumps(_with_digest(config, None)))
 
 
 def tensor_digest(tensors: dict[str, Tensor], text: str) -> str:
-    """Of a text and of every name, shape, dtype and bit of the tensors: a checkpoint's too."""
+    """A digest of a text and of every name, shape, dtype and bit of the tensors."""
     return _sha256([text, *_fingerprints(tensors)])
 
 

@@ -36,7 +36,7 @@ class Changes:
         return self._drafts[id(table)][2]
 
     def pending(self, table: Table) -> Table:
-        """What `table` will hold, to be read."""
+        """The table as `make` will leave it, to be read only."""
         return self._drafts[id(table)][2] if id(table) in self._drafts else table
 
     def set_attribute(self, owner: object, name: str, value: object) -> None:

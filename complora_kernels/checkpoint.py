@@ -51,7 +51,7 @@ FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by module: Ã [r, in] and B̃ 
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by module and side
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
-LOST = 1e-4  # that a loaded factor may lose, of its norm: rounding loses a few 1e-6, another subspace a few percent
+LOST = 1e-4  # the most of its norm that a loaded factor may lose: rounding loses a few 1e-6, other bases a few percent
 
 
 class AdaptedWeight(NamedTuple):
@@ -448,7 +448,7 @@ def _smallest_layers(
 
 
 def _by_path(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer]) -> dict[str, CompLoRALayer]:
-    """What `adapted_layers` gives once these layers are in the place of the modules that they adapt."""
+    """The result of `adapted_layers` once these layers have taken the place of the modules that they adapt."""
     return {path: adapted[module] for path, module in named_modules(model) if module in adapted}
 
 

@@ -38,12 +38,12 @@ def packed_lora_linear(
 
 
 class DifferentiableBackward(NamedTuple):
-    """What a backend computes in a backward pass, under the same names, in float32 or wider.
+    """The operations of a backend's backward pass, under the same names, in float32 or wider.
 
     It reads only tensors that know what they were computed from. A saved h does not: it is computed again.
     """
 
-    backend: str  # that drew the dropout masks of the forward pass
+    backend: str  # the one that drew the dropout masks of the forward pass
 
     project_complement = staticmethod(eager.project_complement)
     fold_factors_bwd = staticmethod(eager.fold_factors_bwd)

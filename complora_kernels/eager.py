@@ -243,7 +243,8 @@ def flatten(
     x: Tensor,  # [..., d]
 ) -> Tensor:  # [M, d]
     """`x.reshape(-1, d)`, also where d is 0, which torch calls ambiguous."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    d = x.shape[-1]
+    return x.reshape(-1 if d else math.prod(x.shape[:-1]), d)
 
 
 def unflatten(result: Tensor, shape: Sequence[int]) -> Tensor:

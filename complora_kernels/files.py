@@ -54,7 +54,7 @@ def reading(source: Path | str, expected: str) -> Iterator[None]:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says, with its kind where that alone says little."""
+    """The message of an error, with its kind where the message alone says little."""
     if isinstance(error, MemoryError) and not error.args:
         return "not enough memory"
     if isinstance(error, KeyError):
@@ -71,6 +71,18 @@ def writing(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def check_plain(path: Path | str) -> None:
+    """Raise an OSError for what is no file, nor a link to one: a pipe or a device could be read for ever."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(errno.EINVAL, "expected a plain file", str(path))
+
+
+def read_plain(path: Path) -> bytes:
+    """What a file holds. What `check_plain` refuses is an OSError."""
+    check_plain(path)
+    return path.read_bytes()
 
 
 def create(path: Path) -> IO[bytes]:
@@ -98,6 +110,14 @@ def open_to_append(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "r+b")
 
 
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, and force it to the disk."""
+    with create(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, force it to the disk, and move it into place.
 
@@ -107,12 +127,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     with writing(path):
-        file = create(temporary)
         try:
-            with file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(temporary, data)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ Notation: `W` [out, in] is a frozen weight, `A` [r, in] and `B` [out, r] are the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +24,7 @@ from complora_kernels.autograd import (
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
 from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
-from complora_kernels.tracing import check_followed, is_followed
+from complora_kernels.tracing import check_followed, is_checkpointed_selectively, is_followed
 
 SERVED_DTYPES = {
     "triton": ops.DTYPES,
@@ -345,7 +346,7 @@ def resolve(
     *,
     dropping: bool = False,
 ) -> str:
-    """The backend to use: the reference where somebody follows its operations, torch's where torch.export does."""
+    """The backend to use: the reference where operations are followed (`is_followed`), torch's under torch.export."""
     if is_followed():
         backends.resolve(backend, operation, _unfollowed, ("triton", "extension"))
         return "reference"
@@ -365,9 +366,12 @@ def _unfollowed(backend: str) -> str | None:
 
 
 def reference_masks(x: Tensor, adapters: int, dropout_p: float) -> list[Tensor]:
-    """Each adapter's dropout mask `m = mask / (1 - p)`, as x. vmap's `randomness` says whether its masks differ."""
+    """Each adapter's dropout mask `m = mask / (1 - p)`, as x. vmap's `randomness` says whether its masks differ.
+
+    With selective checkpointing they are those of a pass without it.
+    """
     ones = torch.ones_like(x)
-    if is_followed():
+    if is_followed() and not is_checkpointed_selectively():
         return [torch.nn.functional.dropout(ones, dropout_p) for _ in range(adapters)]
     return [drop(ones, dropout_mask(x, x.shape, dropout_seed(x), dropout_p), dropout_p) for _ in range(adapters)]
 
@@ -437,7 +441,7 @@ def _check_factors(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
 
 
 def _check_scaling(scaling: float) -> None:
-    if not abs(scaling) < float("inf"):  # NaN is not either
+    if not abs(scaling) < math.inf:  # NaN is not either
         raise ValueError(f"scaling={scaling}, expected a finite number")
 
 

@@ -45,7 +45,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class CLIPLoRAMetadata(TypedDict):
-    """What CLIP-LoRA's file says about its adapter."""
+    """The metadata of CLIP-LoRA's file."""
 
     r: int
     alpha: float
@@ -55,7 +55,7 @@ class CLIPLoRAMetadata(TypedDict):
 
 
 class CLIPLoRAFile(TypedDict):
-    """CLIP-LoRA's file."""
+    """The content of CLIP-LoRA's file."""
 
     weights: dict[str, dict[str, dict[str, Any]]]  # by layer_0, q_proj, w_lora_A: a tensor
     metadata: CLIPLoRAMetadata

@@ -1,4 +1,4 @@
-"""Which tensors share memory, as tied weights do, whatever objects they are."""
+"""Tensors that share memory, as tied weights do, whatever objects they are."""
 
 from __future__ import annotations
 

@@ -256,8 +256,8 @@ def _beside(left: Tensor, right: Tensor) -> Tensor:
     return F.pad(both, (0, -both.shape[1] % 8))[:, : both.shape[1]]
 
 
-# What `functional` has checked, in fewer words: anybody may call a registered operation, and a kernel reads past what
-# does not fit.
+# The checks of `functional` again, in fewer words: anybody may call a registered operation, and a kernel reads past the
+# end of a tensor that does not fit.
 
 
 def _check_product(
@@ -286,8 +286,9 @@ def _check_product(
     check_device(x, weight, bias, *As, *Bs, seed)
     _check_memory(x, weight, bias, *As, *Bs, seed)
     _check_dtype(x.dtype, *As, *Bs)
-    if not all(tensor.is_floating_point() for tensor in (weight, bias) if tensor is not None):
-        raise ValueError(f"weight has dtype {weight.dtype}, expected a floating-point one as of the bias")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
     if dropout_p > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):

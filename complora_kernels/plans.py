@@ -31,13 +31,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from complora_kernels.files import reading, set_aside, unsealed
+from complora_kernels.files import read_plain, reading, set_aside, unsealed
 from complora_kernels.thread_stack import ThreadStack
 
 NAMES = ("fused", "concat", "merge", "addmm")
 MAX_FUSED_RANK = 64
 SCHEMA = 1
-ANY = 0  # the tokens of a problem that is traced: its graph serves any number of them
+ANY = 0  # the number of tokens while torch.compile traces: the graph serves any number
 
 logger = logging.getLogger("complora_kernels")
 
@@ -192,7 +192,7 @@ def read(path: Path, *, locked: bool = False) -> Entries:
     """
     try:
         with reading(path, "a file of measured plans"):
-            content = unsealed(json.loads(path.read_bytes()))
+            content = unsealed(json.loads(read_plain(path)))
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema={content['schema']!r}, expected {SCHEMA}")
             entries = [checked(_entry(**row)) for row in content["entries"]]

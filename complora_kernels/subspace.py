@@ -166,7 +166,7 @@ def check_orthonormal(basis: Tensor, name: str) -> None:
     """Raises ValueError unless the columns of `basis` [d, k] are orthonormal to 1e-4; each tensor is looked at once."""
     if torch.compiler.is_compiling() or _ORTHONORMAL.get(basis) or not has_values(basis):
         return
-    with _disable_current_modes():  # which fake values, count or record
+    with _disable_current_modes():  # modes fake values, count or record operations
         orthonormal = _ORTHONORMAL.set(basis, _is_orthonormal(basis))
     if orthonormal:
         return

@@ -1,4 +1,4 @@
-"""Who follows operations one by one: torch.func, forward-mode differentiation, torch.jit.trace."""
+"""Whether operations are followed one by one: by torch.func, forward-mode differentiation, torch.jit.trace."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ _VMAP_MODE = _dispatch_key_parse("VmapMode")
 
 
 def is_followed() -> bool:
-    """Whether somebody follows what is computed now, operation by operation, who cannot enter a custom Function.
+    """Whether something that cannot enter a custom Function follows the computation, operation by operation.
 
-    These are torch.func, a batched backward pass, forward-mode differentiation, torch.jit.trace, and selective
-    checkpointing, which keeps results that nobody may write to.
+    Such are torch.func, a batched backward pass, forward-mode differentiation, torch.jit.trace, and selective
+    checkpointing, which keeps results that must not be written to.
     """
     return (  # in one expression: every adapted layer asks, several times
         maybe_current_level() is not None
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
         or _dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # `is_grads_batched=True`
-        or (_len_torch_dispatch_stack() > 0 and type(_get_current_dispatch_mode()).__module__ == CHECKPOINT)
+        or (_len_torch_dispatch_stack() > 0 and is_checkpointed_selectively())
     )
 
 
+def is_checkpointed_selectively() -> bool:
+    """Whether selective checkpointing counts the operations of a forward pass, or runs them again."""
+    return type(_get_current_dispatch_mode()).__module__ == CHECKPOINT
+
+
 def is_differentiated() -> bool:
-    """Within a backward pass: whether it is differentiated again (`create_graph=True`), or followed."""
+    """Whether the running backward pass is differentiated again (`create_graph=True`), or followed."""
     return is_grad_enabled() or is_followed()
 
 

@@ -1,4 +1,4 @@
-"""What a model is wrapped in: torch.compile, data parallelism, averages and checkpointed blocks, around it or within.
+"""Wrappers of models: torch.compile, data parallelism, averages and checkpointed blocks, around a model or within.
 
 A wrapper puts a name of its own into the names of everything below it (`module.`, `_orig_mod.`). Here modules have the
 names of the plain model, so that what is saved by them loads wherever the model is.
@@ -18,7 +18,7 @@ CHECKPOINTED = "_checkpoint_wrapped_module"  # torch.distributed's checkpoint_wr
 
 
 def inside(module: nn.Module) -> nn.Module | None:
-    """What `module` is a wrapper of; None where it is none that is known."""
+    """The module that `module` wraps; None where it is no known wrapper."""
     if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)):
         return module.module
     for name in (COMPILED, SHARDED, CHECKPOINTED):
@@ -56,7 +56,7 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `module` is what torch.compile made of another."""
+    """Whether `module` is torch.compile's wrapper around another."""
     return COMPILED in module._modules
 
 

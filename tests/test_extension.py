@@ -938,7 +938,8 @@ def test_only_x_and_h_of_the_activations_are_saved(dtype, dropout_p):
         saved[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
         return tensor
 
-    given = sum(tensor.nbytes for tensor in (layer.x, layer.weight, layer.output_basis, layer.input_basis))
+    inputs = (layer.x, layer.weight, layer.lora_A, layer.lora_B, layer.output_basis, layer.input_basis)
+    given = sum(tensor.nbytes for tensor in inputs)
     h, folded, seed = M * r * dtype.itemsize, (in_ + out) * r * dtype.itemsize, 8 if dropout_p else 0
     with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = ours(**layer.arguments(), dropout_p=dropout_p)

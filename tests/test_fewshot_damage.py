@@ -21,10 +21,12 @@ from complora_kernels.fewshot import jobs
 from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.datasets import draw, read_draw, write_draw
+from complora_kernels.fewshot.decode import open_image
 from complora_kernels.fewshot.files import append_json_line, read_json, write_json
 from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, train
-from complora_kernels.fewshot.resume import load_checkpoint, random_state, save_checkpoint
+from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, random_state, save_checkpoint
+from complora_kernels.fewshot.setting import Settings
 from complora_kernels.files import open_to_append, reading, unsealed, write_atomically
 
 RESULT = {
@@ -265,12 +267,10 @@ def test_a_run_with_a_damaged_checkpoint_starts_again(tmp_path, caplog):
 def test_a_checkpoint_without_a_digest_is_put_aside(tmp_path, caplog):
     from safetensors.torch import save_file
 
-    from complora_kernels.fewshot.resume import put_damaged_aside
-
     path = tmp_path / CHECKPOINT
-    put_damaged_aside(path)  # nothing there
+    put_damaged_aside(path, 1)  # nothing there
     save_file({"adapter.x": torch.zeros(1)}, path, metadata={"progress": "{}"})
-    put_damaged_aside(path)
+    put_damaged_aside(path, 1)
     assert [each.name for each in tmp_path.iterdir()] == [f"{CHECKPOINT}.damaged-1"]
     assert "there is no 'digest'" in caplog.text
 
@@ -341,3 +341,77 @@ def test_the_same_command_is_said_to_go_on_only_where_it_would(tmp_path, trained
     assert "would diverge again" in fail(FloatingPointError("the loss is nan"))
     assert "Once the cause is gone, the same command" in fail(ValueError("a.jpg is damaged"))
     assert "The same command goes on" in fail(OSError(28, "No space left on device"))
+
+
+def progress_of(step: Any = 2, seconds: Any = 0.5, **others: Any) -> dict[str, Any]:
+    return {"step": step, "seconds": seconds, "log": [], **others}
+
+
+LIES = (
+    None,
+    [],
+    {},
+    *(progress_of(step=step) for step in (None, -1, 1.5, True, "2", 4, 10**30)),
+    *(progress_of(seconds=seconds) for seconds in (None, "x", [1])),
+    *(progress_of(log=log) for log in (None, {}, "x", 1, [1], [{}], [{"step": 1, "loss": "x", "learning_rate": 0.1}])),
+)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_checkpoint_that_says_what_no_run_says_is_put_aside(tmp_path, caplog, lie):
+    """Though it has the digest of what it says."""
+    model, optimizer = adapted()
+    save_checkpoint(tmp_path / CHECKPOINT, model, optimizer, progress_of(), [])
+    put_damaged_aside(tmp_path / CHECKPOINT, 4)
+    assert (tmp_path / CHECKPOINT).exists()
+    save_checkpoint(tmp_path / CHECKPOINT, model, optimizer, lie, [])
+    put_damaged_aside(tmp_path / CHECKPOINT, 4)
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert f"{tmp_path / CHECKPOINT}: expected the checkpoint of an unfinished run" in caplog.text
+
+
+@pytest.mark.parametrize("moment", [None, torch.zeros(3), torch.zeros(2, 5, dtype=torch.int8)])
+def test_moments_that_fit_no_factor_are_refused(tmp_path, moment):
+    model, optimizer = adapted()
+    model(torch.randn(3, 5)).square().sum().backward()
+    optimizer.step()
+    moments = optimizer.state[next(iter(ck.adapter_parameters(model)))]
+    moments.pop("exp_avg")
+    moments |= {} if moment is None else {"exp_avg": moment}
+    save_checkpoint(tmp_path / CHECKPOINT, model, optimizer, progress_of(), [])
+    other, its = adapted()
+    before = [factor.clone() for factor in ck.adapter_parameters(other)]
+    with pytest.raises(ValueError, match=f"^{tmp_path / CHECKPOINT}: .*the moments of factor 0 do not fit it"):
+        load_checkpoint(tmp_path / CHECKPOINT, other, its)
+    assert all(map(torch.equal, ck.adapter_parameters(other), before))
+
+
+@pytest.mark.parametrize("make", [results, failures, description, drawn, measured_plans, checkpoint])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, make):
+    path, read = make(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises((OSError, ValueError), match=f"{path}"):
+        read()
+
+
+def test_an_image_is_no_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(OSError, match=f"expected a plain file: .*{name}"):
+            open_image(tmp_path / name)
+
+
+def test_an_error_of_any_kind_is_that_of_its_run_alone(tmp_path, monkeypatch):
+    """A sweep goes on with the next one."""
+
+    def train(*_: Any) -> None:
+        raise KeyError("step")
+
+    monkeypatch.setattr(jobs, "train", train)
+    monkeypatch.setattr(Settings, "load", lambda *_: None)
+    config = standin.config(tmp_path)
+    error = jobs.result_of(jobs.Job(config, config.runs()[0]), Settings(), lambda done, loss: None)
+    assert isinstance(error, RuntimeError)
+    assert str(error) == "KeyError: 'step'"

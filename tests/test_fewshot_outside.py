@@ -304,6 +304,7 @@ def test_text_is_escaped_for_where_it_goes():
     assert visible("\x1b[31m\u202e\ud800\x07é\n") == "\\x1b[31m\\u202e\\ud800\\x07é\\n"
     assert visible("a\n\r", keep="\n") == "a\n\\r"
     assert for_markdown("a|b`c<i>*d*[e](f)\n# &lt;") == r"a|b\`c\<i>\*d\*[e\](f)\\n# \&lt;"
+    assert for_markdown("_a_ b_c ~~d~~ $e$") == r"\_a\_ b_c \~\~d\~\~ \$e\$"
     assert [for_csv(text) for text in ("=1", "+1", "-1", "@x", "\t=1", "a=1")] == [
         *("'=1", "'+1", "'-1", "'@x"),
         "\\t=1",

@@ -122,7 +122,7 @@ def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[
         return
     try:
         done = {result["run"] for result in results_of(output)}
-    except (ValueError, OSError):  # which is what ended the command, or will be said when it is tried again
+    except (ValueError, OSError):  # this error ended the command, or will be reported when it is tried again
         return
     again = f"goes on from the last checkpoints: complora {shlex.join(arguments)}"
     if isinstance(ended, ArithmeticError) or isinstance(ended.__cause__, ArithmeticError):

@@ -225,7 +225,7 @@ def _unpack_torchscript(path: Path, folder: Path) -> str:
 
 def _words_of(error: Exception, path: Path) -> str:
     """Why the weights of a model, in a file perhaps, cannot be loaded."""
-    if isinstance(error, StopIteration):  # of open_clip, which looks at the first weight
+    if isinstance(error, StopIteration):  # open_clip looks at the first weight
         return "there are no weights in it"
     if isinstance(error, pickle.UnpicklingError) and path.is_file():
         with contextlib.suppress(Exception):  # a file that is no pickle at all
@@ -234,7 +234,7 @@ def _words_of(error: Exception, path: Path) -> str:
                     f"beside tensors it holds Python objects ({', '.join(sorted(found))}), and a pickle of these can "
                     "run code; expected a file of weights alone, such as safetensors"
                 )
-    return textwrap.shorten(words_of(error), 400)  # of a state dict it may name every key
+    return textwrap.shorten(words_of(error), 400)  # torch may name every key of a state dict
 
 
 def _preprocessing(

@@ -18,10 +18,12 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
+from complora_kernels.files import check_plain
+
 T = TypeVar("T")
 
 _MOST_PIXELS = 2**25
-"""Of what `resize` makes of an image before its middle is cut out; Pillow keeps it in 128 MiB."""
+"""The most pixels of a resized image before its middle is cut out; Pillow keeps them in 128 MiB."""
 
 
 def load_crops(
@@ -135,13 +137,13 @@ def size_by_header(path: str | Path, shorter_side: int | None) -> tuple[int, int
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As `ImageOps.exif_transpose` turns it, which also writes the EXIF block anew and fails where that cannot be."""
+    """The image turned as by `ImageOps.exif_transpose`, which also writes the EXIF block anew, and can fail there."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
-    except Exception:  # of whatever kind a damaged block is met with: it tells no orientation
+    except Exception:  # a damaged block raises almost anything, and tells no orientation
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -150,6 +152,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image]:
     """An image that is not decoded yet; of a JPEG as many pixels will be decoded as are needed."""
     try:
+        check_plain(path)
         with Image.open(path) as image:
             if image.mode in ("I", "F") or ";" in image.mode:
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
@@ -220,7 +223,7 @@ def _scaled(image: Image.Image, size: tuple[int, int], which: Callable[..., floa
 def _middle(
     image: Image.Image, covering: tuple[int, int], resample: Image.Resampling, size: tuple[int, int]
 ) -> Image.Image:
-    """What lies in the middle of an image that is resized so as to cover height and width."""
+    """The middle of an image that is resized so as to cover height and width."""
     height, width = size
     left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
     if covering[0] * covering[1] <= max(_MOST_PIXELS, image.width * image.height):
@@ -266,7 +269,7 @@ def register_plugins() -> None:
     register_heif_opener()
 
 
-# Of what Pillow itself reads: no icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
+# The formats of photos among those of Pillow: no icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
 _SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     *(".png", ".apng", ".gif", ".webp", ".avif", ".avifs", ".tif", ".tiff", ".bmp", ".dib"),

@@ -28,7 +28,7 @@ _LATEX = {
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""The text with what a terminal would obey, or not show, as Python writes it: \x1b, \u202e, \udcff.
+    r"""The text with its control and invisible characters as Python writes them: \x1b, \u202e, \udcff.
 
     Args:
         text: any.
@@ -45,13 +45,13 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def say(console: Console, text: str, *, soft_wrap: bool = False) -> None:
-    """Print a line of text on a console as it is: without markup, colours of rich's own, or anything to obey."""
+    """Print a line of text on a console as it is: without markup, rich's colours or control characters."""
     console.print(visible(text), highlight=False, markup=False, soft_wrap=soft_wrap)
 
 
 def for_markdown(text: str) -> str:
     """One line of Markdown without markup of its own: no HTML, code, emphasis, picture or link."""
-    text = re.sub(r"[\\`*<&]", r"\\\g<0>", visible(text))
+    text = re.sub(r"[\\`*<&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", visible(text))  # no _ within a word
     return re.sub(r"\](?=[(:\[])", r"\]", text)
 
 
@@ -62,11 +62,11 @@ def for_latex(text: str) -> str:
 
 
 def for_csv(text: str) -> str:
-    """A cell that a spreadsheet takes for text: what begins like a formula gets an apostrophe before it."""
+    """A cell that a spreadsheet takes for text: an apostrophe stands before one that begins like a formula."""
     text = visible(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def for_figure(text: str) -> str:
-    """A text that matplotlib takes for no formula."""
+    """The text for matplotlib, which would read a formula between two dollars."""
     return visible(text).replace("$", r"\$")

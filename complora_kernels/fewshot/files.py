@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from complora_kernels.files import open_to_append, reading, sealed, unsealed, write_atomically, writing
+from complora_kernels.files import open_to_append, read_plain, reading, sealed, unsealed, write_atomically, writing
 
 
 def file_name(text: str) -> str:
@@ -31,7 +31,7 @@ def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
         ValueError: it is damaged or holds something else; it is named.
     """
     with reading(path, expected):
-        return unsealed(json.loads(path.read_bytes()))
+        return unsealed(json.loads(read_plain(path)))
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def read_json_lines(path: Path, check: Callable[[dict[str, Any]], object] | None
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut short, or is empty
+    lines = read_plain(path).split(b"\n")[:-1]  # what follows the last newline was cut short, or is empty
     records = []
     for number, line in enumerate(lines, 1):
         with reading(f"{path}, line {number}", "a line as `complora` writes it"):

@@ -47,7 +47,7 @@ def prepare(config: TrainConfig) -> None:
 
 
 def description(folder: Path) -> dict[str, Any]:
-    """What a folder is of that holds results, or runs that would go on; nothing of any other.
+    """The description of a folder that holds results or unfinished runs; an empty one for any other folder.
 
     Raises:
         ValueError: its config.json is damaged.
@@ -60,7 +60,7 @@ def description(folder: Path) -> dict[str, Any]:
 
 def open_folder(folder: Path, described: dict[str, Any]) -> None:
     """Make the folder of a grid, and note what it is of. A damaged line of failures.jsonl is a ValueError."""
-    failures_of(folder)  # which the report at the end will read
+    failures_of(folder)  # the report at the end will read them
     for part in (folder, folder / RUNS, folder / FIGURES):
         check_writable(part)
     write_json(folder / DESCRIPTION, described)

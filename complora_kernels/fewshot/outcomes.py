@@ -1,4 +1,4 @@
-"""What came out of the runs of a folder: the lines of results.jsonl and failures.jsonl, checked as they are read."""
+"""The outcomes of the runs of a folder: the lines of results.jsonl and failures.jsonl, checked as they are read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def failures_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _check_result(line: Mapping[str, Any]) -> None:
-    """What `train` has written, or a person: everything that is read of a line later."""
+    """Checks every field that is read later: a person may have written the line."""
     _check(line, _RESULT, _OPTIONAL)
     parts = [line, *(line.get("interpolated") or [])]
     for part in parts:

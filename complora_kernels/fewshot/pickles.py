@@ -36,7 +36,7 @@ class _Unpickler(pickle.Unpickler):
 def read_pickle(
     content: bytes, find: Callable[[str, str], Any], load: Callable[[Any], Any] | None = None, *, calls: bool = False
 ) -> Any:
-    """What a pickle holds, in time and memory that are linear in its length.
+    """Reads a pickle in time and memory that are linear in its length.
 
     Args:
         content: all of its bytes.
@@ -49,7 +49,7 @@ def read_pickle(
     """
     allowed = {*_CONTAINERS, *(_CALLS if calls else ())}
     marks = 0
-    kinds: dict[int, str] = {}  # of what is remembered: the instruction that made it
+    kinds: dict[int, str] = {}  # by the index of a remembered object: the instruction that made it
     last = ""
     for instruction, argument, _ in pickletools.genops(content):
         name = instruction.name
@@ -64,7 +64,7 @@ def read_pickle(
                 raise pickle.UnpicklingError(f"it remembers something as the {index}th after {len(kinds)}")
             kinds[index] = last
         elif name in ("BINGET", "LONG_BINGET") and kinds.get(int(argument or 0)) in _TUPLES:
-            # Of tuples that hold others twice, hashing one would take a time that doubles with each.
+            # Each tuple that holds another one twice doubles the time that hashing takes.
             raise pickle.UnpicklingError("it uses a tuple twice")
         else:
             last = name

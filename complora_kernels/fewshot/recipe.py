@@ -163,7 +163,7 @@ def _train(
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": [], "images": seen}
     with team.together():
         if team.leads:
-            put_damaged_aside(checkpoint)
+            put_damaged_aside(checkpoint, steps)
     found = team.collect(checkpoint.exists())
     with team.together():
         if any(found) and not all(found):

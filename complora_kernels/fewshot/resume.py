@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
 from complora_kernels.adapter_files import tensor_digest
-from complora_kernels.files import reading, set_aside, write_atomically
+from complora_kernels.fewshot.escapes import visible
+from complora_kernels.files import check_plain, reading, set_aside, write_atomically
 
 logger = logging.getLogger("complora_kernels")
 
@@ -59,10 +60,14 @@ def save_checkpoint(
     write_atomically(path, save(tensors, metadata=metadata))
 
 
-def put_damaged_aside(path: Path) -> None:
+def put_damaged_aside(path: Path, steps: int) -> None:
     """Rename a checkpoint that is damaged, with a warning: its run starts again, and ends with the same numbers.
 
     So is one of an earlier version, which wrote no digest: nothing tells whether it is whole.
+
+    Args:
+        path: the file, if it is there.
+        steps: those of the whole run.
 
     Raises:
         OSError: it cannot be read or renamed.
@@ -70,9 +75,11 @@ def put_damaged_aside(path: Path) -> None:
     if not path.exists():
         return
     try:
-        _read(path)
+        progress, _ = _read(path)
+        with reading(path, _EXPECTED):
+            _check_progress(progress, steps)
     except ValueError as damage:
-        logger.warning("%s; renamed to %s, the run starts again", damage, set_aside(path).name)
+        logger.warning("%s; renamed to %s, the run starts again", visible(str(damage)), set_aside(path).name)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
@@ -90,6 +97,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for name, tensor in _under("optimizer.", tensors).items():
             index, _, moment = name.partition(".")
             moments.setdefault(int(index), {})[moment] = tensor
+        _check_moments(moments, optimizer)
         load_raw_adapter_state(model, _under("adapter.", tensors))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         state, device = _under(f"random.{rank}.", tensors), next(model.parameters()).device
@@ -103,12 +111,41 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The progress and every tensor by its name in the file, verified."""
     with reading(path, _EXPECTED):
+        check_plain(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata["digest"] != tensor_digest(tensors, metadata["progress"]):
             raise ValueError("it does not match its digest")
-        return json.loads(metadata["progress"]), tensors
+        progress = json.loads(metadata["progress"])
+        if not isinstance(progress, dict):
+            raise ValueError(f"its progress is {str(progress)[:80]}")
+        return progress, tensors
+
+
+def _check_progress(progress: dict[str, Any], steps: int) -> None:
+    """Raise for what `train` cannot go on from."""
+    if type(progress["step"]) is not int or not 0 <= progress["step"] < steps:
+        raise ValueError(f"step is {str(progress['step'])[:80]}, expected one of {steps}")
+    if type(progress["seconds"]) not in (int, float):
+        raise ValueError(f"seconds is {str(progress['seconds'])[:80]}")
+    if not isinstance(progress["log"], list):
+        raise ValueError(f"log is {str(progress['log'])[:80]}")
+    for line in progress["log"]:
+        if any(type(line[name]) not in (int, float) for name in ("step", "loss", "learning_rate")):
+            raise ValueError(f"a line of its log is {str(line)[:80]}")
+
+
+def _check_moments(moments: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    """Raise unless there are AdamW's moments of each parameter, or none of any."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if moments and moments.keys() != set(range(len(parameters))):
+        raise ValueError(f"it has moments of {len(moments)} factors, expected {len(parameters)}")
+    for index, found in moments.items():
+        shape = parameters[index].shape
+        shapes = {name: tensor.shape for name, tensor in found.items() if tensor.is_floating_point()}
+        if shapes != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError(f"the moments of factor {index} do not fit it")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

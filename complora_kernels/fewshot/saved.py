@@ -169,7 +169,7 @@ def _measured(config: EvalConfig, options: TrainConfig, settings: Settings) -> I
 def _test_images(config: EvalConfig, dataset: Dataset) -> Tensor:
     """The images [N] that the draw of the run leaves, where it is known."""
     drawn = config.adapter.parent / DRAW
-    return read_draw(drawn, dataset).test if drawn.is_file() else test_images(dataset)
+    return read_draw(drawn, dataset).test if drawn.exists() else test_images(dataset)
 
 
 def _of_run(config: EvalConfig | ExportConfig) -> TrainConfig:
@@ -201,7 +201,7 @@ def _described(path: Path) -> dict[str, Any]:
     The folder may be somebody else's. What is taken from it names data, whose images and lists are read and nothing
     more, and a model, which `_of_run` does not take for granted.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
     known, types = read_json(path, "the options of a run"), get_type_hints(TrainConfig)
     with reading(path, "the options of a run, as `complora train` writes them"):
@@ -211,7 +211,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _as_option(name: str, value: Any, kind: Any) -> Any:
-    """A value out of JSON, which has lists for tuples and texts for paths."""
+    """An option of that type from its value in JSON, which has lists for tuples and strings for paths."""
     for choice in get_args(kind) if get_origin(kind) is UnionType else (kind,):
         if get_origin(choice) is Literal and value in get_args(choice):
             return value

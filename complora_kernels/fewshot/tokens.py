@@ -1,4 +1,4 @@
-"""Whether a model can tell classes apart: what its tokenizer makes of their prompts."""
+"""Checks that a model can tell classes apart by the tokens of their prompts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from complora_kernels.fewshot.datasets.dataset import enumerated
+from complora_kernels.fewshot.escapes import visible
 from complora_kernels.fewshot.templates import prompts
 
 logger = logging.getLogger("complora_kernels")
@@ -54,8 +55,8 @@ def warn_of_cut(
     if cut:
         length = tokenize([""]).shape[1]
         logger.warning(
-            f"{source}: the prompts of {enumerated(cut)} are longer than the {length} tokens that the model reads; "
-            "the rest is cut off"
+            f"{visible(source)}: the prompts of {enumerated(cut)} are longer than the {length} tokens that "
+            "the model reads; the rest is cut off"
         )
 
 

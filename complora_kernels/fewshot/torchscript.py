@@ -41,7 +41,7 @@ _NAMES = re.compile(r"^  __(?:parameters|buffers)__ = (\[.*\])$", re.MULTILINE)
 
 
 class _Object:
-    """What stands for an instance of one of the archive's classes."""
+    """A stand-in for an instance of one of the archive's classes."""
 
     type_name = ""
     attributes: dict[str, Any]
@@ -77,7 +77,8 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         storages: dict[str, Tensor] = {}
 
         def stored(name: str) -> bytes:
-            if entries[name].compress_type != zipfile.ZIP_STORED:  # of code alone; what is compressed may be any size
+            # torch compresses code alone; a compressed record may expand to any size
+            if entries[name].compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed, which torch does not do")
             return archive.read(name)
 
@@ -128,7 +129,7 @@ def _find(module: str, name: str) -> Any:
         return _DTYPES[name]
     if full_name == "torch._utils._rebuild_tensor_v2":
         return _rebuild_tensor
-    if full_name == "collections.OrderedDict":  # of backward hooks, always empty
+    if full_name == "collections.OrderedDict":  # it holds backward hooks, and is always empty
         return dict
     if module == "torch.jit._pickle" and name in _LISTS:
         return lambda items, *_: items

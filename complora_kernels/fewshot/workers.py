@@ -167,8 +167,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class Stopped(Exception):
-    """The parent process asked a run to stop."""
+class Stopped(BaseException):
+    """The parent process asked a run to stop: no error that a run could end with."""
 
 
 def run_in_worker(job: Job) -> Any:

@@ -271,7 +271,8 @@ class CompLoRALayer(Float32State):
 
     @property
     def _switched_off(self) -> bool:
-        return any(self in layers for layers in _SWITCHED_OFF.values())
+        values = _SWITCHED_OFF.values()
+        return bool(values) and any(self in layers for layers in values)
 
     def _replicate_for_data_parallel(self) -> Any:
         """For another thread of the same forward pass."""

@@ -21,7 +21,7 @@ class Record:
 
     def __setstate__(self, state: Any) -> None:
         kinds = {name: type(state.get(name)) for name in _FIELDS} if isinstance(state, dict) else type(state)
-        if kinds != _FIELDS:  # what the state holds is not shown: it may be endless
+        if kinds != _FIELDS:  # the state itself is not shown: it may be endless
             raise pickle.UnpicklingError(f"the state of a Datum has not the types {_FIELDS}")
         self.impath, self.label = state["_impath"], state["_label"]
 

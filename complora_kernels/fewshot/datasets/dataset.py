@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from complora_kernels.fewshot.escapes import visible
+
 logger = logging.getLogger("complora_kernels")
 
 MOST_NAMED = 5
@@ -115,7 +117,7 @@ def warn_of_untested(dataset: Dataset, source: Path) -> None:
 @cache  # a run loads its data set more than once, and says it once
 def warn_once(message: str) -> None:
     """Log a warning that has not been logged yet."""
-    logger.warning(message)
+    logger.warning("%s", visible(message))
 
 
 def enumerated(names: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ def read_folder(folder: Path) -> Dataset:
 
 
 def _innermost(folder: Path) -> Path:
-    """The folder of the data set, where others hold nothing but it."""
+    """The folder of the data set, below folders that hold nothing else."""
     asked = folder
     while len(names := subfolders(folder)) == 1 and not (folder / CLASS_NAMES).exists():
         inner = folder / names[0]

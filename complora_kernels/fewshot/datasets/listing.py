@@ -9,8 +9,9 @@ from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import MOST_NAMED, Entry, warn_once
 from complora_kernels.fewshot.decode import image_suffixes
+from complora_kernels.files import read_plain
 
-# What systems and programs leave in folders for themselves, beside what is hidden
+# Names, beside hidden ones, that systems and programs use for files of their own
 _NO_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
 
@@ -37,7 +38,7 @@ def image_files(folder: Path, others: list[Path] | None = None, *, below: bool =
                 continue
             seen.add(real)
         further = []
-        # Of ImageNet there are a million: iterdir makes paths in half the time that joining them takes
+        # ImageNet has a million files: iterdir makes paths in half the time that joining them takes
         for path in here.iterdir():
             if path.name.startswith("."):
                 continue
@@ -177,7 +178,7 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8; with the file and the line.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_plain(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {number}: {error}, expected text in UTF-8") from error

@@ -14,7 +14,7 @@ from complora_kernels.fewshot.datasets.dataset import Dataset, Entry, assemble, 
 from complora_kernels.fewshot.datasets.layouts import Home
 from complora_kernels.fewshot.datasets.listing import first_missing, read_lines, read_text
 from complora_kernels.fewshot.datasets.ratio import ratio_split
-from complora_kernels.files import reading
+from complora_kernels.files import read_plain, reading
 
 SPLITS = ("train", "val", "test")
 _TABLE = "a table with the columns path,label[,split]"
@@ -35,7 +35,7 @@ def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
         FileNotFoundError: an entry whose image is not there.
     """
     with reading(path, "JSON"):
-        content: Any = json.loads(path.read_bytes())
+        content: Any = json.loads(read_plain(path))
     if not isinstance(content, dict) or any(not isinstance(content.get(split), list) for split in SPLITS):
         raise ValueError(f"{path}: expected an object with the three lists {', '.join(SPLITS)}")
     splits: dict[str, list[Entry]] = {}
