@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from complora_kernels import eager, extension, ops
 from complora_kernels.differentiable import DifferentiableBackward
+from complora_kernels.reference import without_autocast
 from complora_kernels.tracing import is_differentiated
 
 # Each operation under one name, with the same arguments.
@@ -26,13 +26,13 @@ class ProjectComplementFunction(torch.autograd.Function):
     def forward(ctx: Any, factor: Tensor, basis: Tensor, basis_kind: str, backend: str) -> Tensor:
         ctx.save_for_backward(basis)
         ctx.basis_kind, ctx.backend = basis_kind, backend
-        with _without_autocast(factor):
+        with without_autocast(factor):
             return BACKENDS[backend].project_complement(factor, basis, basis_kind)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (basis,) = ctx.saved_tensors
-        with _without_autocast(grad):
+        with without_autocast(grad):
             backend = backend_of_backward(BACKENDS, ctx.backend)
             return backend.project_complement(grad, basis, ctx.basis_kind), None, None, None
 
@@ -45,7 +45,7 @@ def project_complement_(factor: Tensor, basis: Tensor, basis_kind: str, backend:
     followed = factor.requires_grad and torch.is_grad_enabled()
     if backend != "extension" or followed or (not torch.compiler.is_compiling() and factor.is_neg()):
         return factor.copy_(ProjectComplementFunction.apply(factor, basis, basis_kind, backend))
-    with _without_autocast(factor):
+    with without_autocast(factor):
         return extension.project_complement_(factor, basis, basis_kind)
 
 
@@ -73,7 +73,7 @@ class FoldFactorsFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a layer that was not used gets no gradient, rather than zeros
         output_side = [i >= len(input_bases) for i in range(len(factors))]
         dtypes = [dtype or factor.dtype for factor in factors]
-        with _without_autocast(factors[0]):
+        with without_autocast(factors[0]):
             folded = BACKENDS[backend].fold_factors(factors, ctx.bases, ctx.kinds, output_side, scaling, dtypes)
         frozen = (not needed for needed in ctx.needs_input_grad[7:])
         ctx.mark_non_differentiable(*itertools.compress(folded, frozen))  # or layers would compute gradients for them
@@ -88,7 +88,7 @@ class FoldFactorsFunction(torch.autograd.Function):
             wanted: list[Any] = [grads[i] for i in needed]
             bases, kinds, dtypes = ([part[i] for i in needed] for part in (ctx.bases, ctx.kinds, ctx.dtypes))
             output_side = [i >= len(grads) // 2 for i in needed]
-            with _without_autocast(wanted[0]):
+            with without_autocast(wanted[0]):
                 projected = backend_of_backward(BACKENDS, ctx.backend).fold_factors_bwd(
                     wanted, bases, kinds, output_side, ctx.scaling, dtypes
                 )
@@ -117,7 +117,7 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         *seeds_and_factors: Tensor,
     ) -> Tensor:
         seeds, As, Bs = _unpack(seeds_and_factors, len(rows))
-        with _without_autocast(x):
+        with without_autocast(x):
             y, h = BACKENDS[backend].packed_lora_linear_fwd(
                 x, weight, bias, As, Bs, rows, dropout_p, seeds, save_h=save_h, precision=precision
             )
@@ -132,7 +132,7 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad
         first_A = 8 + len(seeds)
         needs = (needed[0], any(needed[first_A : first_A + len(As)]), any(needed[first_A + len(As) :]))
-        with _without_autocast(dY):
+        with without_autocast(dY):
             dX, dAs, dBs = backend_of_backward(BACKENDS, ctx.backend).packed_lora_linear_bwd(
                 dY, x, h, weight, As, Bs, ctx.rows, ctx.dropout_p, seeds, needs, precision=ctx.precision
             )
@@ -167,7 +167,7 @@ class CompLoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         kinds = (output_basis_kind, input_basis_kind)
         rows = [(0, weight.shape[0])]
-        with _without_autocast(x):
+        with without_autocast(x):
             A, B = extension.fold_factors(  # Ã [r, in], s · B̃ [out, r]
                 [lora_A, lora_B], [input_basis, output_basis], kinds[::-1], [False, True], scaling, [x.dtype] * 2
             )
@@ -184,7 +184,7 @@ class CompLoRALinearFunction(torch.autograd.Function):
         x, h, weight, A, B, output_basis, input_basis, lora_A, lora_B, *seeds = ctx.saved_tensors
         needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         output_kind, input_kind = ctx.kinds
-        with _without_autocast(dY):
+        with without_autocast(dY):
             dX, dA, dB = backend_of_backward(BACKENDS, "extension").complora_linear_bwd(
                 dY,
                 x,
@@ -214,14 +214,3 @@ def backend_of_backward(backends: Mapping[str, Any], name: str) -> Any:
 def _unpack(tensors: Sequence[Tensor], adapters: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     seeds = len(tensors) - 2 * adapters
     return tensors[:seeds], tensors[seeds : seeds + adapters], tensors[seeds + adapters :]
-
-
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Dtypes are chosen before the Function is called; autocast must not lower the projections inside it."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of devices; torch has none for "meta"."""
-    return device != "meta" and torch.is_autocast_enabled(device)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from complora_kernels import eager, eager_block, extension, ops_block
-from complora_kernels.autograd import _without_autocast, backend_of_backward
+from complora_kernels.autograd import backend_of_backward
 from complora_kernels.eager_block import Activated, Norm, Normed, Source
+from complora_kernels.reference import without_autocast
 from complora_kernels.tracing import is_differentiated
 
 
@@ -71,7 +72,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         run, adapter = BACKENDS[backend], _adapter(linear, factors)
-        with _without_autocast(x):
+        with without_autocast(x):
             stream, normed, n, h = run.norm_fwd(x, delta, norm, dtype, *adapter)
             y, h = _linear_fwd(run, linear, factors, n, h, precision)
         ctx.save_for_backward(*_pack(normed), h, linear.weight, *linear.seeds, *factors)
@@ -93,7 +94,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         if dY is not None:
             run = backend_of_backward(BACKENDS, ctx.backend)
             dY, d_stream = dY.resolve_neg(), None if d_stream is None else d_stream.resolve_neg()  # kernels read memory
-            with _without_autocast(dY):
+            with without_autocast(dY):
                 dn, d_factors = _linear_bwd(
                     run, linear, factors, dY, normed, h, needs_stream, ctx.needs_input_grad[7:], ctx.precision
                 )
@@ -126,7 +127,7 @@ class NormLoRAMLPFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         run = BACKENDS[backend]
         factors1, factors2 = factors[: 2 * len(fc1.rows)], factors[2 * len(fc1.rows) :]
-        with _without_autocast(x):
+        with without_autocast(x):
             stream, normed, n, h1 = run.norm_fwd(x, delta, norm, dtype, *_adapter(fc1, factors1))
             z, h1 = _linear_fwd(run, fc1, factors1, n, h1, precision, keep_h=recompute)
             a, h2 = run.activation_fwd(z, activation, *_adapter(fc2, factors2))
@@ -160,7 +161,7 @@ class NormLoRAMLPFunction(torch.autograd.Function):
             return dx, dx if ctx.needs_input_grad[1] else None, *[None] * 8, *d_factors
         run, dx, d_factors1 = backend_of_backward(BACKENDS, ctx.backend), None, (None,) * len(factors1)
         dY = dY.resolve_neg()  # kernels read memory
-        with _without_autocast(dY):
+        with without_autocast(dY):
             if ctx.recompute or is_differentiated():  # the saved z does not know its inputs
                 z, _ = _linear_fwd(run, fc1, factors1, normed.compute(), h1 if fc1.rows else None, ctx.precision)
             below = needs_stream or any(needs1)

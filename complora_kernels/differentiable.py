@@ -30,7 +30,7 @@ def packed_lora_linear(
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(x.dtype).to(wide)
     As, Bs = ([factor.to(wide) for factor in factors] for factors in (As, Bs))
-    with torch.autocast(x.device.type, enabled=False):
+    with reference.without_autocast(x):
         y = reference.packed_lora_linear(
             x.to(wide), weight.to(x.dtype).to(wide), bias, As, Bs, rows, dropout_masks=masks
         )

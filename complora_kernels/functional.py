@@ -379,7 +379,7 @@ def reference_masks(x: Tensor, adapters: int, dropout_p: float) -> list[Tensor]:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the product: autocast's where it is on (it leaves float64 alone), else that of `x`."""
     check_followed(x)
-    if autograd.autocasts(x.device.type) and x.dtype != torch.float64:
+    if reference.autocasts(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -427,7 +427,7 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen {name}: it gets no gradient here")
         _check_device(tensor, name, x.device)
-        if tensor.dtype != x.dtype and not autograd.autocasts(x.device.type):
+        if tensor.dtype != x.dtype and not reference.autocasts(x.device.type):
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}, outside autocast")
 
 

@@ -5,11 +5,23 @@ Gradients come from autograd. Products run in the dtype of `x`; projections in f
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of devices; torch has none for "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A block in which autocast does not lower what is computed in a chosen dtype, on the device of `tensor`."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def project_complement(
@@ -21,7 +33,7 @@ def project_complement(
     """`factor (I - U U^T)` for a principal basis U, `factor U U^T` for a complement basis."""
     wide = _wide(factor)
     basis = basis.to(wide.dtype)
-    with torch.autocast(factor.device.type, enabled=False):
+    with without_autocast(factor):
         inside = (wide @ basis) @ basis.mT  # [..., d]
     return (wide - inside if basis_kind == "principal" else inside).to(factor.dtype)
 

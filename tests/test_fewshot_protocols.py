@@ -300,7 +300,7 @@ def test_a_missing_data_set_tells_its_layout(tmp_path, capsys):
 
 
 def test_a_full_disk_stops_the_grid_and_keeps_what_is_finished(root, tmp_path, monkeypatch, capsys):
-    from complora_kernels.fewshot import files, recipe
+    from complora_kernels import files
 
     output = tmp_path / "out"
     written = files.write_atomically
@@ -313,7 +313,7 @@ def test_a_full_disk_stops_the_grid_and_keeps_what_is_finished(root, tmp_path, m
             raise OSError(28, "No space left on device", str(path))
         written(path, content)
 
-    monkeypatch.setattr(recipe, "write_atomically", full)
+    monkeypatch.setattr("complora_kernels.fewshot.files.write_atomically", full)
     monkeypatch.setattr("complora_kernels.fewshot.logs.write_atomically", full)
     monkeypatch.setattr("complora_kernels.fewshot.datasets.draw_files.write_atomically", full)
     arguments = ["train", *FEW, "--data", "dtd", "--data-root", str(root), "--output", str(output), "--seeds", "1", "2"]

@@ -179,7 +179,8 @@ def test_compiled_code_knows_the_thread_that_runs_it():
 
 def test_threads_adapt_load_and_run_their_models(tmp_path, switching, monkeypatch):
     monkeypatch.setattr(subspace, "CACHE_BYTES", 20_000)  # a few weights: they push each other out
-    saved = adapted(small_clip(layers=1))
+    plain = small_clip(layers=1)  # copied by each thread: the seed of new weights is one for all threads
+    saved = adapted(copy.deepcopy(plain))
     ck.save_adapter(saved, tmp_path)
     expected = features(saved)
 
@@ -189,7 +190,7 @@ def test_threads_adapt_load_and_run_their_models(tmp_path, switching, monkeypatc
             ck.apply_complora(model, config(subspace_k=3 + seed, target_modules=r"\d"), progress=False)
             if seed == i:
                 subspace.clear_cache()
-        loaded = ck.load_adapter(small_clip(layers=1), tmp_path, progress=False)
+        loaded = ck.load_adapter(copy.deepcopy(plain), tmp_path, progress=False)
         torch.testing.assert_close(features(loaded), expected)
 
     in_threads(work)

@@ -274,8 +274,10 @@ def test_jit_script_and_symbolic_trace_say_what_to_do(monkeypatch):
         torch.jit.script(ck.apply_complora(clip(), config(), progress=False))
 
 
-def test_fake_and_meta_tensors():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_fake_and_meta_tensors(monkeypatch, backend):
     """Shapes alone, and no value of a basis, a mask or a text is asked for."""
+    monkeypatch.setenv("COMPLORA_BACKEND", backend)
     model: Any = ck.apply_complora(clip(), config(target_modules=ALL, lora_dropout=0.5), progress=False).train()
     with FakeTensorMode() as mode:
         state: dict[str, Any] = {

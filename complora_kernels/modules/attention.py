@@ -96,8 +96,9 @@ class CompLoRAAttentionLayer(CompLoRALayer):
     ) -> Tensor:
         if not names or not self.active:
             return F.linear(x, weight, bias)
+        dtype = functional.compute_dtype(x)
         self._require_frozen(weight, bias)
-        folded_As, scaled_Bs = folded_factors(self, names, functional.compute_dtype(x))
+        folded_As, scaled_Bs = folded_factors(self, names, dtype)
         return functional.packed_lora_linear(
             x, weight, bias, folded_As, scaled_Bs, rows, dropout_p=self.config.lora_dropout, training=self.training
         )

@@ -56,8 +56,9 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if not self.active:
             return F.linear(input, weight, bias)
+        dtype = functional.compute_dtype(input)
         self._require_frozen(weight, bias)
-        (folded_A,), (scaled_B,) = folded_factors(self, ("",), functional.compute_dtype(input))
+        (folded_A,), (scaled_B,) = folded_factors(self, ("",), dtype)
         dropout_p = self.config.lora_dropout
         return functional.lora_linear(
             input, weight, bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training
