@@ -15,6 +15,7 @@ from torch import Tensor
 
 from complora_kernels import plans
 from complora_kernels.dropout import drop, dropout_mask
+from complora_kernels.tracing import is_checkpointed_selectively
 
 Rows = Sequence[tuple[int, int]]
 
@@ -96,6 +97,7 @@ def packed_lora_linear_fwd(
         y = torch.nn.functional.linear(torch.cat([flat, h], 1), wide, bias)  # [x | h] [W | B̃]^T + b
     else:
         y = torch.nn.functional.linear(flat, weight.to(x.dtype), bias)  # [M, N]
+        y = y.clone() if is_checkpointed_selectively() else y  # which may keep the product
         for h_i, B, (start, stop) in zip(_split(h, As), Bs, rows, strict=True):
             y[:, start:stop].addmm_(h_i, B.mT)
     return unflatten(y, [*x.shape[:-1], weight.shape[0]]), h if save_h else h.new_empty(0, h.shape[1])

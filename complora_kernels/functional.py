@@ -24,7 +24,7 @@ from complora_kernels.autograd import (
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
 from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
-from complora_kernels.tracing import check_followed, is_checkpointed_selectively, is_followed
+from complora_kernels.tracing import check_followed, is_followed
 
 SERVED_DTYPES = {
     "triton": ops.DTYPES,
@@ -366,12 +366,9 @@ def _unfollowed(backend: str) -> str | None:
 
 
 def reference_masks(x: Tensor, adapters: int, dropout_p: float) -> list[Tensor]:
-    """Each adapter's dropout mask `m = mask / (1 - p)`, as x. vmap's `randomness` says whether its masks differ.
-
-    With selective checkpointing they are those of a pass without it.
-    """
+    """Each adapter's dropout mask `m = mask / (1 - p)`, as x. vmap's `randomness` says whether its masks differ."""
     ones = torch.ones_like(x)
-    if is_followed() and not is_checkpointed_selectively():
+    if is_followed():
         return [torch.nn.functional.dropout(ones, dropout_p) for _ in range(adapters)]
     return [drop(ones, dropout_mask(x, x.shape, dropout_seed(x), dropout_p), dropout_p) for _ in range(adapters)]
 

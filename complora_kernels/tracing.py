@@ -22,21 +22,19 @@ _VMAP_MODE = _dispatch_key_parse("VmapMode")
 def is_followed() -> bool:
     """Whether something that cannot enter a custom Function follows the computation, operation by operation.
 
-    Such are torch.func, a batched backward pass, forward-mode differentiation, torch.jit.trace, and selective
-    checkpointing, which keeps results that must not be written to.
+    Such are torch.func, a batched backward pass, forward-mode differentiation and torch.jit.trace.
     """
     return (  # in one expression: every adapted layer asks, several times
         maybe_current_level() is not None
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
         or _dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # `is_grads_batched=True`
-        or (_len_torch_dispatch_stack() > 0 and is_checkpointed_selectively())
     )
 
 
 def is_checkpointed_selectively() -> bool:
-    """Whether selective checkpointing counts the operations of a forward pass, or runs them again."""
-    return type(_get_current_dispatch_mode()).__module__ == CHECKPOINT
+    """Whether selective checkpointing runs a forward pass: it keeps results, which must not be written to."""
+    return _len_torch_dispatch_stack() > 0 and type(_get_current_dispatch_mode()).__module__ == CHECKPOINT
 
 
 def is_differentiated() -> bool:

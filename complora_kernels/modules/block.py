@@ -31,7 +31,7 @@ from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.pooled import Pooled, pooled, take
 from complora_kernels.modules.tower import folded_factors
-from complora_kernels.tracing import is_followed
+from complora_kernels.tracing import is_checkpointed_selectively, is_followed
 
 RECOMPUTE = ("none", "mlp")
 
@@ -234,7 +234,7 @@ def _adapted(
 
 def _is_plain(x: Tensor) -> bool:
     """A batch with values: subclasses, tracers and transforms see operations one by one, or have no memory."""
-    followed = torch.compiler.is_compiling() or is_followed()
+    followed = torch.compiler.is_compiling() or is_followed() or is_checkpointed_selectively()
     return type(x) in (Tensor, nn.Parameter) and x.dim() == 3 and not followed
 
 
