@@ -85,6 +85,12 @@ def read_plain(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def refuse_link(folder: Path) -> None:
+    """Raise an OSError for a link in place of a folder: what it leads to may belong to others."""
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "a symbolic link, expected a folder that belongs to this one", str(folder))
+
+
 def create(path: Path) -> IO[bytes]:
     """A new file, open for writing. What is already there, a link too, is a FileExistsError."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb")

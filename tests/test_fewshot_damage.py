@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import fewshot_standin as standin
 import pytest
 import torch
 from failures import contents
+from rich.console import Console
 from torch import nn
 
 import complora_kernels as ck
@@ -23,8 +25,10 @@ from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.datasets import draw, read_draw, write_draw
 from complora_kernels.fewshot.decode import open_image
 from complora_kernels.fewshot.files import append_json_line, read_json, write_json
+from complora_kernels.fewshot.grid import open_folder
 from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, train
+from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, random_state, save_checkpoint
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.files import open_to_append, reading, unsealed, write_atomically
@@ -415,3 +419,30 @@ def test_an_error_of_any_kind_is_that_of_its_run_alone(tmp_path, monkeypatch):
     error = jobs.result_of(jobs.Job(config, config.runs()[0]), Settings(), lambda done, loss: None)
     assert isinstance(error, RuntimeError)
     assert str(error) == "KeyError: 'step'"
+
+
+def test_a_link_in_place_of_a_folder_is_not_followed(tmp_path):
+    """Into the folder of another run, say, whose files would be exchanged."""
+    elsewhere, output = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    output.mkdir()
+    results(output)
+    config = standin.config(tmp_path, methods=("both",))
+    run = Run("both", 2, 1e-2, 0)
+    for name in ("figures", "runs"):
+        (output / name).symlink_to(elsewhere)
+        with pytest.raises(OSError, match=rf"symbolic link.*{name}"):
+            open_folder(output, {})
+        if name == "figures":
+            with pytest.raises(OSError, match=r"symbolic link.*figures"):
+                report(output, Console(file=io.StringIO()))
+        (output / name).unlink()
+    (output / "run").symlink_to(elsewhere)
+    with pytest.raises(OSError, match=r"symbolic link.*run"):
+        train(config, run, standin.setting(), output / "run")
+    (output / "run").unlink()
+    (output / "run").mkdir()
+    (output / "run" / "adapter").symlink_to(elsewhere)
+    with pytest.raises(OSError, match=r"symbolic link.*adapter"):
+        train(config, run, standin.setting(), output / "run")
+    assert not list(elsewhere.iterdir())

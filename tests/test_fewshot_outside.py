@@ -11,6 +11,7 @@ import struct
 import sys
 import warnings
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from complora_kernels.fewshot.datasets.coop_pickles import read_coop_pickle
 from complora_kernels.fewshot.escapes import for_csv, for_figure, for_latex, for_markdown, visible
 from complora_kernels.fewshot.files import append_json_line, write_json
 from complora_kernels.fewshot.report import report
-from complora_kernels.fewshot.torchscript import read_torchscript
+from complora_kernels.fewshot.torchscript import is_torchscript, read_torchscript
 from complora_kernels.files import reading
 
 # Archives of TorchScript are deprecated, and tracing warns of what depends on shapes.
@@ -363,3 +364,30 @@ def test_a_report_deletes_its_own_figures_alone(tmp_path):
     report(tmp_path, Console(file=io.StringIO()))
     assert not (figures / "accuracy_against_rate.png").exists()
     assert all((figures / name).exists() for name in (*own, "mine/differences.png"))
+
+
+def test_an_archive_many_times_its_size_is_refused_before_it_is_read(tmp_path):
+    """Which `torch.load` would read too."""
+    path, changed = tmp_path / "weights.pt", tmp_path / "changed.pt"
+    torch.save({"weight": torch.zeros(3)}, path)
+    for size, is_refused in ((2**27, True), (2**20, False)):
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+            for entry in old.infolist():
+                new.writestr(entry.filename, bytes(size) if "/data/" in entry.filename else old.read(entry))
+        assert changed.stat().st_size < 2**20
+        with pytest.raises(ValueError, match="compressed") if is_refused else nullcontext():
+            assert not is_torchscript(changed)
+
+
+def test_lists_of_names_in_code_are_no_expressions(tmp_path):
+    """Python's own parser runs out of memory over some."""
+    path, changed = tmp_path / "linear.pt", tmp_path / "changed.pt"
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+    assert read_torchscript(path).keys() == {"weight", "bias"}
+    for lie in (b"-" * 10_000 + b"1, ", b"[" * 1000, b"__import__('os'), ", b"{}, "):
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
+            for entry in old.infolist():
+                code = old.read(entry).replace(b"__parameters__ = [", b"__parameters__ = [" + lie)
+                new.writestr(entry.filename, code if entry.filename.endswith(".py") else old.read(entry))
+        with pytest.raises(ValueError, match="list of names"):
+            read_torchscript(changed)

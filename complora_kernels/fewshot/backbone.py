@@ -100,9 +100,10 @@ def _load(model: str, pretrained: str | None, activation: str, device: torch.dev
     quick_gelu = _wants_quick_gelu(model, activation)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("error", message="QuickGELU mismatch")
-        if pretrained is not None and is_torchscript(Path(pretrained)):
+        if pretrained is not None:
             with reading(pretrained, "an archive of weights"):
-                pretrained = _unpack_torchscript(Path(pretrained), Path(folder))
+                if is_torchscript(Path(pretrained)):
+                    pretrained = _unpack_torchscript(Path(pretrained), Path(folder))
         clip = open_clip.create_model(
             model,
             pretrained,
@@ -234,6 +235,7 @@ def _words_of(error: Exception, path: Path) -> str:
                     f"beside tensors it holds Python objects ({', '.join(sorted(found))}), and a pickle of these can "
                     "run code; expected a file of weights alone, such as safetensors"
                 )
+        return "it is damaged, or holds more than weights"  # torch's own words advise to run what it holds
     return textwrap.shorten(words_of(error), 400)  # torch may name every key of a state dict
 
 

@@ -21,7 +21,7 @@ from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT
 from complora_kernels.fewshot.team import ALONE, Team
 from complora_kernels.fewshot.workers import work_off
-from complora_kernels.files import words_of
+from complora_kernels.files import refuse_link, words_of
 
 DESCRIPTION = "config.json"
 FIGURES = "figures"
@@ -61,7 +61,10 @@ def description(folder: Path) -> dict[str, Any]:
 def open_folder(folder: Path, described: dict[str, Any]) -> None:
     """Make the folder of a grid, and note what it is of. A damaged line of failures.jsonl is a ValueError."""
     failures_of(folder)  # the report at the end will read them
-    for part in (folder, folder / RUNS, folder / FIGURES):
+    parts = folder / RUNS, folder / FIGURES
+    for part in parts:
+        refuse_link(part)
+    for part in (folder, *parts):
         check_writable(part)
     write_json(folder / DESCRIPTION, described)
 

@@ -34,11 +34,13 @@ from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, 
 from complora_kernels.fewshot.sampler import batch_indices
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import ALONE, Team
+from complora_kernels.files import refuse_link
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules.prompts import cut_prompts
 
 CHECKPOINT = "checkpoint.safetensors"
 DRAW = "draw.json"
+ADAPTER = "adapter"
 MEASURED = ("seconds", "images_per_second", "peak_memory_mib")  # of a result: what differs between equal runs
 
 _PACKAGES = ("complora-kernels", "open_clip_torch", "numpy", "scikit-learn")
@@ -88,6 +90,8 @@ def train(
         measurement = Measurement(config, setting, drawn, dtype, team)
     seen = fingerprint(setting.new.dataset, drawn)
     if team.leads:
+        for part in (folder, folder / ADAPTER):
+            refuse_link(part)
         folder.mkdir(parents=True, exist_ok=True)
         write_draw(folder / DRAW, setting.new.dataset, drawn)
         root = None if config.data_root is None else str(config.data_root)
@@ -265,7 +269,7 @@ def _train(
         }
         log.finish(result)
     if config.save_adapters and team.leads:
-        ck.save_adapter(model, folder / "adapter")
+        ck.save_adapter(model, folder / ADAPTER)
     return result
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 import pickle
 import re
@@ -37,7 +36,8 @@ _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorli
 _MOST_CODE = 2**26  # bytes: CLIP has less than a hundredth
 _MOST_MODULES = 10**5
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:^  .*\n?)*)", re.MULTILINE)
-_NAMES = re.compile(r"^  __(?:parameters|buffers)__ = (\[.*\])$", re.MULTILINE)
+_NAMES = re.compile(r"^  __(?:parameters|buffers)__ = (.*)$", re.MULTILINE)
+_LIST = re.compile(r"\[(?:\"[^\"\\]*\", )*\]")  # as TorchScript writes lists of names
 
 
 class _Object:
@@ -55,11 +55,19 @@ class _Object:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive with code of TorchScript."""
+    """Whether a file is an archive of TorchScript, as this program or torch tells it.
+
+    Raises:
+        Exception: of almost any kind, where the archive is damaged, or many times larger once it is read; catch it
+            with `files.reading`.
+    """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any("/code/" in entry for entry in archive.namelist())
+        entries = archive.infolist()
+    if sum(entry.file_size for entry in entries) > _most_bytes(path):  # torch would make room for them
+        raise ValueError("its records are compressed to a small part of their size, which torch does not do")
+    return any("/code/" in entry.filename or entry.filename.endswith("/constants.pkl") for entry in entries)
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -99,14 +107,20 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         for name in code:
             place = name.removeprefix(f"{root}/code/").removesuffix(".py").replace("/", ".")
             for found in _CLASS.finditer(archive.read(name).decode()):
-                lists = [ast.literal_eval(names) for names in _NAMES.findall(found[2])]
-                kept[f"{place}.{found[1]}"] = {name for names in lists for name in names}
+                lists = _NAMES.findall(found[2])
+                if not all(map(_LIST.fullmatch, lists)):
+                    raise ValueError(f"{name} has a list of names that TorchScript does not write")
+                kept[f"{place}.{found[1]}"] = {kept_name for names in lists for kept_name in names.split('"')[1::2]}
     if not isinstance(module, _Object):
         raise ValueError("it holds no module")
     tensors = dict(_tensors(module, "", kept, itertools.count(1)))
-    if sum(tensor.nbytes for tensor in tensors.values()) > 4 * path.stat().st_size + _MOST_CODE:
+    if sum(tensor.nbytes for tensor in tensors.values()) > _most_bytes(path):
         raise ValueError("its tensors are expanded to many times its size")
     return tensors
+
+
+def _most_bytes(path: Path) -> int:
+    return 4 * path.stat().st_size + _MOST_CODE
 
 
 def _tensors(

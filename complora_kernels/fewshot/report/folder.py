@@ -29,7 +29,7 @@ from complora_kernels.fewshot.report.wording import (
     shots_name,
     title,
 )
-from complora_kernels.files import write_atomically
+from complora_kernels.files import refuse_link, write_atomically
 
 _MOST_SENTENCES = 12  # that somebody reads on a terminal
 
@@ -48,6 +48,7 @@ def report(folder: Path, console: Console) -> None:
         raise FileNotFoundError(
             f"{folder}: expected a folder in which `complora train` or `complora sweep` has finished a run{because}"
         )
+    refuse_link(folder / "figures")
     protocols = summaries(results, variants(folder))
     for summary in protocols:
         console.print(terminal_table(summary))
