@@ -108,7 +108,7 @@ def merge_adapter(model: nn.Module) -> None:
 
     Raises:
         ValueError: `model` has no adapter, an update holds NaN or infinite values, or an adapted weight shares memory
-            with a parameter of another module, from which it would part; no weight is then changed.
+            with a parameter or a buffer of another module, from which it would part; no weight is then changed.
         RuntimeError: merged already.
     """
     layers = adapted_layers(model)
@@ -198,13 +198,13 @@ def _project(delta: Tensor, basis: Tensor, kind: str, side: str) -> Tensor:
 
 def _require_untied(model: nn.Module, layers: dict[str, CompLoRALayer]) -> None:
     used = [
-        (module, name, parameter)
+        (module, name, tensor)
         for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     ]
     shared = {
         used[one][:2]
-        for pair in sharing_memory([parameter for *_, parameter in used])
+        for pair in sharing_memory([tensor for *_, tensor in used])
         for one, other in (pair, pair[::-1])
         if used[one][0] is not used[other][0]
     }
@@ -216,8 +216,8 @@ def _require_untied(model: nn.Module, layers: dict[str, CompLoRALayer]) -> None:
             tied.append(f"{path}.{parameter}")
     if tied:
         raise ValueError(
-            f"{', '.join(tied)}: tied to a parameter of another module, whose memory it shares; expected weights of "
-            "their own"
+            f"{', '.join(tied)}: tied to a parameter of another module or to a buffer, whose memory it shares; "
+            "expected weights of their own"
         )
 
 

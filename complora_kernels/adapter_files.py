@@ -31,7 +31,7 @@ from complora_kernels import base_weights
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.files import write_atomically, write_new
 from complora_kernels.schema import check_type
-from complora_kernels.subspace import check_orthonormal, fingerprint
+from complora_kernels.subspace import check_orthonormal, fingerprint, known_k
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,6 +39,7 @@ BASES_FILES = "adapter_bases-*.safetensors"
 FORMAT_VERSION = 1
 CONFIG_BYTES = 16 * 2**20  # the most of a configuration: an adapted weight takes about 500
 FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+ROUNDING = 1e-9  # of a share of energies, which were summed in float64
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -262,7 +263,9 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         config.update(_parse_config(metadata["adapter_config"].encode(), path))
         _check_version(config["complora"])
-        return _check_saved(config["complora"])
+        shapes = _check_saved(config["complora"])
+        _check_peft_fields(config)
+        return shapes
 
     metadata, tensors = _read_tensors(path, declared)
     # The text too: a digit changed beyond what a float can hold would otherwise pass.
@@ -292,11 +295,23 @@ def _refuse_constant(name: str) -> None:
 def _check_version(saved: dict[str, Any]) -> None:
     version: Any = saved.get("format_version")
     check_type(version, int, "complora.format_version")
+    if version < 1:
+        raise ValueError(f"format_version={version}, expected at least 1")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"format_version={version}, expected at most {FORMAT_VERSION}: it was written by the newer "
             f"complora_kernels {saved.get('package_version')}"
         )
+
+
+def _check_peft_fields(config: dict[str, Any]) -> None:
+    """Raises ValueError where what PEFT reads contradicts what this package reads."""
+    saved = config["complora"]
+    expected = peft_fields(CompLoRAConfig.from_dict(saved["config"]), saved["base_weights"])
+    del expected["rank_pattern"]  # of attention
+    for name, value in expected.items():
+        if name in config and config[name] != value:
+            raise ValueError(f"{name}={config[name]!r:.100} contradicts complora, expected {value!r:.100}")
 
 
 def _check_saved(saved: dict[str, Any]) -> Shapes:
@@ -323,6 +338,7 @@ def _check_saved(saved: dict[str, Any]) -> Shapes:
 
 
 def _shapes_of_bases(saved: dict[str, Any]) -> Shapes:
+    size = CompLoRAConfig.from_dict(saved["config"]).subspace_size
     shapes: Shapes = {}
     for key, basis in saved["bases"].items():
         path, _, side = key.removesuffix("_basis").rpartition(".")
@@ -331,6 +347,12 @@ def _shapes_of_bases(saved: dict[str, Any]) -> Shapes:
         d, k = saved["base_weights"][path]["shape"][side == "input"], basis["k"]
         if not 0 <= k <= d:
             raise ValueError(f"complora.bases.{key}.k={k}, expected at least 0 and at most {d}")
+        declared = known_k(saved["base_weights"][path]["shape"], size["k"], size["ratio"])
+        if declared is not None and k != declared:
+            raise ValueError(f"complora.bases.{key}.k={k}, expected {declared} as in complora.config")
+        energy, least = basis["energy"], (size["energy"] or 0) if k else 0
+        if not least - ROUNDING <= energy <= 1 + ROUNDING:
+            raise ValueError(f"complora.bases.{key}.energy={energy}, expected a share in [{least}, 1]")
         shapes[key] = (d, k if basis["kind"] == "principal" else d - k)
     return shapes
 

@@ -138,7 +138,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         part = adapted_model(model) if is_adapted(model) else _plain_model(model, paths)
         weights = weights_to_fill(part, config, paths)
         factors = _to_factors(tensors, weights)
-        check_factors(factors, weights, config.r)
+        check_factors(factors, weights, config)
         _check_base_weights(saved["complora"]["base_weights"], weights)
         _check_activations(saved["complora"]["activations"], open_clip.activations(part))
         bases = _saved_bases(directory, saved, weights) if config.protects_activations else None
@@ -187,7 +187,7 @@ def folded_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
                 f"with r={layer.config.r}: gather sharded parameters first (FSDP.summon_full_params)"
             )
         folded[path] = (_project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT)
-    _check_finite(folded)
+        _check_update(path, *folded[path], layer.config.scaling)
     return folded
 
 
@@ -259,18 +259,19 @@ def check_names(label: str, given: Iterable[str], expected: Iterable[str]) -> No
         )
 
 
-def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], r: int) -> None:
-    """Raises ValueError unless the pair of each weight is finite and has the right shapes."""
+def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], config: CompLoRAConfig) -> None:
+    """Raises ValueError unless the pair of each weight has the right shapes and is a finite update."""
     for path, (layer, name) in weights.items():
         out_features, in_features = layer.original_weight(name).shape
         shapes = tuple(tuple(factor.shape) for factor in factors[path])
-        expected = ((r, in_features), (out_features, r))
+        expected = ((config.r, in_features), (out_features, config.r))
         if shapes != expected:
             raise ValueError(
                 f"{path} has factors A and B of shapes {shapes[0]} and {shapes[1]}, expected {expected[0]} and "
                 f"{expected[1]}: the adapter is for another rank or model"
             )
-    _check_finite(factors)
+        A, B = (factor.to(layer.factors(name)[0].dtype) for factor in factors[path])
+        _check_update(path, A, B, config.scaling)
 
 
 def fill_adapter(
@@ -452,10 +453,12 @@ def _by_path(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer]) -> dict[
     return {path: adapted[module] for path, module in named_modules(model) if module in adapted}
 
 
-def _check_finite(factors: FactorPairs) -> None:
-    for path, pair in factors.items():
-        if not all(torch.isfinite(factor).all() for factor in pair):
-            raise ValueError(f"the update of {path} holds NaN or infinite values, expected finite ones")
+def _check_update(path: str, A: Tensor, B: Tensor, scaling: float) -> None:
+    """Raises ValueError where `scaling · B A` overflows, of finite factors too."""
+    with torch.autocast(A.device.type, enabled=False):
+        delta = (scaling * B) @ A  # [out, in]
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"the update of {path} holds NaN or infinite values, expected finite ones")
 
 
 def _check_base_weights(saved: dict[str, base_weights.Description], weights: dict[str, AdaptedWeight]) -> None:

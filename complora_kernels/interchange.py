@@ -185,7 +185,7 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
         factors = {
             target: (weights[f"{source}.w_lora_A"], weights[f"{source}.w_lora_B"]) for target, source in sources.items()
         }
-        check_factors(factors, weights_to_fill(model, config), config.r)
+        check_factors(factors, weights_to_fill(model, config), config)
         factors = {target: (A.float(), B.float()) for target, (A, B) in factors.items()}
         fill_adapter(unwrap(model), config, factors, progress=progress)
     return model

@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -240,9 +240,9 @@ def _decompose(
         _check_second_moment(second_moment, weight, name)
         directions = _activation_directions(weight, second_moment, side)
     smaller = min(weight.shape)
-    if ratio is not None:
-        k = round(ratio * smaller)
-    elif energy is not None:
+    if energy is None:
+        k = known_k(weight.shape, k, ratio)
+    else:
         held = directions.energies.cumsum(0)  # [m], what the first 1, 2, ... directions hold
         k = int(torch.searchsorted(held, energy * held[-1])) + 1 if smaller and held[-1] > 0 else 0
         if k > smaller:  # of the inputs of a weight with in > out
@@ -288,6 +288,11 @@ def _eigenvectors(weight: Tensor, second_moment: Tensor, side: Side) -> Directio
     energies, vectors = energies.flip(0), (vectors * largest.sign()).flip(1)
     rounding = energies[:1] * len(M) * torch.finfo(torch.float64).eps
     return Directions(vectors.contiguous().cpu(), energies.where(energies > rounding, 0).cpu())
+
+
+def known_k(shape: Sequence[int], k: int | None, ratio: float | None) -> int | None:
+    """The number of protected directions of a weight [out, in], or None where their energy decides about it."""
+    return k if ratio is None else round(ratio * min(shape))
 
 
 def check_k(weight: Tensor, k: int | None, name: str, prefix: str = "") -> None:

@@ -51,13 +51,15 @@ class ThreadStack(Generic[Value]):
         def leave() -> None:
             with contextlib.suppress(ValueError):
                 entries.remove(entry)
-            self._open.discard(entry)
+            if not torch.compiler.is_compiling():
+                self._open.discard(entry)
 
         try:
             try:
-                torch._C._stash_obj_in_tls(self._key, entries)
+                if not torch.compiler.is_compiling():
+                    torch._C._stash_obj_in_tls(self._key, entries)
+                    self._open.add(entry)
                 entries.append(entry)
-                self._open.add(entry)
                 yield
             finally:
                 leave()
@@ -66,4 +68,7 @@ class ThreadStack(Generic[Value]):
 
     def _entries(self) -> list[_Entry[Value]]:
         """Those of this thread; on a thread of a backward pass those of the thread that it works for."""
-        return torch._C._get_obj_in_tls(self._key) if torch._C._is_key_in_tls(self._key) else self._here.entries
+        # Compiled code would get a copy of the list from torch's own storage.
+        if torch.compiler.is_compiling() or not torch._C._is_key_in_tls(self._key):
+            return self._here.entries
+        return torch._C._get_obj_in_tls(self._key)

@@ -56,7 +56,11 @@ def tied_across_a_part(model):
     model[0].weight.data, model[2].weight.data = packed[:6], packed[3:9]
 
 
-@pytest.mark.parametrize("tie", [tied_by_object, tied_by_data, tied_by_a_view, tied_across_a_part])
+def tied_to_a_buffer(model):
+    model.register_buffer("known", model[0].weight.data)
+
+
+@pytest.mark.parametrize("tie", [tied_by_object, tied_by_data, tied_by_a_view, tied_across_a_part, tied_to_a_buffer])
 def test_a_weight_whose_memory_another_module_uses_is_not_merged(tie):
     model: Any = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
     tie(model)

@@ -174,12 +174,32 @@ def test_compiled_code_knows_the_thread_that_runs_it():
     assert not torch.equal(result["disabled"], enabled)
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_function_switches_the_adapter_off_and_on(fullgraph):
+    model = adapted(nn.Sequential(nn.Linear(6, 6)), target_modules="0", subspace_k=2)
+    x = torch.randn(3, 6)
+    with ck.disable_adapter(model):  # as in a process that has done so before
+        frozen = model(x)
+
+    @torch.compile(backend="eager", fullgraph=fullgraph)
+    def compiled(x: Tensor) -> tuple[Tensor, Tensor]:
+        with ck.disable_adapter(model):
+            outputs = model(x)
+        return outputs, model(x)
+
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), (frozen, model(x)))
+    with ck.disable_adapter(model):
+        torch.testing.assert_close(compiled(x), (frozen, frozen))
+        assert torch.equal(model(x), frozen)
+
+
 # ---- shared by all threads
 
 
 def test_threads_adapt_load_and_run_their_models(tmp_path, switching, monkeypatch):
     monkeypatch.setattr(subspace, "CACHE_BYTES", 20_000)  # a few weights: they push each other out
-    plain = small_clip(layers=1)  # copied by each thread: the seed of new weights is one for all threads
+    plain = small_clip(layers=1)  # copied by each thread: all of them draw from one generator
     saved = adapted(copy.deepcopy(plain))
     ck.save_adapter(saved, tmp_path)
     expected = features(saved)

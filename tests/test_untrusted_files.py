@@ -32,9 +32,10 @@ def plain() -> nn.Module:
         return nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 7))
 
 
-def saved(directory: Path, source: str) -> nn.Module:
+def saved(directory: Path, source: str, **size: Any) -> nn.Module:
     model = plain()
-    config = ck.CompLoRAConfig(r=3, subspace_k=3, sides="both", target_modules=r"\d", subspace_source=source)  # type: ignore[arg-type]
+    size = size or {"subspace_k": 3}
+    config = ck.CompLoRAConfig(r=3, sides="both", target_modules=r"\d", subspace_source=source, **size)  # type: ignore[arg-type]
     inputs = torch.randn(64, 12)
     calibrate = (lambda model: model(inputs)) if source == "activations" else None
     ck.apply_complora(model, config, calibrate=calibrate, progress=False)
@@ -154,7 +155,11 @@ LIES: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "type of a field": (("complora", "config", "use_rslora"), "x", "use_rslora='x', expected true or false"),
     "unknown field": (("complora", "config", "rank"), 3, "CompLoRAConfig fields=['rank'], expected fields that this"),
     "version": (("complora", "format_version"), "1", "complora.format_version='1', expected an integer"),
-    "rank": (("complora", "config", "r"), 10**12, "lora_A.weight has shape (3, 12), expected (1000000000000, 12)"),
+    "no version": (("complora", "format_version"), 0, "format_version=0, expected at least 1"),
+    "rank for PEFT": (("r",), 77, "r=77 contradicts complora, expected 3"),
+    "modules for PEFT": (("target_modules",), ".*", "target_modules='.*' contradicts complora, expected '0|2'"),
+    "scaling": (("complora", "config", "lora_alpha"), 1e308, "lora_alpha=8.0 contradicts complora, expected 1e+308"),
+    "rank": (("complora", "config", "r"), 10**12, "r=3 contradicts complora, expected 1000000000000"),
     "subspace": (("complora", "config", "subspace_k"), 10**12, "subspace_k=1000000000000, expected at most min(out"),
     "no room": (("complora", "config", "subspace_k"), 6, "changes the saved factor by"),
     "norm": (("complora", "base_weights", "0", "norm"), 1e300, "other base weights: 0 is about"),
@@ -173,6 +178,32 @@ def test_a_lie_is_named(tmp_path, path, value, message):
         ck.load_adapter(model, tmp_path / "changed", progress=False)
     assert message in str(error.value)
     assert str(tmp_path / "changed") in str(error.value)
+
+
+BASES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "k": ({"k": 2}, {"subspace_k": 3}),
+    "ratio": ({"k": 2}, {"subspace_ratio": 0.5}),
+    "no share": ({"energy": 1.5}, {"subspace_k": 3}),
+    "negative": ({"energy": -0.1}, {"subspace_k": 3}),
+    "less energy": ({"energy": 0.49}, {"subspace_energy": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("lie", "size"), BASES.values(), ids=BASES)
+def test_a_lie_about_a_basis_is_named(tmp_path, lie, size):
+    saved(tmp_path / "saved", "activations", **size)
+    key, (name, value) = "0.input_basis", *lie.items()
+
+    def change(config: dict[str, Any]) -> None:
+        config["complora"]["bases"][key].update(lie)
+
+    def shortened(bases: dict[str, Tensor]) -> dict[str, Tensor]:
+        return bases | {key: bases[key][:, :2].contiguous()} if name == "k" else bases
+
+    rewritten(tmp_path / "saved", tmp_path / "changed", change, bases=shortened)
+    model = plain()
+    with Unchanged(model), pytest.raises(ValueError, match=rf"complora\.bases\.{key}\.{name}={value}, expected"):
+        ck.load_adapter(model, tmp_path / "changed", progress=False)
 
 
 @pytest.mark.parametrize("pattern", ["nothing", "(", "(.+)+!"])
@@ -208,7 +239,7 @@ def test_no_memory_is_taken_before_sizes_are_compared(tmp_path):
     r = 5000
 
     def change(config: Any) -> None:
-        config["complora"]["config"]["r"] = r
+        config["r"] = config["complora"]["config"]["r"] = r
         for described in config["complora"]["base_weights"].values():
             described["shape"] = [1, 1]
 
@@ -243,6 +274,8 @@ TENSORS: dict[str, Change] = {
     "float8": lambda t: t.to(torch.float8_e4m3fn),
     "NaN": lambda t: t * float("nan"),
     "infinite": lambda t: t.fill_(float("inf")),
+    "infinite in float32": lambda t: t.double() * 1e300,
+    "infinite update": lambda t: t * (3e38 / t.abs().max()),
     "transposed": lambda t: t.mT,
     "flat": lambda t: t.flatten(),
     "empty": lambda t: t[:0],
