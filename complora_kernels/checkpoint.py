@@ -178,7 +178,7 @@ def folded_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
     Raises:
         ValueError: one holds NaN or infinite values, or is not whole.
     """
-    folded = {}
+    folded: FactorPairs = {}
     for path, (layer, name) in weights.items():
         A, B = layer.factors(name)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != layer.config.r or B.shape[1] != layer.config.r:
