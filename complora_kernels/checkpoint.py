@@ -186,8 +186,9 @@ def folded_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
                 f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)}, expected [r, in] and [out, r] "
                 f"with r={layer.config.r}: gather sharded parameters first (FSDP.summon_full_params)"
             )
-        folded[path] = (_project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT)
-        _check_update(path, *folded[path], layer.config.scaling)
+        folded_A, folded_B = _project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT
+        _check_update(path, folded_A, folded_B, layer.config.scaling)
+        folded[path] = (folded_A, folded_B)
     return folded
 
 

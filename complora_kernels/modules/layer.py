@@ -19,7 +19,7 @@ from complora_kernels import base_weights, functional, subspace
 from complora_kernels.changes import Changes, joined
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.thread_stack import ThreadStack
-from complora_kernels.tracing import Unscriptable
+from complora_kernels.tracing import Unscriptable, check_followed
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 
@@ -257,6 +257,7 @@ class CompLoRALayer(Float32State):
 
     def _require_frozen(self, weight: Tensor, bias: Tensor | None) -> None:
         """Raises ValueError where an active layer would leave out a gradient that is asked for."""
+        check_followed(weight)
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             kind = "weight" if weight.requires_grad else "bias"
             raise ValueError(
