@@ -68,5 +68,6 @@ def has_values(tensor: Tensor) -> bool:
     return plain and not tensor.is_meta and _get_tracing_state() is None
 
 
-# torch.compile calls it while it traces and takes the result for a constant: it guards the transforms itself.
+# torch.compile calls them while it traces and takes the results for constants: it guards the transforms itself.
 is_followed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_checkpointed_selectively._dynamo_marked_constant = True  # type: ignore[attr-defined]
