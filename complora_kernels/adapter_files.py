@@ -217,8 +217,10 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     with blaming(path):
         try:
             yield
-        except (ValueError, MemoryError):
+        except ValueError:
             raise
+        except MemoryError as error:
+            raise MemoryError(f"{path}: not enough memory to read it") from error
         except Exception as error:  # safetensors passes on what its own parser, torch and the system raise
             raise ValueError(f"{path} is truncated or damaged, expected it as it was written ({error})") from error
 
