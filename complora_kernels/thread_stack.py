@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
@@ -57,7 +59,8 @@ class ThreadStack(Generic[Value]):
         try:
             try:
                 if not torch.compiler.is_compiling():
-                    torch._C._stash_obj_in_tls(self._key, entries)
+                    if not torch._C._is_key_in_tls(self._key):
+                        _hand_to_torch(self._key, entries)
                     self._open.add(entry)
                 entries.append(entry)
                 yield
@@ -72,3 +75,14 @@ class ThreadStack(Generic[Value]):
         if torch.compiler.is_compiling() or not torch._C._is_key_in_tls(self._key):
             return self._here.entries
         return torch._C._get_obj_in_tls(self._key)
+
+
+def _hand_to_torch(key: str, entries: list[_Entry[Any]]) -> None:
+    """Puts the list of this thread into torch's own storage, which the threads of a backward pass share.
+
+    The storage releases a reference when the thread ends. torch 2.11 takes none before: it is given one.
+    """
+    references = sys.getrefcount(entries)
+    torch._C._stash_obj_in_tls(key, entries)
+    if sys.getrefcount(entries) == references:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(entries))
