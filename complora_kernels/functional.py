@@ -24,7 +24,7 @@ from complora_kernels.autograd import (
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
 from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
-from complora_kernels.tracing import check_followed, is_followed
+from complora_kernels.tracing import check_followed, is_exported, is_followed
 
 SERVED_DTYPES = {
     "triton": ops.DTYPES,
@@ -351,7 +351,7 @@ def resolve(
         backends.resolve(backend, operation, _unfollowed, ("triton", "extension"))
         return "reference"
     passed_over = backends.passed_over(operation, tensor.device.type, dropping)
-    if torch.compiler.is_exporting():  # the program is to run where this package is not
+    if is_exported():  # the program is to run where this package is not
         passed_over = ("triton", "extension")
     return backends.resolve(backend, operation, unserved, passed_over)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import (
     _dispatch_key_parse,
@@ -30,6 +31,11 @@ def is_followed() -> bool:
         or _get_tracing_state() is not None
         or _dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # `is_grads_batched=True`
     )
+
+
+def is_exported() -> bool:
+    """Whether torch.export traces. Dynamo of torch 2.11 takes torch's own function for true under torch.compile too."""
+    return torch.compiler.is_exporting()
 
 
 def is_checkpointed_selectively() -> bool:
@@ -70,4 +76,5 @@ def has_values(tensor: Tensor) -> bool:
 
 # torch.compile calls them while it traces and takes the results for constants: it guards the transforms itself.
 is_followed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 is_checkpointed_selectively._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -111,6 +111,8 @@ def check_refused_or_right(operation: Callable[..., Any], name: str, device: tor
                 given[at] = mutated(given[at], draw)
             except REFUSALS:  # torch's own: there is no such tensor
                 break
+        if name.endswith("_") and isinstance(given[0], Tensor) and given[0].is_neg():
+            continue  # torch 2.11 itself corrupts memory where an operation writes to a negated view
         before = plain(given)
         result = called(operation, given)
         outcomes.append(isinstance(result, Exception))

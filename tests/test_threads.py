@@ -165,13 +165,13 @@ def test_compiled_code_knows_the_thread_that_runs_it():
     model, x = adapted_linears(), torch.randn(3, 6)
     compiled = torch.compile(model[0], backend="eager", fullgraph=True)
     enabled, result = model[0](x), {}
-    assert torch.equal(compiled(x), enabled)
+    torch.testing.assert_close(compiled(x), enabled)
     with ck.disable_adapter(model), ThreadPoolExecutor(1) as thread:
         result["disabled"] = compiled(x)
-        assert torch.equal(result["disabled"], model[0](x))
-        assert torch.equal(thread.submit(compiled, x).result(WAIT), enabled)
-    assert torch.equal(compiled(x), enabled)
-    assert not torch.equal(result["disabled"], enabled)
+        torch.testing.assert_close(result["disabled"], model[0](x))
+        torch.testing.assert_close(thread.submit(compiled, x).result(WAIT), enabled)
+    torch.testing.assert_close(compiled(x), enabled)
+    assert not torch.allclose(result["disabled"], enabled)
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

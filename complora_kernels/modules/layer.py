@@ -273,7 +273,7 @@ class CompLoRALayer(Float32State):
     @property
     def _switched_off(self) -> bool:
         values = _SWITCHED_OFF.values()
-        return bool(values) and any(self in layers for layers in values)
+        return len(values) > 0 and any(self in layers for layers in values)
 
     def _replicate_for_data_parallel(self) -> Any:
         """For another thread of the same forward pass."""
