@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -74,7 +74,10 @@ def has_values(tensor: Tensor) -> bool:
     return plain and not tensor.is_meta and _get_tracing_state() is None
 
 
-# torch.compile calls them while it traces and takes the results for constants: it guards the transforms itself.
-is_followed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_checkpointed_selectively._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# torch.compile calls them while it traces and takes the results for constants: it guards the transforms itself. It does
+# not compile them on their own either, where code that it left to Python calls them.
+for _asked in (is_followed, is_exported, is_checkpointed_selectively):
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+    _skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+    _frames.set_code_exec_strategy(_asked.__code__, _skip)
