@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as torchvision
@@ -474,16 +475,17 @@ def test_of_exif_only_the_orientation_counts(tmp_path, picture, damage, suffix):
 
 @pytest.mark.parametrize("form", ['tiff:Orientation="8"', "<tiff:Orientation>8</tiff:Orientation>"])
 def test_an_orientation_in_xmp_counts_where_exif_has_none(tmp_path, picture, form):
-    """As in Pillow."""
-    turned = Image.Exif()
+    """As in Pillow. In a PNG, whose XMP every supported Pillow reads."""
+    turned, notes = Image.Exif(), PngInfo()
     turned[0x0112] = 6
+    notes.add_itxt("XML:com.adobe.xmp", form)
     for name, options in (("xmp", {}), ("both", {"exif": turned})):
-        picture.save(tmp_path / f"{name}.webp", lossless=True, xmp=form.encode(), **options)
-    xmp, both = DeviceImages.from_files([tmp_path / "xmp.webp", tmp_path / "both.webp"], "cpu")
+        picture.save(tmp_path / f"{name}.png", pnginfo=notes, **options)
+    xmp, both = DeviceImages.from_files([tmp_path / "xmp.png", tmp_path / "both.png"], "cpu")
     assert torch.equal(xmp, pixels(picture).rot90(1, (1, 2)))
     assert torch.equal(both, pixels(picture).rot90(-1, (1, 2)))
     for name, ours in (("xmp", xmp), ("both", both)):
-        with Image.open(tmp_path / f"{name}.webp") as image:
+        with Image.open(tmp_path / f"{name}.png") as image:
             assert torch.equal(ours, pixels(ImageOps.exif_transpose(image)))
 
 
@@ -498,7 +500,7 @@ def test_a_file_whose_notes_are_made_to_fill_the_memory_is_named(tmp_path, pictu
     notes = zlib.compress(bytes(100 << 20), 1)
     head = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[name]
     (tmp_path / "notes.png").write_bytes(data[:33] + chunk(name, head + notes) + data[33:])  # behind the header
-    with pytest.raises(ValueError, match=r"notes.png cannot be decoded: Decompressed data too large"):
+    with pytest.raises(ValueError, match=r"notes.png cannot be decoded: (?i:Decompressed data too large)"):
         load_crops([tmp_path / "whole.png", tmp_path / "notes.png"], (4, 4))
 
 
