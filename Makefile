@@ -34,9 +34,9 @@ test: .venv/.installed $(EXTENSION)  ## run the tests
 
 # What rounds otherwise on another machine: torch without AVX, MKL without what it knows of this processor, two threads.
 # The files in which most is computed by more than one way; FILES=tests for all.
-FILES ?= $(patsubst %,tests/test_%.py,$(OTHER_PROCESSOR))
-OTHER_PROCESSOR = activations adapter apply block dropout fewshot_anchors fewshot_evaluate fewshot_images \
-	fewshot_recipe functional modules pooled prompts reference subspace tower
+FILES ?= $(foreach name,$(OTHER_PROCESSOR),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+OTHER_PROCESSOR = activations adapter apply block dropout anchors evaluate images recipe functional modules pooled \
+	prompts reference subspace tower
 test-other-processor: .venv/.installed $(EXTENSION)  ## run the tests of the numerics as another processor computes, on two threads
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 		.venv/bin/python -m pytest $(PARALLEL) $(FILES) $(ARGS)
@@ -58,7 +58,7 @@ sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=2 PYTHONPATH=build/sanitize/lib \
 		CUDA_ON_CPU_FLAGS="$(SANITIZER) --param asan-stack=0" \
 		.venv/bin/pytest --override-ini=pythonpath= --capture=no \
-		tests/test_extension.py tests/test_cuda_source.py tests/test_raw_operations.py $(ARGS)
+		tests/backends/test_extension.py tests/backends/test_cuda_source.py tests/backends/test_raw_operations.py $(ARGS)
 
 aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU: registers, spills, shared memory
 	.venv/bin/python -m benchmarks.aot $(ARGS)

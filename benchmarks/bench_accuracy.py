@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import on_gpu
 from benchmarks.results import Row
-from complora_kernels import plans
+from complora_kernels.backends import plans
 from complora_kernels.functional import complora_linear
 from complora_kernels.subspace import principal_basis
 

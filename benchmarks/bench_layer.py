@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from benchmarks import lorafusion
 from benchmarks.comparison import Comparison, Missing, Work, bounds, needed, pedantic
 from benchmarks.interleaved import Step, reason, replays
-from complora_kernels import plans, reference
+from complora_kernels import reference
+from complora_kernels.backends import plans
 from complora_kernels.functional import complora_linear
 from complora_kernels.subspace import principal_basis
 

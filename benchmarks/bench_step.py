@@ -33,7 +33,7 @@ from benchmarks import rivals, transformers_clip
 from benchmarks.comparison import Comparison, Missing, Work, needed
 from benchmarks.interleaved import Step, free_memory, reason
 from benchmarks.rivals import Trainee
-from complora_kernels import plans
+from complora_kernels.backends import plans
 from complora_kernels.modules.block import set_recompute
 
 OURS = "complora_kernels"

@@ -53,11 +53,11 @@ tests() {
     local parallel=()
     ! "$python" -c "import xdist" 2>/dev/null || parallel=(--numprocesses=4 --dist=loadfile)
     "$python" -m pytest -q --benchmark-disable "${parallel[@]}" \
-        tests/test_cuda_source.py tests/test_triton.py tests/test_kernels.py tests/test_block_kernels.py \
-        tests/test_graphs.py tests/test_block.py tests/test_pooled.py
+        tests/backends/test_cuda_source.py tests/backends/test_triton.py tests/kernels/test_kernels.py tests/kernels/test_block_kernels.py \
+        tests/test_graphs.py tests/modules/test_block.py tests/modules/test_pooled.py
 }
 
-tune() { "$python" -m complora_kernels.tune --model-shapes ViT-B-16 --batch 256 32 --rank 16; }
+tune() { "$python" -m complora_kernels.backends.tune --model-shapes ViT-B-16 --batch 256 32 --rank 16; }
 
 bench() {
     # A warning of versions that nobody has tried together costs no figure.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.interleaved import Replay
-from complora_kernels.apply import adapted_layers
+from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import CUDAGraphs
 from complora_kernels.integrations import open_clip

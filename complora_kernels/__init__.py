@@ -1,6 +1,8 @@
 """Comp-LoRA for CLIP: LoRA in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
 
-from complora_kernels.adapter import (
+from complora_kernels.adapters.build import apply_complora
+from complora_kernels.adapters.interchange import export_peft, import_clip_lora
+from complora_kernels.adapters.manage import (
     adapter_parameters,
     check_gradients,
     disable_adapter,
@@ -9,11 +11,9 @@ from complora_kernels.adapter import (
     subspace_report,
     unmerge_adapter,
 )
-from complora_kernels.apply import apply_complora
-from complora_kernels.checkpoint import load_adapter, save_adapter
+from complora_kernels.adapters.save_load import load_adapter, save_adapter
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import GraphedTrainStep
-from complora_kernels.interchange import export_peft, import_clip_lora
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
 from complora_kernels.modules.block import set_recompute
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from complora_kernels import eager, extension, ops
+from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.differentiable import DifferentiableBackward
 from complora_kernels.reference import without_autocast
-from complora_kernels.tracing import is_differentiated
 
 # Each operation under one name, with the same arguments.
 BACKENDS = {"torch": eager, "triton": ops, "extension": extension}

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from complora_kernels import eager, eager_block, extension, ops_block
 from complora_kernels.autograd import backend_of_backward
+from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.eager_block import Activated, Norm, Normed, Source
 from complora_kernels.reference import without_autocast
-from complora_kernels.tracing import is_differentiated
 
 
 class Linear(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from complora_kernels.schema import check_type, is_int, is_number
+from complora_kernels.common.schema import check_type, is_int, is_number
 
 Sides = Literal["output", "input", "both", "none"]
 SubspaceSource = Literal["weight", "random", "activations"]

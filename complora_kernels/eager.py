@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from complora_kernels import plans
+from complora_kernels.backends import plans
+from complora_kernels.common.tracing import is_checkpointed_selectively
 from complora_kernels.dropout import drop, dropout_mask
-from complora_kernels.tracing import is_checkpointed_selectively
 
 Rows = Sequence[tuple[int, int]]
 

@@ -21,10 +21,10 @@ from complora_kernels.autograd import (
     PackedLoRALinearFunction,
     ProjectComplementFunction,
 )
+from complora_kernels.common.tracing import check_followed, is_exported, is_followed
 from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
 from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
-from complora_kernels.tracing import check_followed, is_exported, is_followed
 
 SERVED_DTYPES = {
     "triton": ops.DTYPES,

@@ -9,12 +9,12 @@ activation return is not saved for the backward pass, only what they read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from complora_kernels import functional, reference
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.autograd_block import Linear, NormLoRALinearFunction, NormLoRAMLPFunction
 from complora_kernels.dropout import dropout_seed, philox_seed
 from complora_kernels.eager import flatten
@@ -23,17 +23,6 @@ from complora_kernels.kernels.blocks import MAX_NORM_WIDTH
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 __all__ = ["ACTIVATIONS", "AdaptedLinear", "Norm", "norm_lora_linear", "norm_lora_mlp"]
-
-
-class AdaptedLinear(NamedTuple):
-    """A frozen product and its adapters, perhaps none: the arguments of `functional.packed_lora_linear`."""
-
-    weight: Tensor  # [out, in]
-    bias: Tensor | None  # [out]
-    folded_As: Sequence[Tensor] = ()  # each [r, in]
-    folded_Bs: Sequence[Tensor] = ()  # each [stop - start, r]
-    rows: Sequence[tuple[int, int]] = ()
-    dropout_p: float = 0.0  # 0 in evaluation
 
 
 def norm_lora_linear(
@@ -65,7 +54,7 @@ def norm_lora_linear(
         return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=_masks(x, linear))
     seeds = _seeds(name, x, linear)
     stream, y = NormLoRALinearFunction.apply(
-        *_flat(x, delta), norm, _frozen(linear, seeds), dtype, precision, name, *linear.folded_As, *linear.folded_Bs
+        *_flat(x, delta), norm, _frozen(linear, seeds), dtype, precision, name, *linear.As, *linear.Bs
     )
     return stream.view(x.shape), y.view(*x.shape[:-1], y.shape[-1])
 
@@ -105,7 +94,7 @@ def norm_lora_mlp(
         masks = _masks(z, fc2)
         return stream + reference.activation_lora_linear(z, *fc2[:5], activation=activation, dropout_masks=masks)
     seeds1, seeds2 = _seeds(name, x, fc1), _seeds(name, x, fc2)
-    factors = (*fc1.folded_As, *fc1.folded_Bs, *fc2.folded_As, *fc2.folded_Bs)
+    factors = (*fc1.As, *fc1.Bs, *fc2.As, *fc2.Bs)
     y, _ = NormLoRAMLPFunction.apply(
         *_flat(x, delta),
         norm,
@@ -134,7 +123,7 @@ def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[Adapte
         raise ValueError(f"delta {tuple(delta.shape)} on {delta.device}, expected as x, {tuple(x.shape)} on {x.device}")
     hidden = x
     for linear in linears:
-        weight, bias, As, Bs, rows, dropout_p = linear
+        weight, bias, As, Bs, rows, dropout_p, *_ = linear
         if not len(As) == len(Bs) == len(rows):
             raise ValueError(
                 f"folded_As, folded_Bs, rows have lengths {len(As)}, {len(Bs)}, {len(rows)}, expected equal"
@@ -159,7 +148,7 @@ def _resolve(
             return "a tensor is a view that negates its memory, the kernels read the memory"
         like = x.new_empty(0, dtype=dtype)
         for linear in linears:
-            factors = linear.folded_As
+            factors = linear.As
             reason = (
                 functional.unserved_rows(name, like, factors, linear.rows, len(linear.weight))
                 if factors
@@ -175,12 +164,12 @@ def _resolve(
 def _tensors(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear]) -> Iterator[Tensor | None]:
     yield from (x, delta, norm.weight, norm.bias)
     for linear in linears:
-        yield from (linear.weight, linear.bias, *linear.folded_As, *linear.folded_Bs)
+        yield from (linear.weight, linear.bias, *linear.As, *linear.Bs)
 
 
 def _cast(linear: AdaptedLinear, dtype: torch.dtype) -> AdaptedLinear:
-    As, Bs = ([factor.to(dtype) for factor in factors] for factors in (linear.folded_As, linear.folded_Bs))
-    return linear._replace(folded_As=As, folded_Bs=Bs)
+    As, Bs = ([factor.to(dtype) for factor in factors] for factors in (linear.As, linear.Bs))
+    return linear._replace(As=As, Bs=Bs)
 
 
 def _seeds(backend: str, x: Tensor, linear: AdaptedLinear) -> list[Tensor]:
@@ -196,7 +185,7 @@ def _masks(x: Tensor, linear: AdaptedLinear) -> list[Tensor] | None:
 
 
 def _frozen(linear: AdaptedLinear, seeds: Sequence[Tensor]) -> Linear:
-    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in linear.folded_Bs)
+    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in linear.Bs)
     return Linear(linear.weight, linear.bias, linear.rows, linear.dropout_p, seeds, save_h)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from complora_kernels.thread_stack import ThreadStack
-from complora_kernels.wrappers import inside, is_compiled
+from complora_kernels.common.thread_stack import ThreadStack
+from complora_kernels.common.wrappers import inside, is_compiled
 
 WARM_UPS = 3  # steps before a capture: they create what is made once (tables, workspaces, compiled kernels)
 

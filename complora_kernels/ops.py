@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from complora_kernels import plans
+from complora_kernels.backends import plans
 from complora_kernels.eager import Rows, block_diagonal, check_device, flatten, unflatten
 from complora_kernels.kernels.blocks import Blocks, row_blocks
 

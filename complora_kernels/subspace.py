@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from complora_kernels.common.tensor_facts import TensorFacts
+from complora_kernels.common.tracing import has_values
 from complora_kernels.config import CompLoRAConfig, check_subspace_size
-from complora_kernels.tensor_facts import TensorFacts
-from complora_kernels.tracing import has_values
 
 Side = Literal["output", "input"]
 BasisKind = Literal["principal", "complement"]

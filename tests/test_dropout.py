@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from randomness import SIGMAS, assert_unrelated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,6 @@ from complora_kernels.functional import lora_linear, packed_lora_linear
 pytestmark = pytest.mark.usefixtures("torch_backend")  # the others have files of their own
 
 M, D = 1000, 64
-SIGMAS = 5  # a normal variable leaves ±5 standard deviations once in 1.7 million draws
 
 
 def dropped_ones(dropout_p: float, *, adapters: int = 1, rows: int = M) -> list[Tensor]:
@@ -25,14 +25,6 @@ def dropped_ones(dropout_p: float, *, adapters: int = 1, rows: int = M) -> list[
     weight = torch.zeros(adapters * D, D, dtype=torch.float64)
     y = packed_lora_linear(x, weight, None, [identity] * adapters, [identity] * adapters, blocks, dropout_p=dropout_p)
     return list(y.split(D, dim=1))
-
-
-def assert_unrelated(first: Tensor, second: Tensor, dropout_p: float) -> None:
-    """Two independent masks agree in a share p² + (1 - p)² of their elements."""
-    agreement = dropout_p**2 + (1 - dropout_p) ** 2
-    agreeing = int(((first > 0) == (second > 0)).sum())
-    n = first.numel()
-    assert abs(agreeing - n * agreement) <= SIGMAS * (n * agreement * (1 - agreement)) ** 0.5
 
 
 @pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.25, 0.5, 0.9])

@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_map_only
 from triton_device import DEVICE
 
 import complora_kernels as ck
-from complora_kernels import functional, functional_block, plans, subspace
-from complora_kernels.functional_block import AdaptedLinear, Norm
+from complora_kernels import functional, functional_block, subspace
+from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.backends import plans
+from complora_kernels.backends.plans import Plan
+from complora_kernels.functional_block import Norm
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
-from complora_kernels.plans import Plan
 
 SIZES = {"batch": 2, "length": 3, "in": 8, "out": 12, "hidden": 16, "r": 2, "k": 3, "adapters": 3, "height": 4}
 REFUSED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from numerics import random_basis
-from test_dropout import SIGMAS, assert_unrelated
+from randomness import SIGMAS, assert_unrelated
 from torch import Tensor
 
 from complora_kernels import reference

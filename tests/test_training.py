@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import complora_kernels as ck
-from complora_kernels.adapter import named_adapter_parameters
-from complora_kernels.apply import adapted_layers
+from complora_kernels.adapters.build import adapted_layers
+from complora_kernels.adapters.manage import named_adapter_parameters
 
 pytestmark = pytest.mark.usefixtures("torch_backend")  # the others have files of their own
 

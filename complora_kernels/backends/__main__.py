@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from complora_kernels import backends, plans
-from complora_kernels.backends import build
+from complora_kernels import backends
+from complora_kernels.backends import build, plans
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from complora_kernels.common.files import words_of
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.escapes import visible
 from complora_kernels.fewshot.files import check_writable
@@ -25,7 +26,6 @@ from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.saved import EvalConfig, ExportConfig, evaluate, export
 from complora_kernels.fewshot.sweep import Sweep, SweepConfig, prepare_sweep, run_sweep
 from complora_kernels.fewshot.team import assemble, leads
-from complora_kernels.files import words_of
 
 
 @dataclass(frozen=True)

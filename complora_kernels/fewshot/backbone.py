@@ -23,10 +23,10 @@ from open_clip.pretrained import list_pretrained_tags_by_model
 from safetensors.torch import save_file
 from torch import Tensor
 
+from complora_kernels.common.files import reading, words_of
 from complora_kernels.fewshot import glyphs
 from complora_kernels.fewshot.config import GLYPHS
 from complora_kernels.fewshot.torchscript import is_torchscript, read_torchscript
-from complora_kernels.files import reading, words_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
-from complora_kernels.files import check_plain
+from complora_kernels.common.files import check_plain
 
 T = TypeVar("T")
 

@@ -10,7 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from complora_kernels.files import open_to_append, read_plain, reading, sealed, unsealed, write_atomically, writing
+from complora_kernels.common.files import (
+    open_to_append,
+    read_plain,
+    reading,
+    sealed,
+    unsealed,
+    write_atomically,
+    writing,
+)
 
 
 def file_name(text: str) -> str:

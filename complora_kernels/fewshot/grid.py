@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from complora_kernels.common.files import refuse_link, words_of
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.checks import check_data, check_options
 from complora_kernels.fewshot.config import TrainConfig
@@ -21,7 +22,6 @@ from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import CHECKPOINT
 from complora_kernels.fewshot.team import ALONE, Team
 from complora_kernels.fewshot.workers import work_off
-from complora_kernels.files import refuse_link, words_of
 
 DESCRIPTION = "config.json"
 FIGURES = "figures"

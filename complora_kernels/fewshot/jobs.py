@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from complora_kernels.common.files import words_of
 from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
 from complora_kernels.fewshot.recipe import CHECKPOINT, train
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.team import ALONE, SharedError, Team
-from complora_kernels.files import words_of
 
 RUNS = "runs"
 """Below the folder of a grid: where each run has a folder of its own."""

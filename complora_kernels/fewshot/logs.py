@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from complora_kernels.common.files import open_to_append, write_atomically, writing
 from complora_kernels.fewshot.config import TrainConfig
-from complora_kernels.files import open_to_append, write_atomically, writing
 
 LOG = "log.jsonl"
 FIGURE = "loss.png"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from complora_kernels.apply import adapted_layers
+from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
 from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.datasets import Dataset, Draw

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from complora_kernels.files import write_atomically
+from complora_kernels.common.files import write_atomically
 
 FIRST_STEP, STEPS = 4, 8  # after what happens once only
 PROFILE, TRACE = "profile.txt", "trace.json"

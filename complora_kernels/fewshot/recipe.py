@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import complora_kernels as ck
-from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
+from complora_kernels.adapters.manage import load_raw_adapter_state, raw_adapter_state
+from complora_kernels.common.files import refuse_link
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.config import Run, TrainConfig
 from complora_kernels.fewshot.crops import draw_boxes, resample
@@ -34,7 +35,6 @@ from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, 
 from complora_kernels.fewshot.sampler import batch_indices
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import ALONE, Team
-from complora_kernels.files import refuse_link
 from complora_kernels.integrations import open_clip
 from complora_kernels.modules.prompts import cut_prompts
 

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from complora_kernels.adapter import load_raw_adapter_state, raw_adapter_state
-from complora_kernels.adapter_files import tensor_digest
+from complora_kernels.adapters.files import tensor_digest
+from complora_kernels.adapters.manage import load_raw_adapter_state, raw_adapter_state
+from complora_kernels.common.files import check_plain, reading, set_aside, write_atomically
 from complora_kernels.fewshot.escapes import visible
-from complora_kernels.files import check_plain, reading, set_aside, write_atomically
 
 logger = logging.getLogger("complora_kernels")
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 import complora_kernels as ck
-from complora_kernels.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from complora_kernels.common.files import reading, write_atomically
 from complora_kernels.fewshot.backbone import check_backbone, is_listed, load_tokenizer
 from complora_kernels.fewshot.checks import check_classes, check_device
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
@@ -35,7 +36,6 @@ from complora_kernels.fewshot.grid import DESCRIPTION
 from complora_kernels.fewshot.measure import at_most, test_images
 from complora_kernels.fewshot.recipe import DRAW, precision_for
 from complora_kernels.fewshot.setting import Settings
-from complora_kernels.files import reading, write_atomically
 
 _OF_A_RUN = (
     *("model", "pretrained", "activation", "template", "data_root", "precision", "max_test_images"),

@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from complora_kernels.common.files import reading
 from complora_kernels.fewshot.escapes import say
 from complora_kernels.fewshot.grid import SLURM, record
 from complora_kernels.fewshot.jobs import Job, run_alone
 from complora_kernels.fewshot.outcomes import results_of
-from complora_kernels.files import reading
 
 _SUBMITTED = "_submitted.pkl"  # how submitit's files of tasks end
 _MOST_TASKS = 1000  # of one array: Slurm's default limit

@@ -16,6 +16,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from complora_kernels.common.files import reading
 from complora_kernels.fewshot.backbone import load_tokenizer
 from complora_kernels.fewshot.checks import check_data, check_options, check_workers
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, preset_for, to_json
@@ -26,7 +27,6 @@ from complora_kernels.fewshot.outcomes import results_of
 from complora_kernels.fewshot.slurm import check_submitit, run_on_slurm
 from complora_kernels.fewshot.team import ALONE, Team, is_started_together
 from complora_kernels.fewshot.tokens import Tokenizer
-from complora_kernels.files import reading
 
 _CELLS = ("shots", "seeds", "learning_rates")
 _OUTSIDE = ("methods", "output", "workers")  # of the file itself, or of the command line

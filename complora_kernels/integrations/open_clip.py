@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS
 from complora_kernels.modules.attention import CompLoRAAttention, CompLoRAMultiheadAttention
 from complora_kernels.modules.block import NORMS
 from complora_kernels.modules.extend import is_known, own_class
 from complora_kernels.modules.pooled import Pool
 from complora_kernels.modules.prompts import TextTower
-from complora_kernels.wrappers import named_modules, unwrap
 
 
 class Block(NamedTuple):

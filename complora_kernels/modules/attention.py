@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from complora_kernels import functional
+from complora_kernels.common.tensor_facts import TensorFacts
+from complora_kernels.common.tracing import has_values
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer, Factors, WeightRows, clone_as, require_plain
 from complora_kernels.modules.tower import folded_factors
-from complora_kernels.tensor_facts import TensorFacts
-from complora_kernels.tracing import has_values
 
 
 class CompLoRAAttentionLayer(CompLoRALayer):

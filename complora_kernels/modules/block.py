@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from complora_kernels import functional
-from complora_kernels.changes import Changes
-from complora_kernels.functional_block import AdaptedLinear, Norm, norm_lora_linear, norm_lora_mlp
+from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.common.changes import Changes
+from complora_kernels.common.tracing import is_checkpointed_selectively, is_followed
+from complora_kernels.functional_block import Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.modules.attention import (
     CompLoRAAttention,
     CompLoRAAttentionLayer,
@@ -31,7 +33,6 @@ from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.pooled import Pooled, pooled, take
 from complora_kernels.modules.tower import folded_factors
-from complora_kernels.tracing import is_checkpointed_selectively, is_followed
 
 RECOMPUTE = ("none", "mlp")
 

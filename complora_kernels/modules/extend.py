@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from complora_kernels.changes import Changes
-from complora_kernels.tracing import Unscriptable
+from complora_kernels.common.changes import Changes
+from complora_kernels.common.tracing import Unscriptable
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 LIBRARIES = ("torch", "open_clip", "clip")  # whose classes are known by their names

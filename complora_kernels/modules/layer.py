@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from complora_kernels import base_weights, functional, subspace
-from complora_kernels.changes import Changes, joined
+from complora_kernels import functional, subspace
+from complora_kernels.adapters import base_weights
+from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.thread_stack import ThreadStack
+from complora_kernels.common.tracing import Unscriptable, check_followed
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.thread_stack import ThreadStack
-from complora_kernels.tracing import Unscriptable, check_followed
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 

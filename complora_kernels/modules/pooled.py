@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.changes import Changes
+from complora_kernels.common.changes import Changes
 from complora_kernels.modules.extend import Extension, extend, is_watched
 
 

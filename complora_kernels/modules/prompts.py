@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.changes import Changes, joined
+from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.tensor_facts import TensorFacts
+from complora_kernels.common.tracing import has_values
 from complora_kernels.modules.attention import has_been_read, known_causal, recognise_causal_mask
 from complora_kernels.modules.extend import Extension, extend, own_hook
 from complora_kernels.modules.pooled import Pool, pooling
-from complora_kernels.tensor_facts import TensorFacts
-from complora_kernels.tracing import has_values
 
 MULTIPLE = 8  # lengths are rounded up to one of these: few shapes, and rows that suit vector loads
 

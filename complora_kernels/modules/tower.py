@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from complora_kernels import functional
-from complora_kernels.changes import Changes, joined
+from complora_kernels.common.changes import Changes, joined
 from complora_kernels.modules.extend import own_hook
 from complora_kernels.modules.layer import CompLoRALayer, fold
 

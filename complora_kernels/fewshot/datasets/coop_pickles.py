@@ -6,8 +6,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from complora_kernels.common.files import reading
 from complora_kernels.fewshot.pickles import read_pickle
-from complora_kernels.files import reading
 
 _KNOWN = ("dassl.data.datasets.base_dataset", "Datum")
 _FIELDS = {"_impath": str, "_label": int, "_domain": int, "_classname": str}

@@ -9,11 +9,11 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from complora_kernels.common.files import write_atomically
 from complora_kernels.fewshot.datasets.dataset import Entry
 from complora_kernels.fewshot.datasets.layouts import LAYOUTS, missing_message
 from complora_kernels.fewshot.datasets.listing import missing
 from complora_kernels.fewshot.datasets.ratio import ratio_split
-from complora_kernels.files import write_atomically
 
 FOLDER = "torchvision"
 """Below the folder of all data sets: where downloads go, each into a folder of its own."""

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from complora_kernels.common.files import sealed, write_atomically
 from complora_kernels.fewshot.datasets.coop_pickles import read_coop_pickle
 from complora_kernels.fewshot.datasets.dataset import Dataset
 from complora_kernels.fewshot.datasets.drawn import Draw, complete, restrict
 from complora_kernels.fewshot.files import read_json
-from complora_kernels.files import sealed, write_atomically
 
 
 def write_draw(path: Path, dataset: Dataset, draw: Draw) -> None:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from complora_kernels.common.files import read_plain
 from complora_kernels.fewshot.datasets.dataset import MOST_NAMED, Entry, warn_once
 from complora_kernels.fewshot.decode import image_suffixes
-from complora_kernels.files import read_plain
 
 # Names, beside hidden ones, that systems and programs use for files of their own
 _NO_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}

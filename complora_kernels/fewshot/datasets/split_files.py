@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from complora_kernels.common.files import read_plain, reading
 from complora_kernels.fewshot.datasets.dataset import Dataset, Entry, assemble, warn_of_untested
 from complora_kernels.fewshot.datasets.layouts import Home
 from complora_kernels.fewshot.datasets.listing import first_missing, read_lines, read_text
 from complora_kernels.fewshot.datasets.ratio import ratio_split
-from complora_kernels.files import read_plain, reading
 
 SPLITS = ("train", "val", "test")
 _TABLE = "a table with the columns path,label[,split]"

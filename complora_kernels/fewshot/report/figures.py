@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from complora_kernels.common.files import write_atomically
 from complora_kernels.fewshot.config import PROTOCOLS
 from complora_kernels.fewshot.escapes import for_figure
 from complora_kernels.fewshot.report.intervals import differences
@@ -17,7 +18,6 @@ from complora_kernels.fewshot.report.styles import BARS, FEW, LINE, ZERO_SHOT, L
 from complora_kernels.fewshot.report.summary import Cell, Spread, Summary
 from complora_kernels.fewshot.report.tradeoff import fronts, new_against_kept
 from complora_kernels.fewshot.report.wording import average_name, axis_names, measure_names, new_name, shots_name
-from complora_kernels.files import write_atomically
 
 _SHOTS = "shots (training images per class)"
 _SOFTWARE = "complora report"

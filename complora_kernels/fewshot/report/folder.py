@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
+from complora_kernels.common.files import refuse_link, write_atomically
 from complora_kernels.fewshot.escapes import for_markdown, say, visible
 from complora_kernels.fewshot.files import read_json
 from complora_kernels.fewshot.outcomes import failures_of, results_of
@@ -29,7 +30,6 @@ from complora_kernels.fewshot.report.wording import (
     shots_name,
     title,
 )
-from complora_kernels.files import refuse_link, write_atomically
 
 _MOST_SENTENCES = 12  # that somebody reads on a terminal
 

@@ -1,0 +1,1 @@
+"""The life of an adapter: built, installed, used, saved and loaded, and exchanged with other programs."""

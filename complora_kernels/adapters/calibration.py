@@ -1,0 +1,213 @@
+"""The activations that a subspace can be taken from: `X^T X` of what each adapted weight is given while a model runs.
+
+Every position that the plain model computes counts, as often as it is computed: in a text tower those behind the end of
+a text too, although no feature is read there. To leave them out, calibrate with texts that fill the context, or run the
+tower's transformer on the positions that matter (`calibrate` may call any part of the model). Of activations that span
+less than k dimensions the rest of the k are arbitrary directions, and cost the update room: use enough batches, or
+`subspace_energy`.
+
+The products are summed in float64, a few thousand rows at a time, where inputs of up to float32 are exact: what
+float32 activations can hold of a direction, its 1e-7 of the strongest, is 1e-14 in `X^T X` and still above float64's
+rounding. The sums stay in host memory: in² · 8 bytes for each distinct input, 4.7 MB for a width of 768 (q, k and v of
+self-attention share one), 75 MB for an fc2 behind 3072.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from complora_kernels.common.changes import Changes
+from complora_kernels.common.wrappers import is_compiled
+from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
+from complora_kernels.modules.attention import CompLoRAAttentionLayer
+
+Calibrate = Callable[[Any], object]
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+ROWS = 4096  # that are copied to float64 at a time
+
+
+class Watched(NamedTuple):
+    """A plain module of a model, and the layer that will take its place."""
+
+    path: str
+    module: nn.Module
+    layer: CompLoRALayer
+
+
+class SecondMoments:
+    """`X^T X` [in, in] of the inputs of one layer's weights, summed over calls, in float64 and host memory."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # by the weights that shared an input
+
+    @torch.no_grad()
+    def add(
+        self,
+        names: Iterable[str],
+        x: Tensor,  # [..., in]
+    ) -> None:
+        """Adds an input that the named weights share."""
+        rows = x.detach().reshape(-1, x.shape[-1])  # [M, in]
+        if len(rows) == 0:
+            return
+        if rows.device.type not in ("cpu", "cuda"):
+            rows = rows.cpu()  # not every device has float64
+        moment = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+        for part in rows.split(ROWS):
+            part = part.double()  # [<= ROWS, in]
+            moment += part.mT @ part
+        names, moment = tuple(names), moment.cpu()
+        self._sums[names] = self._sums[names] + moment if names in self._sums else moment
+
+    def of(self, name: str) -> Tensor | None:
+        """The second moment [in, in] of one weight's inputs; None where it was given none."""
+        sums = [moment for names, moment in self._sums.items() if name in names]
+        return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0] if sums else None
+
+
+def protect_activations(
+    model: nn.Module, watched: Sequence[Watched], calibrate: Calibrate, *, progress: bool = True
+) -> None:
+    """Runs `calibrate(model)` once and computes the bases of every watched layer; the model stays as it is.
+
+    Args:
+        model: plain.
+        watched: its modules, with layers that are not part of it yet.
+        calibrate: runs the model on some batches, see `apply_complora`.
+        progress: show a progress bar while the second moments are decomposed.
+
+    Raises:
+        ValueError: no input reached a weight, one held NaN or infinite values, or `CompLoRALayer.protect_activations`.
+    """
+    moments = second_moments(model, watched, calibrate)
+    weights = [(path, layer, name) for path, _, layer in watched for name in layer.weights]
+    labels = {(path, name): f"{path}.{name}" if name else path for path, _, name in weights}
+    found = {(path, name): moments[path].of(name) for path, _, name in weights}
+    unseen = [labels[weight] for weight, moment in found.items() if moment is None]
+    if unseen:
+        raise ValueError(
+            f"calibrate={calibrate!r} gave no activations to {_listed(unseen)}, expected it to run every adapted "
+            "weight: model.encode_image(images) for the image tower, model.encode_text(texts) for the text tower"
+        )
+    broken = [labels[weight] for weight, moment in found.items() if moment is not None and not moment.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"calibrate={calibrate!r} gave NaN or infinite activations to {_listed(broken)}, expected finite ones"
+        )
+    with tqdm(weights, "decomposing activations", unit="weight", delay=2, leave=False, disable=not progress) as bar:
+        for path, layer, name in bar:
+            moment = found[path, name]
+            assert moment is not None
+            layer.protect_activations(name, moment)
+
+
+def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Calibrate) -> dict[str, SecondMoments]:
+    """What the weights of each watched layer are given while `calibrate(model)` runs, by path."""
+    moments = {path: SecondMoments() for path, *_ in watched}
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_watching(model, watched, moments))
+        if any(map(is_compiled, model.modules())):  # code that was compiled before would not see the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
+        calibrate(model)
+    return moments
+
+
+@contextlib.contextmanager
+def _watching(model: nn.Module, watched: Sequence[Watched], moments: dict[str, SecondMoments]) -> Iterator[None]:
+    """The model in evaluation mode, with hooks that see the inputs of the weights; the layers, without bases, disabled.
+
+    Evaluation mode as flags alone: a `train()` of somebody's own may do more.
+    """
+    layers = [layer for _, _, layer in watched]
+    training = [(module, module.training) for module in (*model.modules(), *layers)]
+    hooks = [hook for path, module, layer in watched for hook in _hooks(module, layer, moments[path])]
+
+    def leave() -> None:
+        changes = Changes()
+        for module, mode in training:
+            changes.draft(vars(module))["training"] = mode
+        for layer in layers:
+            changes.draft(vars(layer))["disabled"] = False
+        for module, hook in hooks:
+            for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
+                del changes.draft(module._forward_pre_hooks)[key]
+                del changes.draft(module._forward_pre_hooks_with_kwargs)[key]
+        changes.make()
+
+    changes = Changes()
+    for module, _ in training:
+        changes.draft(vars(module))["training"] = False
+    for layer in layers:
+        changes.draft(vars(layer))["disabled"] = True
+    for module, hook in hooks:
+        changes.add_hook(module, functools.partial(_register, hook))
+    try:
+        try:
+            changes.make()
+            yield
+        finally:
+            leave()
+    finally:
+        leave()  # again: an interrupt may have broken the first off
+
+
+def _hooks(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> Iterator[tuple[nn.Module, Hook]]:
+    """Hooks that see the inputs of the layer's weights where the plain module is given them, and their modules."""
+    if not isinstance(layer, CompLoRAAttentionLayer):
+
+        def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            moments.add(layer.weights, _arguments(layer, args, kwargs)[0])
+
+        yield module, see_input
+        return
+
+    inputs, adapts_o = [name for name in ("q", "k", "v") if name in layer.weights], "o" in layer.weights
+    # Torch's attention reads the weight of out_proj without calling it; open_clip's own calls it.
+    mix = layer.mix if adapts_o and isinstance(layer, CompLoRAMultiheadAttention) else None
+
+    def see_qkv(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        query, key, value = _arguments(layer, args, kwargs)[:3]
+        given = {"q": query, "k": query if key is None else key, "v": query if value is None else value}
+        shared: dict[int, list[str]] = {}
+        for name in inputs:
+            shared.setdefault(id(given[name]), []).append(name)
+        for names in shared.values():
+            moments.add(names, given[names[0]])
+        if mix is not None:
+            moments.add(("o",), mix(*args, **kwargs)[0])
+
+    yield module, see_qkv
+    if adapts_o and mix is None:
+
+        def see_mixed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            moments.add(("o",), args[0])
+
+        yield layer.out_proj, see_mixed
+
+
+def _register(hook: Hook, module: nn.Module) -> RemovableHandle:
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of a call in their order, as the adapted layer will read them; None where there is none."""
+    signature = inspect.signature(layer.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    return [given.get(name) for name in signature.parameters]
+
+
+def _listed(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,255 @@
+"""Adapters of other programs: `export_peft` where PEFT sees other modules, `import_clip_lora` for CLIP-LoRA's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from complora_kernels.adapters.build import adapted_layers, adapted_model, find_targets
+from complora_kernels.adapters.files import (
+    blaming,
+    module_pattern,
+    peft_fields,
+    replaced_adapter,
+    require_file,
+    write_files,
+)
+from complora_kernels.adapters.save_load import (
+    PROJECTIONS,
+    FactorPairs,
+    adapted_weights,
+    check_factors,
+    check_names,
+    common_config,
+    factor_tensors,
+    fill_adapter,
+    folded_factors,
+    is_adapted,
+    warn_of_trained,
+    weights_to_fill,
+)
+from complora_kernels.common.schema import check_type
+from complora_kernels.common.wrappers import unwrap
+from complora_kernels.config import CompLoRAConfig
+from complora_kernels.integrations import find
+from complora_kernels.modules import CompLoRAAttention, CompLoRAMultiheadAttention
+from complora_kernels.modules.layer import FLOATING, CompLoRALayer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class CLIPLoRAMetadata(TypedDict):
+    """The metadata of CLIP-LoRA's file."""
+
+    r: int
+    alpha: float
+    encoder: str
+    params: list[str]
+    position: str
+
+
+class CLIPLoRAFile(TypedDict):
+    """The content of CLIP-LoRA's file."""
+
+    weights: dict[str, dict[str, dict[str, Any]]]  # by layer_0, q_proj, w_lora_A: a tensor
+    metadata: CLIPLoRAMetadata
+
+
+def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes the adapter as `peft.PeftModel.from_pretrained(plain_model, directory)` reads it, with the same outputs.
+
+    PEFT has one adapter for the whole of an `nn.MultiheadAttention`. With n of q, k, v adapted it gets rank n·r, A
+    stacked and B block-diagonal, and an alpha that keeps the scaling; PEFT's adapter of the output projection, which
+    always comes with it, is zero. There PEFT ignores dropout, and in half precision its forward passes change the
+    frozen weights.
+
+    The files replace those in `directory` as `save_adapter` replaces them; PEFT does not notice a pair that a killed
+    process left mismatched. Writing them does not need PEFT. Wrappers, containers and what else is trained are treated
+    as by `save_adapter`.
+
+    Raises:
+        OSError: `directory` cannot be written to.
+        ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
+            q, k, v of open_clip 4's attention, which are no modules. Also as `save_adapter`.
+    """
+    layers = adapted_layers(adapted_model(model))
+    for path, layer in layers.items():
+        _check_exportable(path, layer)
+    config = common_config(layers)
+    attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
+    with replaced_adapter(directory) as staging:
+        factors = folded_factors(adapted_weights(layers))
+        for path, layer in attentions.items():
+            parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
+            factors[path] = _stacked(layer, parts)
+        fields = _peft_fields(config, attentions, list(factors))
+        for path in attentions:
+            A, B = factors[path]  # [n·r, d], [3d, n·r]
+            factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
+        warn_of_trained(model)
+        write_files(staging, fields, factor_tensors(factors))
+
+
+def _check_exportable(path: str, layer: CompLoRALayer) -> None:
+    if isinstance(layer, CompLoRAMultiheadAttention) and "o" in layer.weights:
+        raise ValueError(
+            f"{path} adapts o, expected q, k, v alone: PEFT adds the update of an nn.MultiheadAttention's output "
+            "projection twice (https://github.com/huggingface/peft/pull/3774). merge_adapter gives plain weights"
+        )
+    inputs = sorted({"q", "k", "v"} & layer.weights.keys())
+    if isinstance(layer, CompLoRAAttention) and inputs:
+        raise ValueError(
+            f"{path} adapts {', '.join(inputs)}, expected an nn.MultiheadAttention: this attention keeps q, k and v in "
+            "one parameter, for which PEFT has no module. merge_adapter gives plain weights"
+        )
+
+
+def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
+    """One pair A [n·r, d], B [3d, n·r]: `B A` has the updates of q, k, v above each other, 0 where there is none."""
+    A = torch.cat([A for A, _ in parts.values()])
+    blocks = torch.block_diag(*(B for _, B in parts.values()))  # [n·d, n·r]
+    rows = torch.cat([torch.arange(layer.weights[name].start, layer.weights[name].stop) for name in parts])
+    B = blocks.new_zeros(3 * A.shape[1], A.shape[0])
+    B[rows] = blocks
+    return A, B
+
+
+def _peft_fields(
+    config: CompLoRAConfig, attentions: dict[str, CompLoRAMultiheadAttention], modules: list[str]
+) -> dict[str, Any]:
+    """PEFT's configuration, with rank n·r and alpha · n (alpha · √n under rsLoRA) for attention."""
+    if not attentions:
+        return peft_fields(config, modules)
+    n = len(next(iter(attentions.values())).weights)
+    r, alpha = n * config.r, config.lora_alpha * (math.sqrt(n) if config.use_rslora else n)
+    if len(attentions) == len(modules):
+        return peft_fields(config, modules, r=r, lora_alpha=alpha)
+    pattern = module_pattern(attentions)
+    return peft_fields(config, modules, rank_pattern={pattern: r}, alpha_pattern={pattern: alpha})
+
+
+CLIP_LORA_TOWERS = {"text": ("text",), "vision": ("image",), "both": ("text", "image")}  # in the order of its layers
+CLIP_LORA_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "proj"}
+CLIP_LORA_POSITIONS = {  # the blocks of a tower with n blocks; its own tables are those of 12 and 24
+    "all": lambda n: range(n),
+    "bottom": lambda n: range(n // 3),
+    "mid": lambda n: range(n // 3, 2 * n // 3),
+    "up": lambda n: range(2 * n // 3, n),
+    "top3": lambda n: range(max(n - 3, 0), n),
+    "half-bottom": lambda n: range(n // 2),
+    "half-up": lambda n: range(n // 2, n),
+}
+
+
+def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bool = True) -> Model:
+    """Adapts a plain model with the `lora_weights.pt` of CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541).
+
+    The adapter is plain LoRA with `scaling = alpha / sqrt(r)`: `sides="none"`, `use_rslora=True`. The file holds
+    neither the dropout, which becomes 0, nor anything about the model beyond its shapes: take care that it is the CLIP
+    that the adapter was trained on, for OpenAI's weights the variant with QuickGELU.
+
+    Args:
+        model: an open_clip model, or one of OpenAI's package, without an adapter; in wrappers or not, as for
+            `apply_complora`.
+        path: the file; it is read by torch's weights-only reader, which runs no code.
+        progress: as `apply_complora`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or not of this kind, or its factors do not fit the model, or the model has an
+            adapter; it is then as it was.
+    """
+    if is_adapted(model):
+        raise ValueError("model has an adapter already, expected a plain model")
+    path = Path(path)
+    with blaming(path):
+        weights, metadata = _read_clip_lora(path)
+        config, towers = _clip_lora_config(model, metadata)
+        by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
+        layers = [target.path for targets in by_tower for target in targets]
+        sources = {
+            f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"
+            for i, layer in enumerate(layers)
+            for name in config.target_modules
+        }
+        check_names(str(path), weights, [f"{source}.w_lora_{factor}" for source in sources.values() for factor in "AB"])
+        factors = {
+            target: (weights[f"{source}.w_lora_A"], weights[f"{source}.w_lora_B"]) for target, source in sources.items()
+        }
+        check_factors(factors, weights_to_fill(model, config), config)
+        factors = {target: (A.float(), B.float()) for target, (A, B) in factors.items()}
+        fill_adapter(unwrap(model), config, factors, progress=progress)
+    return model
+
+
+def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], CLIPLoRAMetadata]:
+    """The factors under names like `layer_0.q_proj.w_lora_A`, and the metadata."""
+    require_file(path, "CLIP-LoRA's lora_weights.pt")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file, or one with more than tensors in it, fails in many ways
+        # Without torch's own words: they advise to load the file unsafely.
+        raise ValueError(
+            f"{path} cannot be read as tensors and plain values, expected CLIP-LoRA's lora_weights.pt "
+            f"({type(error).__name__})"
+        ) from None
+    try:
+        check_type(saved, CLIPLoRAFile, "it")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has not the form of CLIP-LoRA's lora_weights.pt ({error}), expected weights of layer_0, ... and "
+            "metadata with r, alpha, encoder, params, position"
+        ) from None
+    weights = {
+        f"{layer}.{projection}.{name}": factor
+        for layer, projections in saved["weights"].items()
+        for projection, factors in projections.items()
+        for name, factor in factors.items()
+    }
+    wrong = [name for name, factor in weights.items() if not _is_plain(factor)]
+    if wrong:
+        raise ValueError(f"{path} holds {', '.join(wrong)} that are no floating-point tensors, expected the factors")
+    return weights, saved["metadata"]
+
+
+def _is_plain(factor: Any) -> bool:
+    """Whether this is a floating-point tensor with values, neither sparse nor quantised nor on the meta device."""
+    return isinstance(factor, Tensor) and factor.dtype in FLOATING and factor.layout is torch.strided and factor.is_cpu
+
+
+def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[CompLoRAConfig, tuple[str, ...]]:
+    """The configuration, and the towers in the order in which the file numbers their layers."""
+    for name, known in (("encoder", CLIP_LORA_TOWERS), ("position", CLIP_LORA_POSITIONS)):
+        if metadata[name] not in known:
+            raise ValueError(f"{name}={metadata[name]!r}, expected one of {', '.join(known)}")
+    towers = CLIP_LORA_TOWERS[metadata["encoder"]]
+    blocks = [block.tower for block in find(model).residual_blocks(model)]
+    position = CLIP_LORA_POSITIONS[metadata["position"]]
+    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers}
+    if metadata["position"] != "all" and len(set(chosen.values())) > 1:
+        raise ValueError(
+            f"position={metadata['position']!r}, which is other blocks in each tower of this model "
+            f"({chosen}), expected the same in both"
+        )
+    try:
+        config = CompLoRAConfig(
+            r=metadata["r"],
+            lora_alpha=metadata["alpha"],
+            use_rslora=True,
+            sides="none",
+            target_modules=tuple(metadata["params"]),
+            towers=towers,
+            layers=None if metadata["position"] == "all" else chosen[towers[0]] or None,
+        )
+    except ValueError as error:
+        raise ValueError(f"its metadata make no configuration: {error}") from None
+    return config, towers

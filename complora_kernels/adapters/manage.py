@@ -1,0 +1,228 @@
+"""What one does with an adapted model: its parameters, its gradients, its report; switching, merging and copying it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from complora_kernels.adapters.build import adapted_layers
+from complora_kernels.common.changes import Changes
+from complora_kernels.common.memory import sharing_memory
+from complora_kernels.modules.layer import CompLoRALayer, switched_off
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The factors A and B of every adapted weight, to hand to an optimizer.
+
+    Raises:
+        ValueError: `model` has no adapter.
+    """
+    return iter([parameter for _, parameter in named_adapter_parameters(model)])
+
+
+def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The factors with their names in the plain model, such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
+    return [
+        (f"{path}.{name}" if path else name, parameter)
+        for path, layer in adapted_layers(model).items()
+        for name, parameter in layer.named_parameters()
+        if name.startswith(("lora_A", "lora_B"))
+    ]
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints "trainable params: X || all params: Y || trainable%: Z", as PEFT does."""
+    every = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"trainable params: {trainable:,} || all params: {every:,} || trainable%: {100 * trainable / every:.4f}")
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raises RuntimeError naming each adapter that the last backward pass gave no gradient; call it after the first.
+
+    An adapter whose weight the model reads without calling its module is silently ignored; this finds it. A gradient
+    that is zero counts as one: A's is zero in the first step, because B still is.
+    """
+    missing = [name for name, parameter in named_adapter_parameters(model) if parameter.grad is None]
+    if missing:
+        raise RuntimeError(
+            f"no gradient reached {', '.join(missing)}: expected one for every adapter after a backward pass. "
+            "Is its tower part of the loss, and was the model neither merged nor disabled?"
+        )
+
+
+@dataclass(frozen=True)
+class SubspaceReport:
+    """What is protected in one adapted weight, and how far training went."""
+
+    path: str  # of the weight: the module's, with .q, .k, .v, .o in attention
+    k: int  # protected directions on the widest projected side; 0 for plain LoRA
+    # Share of Σσ² inside the protected output directions (input directions with sides="input"); of the trace of Y^T Y
+    # (X^T X) with subspace_source="activations".
+    energy: float
+    share: float  # |ΔW - P_out ΔW P_in|² / |ΔW|²: share of the update inside the protected subspace, 0 up to rounding
+    relative_update: float  # |ΔW| / |W|
+    basis_bytes: int
+
+
+@torch.no_grad()
+def subspace_report(model: nn.Module) -> list[SubspaceReport]:
+    """One row for each adapted weight, computed in float64 (Frobenius norms).
+
+    Raises:
+        ValueError: `model` has no adapter.
+    """
+    return [_report(path, layer, name) for path, layer in adapted_layers(model).items() for name in layer.weights]
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the context the model computes what it did before it was adapted.
+
+    That holds on the thread that entered it alone, and on those of the backward passes that it starts: with activation
+    checkpointing, call `backward` within the context too, because it computes the forward pass again. Contexts may be
+    nested, and left in any order.
+
+    Raises:
+        ValueError: `model` has no adapter.
+        RuntimeError: an adapter is merged into its weights; unmerge it first.
+    """
+    layers = adapted_layers(model)
+    _require_state(layers, merged=False)
+    with switched_off(layers.values()):
+        yield
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Adds every update to its frozen weight, `W ← W + ΔW` rounded once to W's dtype, and keeps the originals.
+
+    The model then computes with plain layers; memory grows by the adapted weights until `unmerge_adapter`. Its state
+    dict is that of a plain model with the update inside, plus the factors.
+
+    All weights are merged or, when the call fails or is interrupted, none. The parameters stay the same objects and get
+    other memory: a CUDA graph, or a tensor that shares memory with a weight, keeps the original values.
+
+    Raises:
+        ValueError: `model` has no adapter, an update holds NaN or infinite values, or an adapted weight shares memory
+            with a parameter or a buffer of another module, from which it would part; no weight is then changed.
+        RuntimeError: merged already.
+    """
+    layers = adapted_layers(model)
+    _require_state(layers, merged=False)
+    _require_untied(model, layers)
+    changes = Changes()
+    for path, layer in layers.items():
+        try:
+            layer.merge(changes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    changes.make()
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Puts the original weights back, bit for bit and in the memory that they had; all, or none when it fails.
+
+    Raises:
+        ValueError: `model` has no adapter.
+        RuntimeError: not merged.
+    """
+    layers = adapted_layers(model)
+    _require_state(layers, merged=True)
+    changes = Changes()
+    for layer in layers.values():
+        layer.unmerge(changes)
+    changes.make()
+
+
+def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Raw factors and bases by name, for a checkpoint from which training goes on exactly; `save_adapter` is for use.
+
+    The tensors are the model's own: clone what must outlast the next step.
+    """
+    state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named_adapter_parameters(model)}
+    for path, layer in adapted_layers(model).items():
+        state |= {name: basis for name, basis in layer.named_buffers(prefix=path) if "_basis" in name[len(path) :]}
+    return state
+
+
+def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of `raw_adapter_state`, into a model that is adapted by the same configuration.
+
+    Raises:
+        ValueError: names or shapes differ; the model is then as it was.
+    """
+    own = raw_adapter_state(model)
+    differing = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    if differing:
+        raise ValueError(
+            f"state differs from the model's adapter in {', '.join(differing)}, expected the same names and shapes"
+        )
+    changes = Changes()
+    changes.copy(list(own.values()), [state[name] for name in own])
+    for path, layer in adapted_layers(model).items():
+        prefix = f"{path}." if path else ""
+        matrices = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        layer.describe_bases(matrices, changes)
+    changes.make()
+
+
+def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:
+    bases = [basis for side in ("output", "input") if (basis := layer.basis(name, side)) is not None]
+    weight = layer.original_weight(name).double()
+    delta = layer.get_delta_weight(name).double()  # [out, in]
+    left = delta  # P_out ΔW P_in
+    for side in ("output", "input"):
+        basis = layer.basis(name, side)
+        if basis is not None:
+            left = _project(left, basis.matrix.double(), basis.kind, side)
+    norm = delta.norm()
+    return SubspaceReport(
+        path=f"{path}.{name}" if name else path,
+        k=max((basis.k for basis in bases), default=0),
+        energy=bases[0].energy if bases else 0.0,
+        share=float((delta - left).norm() ** 2 / norm**2) if norm > 0 else 0.0,
+        relative_update=float(norm / weight.norm()) if weight.norm() > 0 else 0.0,
+        basis_bytes=sum(basis.matrix.nbytes for basis in bases),
+    )
+
+
+def _project(delta: Tensor, basis: Tensor, kind: str, side: str) -> Tensor:
+    """`P ΔW` on the output side, `ΔW P` on the input side."""
+    inside = basis @ (basis.mT @ delta) if side == "output" else (delta @ basis) @ basis.mT  # [out, in]
+    return delta - inside if kind == "principal" else inside
+
+
+def _require_untied(model: nn.Module, layers: dict[str, CompLoRALayer]) -> None:
+    used = [
+        (module, name, tensor)
+        for module in model.modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
+    shared = {
+        used[one][:2]
+        for pair in sharing_memory([tensor for *_, tensor in used])
+        for one, other in (pair, pair[::-1])
+        if used[one][0] is not used[other][0]
+    }
+    parameters = sorted({(path, rows.parameter) for path, layer in layers.items() for rows in layer.weights.values()})
+    tied = []
+    for path, parameter in parameters:
+        owner, _, name = parameter.rpartition(".")
+        if (layers[path].get_submodule(owner), name) in shared:
+            tied.append(f"{path}.{parameter}")
+    if tied:
+        raise ValueError(
+            f"{', '.join(tied)}: tied to a parameter of another module or to a buffer, whose memory it shares; "
+            "expected weights of their own"
+        )
+
+
+def _require_state(layers: dict[str, CompLoRALayer], *, merged: bool) -> None:
+    wrong = [path for path, layer in layers.items() if layer.merged != merged]
+    if wrong:
+        state, call = ("not merged", "merge_adapter") if merged else ("merged", "unmerge_adapter")
+        raise RuntimeError(f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} {state}: call {call} first")

@@ -1,0 +1,517 @@
+import copy
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import re
+
+import pytest
+import safetensors.torch
+import tiny_models
+import torch
+from failures import Unchanged, contents, failing
+from small_clip import adapted, assert_close, config, features, saved, small_clip, small_clip_4, updates
+from torch import nn
+
+import complora_kernels as ck
+from complora_kernels import subspace
+from complora_kernels.adapters import base_weights
+from complora_kernels.adapters import files as adapter_files
+from complora_kernels.adapters.build import adapted_layers
+from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+
+# Folding a folded factor again, and the scaling, round float32 (6e-8) in a few short products.
+ROUNDING = 2e-6
+
+SELECTIONS = {
+    "qkv": {},
+    "all": {"target_modules": ("q", "k", "v", "o", "fc1", "fc2")},
+    "text, one layer": {"target_modules": ("v", "fc2"), "towers": ("text",), "layers": (1,)},
+    "regex": {"target_modules": r"visual\..*\.c_proj"},
+}
+
+
+def assert_refused(directory, match, model=None, error: type[BaseException] = ValueError):
+    model = small_clip() if model is None else model
+    with Unchanged(model), pytest.raises(error, match=match):
+        ck.load_adapter(model, directory, progress=False)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
+@pytest.mark.parametrize("sides", ["output", "input", "both", "none"])
+def test_round_trip(tmp_path, sides, selection):
+    model = saved(tmp_path / "adapter", sides=sides, **selection)
+    plain = small_clip()
+    loaded = ck.load_adapter(plain, tmp_path / "adapter", progress=False)
+    assert loaded is plain
+    assert updates(loaded).keys() == updates(model).keys()
+    for name, update in updates(model).items():
+        assert_close(updates(loaded)[name], update, ROUNDING)
+    assert_close(features(loaded), features(model), ROUNDING)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("layout", tiny_models.LAYOUTS)
+def test_round_trip_in_every_layout(tmp_path, layout):
+    plain = tiny_models.LAYOUTS[layout]()
+    model = ck.apply_complora(copy.deepcopy(plain), tiny_models.config(target_modules=("q", "v", "o", "fc1")))
+    ck.save_adapter(tiny_models.randomise(model), tmp_path)
+    loaded = ck.load_adapter(plain, tmp_path, progress=False)
+    batch = tiny_models.batch()
+    assert_close(tiny_models.features(loaded, *batch), tiny_models.features(model, *batch), ROUNDING)
+
+
+@pytest.mark.parametrize(("source", "target"), [(small_clip, small_clip_4), (small_clip_4, small_clip)])
+def test_both_generations_of_open_clip_read_each_others_adapters(tmp_path, source, target):
+    expected = updates(saved(tmp_path, source(), target_modules=("q", "k", "v", "o", "fc1")))
+    loaded = updates(ck.load_adapter(target(), tmp_path, progress=False))
+    assert loaded.keys() == expected.keys()
+    for name, update in expected.items():
+        assert_close(loaded[name], update, ROUNDING)
+
+
+@pytest.mark.parametrize("k", [0, 5, 20, 32])
+def test_round_trip_for_every_size_of_the_subspace(tmp_path, k):
+    model = saved(tmp_path, subspace_k=k)
+    loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
+    assert_close(features(loaded), features(model), ROUNDING)
+
+
+def test_round_trip_with_a_random_subspace(tmp_path):
+    model = saved(tmp_path, subspace_source="random", subspace_seed=3)
+    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(model), ROUNDING)
+
+
+def test_the_saved_factors_are_folded_and_unscaled(tmp_path):
+    model = saved(tmp_path, lora_alpha=7.0)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
+    path = "visual.transformer.resblocks.1.attn"
+    attention = model.get_submodule(path)
+    U, _, Vh = torch.linalg.svd(attention.in_proj_weight[32:64].double())  # of k
+    P_out, P_in = (torch.eye(32, dtype=torch.float64) - basis @ basis.T for basis in (U[:, :20], Vh[:20].T))
+    A, B = (tensors[f"base_model.model.{path}.k_proj.lora_{factor}.weight"] for factor in "AB")
+    assert_close(A.double(), attention.lora_A.k.double() @ P_in, ROUNDING)
+    assert_close(B.double(), P_out @ attention.lora_B.k.double(), ROUNDING)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert len(tensors) == 2 * 3 * 4  # A and B of q, k, v in four blocks
+
+
+def test_the_loaded_raw_factors_are_the_saved_ones(tmp_path):
+    saved(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
+    loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
+    for path, layer in adapted_layers(loaded).items():
+        for name in layer.weights:
+            for factor, parameter in zip("AB", layer.factors(name), strict=True):
+                assert torch.equal(parameter, tensors[f"base_model.model.{path}.{name}_proj.lora_{factor}.weight"])
+
+
+def test_the_configuration_file_has_the_fields_of_peft(tmp_path):
+    saved(tmp_path, use_rslora=True, lora_dropout=0.1, target_modules=("fc1",), towers=("text",))
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert fields["peft_type"] == "LORA"
+    assert (fields["r"], fields["lora_alpha"], fields["lora_dropout"], fields["use_rslora"]) == (2, 3.0, 0.1, True)
+    assert (fields["bias"], fields["task_type"]) == ("none", None)
+    assert (fields["fan_in_fan_out"], fields["inference_mode"]) == (False, True)
+    names = [f"{tower}transformer.resblocks.0.mlp.c_fc" for tower in ("", "visual.")]
+    assert [bool(re.fullmatch(fields["target_modules"], name)) for name in names] == [True, False]
+    own = fields["complora"]
+    assert ck.CompLoRAConfig.from_dict(own["config"]).towers == ("text",)
+    assert (own["format_version"], own["package_version"]) == (1, ck.__version__)
+    assert own["base_weights"].keys() == {f"transformer.resblocks.{i}.mlp.c_fc" for i in (0, 1)}
+
+
+def test_load_into_an_adapted_model_replaces_its_adapter(tmp_path):
+    model = saved(tmp_path)
+    other = adapted(small_clip(), seed=9)
+    assert ck.load_adapter(other, tmp_path) is other
+    assert_close(features(other), features(model), ROUNDING)
+
+
+SIDES: tuple[subspace.Side, ...] = ("output", "input")
+
+
+@pytest.mark.parametrize("k", [6, 20], ids=["principal", "complement"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_load_into_a_half_precision_copy_gives_the_update_back(tmp_path, dtype, k):
+    expected = updates(saved(tmp_path, subspace_k=k))
+    loaded = ck.load_adapter(small_clip().to(dtype), tmp_path, progress=False)
+    for name, update in updates(loaded).items():
+        assert update.dtype == torch.float32
+        assert_close(update, expected[name], ROUNDING)
+
+
+@pytest.mark.parametrize("k", [6, 20], ids=["principal", "complement"])
+def test_bases_of_a_half_precision_copy_are_turned_a_little(tmp_path, k):
+    saved(tmp_path, subspace_k=k)
+    loaded = ck.load_adapter(small_clip().bfloat16(), tmp_path, progress=False)
+    for layer in adapted_layers(loaded).values():
+        for name, side in itertools.product(layer.weights, SIDES):
+            A, B = layer.factors(name)
+            factor = B.mT if side == "output" else A  # [r, d]
+            basis = layer.basis(name, side)
+            recomputed = subspace.projection_basis(layer.base_weight(name), layer.config, side)
+            assert basis is not None
+            subspace.check_orthonormal(basis.matrix, side)
+            assert basis[1:] == recomputed[1:]
+            kept = [factor @ matrix @ matrix.T for matrix in (basis.matrix, recomputed.matrix)]  # what lies inside
+            lost, otherwise_lost = kept if basis.kind == "principal" else [factor - part for part in kept]
+            assert lost.norm() < ROUNDING * factor.norm()
+            assert otherwise_lost.norm() > 10 * ROUNDING * factor.norm()
+            turned = basis.matrix @ basis.matrix.T - recomputed.matrix @ recomputed.matrix.T
+            assert turned.norm() < 0.2  # as far as rounding had turned it; two random ones are about 4 apart
+
+
+@pytest.mark.parametrize("k", [6, 20])
+def test_training_after_load_stays_in_the_complement(tmp_path, k):
+    saved(tmp_path, subspace_k=k)
+    model = ck.load_adapter(small_clip().bfloat16(), tmp_path, progress=False).train()
+    before = updates(model)
+    optimizer = torch.optim.AdamW(ck.adapter_parameters(model), lr=1e-2)
+    images, texts = torch.randn(3, 3, 16, 16).bfloat16(), torch.randint(1, 20, (3, 6))
+    for _ in range(3):
+        loss = (model.encode_image(images) * model.encode_text(texts)).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    ck.check_gradients(model)
+    for row, (name, update) in zip(ck.subspace_report(model), updates(model).items(), strict=True):
+        assert (update - before[name]).norm() > 1e-3 * update.norm()
+        assert row.share < 1e-10  # |inside|² / |ΔW|²: (a few 1e-7 of float32)²
+
+
+def test_a_merged_model_saves_its_factors(tmp_path):
+    model = saved(tmp_path / "unmerged")
+    ck.merge_adapter(model)
+    ck.save_adapter(model, tmp_path / "merged")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "unmerged" / name).read_bytes()
+    assert_refused(tmp_path / "merged", "merged, expected an unmerged adapter", model, RuntimeError)
+
+
+def test_no_pickle_is_used(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("pickle was used")
+
+    model = adapted(small_clip())
+    plain = small_clip()
+    for name in ("Pickler", "Unpickler", "dump", "dumps", "load", "loads"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
+    ck.save_adapter(model, tmp_path)
+    ck.load_adapter(plain, tmp_path, progress=False)
+
+
+def test_saving_needs_an_adapter_and_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="no Comp-LoRA adapter"):
+        ck.save_adapter(small_clip(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_broken_update_is_not_saved(tmp_path, value, factor):
+    model = saved(tmp_path / "old")
+    before = contents(tmp_path)
+    broken = model.get_submodule("transformer.resblocks.1.attn").get_parameter(f"{factor}.v")
+    with torch.no_grad():
+        broken[0, 0] = value
+    for directory in ("new", "old"):
+        with pytest.raises(ValueError, match=r"transformer\.resblocks\.1\.attn\.v_proj holds NaN or infinite"):
+            ck.save_adapter(model, tmp_path / directory)
+    assert contents(tmp_path) == before
+
+
+def test_layers_of_different_configurations_are_not_saved(tmp_path):
+    model = nn.Sequential(*(ck.CompLoRALinear.from_linear(nn.Linear(8, 8), config(subspace_k=1, r=r)) for r in (1, 2)))
+    with pytest.raises(ValueError, match=r"0 and 1 differ in configuration \(r=1 and 2\)"):
+        ck.save_adapter(model, tmp_path)
+
+
+def test_an_unwritable_folder_is_an_error_before_anything(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    model = adapted(small_clip())
+    monkeypatch.setattr(base_weights, "describe", None)  # nothing is computed
+    for directory in (tmp_path / "file", tmp_path / "file" / "adapter"):
+        with pytest.raises(OSError, match=r"directory='.*file.*', expected a folder that can be written to"):
+            ck.save_adapter(model, directory)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    saved(tmp_path)
+    assert contents(tmp_path).keys() == {"README.md", CONFIG_FILE, WEIGHTS_FILE}
+    assert contents(tmp_path)["README.md"] == b"mine"
+
+
+# A save that fails, or a process that is killed.
+
+
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize(
+    ("owner", "name", "failures"),
+    [(adapter_files, "save", {0}), (os, "fsync", {0}), (os, "fsync", {1}), (os, "replace", {0}), (os, "replace", {1})],
+    ids=["serialise", "sync configuration", "sync weights", "move configuration", "move weights"],
+)
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("stop")], ids=["error", "interrupt"])
+def test_a_failed_save_leaves_the_files_as_they_were(tmp_path, monkeypatch, owner, name, failures, existing, error):
+    directory = tmp_path / "adapter"
+    old = saved(directory) if existing else None
+    before = contents(tmp_path)
+    new = adapted(small_clip(), seed=2)
+    with monkeypatch.context() as patch:
+        failing(patch, owner, name, failures, error)
+        with pytest.raises(type(error), match=str(error)):
+            ck.save_adapter(new, directory)
+    assert contents(tmp_path) == before
+    if old is not None:
+        assert_close(features(ck.load_adapter(small_clip(), directory, progress=False)), features(old), ROUNDING)
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_folder_that_cannot_be_synced_holds_the_new_adapter_and_the_error_says_so(tmp_path, monkeypatch, existing):
+    if existing:
+        saved(tmp_path)
+    new = adapted(small_clip(), seed=2)
+    with monkeypatch.context() as patch:
+        failing(patch, os, "fsync", {2}, OSError("input/output error"))
+        with pytest.raises(OSError, match=r"the new adapter is in place in '.*', but .* \(input/output error\)"):
+            ck.save_adapter(new, tmp_path)
+    assert contents(tmp_path).keys() == {CONFIG_FILE, WEIGHTS_FILE}
+    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(new), ROUNDING)
+
+
+def test_a_failed_save_leaves_no_folders_that_it_made(tmp_path, monkeypatch):
+    failing(monkeypatch, os, "fsync", {0}, OSError("disk full"))
+    with pytest.raises(OSError, match="disk full"):
+        ck.save_adapter(adapted(small_clip()), tmp_path / "a" / "b" / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_killed_between_the_moves_leaves_the_old_adapter(tmp_path, monkeypatch):
+    old = saved(tmp_path)
+    with monkeypatch.context() as patch:
+        failing(
+            patch, os, "replace", set(range(1, 100)), OSError("disk full")
+        )  # nor can the old configuration be put back
+        with pytest.raises(OSError, match="disk full"):
+            ck.save_adapter(adapted(small_clip(), seed=2, r=3), tmp_path)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["r"] == 3
+    with pytest.warns(UserWarning, match="belongs to other weights than the adapter_model.safetensors beside it"):
+        loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
+    assert_close(features(loaded), features(old), ROUNDING)
+    new = saved(tmp_path, seed=2, r=3)  # the next save repairs it
+    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(new), ROUNDING)
+
+
+def test_a_new_adapter_replaces_the_old_one(tmp_path):
+    saved(tmp_path)
+    new = saved(tmp_path, seed=2, r=5, target_modules=("fc1",))
+    loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
+    assert_close(features(loaded), features(new), ROUNDING)
+
+
+# What is refused, with the model left as it was.
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_missing_file(tmp_path, name):
+    saved(tmp_path)
+    (tmp_path / name).unlink()
+    assert_refused(tmp_path, f"{name} is missing", error=FileNotFoundError)
+
+
+def test_missing_folder(tmp_path):
+    assert_refused(tmp_path / "nowhere", "adapter_config.json is missing", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_file(tmp_path, name, share):
+    saved(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+    assert_refused(tmp_path, f"{name} is (truncated|damaged)")
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    saved(tmp_path, target_modules=("fc1",), layers=(0,), towers=("text",), r=1)
+    content = (tmp_path / WEIGHTS_FILE).read_bytes()
+    for position in [*torch.randperm(len(content))[:800].tolist(), len(content) - 1]:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << (position % 8)
+        (tmp_path / WEIGHTS_FILE).write_bytes(flipped)
+        with pytest.raises(ValueError, match=WEIGHTS_FILE):
+            read_adapter(tmp_path)
+    assert_refused(tmp_path, WEIGHTS_FILE)
+
+
+def test_a_weights_file_of_another_program(tmp_path):
+    saved(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS_FILE, metadata={"format": "pt"})
+    assert_refused(tmp_path, "no adapter_config in its metadata")
+
+
+def test_a_changed_configuration_file(tmp_path):
+    saved(tmp_path)
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"lora_alpha": 30.0}))
+    assert_refused(tmp_path, "differs in lora_alpha from the configuration that the weights were saved with")
+    edited = fields["complora"] | {"config": fields["complora"]["config"] | {"subspace_k": 4}}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"complora": edited}))
+    assert_refused(tmp_path, "differs in complora from")
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"base_model_name_or_path": "ViT-B-16"}))
+    ck.load_adapter(small_clip(), tmp_path, progress=False)
+
+
+def test_an_adapter_of_a_newer_version(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("complora_kernels.adapters.save_load.FORMAT_VERSION", 2)
+        saved(tmp_path)
+    assert_refused(tmp_path, "format_version=2, expected at most 1: it was written by the newer complora_kernels")
+
+
+def test_another_activation(tmp_path):
+    saved(tmp_path)
+    other = small_clip(quick_gelu=True)
+    other.load_state_dict(small_clip().state_dict())
+    assert_refused(tmp_path, r"trained with MLP activations .*'GELU'.* got .*'QuickGELU'", other)
+
+
+def test_other_base_weights(tmp_path):
+    saved(tmp_path)
+    first = "visual.transformer.resblocks.0.attn.q_proj"
+    assert_refused(tmp_path, f"other base weights: {first} is about", small_clip(seed=1))
+    fine_tuned = small_clip()
+    with torch.no_grad():
+        weight = fine_tuned.get_parameter("transformer.resblocks.1.attn.in_proj_weight")
+        weight[:32] += 0.1 * torch.randn(32, 32) * weight.std()
+    assert_refused(tmp_path, r"other base weights: transformer\.resblocks\.1\.attn\.q_proj is about", fine_tuned)
+    with torch.no_grad():
+        weight[:32] = small_clip().transformer.resblocks[1].attn.in_proj_weight[:32] * 1.1
+    assert_refused(tmp_path, "other base weights: transformer.resblocks.1.attn.q_proj", fine_tuned)
+    assert_refused(tmp_path, "other base weights", adapted(small_clip(seed=1)))
+
+
+def test_another_width(tmp_path):
+    saved(tmp_path)
+    assert_refused(
+        tmp_path, r"q_proj has factors A and B of shapes \(2, 32\) and \(32, 2\), expected", small_clip(width=48)
+    )
+
+
+def test_another_depth(tmp_path):
+    saved(tmp_path)
+    assert_refused(
+        tmp_path, "missing base_model.model.transformer.resblocks.2.attn.k_proj.lora_A.weight", small_clip(layers=3)
+    )
+    assert_refused(
+        tmp_path, "missing nothing, unexpected base_model.model.transformer.resblocks.1", small_clip(layers=1)
+    )
+
+
+def test_a_model_without_such_layers(tmp_path):
+    saved(tmp_path)
+    assert_refused(
+        tmp_path, "does not fit the model: towers=.* matched nothing in the image tower", nn.Sequential(nn.Linear(4, 4))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 3}, r"r=3 and 2 \(model, file\)"),
+        ({"layers": (0,)}, r"layers=\[0\] and None"),
+        ({"target_modules": ("q",)}, r"target_modules=\['q'\] and \['q', 'k', 'v'\]"),
+        ({"lora_alpha": 4.0, "sides": "output"}, r"lora_alpha=4.0 and 3.0, sides='output' and 'both'"),
+    ],
+    ids=["rank", "layers", "targets", "scaling and sides"],
+)
+def test_another_configuration_than_that_of_the_model(tmp_path, options, message):
+    saved(tmp_path)
+    assert_refused(tmp_path, message, adapted(small_clip(), **options))
+
+
+def test_a_broken_update_is_not_loaded(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("complora_kernels.adapters.save_load._check_update", lambda *_: None)
+        model = adapted(small_clip())
+        with torch.no_grad():
+            model.get_parameter("transformer.resblocks.0.attn.lora_B.k")[:] = float("nan")
+        ck.save_adapter(model, tmp_path)
+    assert_refused(tmp_path, "transformer.resblocks.0.attn.k_proj holds NaN")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no convergence"), KeyboardInterrupt("stop")])
+def test_a_failure_while_adapting_leaves_the_model_plain(tmp_path, monkeypatch, error):
+    saved(tmp_path)
+    subspace.clear_cache()
+    failing(monkeypatch, torch.linalg, "svd", {5}, error)
+    assert_refused(tmp_path, str(error), error=type(error))
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_failure_while_turning_bases_leaves_the_model_as_it_was(tmp_path, monkeypatch, is_plain):
+    saved(tmp_path)
+    failing(monkeypatch, subspace, "align_basis", {3}, MemoryError("out of memory"))
+    assert_refused(tmp_path, "out of memory", small_clip() if is_plain else adapted(small_clip(), seed=4), MemoryError)
+
+
+# The description of base weights.
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (7, 300), (1, 1)])
+def test_description_of_a_weight(shape):
+    W = torch.randn(shape)
+    sign = {side: base_weights._signs(side, d) for side, d in zip(("output", "input"), shape, strict=True)}
+    described = base_weights.describe(W)
+    signs = zip(sign["output"].tolist(), sign["input"].tolist(), strict=True)
+    rows = W.tolist()
+    expected = [sum(a * b * w for a, row in zip(u, rows) for b, w in zip(v, row)) for u, v in signs]  # noqa: B905
+    assert described["sketch"] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    assert described["norm"] == pytest.approx(float(W.norm()))
+    assert described["shape"] == list(shape)
+
+
+def test_the_signs_are_those_of_the_format():
+    for side in ("output", "input"):
+        for position, byte in enumerate(hashlib.shake_256(side.encode()).digest(9)):
+            bits = [byte >> i & 1 for i in range(8)]
+            assert base_weights._signs(side, 9)[:, position].tolist() == [1 if bit else -1 for bit in bits]
+    signs = torch.cat([base_weights._signs(side, 4096) for side in ("output", "input")])
+    gram = signs @ signs.T / 4096
+    assert (gram - torch.eye(16)).abs().max() < 0.1  # independent: 1/64 each, six standard deviations
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 0.0015), (torch.float16, 0.0002)])
+def test_distance_of_half_precision_copies(dtype, expected):
+    weights = [torch.randn(200, 100) * 0.02 for _ in range(20)]
+    known = [base_weights.describe(weight) for weight in weights]
+    apart = [
+        base_weights.relative_distance(base_weights.describe(w.to(dtype)), k)
+        for w, k in zip(weights, known, strict=True)
+    ]
+    assert sum(apart) / len(apart) == pytest.approx(expected, rel=0.3)
+    assert max(apart) < 0.004
+
+
+@pytest.mark.parametrize("change", [0.03, 0.3, 1.0])
+def test_distance_estimates_the_relative_change(change):
+    apart = []
+    for _ in range(50):
+        W = torch.randn(60, 80)
+        other = W + change * torch.randn(60, 80)
+        apart.append(base_weights.relative_distance(base_weights.describe(other), base_weights.describe(W)))
+    assert sum(apart) / len(apart) == pytest.approx(change, rel=0.15)  # 50 estimates of 25% each
+    assert min(apart) > base_weights.TOLERANCE
+
+
+def test_distance_of_a_zero_weight():
+    zero = base_weights.describe(torch.zeros(3, 4))
+    assert base_weights.relative_distance(zero, zero) == 0
+    assert base_weights.relative_distance(base_weights.describe(torch.ones(3, 4)), zero) > base_weights.TOLERANCE
+    assert base_weights.relative_distance(base_weights.describe(torch.zeros(4, 3)), zero) == float("inf")

@@ -1,0 +1,54 @@
+"""Facts about tensors hold for one version of one tensor, and no longer than it lives."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import Tensor
+
+from complora_kernels.common.tensor_facts import TensorFacts
+
+
+def test_computed_once_for_each_version():
+    facts: TensorFacts[float] = TensorFacts()
+    asked: list[float] = []
+
+    def total(tensor: Tensor) -> float:
+        asked.append(float(tensor.sum()))
+        return asked[-1]
+
+    tensor = torch.ones(3)
+    assert facts.get(tensor) is None
+    assert [facts.get_or_compute(tensor, total) for _ in range(3)] == [3, 3, 3]
+    assert facts.get(tensor) == 3
+    tensor.add_(1)
+    assert facts.get(tensor) is None
+    assert [facts.get_or_compute(tensor, total) for _ in range(2)] == [6, 6]
+    assert asked == [3, 6]
+
+
+def test_false_is_a_fact_and_equal_tensors_are_different_ones():
+    facts: TensorFacts[bool] = TensorFacts()
+    tensor = torch.ones(3)
+    assert facts.set(tensor, False) is False
+    assert facts.get_or_compute(tensor, lambda _: True) is False
+    assert facts.get(torch.ones(3)) is None
+
+
+def test_inference_tensors_which_have_no_version():
+    facts: TensorFacts[int] = TensorFacts()
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+        assert facts.set(tensor, 5) == 5
+    assert facts.get(tensor) == 5
+
+
+def test_forgotten_with_the_tensor():
+    facts: TensorFacts[int] = TensorFacts()
+    tensor = torch.ones(3)
+    facts.set(tensor, 1)
+    assert len(facts._facts) == 1
+    del tensor
+    gc.collect()
+    assert len(facts._facts) == 0
