@@ -71,7 +71,7 @@ class ChipDriver:
 def launches(chip: int) -> Iterator[Launch]:
     """Every kernel and variant, at the width of ViT-B/16 and a few hundred tokens: the code knows no larger numbers."""
     from complora_kernels.kernels import factors
-    from complora_kernels.kernels.blocks import Blocks
+    from complora_kernels.kernels.rows import RowGroups
 
     for adapters, r, p in ((1, 16, 0.0), (1, 16, 0.25), (1, 16, 0.1), (3, 16, 0.0), (3, 16, 0.25), (3, 64, 0.25)):
         yield from products(chip, torch.bfloat16, adapters, r, p)
@@ -93,20 +93,20 @@ def launches(chip: int) -> Iterator[Launch]:
         yield Launch(f"from {dtype}", partial(factors.fold_factors, gradients, *fold[1:-1], torch.float32))
         plain = (gradients, [None, None], *fold[2:-1], torch.float32)
         yield Launch(f"from {dtype}, not projected", partial(factors.fold_factors, *plain))
-        merge = (torch.empty(WIDTH, WIDTH), A.to(dtype)[None], B.to(dtype)[None], Blocks(WIDTH, (0,)), dtype)
+        merge = (torch.empty(WIDTH, WIDTH), A.to(dtype)[None], B.to(dtype)[None], RowGroups(WIDTH, (0,)), dtype)
         yield Launch(f"to {dtype}", partial(factors.merge_weight, *merge))
 
 
 def products(chip: int, dtype: torch.dtype, adapters: int, r: int, p: float) -> Iterator[Launch]:
     """The kernels of one adapted product and its gradients, with every tile that ships for one adapter."""
     from complora_kernels.kernels import linear, reductions
-    from complora_kernels.kernels.blocks import Blocks
+    from complora_kernels.kernels.rows import RowGroups
 
     empty = partial(torch.empty, dtype=dtype)
     x, dY, h = empty(TOKENS, WIDTH), empty(TOKENS, adapters * WIDTH), empty(TOKENS, adapters * r)
     weight, bias = empty(adapters * WIDTH, WIDTH), empty(adapters * WIDTH)
     A, B = empty(adapters, r, WIDTH), empty(adapters, WIDTH, r)
-    blocks, seed = Blocks(WIDTH, tuple(range(adapters))), torch.zeros(1, dtype=torch.int64)
+    groups, seed = RowGroups(WIDTH, tuple(range(adapters))), torch.zeros(1, dtype=torch.int64)
     case = f"{dtype} P={adapters} r={r} p={p}"
     yield Launch(case, partial(linear.packed_lora_linear_h, x, A, p, seed))
     yield Launch(f"{case}, copies x", partial(linear.packed_lora_linear_h, x, A, p, seed, beside_x=True))
@@ -114,33 +114,33 @@ def products(chip: int, dtype: torch.dtype, adapters: int, r: int, p: float) -> 
     for tiles in linear.tiles_of(chip, dtype)[: None if adapters == 1 and r == 16 and p in (0, 0.25) else 1]:
         cut = f"{case}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
         for which, given in (("given", h), ("inside", None)):
-            fwd = partial(linear.packed_lora_linear_fwd, x, weight, bias, A, B, given, blocks, p, seed, tiles=tiles)
-            dx = partial(linear.packed_lora_linear_dx, dY, weight, A, B, given, blocks, p, seed, tiles=tiles)
+            fwd = partial(linear.packed_lora_linear_fwd, x, weight, bias, A, B, given, groups, p, seed, tiles=tiles)
+            dx = partial(linear.packed_lora_linear_dx, dY, weight, A, B, given, groups, p, seed, tiles=tiles)
             if given is not None or linear.fits_inside(r, dtype, p):
                 yield Launch(f"{cut}, h {which}", fwd)
                 yield Launch(f"{cut}, g {which}", dx)
     if p == 0:
         for outputs in (("g", "dB"), ("g",), ("dB",)):
             wanted = {f"compute_{name}": name in outputs for name in ("g", "dB")}
-            db = partial(reductions.packed_lora_linear_db, dY, h, B, blocks, **wanted)
+            db = partial(reductions.packed_lora_linear_db, dY, h, B, groups, **wanted)
             yield Launch(f"{case}, {' and '.join(outputs)}", db)
 
 
 def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
     """Sizes that no tile divides; one is a constant to Triton."""
     from complora_kernels.kernels import linear, reductions
-    from complora_kernels.kernels.blocks import Blocks
+    from complora_kernels.kernels.rows import RowGroups
 
     x, A, B = (torch.empty(*shape, dtype=dtype) for shape in ((size, size), (1, 1, size), (1, size, 1)))
-    h, seed, blocks = torch.empty(size, 1, dtype=dtype), torch.zeros(1, dtype=torch.int64), Blocks(size, (0,))
+    h, seed, groups = torch.empty(size, 1, dtype=dtype), torch.zeros(1, dtype=torch.int64), RowGroups(size, (0,))
     case = f"{dtype} all sizes {size}, r=1"
     for p in (0.0, 0.25):
         yield Launch(case, partial(linear.packed_lora_linear_h, x, A, p, seed))
         yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, 1, p, seed))
         for given in (h, None):
-            yield Launch(case, partial(linear.packed_lora_linear_fwd, x, x, x[0], A, B, given, blocks, p, seed))
-            yield Launch(case, partial(linear.packed_lora_linear_dx, x, x, A, B, given, blocks, p, seed))
-    db = partial(reductions.packed_lora_linear_db, x, h, B, blocks, compute_g=True, compute_dB=True)
+            yield Launch(case, partial(linear.packed_lora_linear_fwd, x, x, x[0], A, B, given, groups, p, seed))
+            yield Launch(case, partial(linear.packed_lora_linear_dx, x, x, A, B, given, groups, p, seed))
+    db = partial(reductions.packed_lora_linear_db, x, h, B, groups, compute_g=True, compute_dB=True)
     yield Launch(case, db)
 
 
@@ -197,7 +197,7 @@ def activations() -> Iterator[Launch]:
 def residuals(chip: int) -> Iterator[Launch]:
     """The product that closes a block, with every tile that ships."""
     from complora_kernels.kernels import linear
-    from complora_kernels.kernels.blocks import Blocks
+    from complora_kernels.kernels.rows import RowGroups
 
     streams = ((torch.bfloat16,) * 2, (torch.float32, torch.bfloat16), (torch.float32,) * 2)
     for stream, dtype in streams:
@@ -208,7 +208,7 @@ def residuals(chip: int) -> Iterator[Launch]:
         h, residual = torch.empty(TOKENS, 16, dtype=dtype), torch.empty(TOKENS, WIDTH, dtype=stream)
         for tiles in linear.tiles_of(chip, dtype, crowded=True):
             case = f"{dtype}, residual {stream}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
-            fwd = (x, weight, bias, A, B, h, Blocks(WIDTH, (0,)), 0.0, None)
+            fwd = (x, weight, bias, A, B, h, RowGroups(WIDTH, (0,)), 0.0, None)
             yield Launch(case, partial(linear.packed_lora_linear_fwd, *fwd, residual=residual, tiles=tiles))
 
 

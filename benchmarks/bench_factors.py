@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.comparison import Comparison, Work, pedantic
 from benchmarks.interleaved import replays
 from complora_kernels import backends, reference
+from complora_kernels.backends.extension import ExtensionBackend
 from complora_kernels.functional import fold_factors, project_complement
 
 RANK, WIDTH, LAYERS = 16, 768, 72  # q, k, v, o, fc1, fc2 of twelve blocks, were all of them square
@@ -38,7 +39,7 @@ Step = Callable[[], Sequence[Tensor]]
 
 @pytest.fixture(autouse=True)
 def built() -> None:
-    reason = backends.BACKENDS[OURS].unavailable() or (backends.gpu_refusal(OURS, None) if ON_GPU else None)
+    reason = backends.REGISTRY[OURS].unavailable() or (ExtensionBackend().gpu_refusal(None) if ON_GPU else None)
     assert reason is None, reason
 
 

@@ -57,7 +57,7 @@ tests() {
         tests/test_graphs.py tests/modules/test_block.py tests/modules/test_pooled.py
 }
 
-tune() { "$python" -m complora_kernels.backends.tune --model-shapes ViT-B-16 --batch 256 32 --rank 16; }
+tune() { "$python" -m complora_kernels.tune --model-shapes ViT-B-16 --batch 256 32 --rank 16; }
 
 bench() {
     # A warning of versions that nobody has tried together costs no figure.

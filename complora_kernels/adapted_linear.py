@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,10 +18,35 @@ class AdaptedLinear(NamedTuple):
 
     weight: Tensor  # [out, in], frozen, as the user keeps it: under autocast in a wider dtype than x
     bias: Tensor | None  # [out]
-    As: Sequence[Tensor] = ()  # each Ã [r, in]
-    Bs: Sequence[Tensor] = ()  # each B̃ [stop - start, r]
+    As: Sequence[Tensor] = ()  # each Ã [r, in], in the dtype of x
+    Bs: Sequence[Tensor] = ()  # each B̃ [stop - start, r], in the dtype of x
     rows: Rows = ()  # each (start, stop): the rows `start <= n < stop` of the weight that an adapter updates
     dropout_p: float = 0.0  # 0 in evaluation
-    seeds: Sequence[Tensor] = ()  # each [1], int64, of the dropout masks; none without dropout
+    seeds: Sequence[Tensor] = ()  # each [1], int64, see `dropout`; none without dropout
     save_h: bool = True  # whether h = drop(x) Ã^T is kept for the gradient of B̃
-    precision: str = "exact"  # "exact": one rounding in half precision; "fast": any plan
+    precision: str = "exact"  # "exact" allows the plans that round once, "fast" all of them, see `backends.plans`
+
+    @property
+    def rank(self) -> int:
+        """The sum of the adapters' ranks, R: h is [M, R]."""
+        return sum(len(A) for A in self.As)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors in a row, as an autograd Function takes and saves them: weight, bias, seeds, Ãs, B̃s."""
+        return (self.weight, self.bias, *self.seeds, *self.As, *self.Bs)
+
+    def without_tensors(self) -> AdaptedLinear:
+        """The rest of the record, with None for each tensor: what a node of autograd may keep beside what it saves."""
+        nothing: Any = [None] * len(self.rows)
+        seeds: Any = [None] * len(self.seeds)
+        frozen: Any = None
+        return self._replace(weight=frozen, bias=None, As=nothing, Bs=nothing, seeds=seeds)
+
+    def with_tensors(self, tensors: Sequence[Any]) -> AdaptedLinear:
+        """The whole record again, from the tensors in the order of `tensors`."""
+        weight, bias, *others = tensors
+        first_A = len(self.seeds)
+        first_B = first_A + len(self.rows)
+        return self._replace(
+            weight=weight, bias=bias, seeds=others[:first_A], As=others[first_A:first_B], Bs=others[first_B:]
+        )

@@ -1,22 +1,31 @@
-"""Thin autograd Functions: what is saved, what is recomputed, which gradients are asked for; of any backend."""
+"""Thin autograd Functions of the product and the fold: what is saved, what is recomputed, which gradients are needed.
+
+They flatten a batch [..., K] to [M, K] and call a backend by its name, or its differentiable twin where a backward pass
+is differentiated again or batched.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from complora_kernels import eager, extension, ops
+from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.backends import REGISTRY, Backend
+from complora_kernels.backends.differentiable import DifferentiableBackend
+from complora_kernels.common.shapes import flatten, unflatten
 from complora_kernels.common.tracing import is_differentiated
-from complora_kernels.differentiable import DifferentiableBackward
 from complora_kernels.reference import without_autocast
 
-# Each operation under one name, with the same arguments.
-BACKENDS = {"torch": eager, "triton": ops, "extension": extension}
-DIFFERENTIABLE = {name: DifferentiableBackward(name) for name in BACKENDS}
+_TWINS = {philox: DifferentiableBackend(philox=philox) for philox in (False, True)}
+
+
+def backend_of_backward(name: str) -> Backend:
+    """The backend of that name, or its twin that torch can differentiate: with `create_graph=True`, or batched."""
+    return _TWINS[REGISTRY[name].philox] if is_differentiated() else REGISTRY[name]
 
 
 class ProjectComplementFunction(torch.autograd.Function):
@@ -27,32 +36,20 @@ class ProjectComplementFunction(torch.autograd.Function):
         ctx.save_for_backward(basis)
         ctx.basis_kind, ctx.backend = basis_kind, backend
         with without_autocast(factor):
-            return BACKENDS[backend].project_complement(factor, basis, basis_kind)
+            return REGISTRY[backend].project_complement(factor, basis, basis_kind)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (basis,) = ctx.saved_tensors
         with without_autocast(grad):
-            backend = backend_of_backward(BACKENDS, ctx.backend)
+            backend = backend_of_backward(ctx.backend)
             return backend.project_complement(grad, basis, ctx.basis_kind), None, None, None
-
-
-def project_complement_(factor: Tensor, basis: Tensor, basis_kind: str, backend: str) -> Tensor:
-    """`factor P`, written back to `factor`: by the extension where it lies.
-
-    By torch's own copy where autograd follows it, which says what it allows, and to a view that negates its memory.
-    """
-    followed = factor.requires_grad and torch.is_grad_enabled()
-    if backend != "extension" or followed or (not torch.compiler.is_compiling() and factor.is_neg()):
-        return factor.copy_(ProjectComplementFunction.apply(factor, basis, basis_kind, backend))
-    with without_autocast(factor):
-        return extension.project_complement_(factor, basis, basis_kind)
 
 
 class FoldFactorsFunction(torch.autograd.Function):
     """`Ã = A P_in` and `scaling · P_out B` for all layers of one call, cast to the compute dtype, or back to their own.
 
-    The arguments after `backend` are all As, then all Bs; the results come in the same order. Only the bases are saved.
+    The arguments after `backend` are all As, then all Bs; the results come in the same order. Only the bases are kept.
     """
 
     @staticmethod
@@ -74,7 +71,7 @@ class FoldFactorsFunction(torch.autograd.Function):
         output_side = [i >= len(input_bases) for i in range(len(factors))]
         dtypes = [dtype or factor.dtype for factor in factors]
         with without_autocast(factors[0]):
-            folded = BACKENDS[backend].fold_factors(factors, ctx.bases, ctx.kinds, output_side, scaling, dtypes)
+            folded = REGISTRY[backend].fold_factors(factors, ctx.bases, ctx.kinds, output_side, scaling, dtypes)
         frozen = (not needed for needed in ctx.needs_input_grad[7:])
         ctx.mark_non_differentiable(*itertools.compress(folded, frozen))  # or layers would compute gradients for them
         return tuple(folded)
@@ -89,7 +86,7 @@ class FoldFactorsFunction(torch.autograd.Function):
             bases, kinds, dtypes = ([part[i] for i in needed] for part in (ctx.bases, ctx.kinds, ctx.dtypes))
             output_side = [i >= len(grads) // 2 for i in needed]
             with without_autocast(wanted[0]):
-                projected = backend_of_backward(BACKENDS, ctx.backend).fold_factors_bwd(
+                projected = backend_of_backward(ctx.backend).fold_factors_bwd(
                     wanted, bases, kinds, output_side, ctx.scaling, dtypes
                 )
             for i, gradient in zip(needed, projected, strict=True):
@@ -100,117 +97,33 @@ class FoldFactorsFunction(torch.autograd.Function):
 class PackedLoRALinearFunction(torch.autograd.Function):
     """`y = x W^T + b + (drop(x) Ã^T) B̃^T` per adapter; of the activations it saves x and h = drop(x) Ã^T.
 
-    The arguments after `backend` are the seeds (none without dropout), all Ãs, all B̃s.
+    The arguments after `backend` are the tensors of the record, see `AdaptedLinear.tensors`.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: eager.Rows,
-        dropout_p: float,
-        save_h: bool,
-        precision: str,
-        backend: str,
-        *seeds_and_factors: Tensor,
-    ) -> Tensor:
-        seeds, As, Bs = _unpack(seeds_and_factors, len(rows))
+    def forward(ctx: Any, x: Tensor, linear: AdaptedLinear, backend: str, *tensors: Tensor | None) -> Tensor:
+        whole = linear.with_tensors(tensors)
         with without_autocast(x):
-            y, h = BACKENDS[backend].packed_lora_linear_fwd(
-                x, weight, bias, As, Bs, rows, dropout_p, seeds, save_h=save_h, precision=precision
-            )
-        ctx.save_for_backward(x, h, weight, *seeds_and_factors)
-        ctx.rows, ctx.dropout_p, ctx.precision, ctx.backend = rows, dropout_p, precision, backend
-        return y
+            y, h = REGISTRY[backend].packed_lora_linear_fwd(flatten(x), whole)  # [M, out], [M, R]
+        ctx.save_for_backward(x, h, *whole._replace(bias=None).tensors())
+        ctx.linear, ctx.backend = linear, backend
+        return unflatten(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, h, weight, *seeds_and_factors = ctx.saved_tensors
-        seeds, As, Bs = _unpack(seeds_and_factors, len(ctx.rows))
+        x, h, *tensors = ctx.saved_tensors
+        linear = ctx.linear.with_tensors(tensors)
         needed = ctx.needs_input_grad
-        first_A = 8 + len(seeds)
-        needs = (needed[0], any(needed[first_A : first_A + len(As)]), any(needed[first_A + len(As) :]))
+        needs = (needed[0], *factors_needed(linear, needed[3:]))
         with without_autocast(dY):
-            dX, dAs, dBs = backend_of_backward(BACKENDS, ctx.backend).packed_lora_linear_bwd(
-                dY, x, h, weight, As, Bs, ctx.rows, ctx.dropout_p, seeds, needs, precision=ctx.precision
+            dX, dAs, dBs = backend_of_backward(ctx.backend).packed_lora_linear_bwd(
+                flatten(dY), flatten(x), h, linear, needs
             )
-        return (dX, *[None] * (7 + len(seeds)), *dAs, *dBs)
+        dX = None if dX is None else unflatten(dX, x.shape)
+        return (dX, None, None, None, None, *[None] * len(linear.seeds), *dAs, *dBs)
 
 
-class CompLoRALinearFunction(torch.autograd.Function):
-    """`y = x W^T + b + s · (drop(x) (A P_in)^T) (P_out B)^T` of the extension: one node from the raw factors.
-
-    Of the activations it saves x and h = drop(x) Ã^T. The gradients of the factors are summed and projected in one
-    call: in half precision they are rounded once, not before the projection too. The raw factors are saved for a
-    backward pass that is differentiated again. The last arguments are the seeds.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        output_basis: Tensor | None,
-        input_basis: Tensor | None,
-        output_basis_kind: str,
-        input_basis_kind: str,
-        scaling: float,
-        dropout_p: float,
-        save_h: bool,
-        precision: str,
-        *seeds: Tensor,
-    ) -> Tensor:
-        kinds = (output_basis_kind, input_basis_kind)
-        rows = [(0, weight.shape[0])]
-        with without_autocast(x):
-            A, B = extension.fold_factors(  # Ã [r, in], s · B̃ [out, r]
-                [lora_A, lora_B], [input_basis, output_basis], kinds[::-1], [False, True], scaling, [x.dtype] * 2
-            )
-            y, h = extension.packed_lora_linear_fwd(
-                x, weight, bias, [A], [B], rows, dropout_p, seeds, save_h=save_h, precision=precision
-            )
-        ctx.save_for_backward(x, h, weight, A, B, output_basis, input_basis, lora_A, lora_B, *seeds)
-        ctx.kinds, ctx.scaling, ctx.dropout_p = kinds, scaling, dropout_p
-        ctx.precision = precision
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, h, weight, A, B, output_basis, input_basis, lora_A, lora_B, *seeds = ctx.saved_tensors
-        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        output_kind, input_kind = ctx.kinds
-        with without_autocast(dY):
-            dX, dA, dB = backend_of_backward(BACKENDS, "extension").complora_linear_bwd(
-                dY,
-                x,
-                h,
-                weight,
-                A,
-                B,
-                output_basis,
-                input_basis,
-                output_kind,
-                input_kind,
-                ctx.scaling,
-                ctx.dropout_p,
-                seeds,
-                (needs_x, needs_A, needs_B),
-                (lora_A, lora_B),
-                precision=ctx.precision,
-            )
-        return (dX, None, None, dA, dB, *[None] * (8 + len(seeds)))
-
-
-def backend_of_backward(backends: Mapping[str, Any], name: str) -> Any:
-    """The backend of that name, or its twin that torch can differentiate: with `create_graph=True`, or batched."""
-    return DIFFERENTIABLE[name] if is_differentiated() else backends[name]
-
-
-def _unpack(tensors: Sequence[Tensor], adapters: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    seeds = len(tensors) - 2 * adapters
-    return tensors[:seeds], tensors[seeds : seeds + adapters], tensors[seeds + adapters :]
+def factors_needed(linear: AdaptedLinear, needed: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether any Ã and any B̃ need a gradient, from the flags of a record's tensors."""
+    first_B = len(needed) - len(linear.rows)
+    return any(needed[first_B - len(linear.rows) : first_B]), any(needed[first_B:])

@@ -1,6 +1,8 @@
-"""Dropout without a stored mask: a forward pass keeps one seed, and whoever needs the mask draws it again.
+"""Dropout without a stored mask: a forward pass keeps its seeds, and a backward pass draws the masks again.
 
-All steps are registered operations, which `torch.compile` takes as they are.
+There are two kinds of masks. Those of torch's generator have one seed for each adapter, on the host; those that kernels
+draw by Philox (`reference.keep_mask`) have one key for all adapters of a product, on the device. A backend says which
+it draws. Seeds and torch's masks are registered operations, which torch.compile calls without tracing into them.
 """
 
 from __future__ import annotations
@@ -10,10 +12,62 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from complora_kernels import reference
+from complora_kernels.common.tracing import is_followed
+
 _LIBRARY = torch.library.Library("complora", "FRAGMENT")
 _LIBRARY.define("dropout_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define("philox_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define("dropout_mask(Tensor like, SymInt[] shape, Tensor seed, float p) -> Tensor")
+
+
+def draw_seeds(
+    x: Tensor,  # [..., K]
+    adapters: int,
+    p: float,
+    *,
+    philox: bool,
+) -> list[Tensor]:  # each [1]
+    """Fresh seeds for the masks of one product: one key for all adapters, or one seed each; none without dropout."""
+    if p == 0 or adapters == 0:
+        return []
+    return [philox_seed(x)] if philox else [dropout_seed(x) for _ in range(adapters)]
+
+
+def scaled_masks(
+    x: Tensor,  # [M, K]
+    seeds: Sequence[Tensor],  # each [1]
+    adapters: int,
+    p: float,
+    *,
+    philox: bool,
+) -> list[Tensor] | None:  # each [M, K], in float32 or wider
+    """The masks `m = mask / (1 - p)` that these seeds draw, one for each adapter; None where there is no seed."""
+    if not seeds:
+        return None
+    if philox:
+        masks = [reference.keep_mask(seeds[0], adapter, x.shape, p) for adapter in range(adapters)]
+        p = reference.drawn_p(p)
+    else:
+        masks = [dropout_mask(x, x.shape, seed, p) for seed in seeds]
+    return [mask.to(torch.promote_types(x.dtype, torch.float32)) / (1 - p) for mask in masks]
+
+
+def fresh_masks(
+    x: Tensor,  # [..., K]
+    adapters: int,
+    p: float,
+) -> list[Tensor] | None:  # each [..., K], in the dtype of x
+    """Fresh masks `m = mask / (1 - p)` for the reference; None without dropout.
+
+    Under torch.vmap its argument `randomness` says whether the masks of its examples differ.
+    """
+    if p == 0:
+        return None
+    ones = torch.ones_like(x)
+    if is_followed():
+        return [torch.nn.functional.dropout(ones, p) for _ in range(adapters)]
+    return [drop(ones, dropout_mask(x, x.shape, dropout_seed(x), p), p) for _ in range(adapters)]
 
 
 def dropout_seed(

@@ -14,30 +14,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from complora_kernels import autograd, backends, differentiable, ops, reference
-from complora_kernels.autograd import (
-    CompLoRALinearFunction,
-    FoldFactorsFunction,
-    PackedLoRALinearFunction,
-    ProjectComplementFunction,
-)
+from complora_kernels import backends, dropout, reference
+from complora_kernels.adapted_linear import AdaptedLinear, Rows
+from complora_kernels.autograd import FoldFactorsFunction, PackedLoRALinearFunction, ProjectComplementFunction
+from complora_kernels.backends import REFERENCE, REGISTRY, Backend, differentiable
 from complora_kernels.common.tracing import check_followed, is_exported, is_followed
-from complora_kernels.dropout import drop, dropout_mask, dropout_seed, philox_seed
-from complora_kernels.kernels.blocks import MAX_BLOCKS, row_blocks
 from complora_kernels.subspace import check_orthonormal
 
-SERVED_DTYPES = {
-    "triton": ops.DTYPES,
-    "extension": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-}
-__all__ = [
-    "complora_linear",
-    "fold_factors",
-    "lora_linear",
-    "packed_lora_linear",
-    "project_complement",
-    "project_complement_",
-]
+__all__ = ["complora_linear", "fold_factors", "lora_linear", "packed_lora_linear", "project_complement"]
 
 
 def project_complement(
@@ -55,40 +39,15 @@ def project_complement(
     Raises:
         ValueError: shapes that do not fit, columns that are not orthonormal, or an unknown `basis_kind`.
     """
-    name = _project_complement_backend(factor, basis, basis_kind, backend)
-    if name == "reference":
-        return reference.project_complement(factor, basis, basis_kind=basis_kind)
-    return ProjectComplementFunction.apply(factor, basis, basis_kind, name)
-
-
-def project_complement_(
-    factor: Tensor,  # [..., d]
-    basis: Tensor,  # [d, k]
-    *,
-    basis_kind: str = "principal",
-    backend: str | None = None,
-) -> Tensor:  # [..., d], factor itself
-    """`project_complement` in place: `factor` is written to and returned, as by torch's own names with an underscore.
-
-    Raises:
-        ValueError: as `project_complement`; a leaf that requires a gradient, outside `torch.no_grad`; a factor with
-            two elements in one place, as an expanded one has.
-    """
-    if factor.requires_grad and factor.is_leaf and torch.is_grad_enabled():
-        raise ValueError("factor is a leaf that requires a gradient, expected torch.no_grad() around a write to it")
-    if _overlaps_itself(factor):
-        raise ValueError(f"factor has strides {factor.stride()}, expected memory of its own for each element")
-    name = _project_complement_backend(factor, basis, basis_kind, backend)
-    if name == "reference":
-        return factor.copy_(reference.project_complement(factor, basis, basis_kind=basis_kind))
-    return autograd.project_complement_(factor, basis, basis_kind, name)
-
-
-def _project_complement_backend(factor: Tensor, basis: Tensor, basis_kind: str, backend: str | None) -> str:
     if factor.dim() == 0 or not factor.is_floating_point():
         raise ValueError(f"factor is {factor.dtype} {tuple(factor.shape)}, expected floating-point [..., d]")
     _check_basis(basis, basis_kind, factor.shape[-1], "basis", factor.device)
-    return resolve(backend, "project_complement", factor, lambda name: unserved(name, "factor", [factor], [basis]))
+    name = resolve(
+        backend, "project_complement", factor, lambda backend: backend.unsupported_tensors("factor", [factor], [basis])
+    )
+    if name == REFERENCE:
+        return reference.project_complement(factor, basis, basis_kind=basis_kind)
+    return ProjectComplementFunction.apply(factor, basis, basis_kind, name)
 
 
 def fold_factors(
@@ -130,9 +89,12 @@ def fold_factors(
         _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
     factors, bases = [*lora_As, *lora_Bs], [*input_bases, *output_bases]
     name = resolve(
-        backend, "fold_factors", factors[0], lambda name: unserved(name, "lora_As, lora_Bs", factors, bases, dtype)
+        backend,
+        "fold_factors",
+        factors[0],
+        lambda backend: backend.unsupported_tensors("lora_As, lora_Bs", factors, bases, dtype),
     )
-    if name == "reference":
+    if name == REFERENCE:
         return reference.fold_factors(
             lora_As,
             lora_Bs,
@@ -155,7 +117,7 @@ def packed_lora_linear(
     bias: Tensor | None,  # [out]
     folded_As: Sequence[Tensor],  # each [r, in]
     folded_Bs: Sequence[Tensor],  # each [stop - start, r]
-    rows: Sequence[tuple[int, int]],
+    rows: Rows,
     *,
     dropout_p: float = 0.0,
     training: bool = True,
@@ -174,31 +136,8 @@ def packed_lora_linear(
             f"folded_As, folded_Bs, rows have lengths {len(folded_As)}, {len(folded_Bs)}, {adapters}, "
             "expected equal ones of at least 1"
         )
-    check_product(x, weight, bias, folded_As, folded_Bs, rows, dropout_p, precision)
-    dtype = compute_dtype(x)
-    x = x.to(dtype)
-    As, Bs = [A.to(dtype) for A in folded_As], [B.to(dtype) for B in folded_Bs]
-    dropping = training and dropout_p > 0
-    name = resolve(
-        backend,
-        "packed_lora_linear",
-        x,
-        lambda name: unserved_rows(name, x, As, rows, len(weight)),
-        dropping=dropping,
-    )
-    if name == "reference":
-        wide = x.to(torch.promote_types(dtype, torch.float32))
-        masks = reference_masks(wide, adapters, dropout_p) if dropping else None
-        return differentiable.packed_lora_linear(x, weight, bias, As, Bs, rows, masks)
-    if name in ("triton", "extension"):
-        seeds = [philox_seed(x)] if dropping else []
-    else:
-        seeds = [dropout_seed(x) for _ in rows] if dropping else []
-    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
-    dropout_p = dropout_p if dropping else 0.0
-    return PackedLoRALinearFunction.apply(
-        x, weight, bias, tuple(rows), dropout_p, save_h, precision, name, *seeds, *As, *Bs
-    )
+    linear = AdaptedLinear(weight, bias, folded_As, folded_Bs, tuple(rows), dropout_p, precision=precision)
+    return _adapted_linear("packed_lora_linear", x, linear, training, backend)
 
 
 def lora_linear(
@@ -229,24 +168,14 @@ def lora_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a weight or bias that requires a gradient, dropout_p
             outside [0, 1), a scaling that is not finite, or another precision.
-        RuntimeError: a backend that was asked for by name does not serve the arguments.
+        RuntimeError: a backend that was asked for by name does not support the arguments.
     """
     _check_fits(folded_A, folded_B, weight, "folded_A", "folded_B")
     _check_scaling(scaling)
     scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
-    rows = [(0, weight.shape[0])]
-    return packed_lora_linear(
-        x,
-        weight,
-        bias,
-        [folded_A],
-        [scaled_B],
-        rows,
-        dropout_p=dropout_p,
-        training=training,
-        precision=precision,
-        backend=backend,
-    )
+    rows = ((0, weight.shape[0]),)
+    linear = AdaptedLinear(weight, bias, [folded_A], [scaled_B], rows, dropout_p, precision=precision)
+    return _adapted_linear("packed_lora_linear", x, linear, training, backend)
 
 
 def complora_linear(
@@ -280,40 +209,19 @@ def complora_linear(
     """
     _check_fits(lora_A, lora_B, weight, "lora_A", "lora_B")
     _check_scaling(scaling)
-    dtype, rows = compute_dtype(x), [(0, weight.shape[0])]
+    dtype, rows = compute_dtype(x), ((0, weight.shape[0]),)
     _check_factors(lora_A, lora_B, "lora_A", "lora_B")
     _check_basis(output_basis, output_basis_kind, lora_B.shape[0], "output_basis", lora_B.device)
     _check_basis(input_basis, input_basis_kind, lora_A.shape[1], "input_basis", lora_A.device)
-    check_product(x, weight, bias, [lora_A], [lora_B], rows, dropout_p, precision, "lora_A", "lora_B")
-    dropping = training and dropout_p > 0
-    name = resolve(
-        backend,
-        "complora_linear",
-        x,
-        lambda name: (
-            unserved(name, "lora_A, lora_B", [lora_A, lora_B], [input_basis, output_basis], dtype)
-            or unserved_rows(name, x, [lora_A], rows, len(weight))
-        ),
-        dropping=dropping,
-    )
-    if name == "extension":
-        x = x.to(dtype)
-        return CompLoRALinearFunction.apply(
-            x,
-            weight,
-            bias,
-            lora_A,
-            lora_B,
-            output_basis,
-            input_basis,
-            output_basis_kind,
-            input_basis_kind,
-            scaling,
-            dropout_p if dropping else 0.0,
-            torch.is_grad_enabled() and lora_B.requires_grad,
-            precision,
-            *([philox_seed(x)] if dropping else []),
-        )
+    linear = AdaptedLinear(weight, bias, [lora_A], [lora_B], rows, dropout_p, precision=precision)
+    check_linear(x, linear, "lora_A", "lora_B")
+
+    def unsupported(backend: Backend) -> str | None:
+        bases = [input_basis, output_basis]
+        reason = backend.unsupported_tensors("lora_A, lora_B", [lora_A, lora_B], bases, dtype)
+        return reason or backend.unsupported_linear(x, linear)
+
+    name = resolve(backend, "complora_linear", x, unsupported, dropping=training and dropout_p > 0)
     (folded_A,), (scaled_B,) = fold_factors(
         [lora_A],
         [lora_B],
@@ -325,52 +233,71 @@ def complora_linear(
         dtype=dtype,
         backend=name,
     )
-    return lora_linear(
-        x,
-        weight,
-        bias,
-        folded_A,
-        scaled_B,
-        dropout_p=dropout_p,
-        training=training,
-        precision=precision,
-        backend=name,
-    )
+    linear = linear._replace(As=[folded_A], Bs=[scaled_B])
+    return _adapted_linear("packed_lora_linear", x, linear, training, name)
+
+
+def _adapted_linear(
+    operation: str,
+    x: Tensor,  # [..., in]
+    linear: AdaptedLinear,
+    training: bool,
+    backend: str | None,
+) -> Tensor:  # [..., out]
+    """One product with at least one adapter: checks, the choice of a backend, casts, seeds and the autograd node."""
+    check_linear(x, linear)
+    linear = linear if training else linear._replace(dropout_p=0.0)
+    x, linear = x.to(dtype := compute_dtype(x)), cast_factors(linear, dtype)
+    dropping = linear.dropout_p > 0
+    name = resolve(backend, operation, x, lambda backend: backend.unsupported_linear(x, linear), dropping=dropping)
+    if name == REFERENCE:
+        wide = x.to(torch.promote_types(dtype, torch.float32))
+        masks = dropout.fresh_masks(wide, len(linear.rows), linear.dropout_p)
+        return differentiable.packed_lora_linear(x, linear, masks)
+    linear = with_seeds(x, linear, name)
+    return PackedLoRALinearFunction.apply(x, linear.without_tensors(), name, *linear.tensors())
+
+
+def cast_factors(linear: AdaptedLinear, dtype: torch.dtype) -> AdaptedLinear:
+    """The record with its factors in the dtype of the product."""
+    return linear._replace(As=[A.to(dtype) for A in linear.As], Bs=[B.to(dtype) for B in linear.Bs])
+
+
+def with_seeds(x: Tensor, linear: AdaptedLinear, backend: str) -> AdaptedLinear:
+    """The record with fresh seeds for a backend's dropout masks; h is saved where B̃ gets a gradient."""
+    seeds = dropout.draw_seeds(x, len(linear.rows), linear.dropout_p, philox=REGISTRY[backend].philox)
+    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in linear.Bs)
+    return linear._replace(seeds=seeds, save_h=save_h)
 
 
 def resolve(
     backend: str | None,
     operation: str,
     tensor: Tensor,
-    unserved: Callable[[str], str | None],
+    unsupported: Callable[[Backend], str | None],
     *,
     dropping: bool = False,
 ) -> str:
     """The backend to use: the reference where operations are followed (`is_followed`), torch's under torch.export."""
     if is_followed():
-        backends.resolve(backend, operation, _unfollowed, ("triton", "extension"))
-        return "reference"
-    passed_over = backends.passed_over(operation, tensor.device.type, dropping)
+        backends.resolve(backend, operation, _unfollowed, KERNELS)
+        return REFERENCE
+    skip = backends.skipped(operation, tensor.device.type, dropping)
     if is_exported():  # the program is to run where this package is not
-        passed_over = ("triton", "extension")
-    return backends.resolve(backend, operation, unserved, passed_over)
+        skip = KERNELS
+    return backends.resolve(backend, operation, unsupported, skip)
 
 
-def _unfollowed(backend: str) -> str | None:
-    if backend not in SERVED_DTYPES:
+KERNELS = ("triton", "extension")  # the backends with operations of their own
+
+
+def _unfollowed(backend: Backend) -> str | None:
+    if backend.name not in KERNELS:
         return None
     return (
         "torch.func, forward-mode differentiation and torch.jit.trace follow torch's own operations alone, "
         "which are those of COMPLORA_BACKEND=reference"
     )
-
-
-def reference_masks(x: Tensor, adapters: int, dropout_p: float) -> list[Tensor]:
-    """Each adapter's dropout mask `m = mask / (1 - p)`, as x. vmap's `randomness` says whether its masks differ."""
-    ones = torch.ones_like(x)
-    if is_followed():
-        return [torch.nn.functional.dropout(ones, dropout_p) for _ in range(adapters)]
-    return [drop(ones, dropout_mask(x, x.shape, dropout_seed(x), dropout_p), dropout_p) for _ in range(adapters)]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -381,20 +308,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def check_product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    folded_As: Sequence[Tensor],
-    folded_Bs: Sequence[Tensor],
-    rows: Sequence[tuple[int, int]],
-    dropout_p: float,
-    precision: str,
-    name_A: str = "folded_A",
-    name_B: str = "folded_B",
-) -> None:
-    _check_base(x, weight, bias)
-    for A, B, (start, stop) in zip(folded_As, folded_Bs, rows, strict=True):
+def check_linear(x: Tensor, linear: AdaptedLinear, name_A: str = "folded_A", name_B: str = "folded_B") -> None:
+    """Raises ValueError unless x [..., in], the weight and the factors fit each other; the message names them."""
+    weight, dropout_p = linear.weight, linear.dropout_p
+    _check_base(x, weight, linear.bias)
+    for A, B, (start, stop) in zip(linear.As, linear.Bs, linear.rows, strict=True):
         _check_factors(A, B, name_A, name_B)
         _check_device(A, name_A, x.device)
         _check_device(B, name_B, x.device)
@@ -405,8 +323,8 @@ def check_product(
             )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
-    if precision not in ("exact", "fast"):
-        raise ValueError(f"precision={precision!r}, expected 'exact' or 'fast'")
+    if linear.precision not in ("exact", "fast"):
+        raise ValueError(f"precision={linear.precision!r}, expected 'exact' or 'fast'")
 
 
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -442,81 +360,12 @@ def _check_scaling(scaling: float) -> None:
         raise ValueError(f"scaling={scaling}, expected a finite number")
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements lie in one place."""
-    apart = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    if torch.compiler.is_compiling():  # sorted strides would be guards
-        return any(stride == 0 for stride, _ in apart)
-    last, sorted_apart = 0, True
-    for stride, size in sorted(apart):
-        sorted_apart = sorted_apart and stride > last
-        last += (size - 1) * stride
-    if sorted_apart or tensor.numel() == 0:
-        return False
-    if tensor.numel() > last + 1:
-        return True
-    places = torch.zeros(1, dtype=torch.int64)  # strides that interleave: every place is looked at
-    for stride, size in apart:
-        places = (places.unsqueeze(1) + stride * torch.arange(size)).flatten()
-    return len(places.unique()) < len(places)
-
-
 def _check_fits(A: Tensor, B: Tensor, weight: Tensor, name_A: str, name_B: str) -> None:
     if A.dim() == B.dim() == weight.dim() == 2 and (B.shape[0], A.shape[1]) != weight.shape:
         raise ValueError(
             f"{name_A} {tuple(A.shape)} and {name_B} {tuple(B.shape)} do not fit weight {tuple(weight.shape)}, "
             "expected [r, in] and [out, r] for [out, in]"
         )
-
-
-def unserved(
-    backend: str,
-    name: str,
-    tensors: Sequence[Tensor],
-    bases: Sequence[Tensor | None] = (),
-    dtype: torch.dtype | None = None,
-) -> str | None:
-    """Why a backend does not serve these arguments, or None. The torch backend and the reference serve all."""
-    if backend not in SERVED_DTYPES:
-        return None
-    devices, dtypes = ("cpu", "cuda"), SERVED_DTYPES[backend]
-    if backend == "triton":
-        devices = ("cpu",) if backends.interpreted() else ("cuda",)
-    for tensor in tensors:
-        if tensor.device.type not in devices:
-            return f"{name}: on {tensor.device}, the kernels run on {' and '.join(devices)} devices"
-        if tensor.device != tensors[0].device:
-            return f"{name}: on {tensor.device} and {tensors[0].device}, one launch runs on one device"
-        if tensor.dtype not in dtypes:
-            return f"{name}: dtype {tensor.dtype}, the kernels serve {', '.join(map(str, dtypes))}"
-    if tensors[0].device.type == "cuda" and (reason := backends.gpu_refusal(backend, tensors[0].device.index)):
-        return reason
-    if dtype is not None and dtype not in dtypes:
-        return f"dtype={dtype}, the kernels serve {', '.join(map(str, dtypes))}"
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        return f"{name}: several dtypes, the kernels serve one"
-    for basis in bases:
-        if backend == "triton" and basis is not None and basis.dtype != torch.float32:
-            return f"a basis has dtype {basis.dtype}, the kernels serve torch.float32"
-    return None
-
-
-def unserved_rows(
-    backend: str, x: Tensor, folded_As: Sequence[Tensor], rows: Sequence[tuple[int, int]], N: int
-) -> str | None:
-    """As `unserved`, of a product and its adapters."""
-    reason = unserved(backend, "x", [x])
-    if reason is not None or backend not in SERVED_DTYPES:
-        return reason
-    ranks = [len(A) for A in folded_As]
-    if len(set(ranks)) > 1:
-        return f"the adapters have ranks {ranks}, the kernels serve equal ones"
-    heights = [stop - start for start, stop in rows]
-    if backend == "extension" and len(set(heights)) > 1:
-        return f"rows={list(rows)} are of heights {heights}, the kernels serve equal ones"
-    if backend == "triton" and row_blocks(rows, N) is None:
-        return f"rows={list(rows)} are not distinct ones of at most {MAX_BLOCKS} equal blocks of the weight's rows"
-    return None
 
 
 def _check_device(tensor: Tensor, name: str, device: torch.device) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.wrappers import inside, is_compiled
+from complora_kernels.kernels.kept import KEPT
 
 WARM_UPS = 3  # steps before a capture: they create what is made once (tables, workspaces, compiled kernels)
 
@@ -182,7 +182,7 @@ class GraphedTrainStep:
             for copy, tensor in zip(static, batch, strict=True):
                 copy.copy_(tensor)  # a new version too: what was read from its values (where texts end) is not frozen
             try:
-                with _KEPT.holding(kept):
+                with KEPT.holding(kept):
                     replay, (loss, bucket) = self._recorder.capture(lambda: self._step(static))
                 grads = [p.grad for p in self._trained]
                 self._graphs[signature] = GraphedStep(static, replay, loss, grads, bucket, kept)
@@ -341,16 +341,6 @@ class CUDAGraphs:
         # Out of the list, and not while another is handled: an error knows this frame and what the step has made, whose
         # memory and nodes on this stream a cycle would keep.
         raise failures.pop()
-
-
-_KEPT: ThreadStack[list[Tensor]] = ThreadStack("memory of the capture under way")
-
-
-def keep(tensor: Tensor) -> Tensor:
-    """Keeps `tensor`, from a cache that may drop it, for as long as the graph that is being captured."""
-    for kept in _KEPT.values():
-        kept.append(tensor)
-    return tensor
 
 
 def _check_capturable(optimizer: torch.optim.Optimizer, device: torch.device, scaler: object) -> None:

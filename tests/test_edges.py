@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_map_only
 from triton_device import DEVICE
 
 import complora_kernels as ck
-from complora_kernels import functional, functional_block, subspace
+from complora_kernels import blocks, functional, subspace
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
-from complora_kernels.functional_block import Norm
+from complora_kernels.blocks import Norm
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
 
 SIZES = {"batch": 2, "length": 3, "in": 8, "out": 12, "hidden": 16, "r": 2, "k": 3, "adapters": 3, "height": 4}
@@ -132,7 +132,7 @@ def norm_lora_linear(s: dict[str, int]) -> Case:
     fc, norm = Packed(s), Norm(torch.randn(s["in"], device=DEVICE), None, 1e-5)
 
     def ours(t: Tensors, dropout_p: float = 0.0, **options: Any) -> Sequence[Tensor]:
-        return functional_block.norm_lora_linear(t["x"], t["delta"], norm, fc.adapted(t, dropout_p), **options)
+        return blocks.norm_lora_linear(t["x"], t["delta"], norm, fc.adapted(t, dropout_p), **options)
 
     def plain(t: Tensors) -> list[Tensor]:
         stream = t["x"] + t["delta"]
@@ -149,7 +149,7 @@ def norm_lora_mlp(s: dict[str, int]) -> Case:
 
     def ours(t: Tensors, dropout_p: float = 0.0, **options: Any) -> list[Tensor]:
         linears = (fc1.adapted(t, dropout_p), fc2.adapted(t, dropout_p))
-        return [functional_block.norm_lora_mlp(t["x"], t["delta"], norm, *linears, "gelu", **options)]
+        return [blocks.norm_lora_mlp(t["x"], t["delta"], norm, *linears, "gelu", **options)]
 
     def plain(t: Tensors) -> list[Tensor]:
         stream = t["x"] + t["delta"]
@@ -212,7 +212,7 @@ def test_a_size_of_zero(operation, zero, backend):
             with pytest.raises(ValueError, match=REFUSED[zero]):
                 check(case, dropout_p=dropout_p, backend=backend)
         elif backend == "triton" and operation in DROPPING and zero in ("out", "height"):
-            with pytest.raises(RuntimeError, match=r"backend='triton' does not serve .*: rows="):
+            with pytest.raises(RuntimeError, match=r"backend='triton' does not support .*: rows="):
                 check(case, dropout_p=dropout_p, backend=backend)
         else:
             check(case, dropout_p=dropout_p, backend=backend)
@@ -239,7 +239,7 @@ def test_an_adapter_of_no_rows_beside_others(backend):
         [(0, 4), (4, 4), (4, 12)],
     )
     if backend == "extension":
-        with pytest.raises(RuntimeError, match="backend='extension' does not serve packed_lora_linear: rows="):
+        with pytest.raises(RuntimeError, match="backend='extension' does not support packed_lora_linear: rows="):
             functional.packed_lora_linear(x, W, None, As, Bs, rows, backend=backend)
         return
     y = functional.packed_lora_linear(x, W, None, As, Bs, rows, backend=backend)
@@ -389,7 +389,7 @@ def test_sizes_beyond_64_bits():
         functional.fold_factors(given, given, [None] * 3, [None] * 3, backend="extension")
 
 
-@pytest.mark.parametrize("activation", functional_block.ACTIVATIONS)
+@pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_views_that_negate_their_memory_in_a_block(activation, dropout_p):
     """Kernels read memory: by name they do not serve such an input; a gradient of that kind is resolved."""
@@ -402,10 +402,10 @@ def test_views_that_negate_their_memory_in_a_block(activation, dropout_p):
     x, norm, fc1, fc2 = tree_map_only(Tensor, lambda t: t.to(DEVICE), (x, norm, fc1, fc2))
     negative = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert negative.is_neg()
-    with pytest.raises(RuntimeError, match=r"backend='triton' does not serve norm_lora_mlp: .* negates"):
-        functional_block.norm_lora_mlp(negative, None, norm, fc1, fc2, activation, backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend='triton' does not support norm_lora_mlp: .* negates"):
+        blocks.norm_lora_mlp(negative, None, norm, fc1, fc2, activation, backend="triton")
     leaf = x.clone().requires_grad_()
-    y = functional_block.norm_lora_mlp(leaf, None, norm, fc1, fc2, activation, backend="triton")
+    y = blocks.norm_lora_mlp(leaf, None, norm, fc1, fc2, activation, backend="triton")
     given = torch.autograd.grad(y, leaf, negative, retain_graph=True), torch.autograd.grad(y, leaf, negative.clone())
     assert torch.equal(given[0][0], given[1][0])
 

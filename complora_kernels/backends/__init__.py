@@ -1,86 +1,139 @@
-"""Which backends there are, which can run here, and why not the others: `python -m complora_kernels.backends`."""
+"""The backends, which of them can run here, and why not the others: `python -m complora_kernels.backends`."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import logging
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from complora_kernels.backends import build
+from torch import Tensor, dtype
+
+from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.backends.extension import ExtensionBackend
+from complora_kernels.backends.torch import FactorGrads, Norm, Normed, Source, TorchBackend
+from complora_kernels.backends.triton import TritonBackend
 
 ENVIRONMENT_VARIABLE = "COMPLORA_BACKEND"
-OLDEST_CHIP = (8, 0)  # compute capability; the kernels need bfloat16 on tensor cores
 
 logger = logging.getLogger("complora_kernels")
 
 
-class Backend(NamedTuple):
-    """One way to compute the package's operations."""
+class Backend(Protocol):
+    """One way to compute the operations: each has the same methods, with the same arguments and results.
 
-    purpose: str
-    unavailable: Callable[[], str | None]  # why it cannot run here, or None
-    automatic: Callable[[], bool] = lambda: True  # whether it may be chosen without being asked for by name
+    Notation as in `functional`; M rows of x, P adapters of ranks that add up to R.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def purpose(self) -> str:
+        """What it is for, in a few words."""
+        ...
+
+    @property
+    def philox(self) -> bool:
+        """Whether its dropout masks are those that kernels draw, of one key on the device, see `dropout`."""
+        ...
+
+    @property
+    def automatic(self) -> bool:
+        """Whether it may be chosen without being asked for by name."""
+        ...
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here, or None."""
+        ...
+
+    def unsupported_tensors(
+        self, label: str, tensors: Sequence[Tensor], bases: Sequence[Tensor | None] = (), dtype: dtype | None = None
+    ) -> str | None:
+        """Why it does not support these tensors and bases, and results of this dtype, or None."""
+        ...
+
+    def unsupported_linear(self, x: Tensor, linear: AdaptedLinear) -> str | None:
+        """Why it does not support a product of x and these adapters, or None."""
+        ...
+
+    def unsupported_norm(self, x: Tensor, *others: Tensor | None) -> str | None:
+        """Why it does not support a LayerNorm of x [..., K] beside these tensors, or None."""
+        ...
+
+    def project_complement(self, factor: Tensor, basis: Tensor, basis_kind: str) -> Tensor:
+        """`factor (I - U U^T)` of a principal basis or `factor U U^T` of a complement basis, as factor [..., d]."""
+        ...
+
+    def fold_factors(
+        self,
+        factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]
+        bases: Sequence[Tensor | None],  # each [d, k]
+        kinds: Sequence[str],
+        output_side: Sequence[bool],
+        scaling: float,
+        dtypes: Sequence[dtype],
+    ) -> list[Tensor]:
+        """`A P_in` and, of the output side, `scaling · P_out B`, in the shapes of the factors."""
+        ...
+
+    def fold_factors_bwd(
+        self,
+        grads: Sequence[Tensor],
+        bases: Sequence[Tensor | None],
+        kinds: Sequence[str],
+        output_side: Sequence[bool],
+        scaling: float,
+        dtypes: Sequence[dtype],
+    ) -> list[Tensor]:
+        """The same projections of the gradients."""
+        ...
+
+    def packed_lora_linear_fwd(
+        self, x: Tensor, linear: AdaptedLinear, *, h: Tensor | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`y = x W^T + b + h_i B̃_i^T` in the rows of adapter i, and `h_i = drop_i(x) Ã_i^T`.
+
+        x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. A residual
+        [M, N] is added to y [M, N], which then has its dtype.
+        """
+        ...
+
+    def packed_lora_linear_bwd(
+        self, dY: Tensor, source: Source, h: Tensor, linear: AdaptedLinear, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
+        """`g_i = dY_i B̃_i`, `dX = dY W + Σ_i m_i ∘ (g_i Ã_i)`, `dÃ_i = g_i^T drop_i(x)`, `dB̃_i = dY_i^T h_i`.
+
+        dY is [M, N]; x [M, K] is taken from its source; `needs` says which of dX, dÃ and dB̃ are computed.
+        """
+        ...
+
+    def norm_fwd(
+        self, x: Tensor, delta: Tensor | None, norm: Norm, dtype: dtype, reader: AdaptedLinear
+    ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
+        """`s = x + delta` [M, K], what is saved of it, `LN(s)` in the dtype of the product that reads it.
+
+        The last result is h = drop(LN(s)) Ã^T [M, R] of that product, where it comes for free, or None.
+        """
+        ...
+
+    def norm_bwd(self, d_normed: Tensor, d_stream: Tensor | None, normed: Normed) -> Tensor:
+        """`ds = d_stream + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))`, `ŝ = (s - mean) · rstd`, [M, K]."""
+        ...
+
+    def activation_fwd(self, z: Tensor, activation: str, reader: AdaptedLinear) -> tuple[Tensor, Tensor | None]:
+        """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, R] of the product that reads it, where it comes for free."""
+        ...
+
+    def activation_bwd(self, da: Tensor, z: Tensor, activation: str) -> Tensor:
+        """`dz = da ∘ act'(z)`, [M, K]."""
+        ...
 
 
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU: for tests of their numbers, thousands of times slower."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-def _triton_unavailable() -> str | None:
-    if _missing("triton"):
-        return "triton is not installed"
-    return None if interpreted() else _gpu_unavailable()
-
-
-@functools.lru_cache
-def _missing(package: str) -> bool:
-    return importlib.util.find_spec(package) is None
-
-
-@functools.lru_cache
-def _gpu_unavailable() -> str | None:
-    import torch
-
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return "there is no CUDA GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
-    reasons = [too_old(index) for index in range(torch.cuda.device_count())]
-    return None if None in reasons else reasons[0]
-
-
-@functools.lru_cache
-def too_old(index: int | None) -> str | None:
-    """Why the kernels do not run on a GPU (None: the current one), or None where they do."""
-    import torch
-
-    capability = torch.cuda.get_device_capability(index)
-    if capability < OLDEST_CHIP:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected at least 8.0"
-    return None
-
-
-def gpu_refusal(backend: str, index: int | None) -> str | None:
-    """Why the kernels of a backend do not run on a GPU (None: the current one), or None where they do."""
-    if backend != "extension":
-        return too_old(index)
-    import torch
-
-    return build.failure("cuda") or build.chip_refusal(torch.cuda.get_device_capability(index))
-
-
-def _extension_unavailable() -> str | None:
-    return build.failure("cpu")
-
-
-BACKENDS = {
-    "triton": Backend("fused kernels on CUDA GPUs", _triton_unavailable, automatic=lambda: not interpreted()),
-    "extension": Backend("compiled C++ and CUDA operations, torch's own large products", _extension_unavailable),
-    "torch": Backend("folded factors on torch's own products, any device and dtype", lambda: None),
-    "reference": Backend("the formulas in plain PyTorch, for comparison", lambda: None),
+REGISTRY: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), ExtensionBackend(), TorchBackend())
 }
+REFERENCE = "reference"  # a name that is no backend: the operations are then those of `reference`
 AUTO_ORDER = ("triton", "extension", "torch")
 OPERATIONS = (
     "project_complement",
@@ -92,8 +145,8 @@ OPERATIONS = (
 )
 
 
-def passed_over(operation: str, device: str, dropping: bool = False) -> tuple[str, ...]:
-    """The backends that "auto" leaves out for an operation, because another one was measured to be faster.
+def skipped(operation: str, device: str, dropping: bool = False) -> tuple[str, ...]:
+    """The backends that "auto" skips for an operation, because another one was measured to be faster.
 
     On the CPU, at the sizes of `benchmarks/bench_factors.py` and `bench_layer.py`, the extension is faster than the
     torch backend where factors are projected and where dropout masks are drawn; else the large products decide, which
@@ -106,54 +159,56 @@ def passed_over(operation: str, device: str, dropping: bool = False) -> tuple[st
 def resolve(
     backend: str | None = None,
     operation: str = "",
-    unserved: Callable[[str], str | None] = lambda name: None,
-    passed_over: tuple[str, ...] = (),
+    unsupported: Callable[[Backend], str | None] = lambda backend: None,
+    skip: tuple[str, ...] = (),
 ) -> str:
     """The name of the backend to use: the argument, else `COMPLORA_BACKEND`, else the first that can run here.
 
     Args:
         backend: a name, "auto" or None.
-        operation: what is to be computed, for messages.
-        unserved: why a backend does not serve the operation's arguments, or None. The choice passes over such a
-            backend and says so once for each reason.
-        passed_over: backends that only a choice by name takes for this operation, silently: others are faster.
+        operation: the operation that is to be computed, for messages.
+        unsupported: why a backend does not support the operation's arguments, or None. The choice skips such a backend
+            and says so once for each reason.
+        skip: backends that only a choice by name takes for this operation, silently: others are faster.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a backend that was asked for by name cannot run here, or does not serve the arguments; the message
-            gives the reason.
+        RuntimeError: a backend that was asked for by name cannot run here, or does not support the arguments; the
+            message gives the reason.
     """
     source = "backend" if backend is not None else ENVIRONMENT_VARIABLE
     name = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if name == "auto":
         for candidate in _usable():
-            if candidate in passed_over:
+            if candidate in skip:
                 continue
-            reason = unserved(candidate)
+            reason = unsupported(REGISTRY[candidate])
             if reason is None:
                 return candidate
             _say_once(f"{operation} does not run on the {candidate} backend: {reason}")
-    if name not in BACKENDS:
-        raise ValueError(f"{source}={name!r}, expected one of auto, {', '.join(BACKENDS)}")
+    if name == REFERENCE:
+        return name
+    if name not in REGISTRY:
+        raise ValueError(f"{source}={name!r}, expected one of auto, {', '.join((*REGISTRY, REFERENCE))}")
     reason = _unavailable(name)
     if reason is not None:
         raise RuntimeError(f"{source}={name!r} cannot run here: {reason}")
-    reason = unserved(name)
+    reason = unsupported(REGISTRY[name])
     if reason is not None:
-        raise RuntimeError(f"{source}={name!r} does not serve {operation}: {reason}")
+        raise RuntimeError(f"{source}={name!r} does not support {operation}: {reason}")
     return name
 
 
 def _usable() -> list[str]:
     """What "auto" chooses from, in order."""
-    return [name for name in AUTO_ORDER if BACKENDS[name].unavailable() is None and BACKENDS[name].automatic()]
+    return [name for name in AUTO_ORDER if REGISTRY[name].unavailable() is None and REGISTRY[name].automatic]
 
 
 def _unavailable(name: str) -> str | None:
-    return BACKENDS[name].unavailable()
+    return REGISTRY[name].unavailable()
 
 
-_said: dict[str, object] = {}  # by message, whose call said it
+_said: dict[str, object] = {}  # by message, the call that said it
 
 
 def _say_once(message: str) -> None:
@@ -163,5 +218,6 @@ def _say_once(message: str) -> None:
 
 
 # torch.compile calls these while it traces and takes the results for constants.
-for _function in (_usable, _unavailable, _say_once, interpreted, too_old, gpu_refusal):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_CONSTANT: tuple[Any, ...] = (_usable, _unavailable, _say_once)
+for _function in _CONSTANT:
+    _function._dynamo_marked_constant = True

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from complora_kernels import backends
-from complora_kernels.backends import build, plans
+from complora_kernels.backends import REFERENCE, REGISTRY, build, plans
 
 
 def main() -> None:
@@ -16,14 +16,13 @@ def main() -> None:
     error = None
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def unserved(name: str) -> str | None:
-        kernels = device == "cuda" and name in ("triton", "extension")
-        return backends.gpu_refusal(name, None) if kernels else None
+    def unsupported(backend: backends.Backend) -> str | None:
+        return backend.unsupported_tensors("x", [torch.empty(0, device=device)])
 
     try:
         for operation in backends.OPERATIONS:
             names = [
-                backends.resolve(None, operation, unserved, backends.passed_over(operation, device, dropping))
+                backends.resolve(None, operation, unsupported, backends.skipped(operation, device, dropping))
                 for dropping in (False, True)
             ]
             chosen.setdefault(names[0], []).append(operation)
@@ -31,11 +30,12 @@ def main() -> None:
                 chosen.setdefault(names[1], []).append(f"{operation} with dropout")
     except (ValueError, RuntimeError) as refusal:
         error = str(refusal)
-    for name, backend in backends.BACKENDS.items():
-        reason = backend.unavailable()
-        usable = "available" if backend.automatic() else "available by name"
+    rows = [(name, backend.purpose, backend.unavailable(), backend.automatic) for name, backend in REGISTRY.items()]
+    rows.append((REFERENCE, "the formulas in plain PyTorch, for comparison", None, True))
+    for name, purpose, reason, automatic in rows:
+        usable = "available" if automatic else "available by name"
         state = "in use" if name in chosen else usable if reason is None else "unavailable"
-        print(f"{name:<10} {state:<18} {backend.purpose}{'' if reason is None else f': {reason}'}")
+        print(f"{name:<10} {state:<18} {purpose}{'' if reason is None else f': {reason}'}")
     for name, operations in chosen.items():
         if len(chosen) > 1:
             print(f"on {device:<7} {name:<18} {', '.join(operations)}")

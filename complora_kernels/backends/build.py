@@ -63,7 +63,7 @@ def _load(half: str) -> str | None:
 
     try:
         importlib.import_module(MODULES[half])
-        importlib.import_module("complora_kernels.fakes")
+        importlib.import_module("complora_kernels.backends.fakes")
     except Exception as error:  # a file that is damaged, or libraries that another torch or machine lacks
         return f"it does not load: {_one_line(error)}"
     return None

@@ -10,7 +10,7 @@
 With several adapters `concat` fills B̃ with zeros outside each one's rows: there an infinite h of one adapter makes the
 results of the others NaN (0 · ∞). The other plans keep it in its own rows.
 
-The shipped table decides, unless `python -m complora_kernels.backends.tune` has measured the problem. What it found is
+The shipped table decides, unless `python -m complora_kernels.tune` has measured the problem. What it found is
 in a JSON file, read at the first choice. `COMPLORA_PLAN=fused|concat|merge|addmm` forces a plan by name, `auto` none.
 """
 
@@ -248,7 +248,7 @@ def _refusal(name: str, problem: Problem, precision: str) -> str | None:
     if name == "fused" and problem.backend != "triton":
         return f"its kernels are not those of the {problem.backend} backend"
     if name == "fused" and (problem.dtype == "float64" or problem.rank > MAX_FUSED_RANK):
-        return f"its kernels serve no float64 and no rank above {MAX_FUSED_RANK}"
+        return f"its kernels support no float64 and no rank above {MAX_FUSED_RANK}"
     if name == "merge" and problem.dropout:
         return "with dropout no one weight serves all tokens"
     if name == "merge" and problem.weight_dtype not in wide and precision == "exact":

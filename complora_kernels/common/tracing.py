@@ -43,6 +43,11 @@ def is_checkpointed_selectively() -> bool:
     return _len_torch_dispatch_stack() > 0 and type(_get_current_dispatch_mode()).__module__ == CHECKPOINT
 
 
+def is_dispatched(x: Tensor) -> bool:
+    """Whether operations on x are seen one by one: by torch.compile, a dispatch mode, or a subclass of Tensor."""
+    return torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter)
+
+
 def is_differentiated() -> bool:
     """Whether the running backward pass is differentiated again (`create_graph=True`), or followed."""
     return is_grad_enabled() or is_followed()

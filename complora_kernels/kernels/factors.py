@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from complora_kernels import graphs
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.blocks import Blocks
+from complora_kernels.kernels.kept import keep
+from complora_kernels.kernels.rows import RowGroups
 
 
 class Job(NamedTuple):
@@ -126,26 +126,26 @@ def merge_weight_kernel(
     stride_wk,
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    ADAPTER_OF_GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program computes a tile [BLOCK_N, BLOCK_K] of the merged weight, all in one block of D rows."""
-    tiles_of_block = tl.cdiv(D, BLOCK_N)
-    block, tile_of_block = tl.program_id(0) // tiles_of_block, tl.program_id(0) % tiles_of_block
-    slot = (SLOTS >> (4 * block)) & 15
-    d = tile_of_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = (block * D + d).to(tl.int64)
+    """One program computes a tile [BLOCK_N, BLOCK_K] of the merged weight, all in one group of D rows."""
+    tiles_of_group = tl.cdiv(D, BLOCK_N)
+    group, tile_of_group = tl.program_id(0) // tiles_of_group, tl.program_id(0) % tiles_of_group
+    owner = (ADAPTER_OF_GROUP >> (4 * group)) & 15
+    d = tile_of_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (group * D + d).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_mask, column_mask = (d < D)[:, None], (k < K)[None, :]
     update = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.static_range(0, RANK, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
-        rank_mask = (slot < ADAPTERS) & (r < RANK)
-        B_ptrs = B_ptr + (slot.to(tl.int64) * D + d)[:, None] * RANK + r[None, :]
-        A_ptrs = A_ptr + (slot * RANK + r).to(tl.int64)[:, None] * K + k[None, :]
+        rank_mask = (owner < ADAPTERS) & (r < RANK)
+        B_ptrs = B_ptr + (owner.to(tl.int64) * D + d)[:, None] * RANK + r[None, :]
+        A_ptrs = A_ptr + (owner * RANK + r).to(tl.int64)[:, None] * K + k[None, :]
         B = tl.load(B_ptrs, mask=row_mask & rank_mask[None, :], other=0.0)
         A = tl.load(A_ptrs, mask=column_mask & rank_mask[:, None], other=0.0)
         if UPCAST:
@@ -200,7 +200,7 @@ def fold_factors(
     if size == 0:
         return launch.rounded(out, dtype)
     block_r, block_d, block_k, block_i = (16, 32, 32, 32) if launch.INTERPRETED else (16, 256, 32, 32)
-    table = graphs.keep(_table(tuple(jobs), block_r, block_d, first_factor.device))
+    table = keep(_table(tuple(jobs), block_r, block_d, first_factor.device))
     aligned = first_basis.data_ptr() % 16 == 0 and all(
         job.basis % 4 == 0 and job.basis_stride_d % 4 == 0 for job in jobs
     )
@@ -227,14 +227,14 @@ def merge_weight(
     weight: Tensor,  # [N, K]
     A: Tensor,  # [P, r, K], contiguous
     B: Tensor,  # [P, D, r], contiguous
-    blocks: Blocks,
+    groups: RowGroups,
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K]
     """`round(W + B̃_p Ã_p)` in the rows of adapter p: from a float32 W the one rounding that the plain product needs."""
     (N, K), (P, R, _) = weight.shape, A.shape
     merged = launch.empty((N, K), dtype, weight.device)
     block_n, block_k = (32, 32) if launch.INTERPRETED else (64, 64)
-    grid = (N // blocks.size * triton.cdiv(blocks.size, block_n), triton.cdiv(K, block_k))
+    grid = (N // groups.size * triton.cdiv(groups.size, block_n), triton.cdiv(K, block_k))
     with launch.on_device(weight.device):
         merge_weight_kernel[grid](
             weight,
@@ -243,11 +243,11 @@ def merge_weight(
             merged,
             N,
             K,
-            blocks.size,
+            groups.size,
             *weight.stride(),
             RANK=R,
             ADAPTERS=P,
-            SLOTS=blocks.adapter_of_block,
+            ADAPTER_OF_GROUP=groups.adapter_of_group,
             UPCAST=launch.upcast(A.dtype),
             BLOCK_N=block_n,
             BLOCK_K=block_k,

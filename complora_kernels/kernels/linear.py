@@ -3,8 +3,8 @@
     h_p = drop_p(x) Ã_p^T [M, r]      y = x W^T + b + h_p B̃_p^T in the rows of adapter p
     g_p = dY B̃_p [M, r]               dX = dY W + Σ_p m_p ∘ (g_p Ã_p)
 
-P adapters share a weight [N, K] whose rows are split into blocks of D (q, k and v: N = 3 D). Each tile of y lies in one
-block and takes that block's adapter. `SLOTS` holds the adapter of each block, four bits each, 15 for none. h and g are
+P adapters share a weight [N, K] whose rows are groups of D (q, k and v: N = 3 D). Each tile of y lies in one group and
+takes its adapter. `ADAPTER_OF_GROUP` holds the adapter of each group, four bits each, 15 for none. h and g are
 [M, P r], adapter by adapter.
 """
 
@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.blocks import Blocks
 from complora_kernels.kernels.dropout import Dropout, dropout_lanes, keep_mask
+from complora_kernels.kernels.rows import RowGroups
 
 MAX_INSIDE_R = 64  # ranks that h and g have inside the kernel of a large product
 MAX_BLOCK_R = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}  # float32 has no tensor cores: fewer registers
@@ -169,7 +169,7 @@ def packed_lora_linear_fwd_kernel(
     keep_scale,
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    ADAPTER_OF_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -183,24 +183,24 @@ def packed_lora_linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program computes BLOCK_M rows and BLOCK_N columns of y, all in one block of D columns.
+    """One program computes BLOCK_M rows and BLOCK_N columns of y, all in the D columns of one group.
 
-    With COMPUTE_H it computes its adapter's h in the same loop over K, and the first tile of a block stores it.
+    With COMPUTE_H it computes its adapter's h in the same loop over K, and the first tile of a group stores it.
     """
-    tiles_of_block = tl.cdiv(D, BLOCK_N)
-    tiles = tiles_of_block * (N // D)
+    tiles_of_group = tl.cdiv(D, BLOCK_N)
+    tiles = tiles_of_group * (N // D)
     tile = tl.program_id(0) % tiles  # neighbours share rows of x; the weight stays in the cache
-    block, tile_of_block = tile // tiles_of_block, tile % tiles_of_block
-    slot = (SLOTS >> (4 * block)) & 15
-    adapted = slot < ADAPTERS
+    group, tile_of_group = tile // tiles_of_group, tile % tiles_of_group
+    owner = (ADAPTER_OF_GROUP >> (4 * group)) & 15
+    adapted = owner < ADAPTERS
 
     rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tile_of_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = (block * D + d).to(tl.int64)
+    d = tile_of_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (group * D + d).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     row_mask, column_mask = (rows < M)[:, None], (d < D)[None, :]
-    B_ptrs = B_ptr + (slot.to(tl.int64) * D + d)[None, :] * RANK
-    h_ptrs = h_ptr + rows[:, None] * (ADAPTERS * RANK) + slot * RANK
+    B_ptrs = B_ptr + (owner.to(tl.int64) * D + d)[None, :] * RANK
+    h_ptrs = h_ptr + rows[:, None] * (ADAPTERS * RANK) + owner * RANK
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if not COMPUTE_H:
@@ -214,7 +214,7 @@ def packed_lora_linear_fwd_kernel(
 
     r = tl.arange(0, BLOCK_R)
     rank_mask = adapted & (r < RANK)
-    A_ptrs = A_ptr + (slot * RANK + r).to(tl.int64)[None, :] * K + k[:, None]
+    A_ptrs = A_ptr + (owner * RANK + r).to(tl.int64)[None, :] * K + k[:, None]
     x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
     weight_ptrs = weight_ptr + n[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk
     if COMPUTE_H and BITS > 0:
@@ -230,7 +230,7 @@ def packed_lora_linear_fwd_kernel(
         if COMPUTE_H:
             A = tl.load(A_ptrs, mask=rank_mask[None, :] & inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
             if BITS > 0:
-                x = tl.where(keep_mask(seed, slot, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), x, 0.0)
+                x = tl.where(keep_mask(seed, owner, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), x, 0.0)
             if UPCAST:
                 A = A.to(tl.float32)
             h = tl.dot(x, A, h, input_precision=PRECISION)  # (mask ∘ x) Ã^T
@@ -240,7 +240,7 @@ def packed_lora_linear_fwd_kernel(
 
     if COMPUTE_H:
         h_rounded = (h * keep_scale).to(h_ptr.dtype.element_ty)
-        if STORE_H and tile_of_block == 0:
+        if STORE_H and tile_of_group == 0:
             tl.store(h_ptrs + r[None, :], h_rounded, mask=row_mask & rank_mask[None, :])
         B = tl.load(B_ptrs + r[:, None], mask=column_mask & rank_mask[:, None], other=0.0)
         if UPCAST:
@@ -275,8 +275,8 @@ def packed_lora_linear_dx_kernel(
     keep_scale,
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ADAPTER_OF_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     COMPUTE_G: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -289,8 +289,8 @@ def packed_lora_linear_dx_kernel(
 ):
     """One program computes BLOCK_M rows and BLOCK_K columns of dX.
 
-    With COMPUTE_G it computes g in the same loop over N, block by block, and the first tile of each row stores it.
-    Without it the blocks do not matter here: D is N and BLOCKS is 1.
+    With COMPUTE_G it computes g in the same loop over N, group by group, and the first tile of each row stores it.
+    Without it the groups do not matter: D is N and GROUPS is 1.
     """
     tiles = tl.cdiv(K, BLOCK_K)
     tile = tl.program_id(0) % tiles  # neighbours share rows of dY; the weight stays in the cache
@@ -324,10 +324,10 @@ def packed_lora_linear_dx_kernel(
 
     dY_ptrs = dY_ptr + rows[:, None] * stride_dm + d[None, :].to(tl.int64) * stride_dn
     weight_ptrs = weight_ptr + d[:, None].to(tl.int64) * stride_wn + k[None, :].to(tl.int64) * stride_wk
-    for block in tl.static_range(BLOCKS):
-        slot = (SLOTS >> (4 * block)) & 15
+    for group in tl.static_range(GROUPS):
+        owner = (ADAPTER_OF_GROUP >> (4 * group)) & 15
         r = tl.arange(0, BLOCK_R)
-        B_ptrs = B_ptr + (slot * D + d).to(tl.int64)[:, None] * RANK + r[None, :]
+        B_ptrs = B_ptr + (owner * D + d).to(tl.int64)[:, None] * RANK + r[None, :]
         g = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for d0 in range(0, D, BLOCK_N):
             inside = EVEN_D | (d0 + d < D)
@@ -336,7 +336,7 @@ def packed_lora_linear_dx_kernel(
             if UPCAST:
                 dY, W = dY.to(tl.float32), W.to(tl.float32)
             dX = tl.dot(dY, W, dX, input_precision=PRECISION)  # dY W
-            if COMPUTE_G and slot < ADAPTERS:
+            if COMPUTE_G and owner < ADAPTERS:
                 B = tl.load(B_ptrs, mask=(r < RANK)[None, :] & inside[:, None], other=0.0)
                 if UPCAST:
                     B = B.to(tl.float32)
@@ -344,21 +344,21 @@ def packed_lora_linear_dx_kernel(
                 B_ptrs += BLOCK_N * RANK
             dY_ptrs += BLOCK_N * tl.cast(stride_dn, tl.int64)
             weight_ptrs += BLOCK_N * tl.cast(stride_wn, tl.int64)
-        if not EVEN_D:  # the last step of a block may have reached past its end
+        if not EVEN_D:  # the last step of a group may have reached past its end
             overshoot = tl.cast(tl.cdiv(D, BLOCK_N) * BLOCK_N - D, tl.int64)
             dY_ptrs -= overshoot * stride_dn
             weight_ptrs -= overshoot * stride_wn
-        if COMPUTE_G and slot < ADAPTERS:
+        if COMPUTE_G and owner < ADAPTERS:
             g_rounded = g.to(g_ptr.dtype.element_ty)
             if tile == 0:
-                tl.store(g_ptrs + (slot * RANK + r)[None, :], g_rounded, mask=row_mask & (r < RANK)[None, :])
-            pr = (slot * RANK + r).to(tl.int64)
+                tl.store(g_ptrs + (owner * RANK + r)[None, :], g_rounded, mask=row_mask & (r < RANK)[None, :])
+            pr = (owner * RANK + r).to(tl.int64)
             A = tl.load(A_ptrs + pr[:, None] * K, mask=column_mask & (r < RANK)[:, None], other=0.0)
             if UPCAST:
                 A = A.to(tl.float32)
             update = tl.dot(g_rounded, A, input_precision=PRECISION)  # g Ã
             if BITS > 0:
-                keep = keep_mask(seed, slot, rows, tile * BLOCK_K, threshold, BLOCK_M, BLOCK_K, BITS)
+                keep = keep_mask(seed, owner, rows, tile * BLOCK_K, threshold, BLOCK_M, BLOCK_K, BITS)
                 update = tl.where(keep, update * keep_scale, 0.0)  # m ∘ (g Ã)
             dX += update
     dX_ptrs = dX_ptr + rows[:, None] * K + k[None, :]
@@ -422,7 +422,7 @@ def packed_lora_linear_fwd(
     A: Tensor,  # [P, r, K], contiguous
     B: Tensor,  # [P, D, r], contiguous
     h: Tensor | None,  # [M, P r]; None: computed inside, where `fits_inside`
-    blocks: Blocks,
+    groups: RowGroups,
     dropout_p: float,
     seed: Tensor | None,  # [1]
     *,
@@ -442,7 +442,7 @@ def packed_lora_linear_fwd(
     y = launch.empty((M, N), dtype, x.device)
     stored_h = launch.empty((M if store_h else 0, P * R), x.dtype, x.device) if h is None else h
     if M > 0:
-        grid = (triton.cdiv(M, cut.block_m) * len(blocks.slots) * triton.cdiv(blocks.size, cut.block_out),)
+        grid = (triton.cdiv(M, cut.block_m) * len(groups.adapters) * triton.cdiv(groups.size, cut.block_out),)
         with launch.on_device(x.device):
             packed_lora_linear_fwd_kernel[grid](
                 x,
@@ -457,7 +457,7 @@ def packed_lora_linear_fwd(
                 M,
                 N,
                 K,
-                blocks.size,
+                groups.size,
                 *x.stride(),
                 *weight.stride(),
                 0 if residual is None else residual.stride(0),
@@ -465,7 +465,7 @@ def packed_lora_linear_fwd(
                 dropout.scale,
                 RANK=R,
                 ADAPTERS=P,
-                SLOTS=blocks.adapter_of_block,
+                ADAPTER_OF_GROUP=groups.adapter_of_group,
                 BITS=dropout.bits,
                 HAS_BIAS=bias is not None,
                 HAS_RESIDUAL=residual is not None,
@@ -490,7 +490,7 @@ def packed_lora_linear_dx(
     A: Tensor,  # [P, r, K], contiguous
     B: Tensor,  # [P, D, r], contiguous
     g: Tensor | None,  # [M, P r]; None: computed inside, where `fits_inside`
-    blocks: Blocks,
+    groups: RowGroups,
     dropout_p: float,
     seed: Tensor | None,  # [1]
     *,
@@ -506,7 +506,7 @@ def packed_lora_linear_dx(
     dX = launch.empty((M, K), dY.dtype, dY.device)
     stored_g = launch.empty((M, P * R), dY.dtype, dY.device) if g is None else g
     if not compute_g:
-        blocks = Blocks(N, (0,))
+        groups = RowGroups(N, (0,))
         if not dropout.bits:
             P, R = 1, P * R
     if M > 0:
@@ -522,20 +522,20 @@ def packed_lora_linear_dx(
                 M,
                 N,
                 K,
-                blocks.size,
+                groups.size,
                 *dY.stride(),
                 *weight.stride(),
                 dropout.threshold,
                 dropout.scale,
                 RANK=R,
                 ADAPTERS=P,
-                BLOCKS=len(blocks.slots),
-                SLOTS=blocks.adapter_of_block,
+                GROUPS=len(groups.adapters),
+                ADAPTER_OF_GROUP=groups.adapter_of_group,
                 BITS=dropout.bits,
                 COMPUTE_G=compute_g,
                 UPCAST=launch.upcast(dY.dtype),
                 PRECISION=launch.input_precision(dY.dtype),
-                EVEN_D=blocks.size % cut.block_in == 0,
+                EVEN_D=groups.size % cut.block_in == 0,
                 BLOCK_M=cut.block_m,
                 BLOCK_N=cut.block_in,
                 BLOCK_K=cut.block_out,

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.blocks import MAX_NORM_WIDTH
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
+from complora_kernels.kernels.rows import MAX_NORM_WIDTH
 
 PROGRAMS = 528  # of those that compute h, where there are so many rows: four for each multiprocessor of an H100
 ELEMENTS = 4096  # of the rows that a program holds: 32 a thread

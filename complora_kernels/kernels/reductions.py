@@ -21,9 +21,9 @@ from torch import Tensor
 
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.activation import KINDS, activate
-from complora_kernels.kernels.blocks import Blocks
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
+from complora_kernels.kernels.rows import RowGroups
 
 PROGRAMS = 264  # what the splits aim for: two for each multiprocessor of an H100 or H200
 ROWS_PER_SPLIT = 256  # at least: below, storing and adding partial sums would cost more than it brings
@@ -43,7 +43,7 @@ def packed_lora_linear_db_kernel(
     rows_of_split,
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
-    BLOCK_OF_ADAPTER: tl.constexpr,  # four bits an adapter
+    GROUP_OF_ADAPTER: tl.constexpr,  # four bits an adapter
     COMPUTE_G: tl.constexpr,
     COMPUTE_DB: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -64,7 +64,7 @@ def packed_lora_linear_db_kernel(
     split = tl.program_id(1).to(tl.int64)
 
     d = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = (((BLOCK_OF_ADAPTER >> (4 * adapter)) & 15) * D + d).to(tl.int64)
+    n = (((GROUP_OF_ADAPTER >> (4 * adapter)) & 15) * D + d).to(tl.int64)
     pr = adapter * RANK + r
     column_mask, rank_mask = d < D, r < RANK
     B_ptrs = B_ptr + (adapter.to(tl.int64) * D + d)[:, None] * RANK + r[None, :]
@@ -210,7 +210,7 @@ def packed_lora_linear_db(
     dY: Tensor,  # [M, N]
     h: Tensor,  # [M, P r]; not read unless dB̃ is computed
     B: Tensor,  # [P, D, r], contiguous
-    blocks: Blocks,
+    groups: RowGroups,
     *,
     compute_g: bool,
     compute_dB: bool,
@@ -242,7 +242,7 @@ def packed_lora_linear_db(
                 rows_of_split,
                 RANK=R,
                 ADAPTERS=P,
-                BLOCK_OF_ADAPTER=blocks.block_of_adapter,
+                GROUP_OF_ADAPTER=groups.group_of_adapter,
                 COMPUTE_G=compute_g,
                 COMPUTE_DB=compute_dB,
                 UPCAST=launch.upcast(dtype),

@@ -18,9 +18,9 @@ from torch.nn.modules import module as torch_module
 
 from complora_kernels import functional
 from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.blocks import Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.tracing import is_checkpointed_selectively, is_followed
-from complora_kernels.functional_block import Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.modules.attention import (
     CompLoRAAttention,
     CompLoRAAttentionLayer,

@@ -186,10 +186,12 @@ def test_default_passes_over_what_does_not_serve_the_arguments_and_says_so_once(
 
 @pytest.mark.usefixtures("gpu")
 def test_forced_where_it_does_not_serve_the_arguments_is_an_error_with_the_reason(monkeypatch, caplog):
-    with pytest.raises(RuntimeError, match=r"^backend='triton' does not serve juggle: triton has no thumbs$"):
+    with pytest.raises(RuntimeError, match=r"^backend='triton' does not support juggle: triton has no thumbs$"):
         backends.resolve("triton", "juggle", serves_all_but("triton"))
     monkeypatch.setenv("COMPLORA_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match=r"^COMPLORA_BACKEND='triton' does not serve juggle: triton has no thumbs$"):
+    with pytest.raises(
+        RuntimeError, match=r"^COMPLORA_BACKEND='triton' does not support juggle: triton has no thumbs$"
+    ):
         backends.resolve(None, "juggle", serves_all_but("triton"))
     assert backends.resolve("torch", "juggle", serves_all_but("triton")) == "torch"
     assert not caplog.messages

@@ -286,7 +286,9 @@ def installed(built_in_place, tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "installed_package", raising=False)
     monkeypatch.delitem(sys.modules, "installed_package._C", raising=False)
-    monkeypatch.setitem(sys.modules, "complora_kernels.fakes", ModuleType("fakes"))  # of operations that it lacks
+    monkeypatch.setitem(
+        sys.modules, "complora_kernels.backends.fakes", ModuleType("fakes")
+    )  # of operations that it lacks
     monkeypatch.setattr(build, "RECORD", package / "_build.json")
     monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
     monkeypatch.setattr(build, "MODULES", {"cpu": "installed_package._C", "cuda": "installed_package._C_cuda"})

@@ -424,7 +424,7 @@ def test_operations_are_registered_as_torch_expects():
 
 
 def test_every_schema_has_a_fake_of_the_same_arguments_and_a_kernel():
-    from complora_kernels import fakes  # loads only where the extension does
+    from complora_kernels.backends import fakes  # loads only where the extension does
 
     source = re.sub(r'"\s*\n\s*"', "", REGISTRATION.read_text())
     schemas = re.findall(r'm\.def\(\s*"(\w+)\((.*)\) -> (.*)"\)', source)
@@ -1217,13 +1217,13 @@ def test_forced_where_it_was_not_built_is_an_error_with_the_reason(monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"ranks": (2, 3)}, "the adapters have ranks [2, 3], the kernels serve equal ones"),
-        ({"rows": [(0, 8), (8, 24)]}, "rows=[(0, 8), (8, 24)] are of heights [8, 16], the kernels serve equal ones"),
+        ({"ranks": (2, 3)}, "the adapters have ranks [2, 3], the kernels support equal ones"),
+        ({"rows": [(0, 8), (8, 24)]}, "rows=[(0, 8), (8, 24)] are of heights [8, 16], the kernels support equal ones"),
     ],
 )
 def test_unequal_adapters_are_refused_by_name_and_passed_over(monkeypatch, caplog, changed, reason):
     with pytest.raises(
-        RuntimeError, match=f"^backend='extension' does not serve packed_lora_linear: {re.escape(reason)}"
+        RuntimeError, match=f"^backend='extension' does not support packed_lora_linear: {re.escape(reason)}"
     ):
         packed(**changed, backend="extension")
     expected = packed(**changed, backend="torch")
@@ -1242,9 +1242,11 @@ def test_unequal_adapters_are_refused_by_name_and_passed_over(monkeypatch, caplo
 
 def test_what_it_does_not_serve_is_refused_by_name():
     A, B = torch.randn(2, 9), torch.randn(9, 2)
-    with pytest.raises(RuntimeError, match="does not serve fold_factors: lora_As, lora_Bs: several dtypes"):
+    with pytest.raises(RuntimeError, match="does not support fold_factors: lora_As, lora_Bs: several dtypes"):
         fold_factors([A], [B.bfloat16()], [None], [None], backend="extension")
-    with pytest.raises(RuntimeError, match=r"does not serve fold_factors: .*on meta, the kernels run on cpu and cuda"):
+    with pytest.raises(
+        RuntimeError, match=r"does not support fold_factors: .*on meta, the kernels run on cpu and cuda"
+    ):
         fold_factors([A.to(META)], [B.to(META)], [None], [None], backend="extension")
     with pytest.raises(ValueError, match=r"basis is on meta, expected cpu"):
         project_complement(A, torch.eye(9, 2, device=META), backend="extension")

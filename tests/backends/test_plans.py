@@ -20,7 +20,7 @@ import torch
 
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan, Problem
-from complora_kernels.backends.tune import record
+from complora_kernels.tune import record
 
 HALF = Problem("torch", "cpu", 512, 64, 192, 4, 3, "bfloat16", "bfloat16", False)
 FLOAT = HALF._replace(dtype="float32", weight_dtype="float32")
@@ -385,7 +385,7 @@ def test_two_processes_write_at_once(path, tmp_path):
 import sys, time
 from pathlib import Path
 from complora_kernels.backends.plans import Plan, Problem
-from complora_kernels.backends.tune import record
+from complora_kernels.tune import record
 
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 (folder / f"ready {first}").touch()

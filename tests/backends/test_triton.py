@@ -436,7 +436,10 @@ UNSERVED: list[tuple[dict[str, Any], str]] = [
     ({"rows": [(0, 8), (8, 24)]}, r"rows=\[\(0, 8\), \(8, 24\)\] are not distinct ones of at most 7 equal blocks"),
     ({"rows": [(0, 12), (6, 18)]}, r"rows=\[\(0, 12\), \(6, 18\)\] are not distinct ones of at most 7 equal blocks"),
     ({"rows": [(0, 3)]}, r"rows=\[\(0, 3\)\] are not distinct ones of at most 7 equal blocks"),
-    ({"rows": [(0, 12), (12, 24)], "ranks": (2, 3)}, r"the adapters have ranks \[2, 3\], the kernels serve equal ones"),
+    (
+        {"rows": [(0, 12), (12, 24)], "ranks": (2, 3)},
+        r"the adapters have ranks \[2, 3\], the kernels support equal ones",
+    ),
 ]
 
 
@@ -454,11 +457,11 @@ def packed(dtype: torch.dtype = torch.float32, rows: Any = ((0, 24),), ranks: An
 @pytest.mark.parametrize(("changed", "reason"), UNSERVED, ids=[reason[:40] for _, reason in UNSERVED])
 def test_what_the_kernels_do_not_serve(monkeypatch, caplog, changed, reason):
     """Goes to torch, once said; by name it is an error."""
-    with pytest.raises(RuntimeError, match=rf"^backend='triton' does not serve packed_lora_linear: .*{reason}"):
+    with pytest.raises(RuntimeError, match=rf"^backend='triton' does not support packed_lora_linear: .*{reason}"):
         packed(**changed, backend="triton")
     monkeypatch.setenv("COMPLORA_BACKEND", "triton")
     with pytest.raises(
-        RuntimeError, match=rf"^COMPLORA_BACKEND='triton' does not serve packed_lora_linear: .*{reason}"
+        RuntimeError, match=rf"^COMPLORA_BACKEND='triton' does not support packed_lora_linear: .*{reason}"
     ):
         packed(**changed)
     monkeypatch.delenv("COMPLORA_BACKEND")
@@ -481,11 +484,11 @@ def test_the_kernels_are_used_where_they_serve(monkeypatch):
 
 def test_fold_factors_of_what_the_kernels_do_not_serve():
     A, B, U = torch.randn(2, 9, device=DEVICE), torch.randn(9, 2, device=DEVICE), random_basis(9, 4).to(DEVICE)
-    with pytest.raises(RuntimeError, match=r"does not serve fold_factors: lora_As, lora_Bs: dtype torch.float64"):
+    with pytest.raises(RuntimeError, match=r"does not support fold_factors: lora_As, lora_Bs: dtype torch.float64"):
         fold_factors([A.double()], [B.double()], [None], [None], backend="triton")
-    with pytest.raises(RuntimeError, match=r"does not serve fold_factors: .*float64"):
+    with pytest.raises(RuntimeError, match=r"does not support fold_factors: .*float64"):
         fold_factors([A], [B], [U.double()], [None], backend="triton")
-    with pytest.raises(RuntimeError, match="does not serve fold_factors: lora_As, lora_Bs: several dtypes"):
+    with pytest.raises(RuntimeError, match="does not support fold_factors: lora_As, lora_Bs: several dtypes"):
         fold_factors([A], [B.bfloat16()], [None], [None], backend="triton")
 
 
@@ -598,5 +601,7 @@ def test_where_tensors_are_is_given_as_the_reason(monkeypatch):
     monkeypatch.setattr(backends, "interpreted", lambda: False)
     monkeypatch.setitem(backends.BACKENDS, "triton", backends.Backend("", lambda: None))
     A, B = torch.randn(2, 9), torch.randn(9, 2)
-    with pytest.raises(RuntimeError, match=r"does not serve fold_factors: .* on cpu, the kernels run on cuda devices"):
+    with pytest.raises(
+        RuntimeError, match=r"does not support fold_factors: .* on cpu, the kernels run on cuda devices"
+    ):
         fold_factors([A], [B], [None], [None], backend="triton")

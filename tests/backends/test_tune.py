@@ -15,8 +15,8 @@ import torch
 from failures import contents, failing
 from torch import Tensor
 
-from complora_kernels import functional
-from complora_kernels.backends import plans, tune
+from complora_kernels import functional, tune
+from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan, Problem
 from complora_kernels.common.files import unsealed
 from complora_kernels.kernels import linear

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import complora_kernels as ck
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.adapters.build import adapted_layers
+from complora_kernels.blocks import Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.functional import complora_linear, fold_factors, lora_linear, project_complement
-from complora_kernels.functional_block import Norm, norm_lora_linear, norm_lora_mlp
 
 BACKENDS = ("torch", "extension")
 ALL = ("q", "k", "v", "o", "fc1", "fc2")

@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import nn
 
 import complora_kernels as ck
-from complora_kernels.backends import plans, tune
+from complora_kernels import tune
+from complora_kernels.backends import plans
 from complora_kernels.common.files import open_to_append, reading, unsealed, write_atomically
 from complora_kernels.fewshot import jobs
 from complora_kernels.fewshot.__main__ import main

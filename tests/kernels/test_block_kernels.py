@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import ALL, Blocks, plain_block, random_input, results, stacked
+from complora_kernels.eager_block import Activated, Norm
 from layers import laid_out
 from numerics import assert_as_accurate_as_reference
 from open_clip.transformer import QuickGELU
@@ -19,8 +20,7 @@ from triton_device import DEVICE, masks_of
 
 from complora_kernels import eager_block, ops_block, set_recompute
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.eager_block import Activated, Norm
-from complora_kernels.functional_block import norm_lora_linear
+from complora_kernels.blocks import norm_lora_linear
 from complora_kernels.kernels import reductions
 
 HALF = (torch.bfloat16, torch.float16)
@@ -244,6 +244,6 @@ def test_rows_that_are_too_wide_are_not_served():
     width = 2112
     x, linear = randn(2, width), AdaptedLinear(randn(4, width), None)
     norm = norm_of(width, torch.float32)
-    with pytest.raises(RuntimeError, match="the kernels serve rows of at most 2048"):
+    with pytest.raises(RuntimeError, match="the kernels support rows of at most 2048"):
         norm_lora_linear(x, None, norm, linear, backend="triton")
     norm_lora_linear(x, None, norm, linear)

@@ -19,8 +19,8 @@ from triton_device import DEVICE, drawn_p, masks_of
 
 from complora_kernels import reference
 from complora_kernels.kernels import factors, launch, linear, reductions
-from complora_kernels.kernels.blocks import MAX_BLOCKS, NO_ADAPTER, Blocks, row_blocks
 from complora_kernels.kernels.dropout import dropout_lanes
+from complora_kernels.kernels.rows import MAX_GROUPS, NO_ADAPTER, RowGroups, row_groups
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -42,7 +42,7 @@ class Product:
     A: Tensor  # [P, r, K]
     B: Tensor  # [P, D, r]
     dY: Tensor  # [M, N]
-    blocks: Blocks
+    groups: RowGroups
     p: float
     seed: Tensor | None  # [1]
 
@@ -58,7 +58,7 @@ def make_product(
         A=(randn(P, r, K) / K**0.5).to(dtype),
         B=randn(P, D, r, dtype=dtype),
         dY=randn(M, N, dtype=dtype),
-        blocks=Blocks(D, slots),
+        groups=RowGroups(D, slots),
         p=p,
         seed=SEED.to(DEVICE) if p else None,
     )
@@ -69,9 +69,9 @@ def by_kernels(of: Product) -> dict[str, Tensor]:
     h = linear.packed_lora_linear_h(of.x, of.A, of.p, of.seed)
     beside_x = linear.packed_lora_linear_h(of.x, of.A, of.p, of.seed, beside_x=True)
     assert torch.equal(beside_x, torch.cat([of.x, h], 1))
-    given: Any = (of.blocks, of.p, of.seed)
+    given: Any = (of.groups, of.p, of.seed)
     y, _ = linear.packed_lora_linear_fwd(of.x, of.weight, of.bias, of.A, of.B, h, *given)
-    g, dB = reductions.packed_lora_linear_db(of.dY, h, of.B, of.blocks, compute_g=True, compute_dB=True)
+    g, dB = reductions.packed_lora_linear_db(of.dY, h, of.B, of.groups, compute_g=True, compute_dB=True)
     dX, _ = linear.packed_lora_linear_dx(of.dY, of.weight, of.A, of.B, g, *given)
     dA = reductions.packed_lora_linear_da(of.x, g, len(of.A), of.p, of.seed)
     result = {"h": h, "y": y, "g": g, "dB": dB, "dX": dX, "dA": dA}
@@ -89,7 +89,7 @@ def by_formulas(of: Product, dtype: torch.dtype) -> dict[str, Tensor]:
     bias = None if of.bias is None else of.bias.to(dtype)
     masks = masks_of(SEED, len(A), x.shape, of.p)
     masks = None if masks is None else [m.to(dtype) for m in masks]
-    D, slots = of.blocks
+    D, slots = of.groups
     rows = [(slots.index(slot) * D, slots.index(slot) * D + D) for slot in range(len(A))]
     x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
     y = reference.packed_lora_linear(x, weight, bias, list(A), list(B), rows, dropout_masks=masks)
@@ -154,13 +154,13 @@ def test_products_of_parts_are_those_of_the_whole():
     """g alone, dB alone and y without h stored are, bit for bit, what they are together."""
     of = make_product(70, 33, 40, 5, (1, NONE, 0), 0.25, torch.bfloat16)
     h = linear.packed_lora_linear_h(of.x, of.A, of.p, of.seed)
-    db: Any = (of.dY, h, of.B, of.blocks)
+    db: Any = (of.dY, h, of.B, of.groups)
     g, dB = reductions.packed_lora_linear_db(*db, compute_g=True, compute_dB=True)
     only_g, _ = reductions.packed_lora_linear_db(*db, compute_g=True, compute_dB=False)
     _, only_dB = reductions.packed_lora_linear_db(*db, compute_g=False, compute_dB=True)
     assert torch.equal(only_g, g)
     assert torch.equal(only_dB, dB)
-    given: Any = (of.x, of.weight, of.bias, of.A, of.B, None, of.blocks, of.p, of.seed)
+    given: Any = (of.x, of.weight, of.bias, of.A, of.B, None, of.groups, of.p, of.seed)
     y, _ = linear.packed_lora_linear_fwd(*given)
     only_y, no_h = linear.packed_lora_linear_fwd(*given, store_h=False)
     assert torch.equal(only_y, y)
@@ -203,7 +203,7 @@ def test_nothing_is_written_beside_the_results(dtype, p, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(reductions.torch, "empty", only_partial_sums)
         by_kernels(of)
-    factors.merge_weight(of.weight, of.A, of.B, of.blocks, dtype)
+    factors.merge_weight(of.weight, of.A, of.B, of.groups, dtype)
     bases = [None, random_basis(37, 5).to(DEVICE)]
     factors.fold_factors([of.A[0], of.B[0]], bases, [False] * 2, [False, True], 1.0, dtype)
     assert len(around) >= 2 * 12
@@ -224,14 +224,14 @@ def test_masks_are_those_of_the_reference(p, adapters, monkeypatch):
     weight = torch.zeros(adapters * D, K, device=DEVICE)
     h = linear.packed_lora_linear_h(ones, A, p, seed)
     assert torch.equal(h, expected)
-    y, _ = linear.packed_lora_linear_fwd(ones, weight, None, A, B, h, Blocks(D, slots), p, seed)
+    y, _ = linear.packed_lora_linear_fwd(ones, weight, None, A, B, h, RowGroups(D, slots), p, seed)
     assert torch.equal(y, expected)
     g = identity.repeat(1, adapters)  # g_p = I: dA_p = m_p
     assert torch.equal(reductions.packed_lora_linear_da(ones, g, adapters, p, seed), torch.stack(masks).float())
     powers = torch.cat([2.0**i * ones for i in slots], 1)  # dX = Σ 2^i m_i, from which the masks can be told
     scale = 1 / (1 - drawn_p(p))
     bits = torch.stack([2.0**i * (m > 0).double() for i, m in enumerate(masks)]).sum(0)
-    dX, _ = linear.packed_lora_linear_dx(powers, weight, A, B, powers, Blocks(D, slots), p, seed)
+    dX, _ = linear.packed_lora_linear_dx(powers, weight, A, B, powers, RowGroups(D, slots), p, seed)
     assert torch.equal((dX.double() / scale).round(), bits)
     assert torch.allclose(dX.double(), bits * scale, rtol=1e-6, atol=0)  # float32 sums of three terms
 
@@ -240,7 +240,7 @@ def test_masks_are_those_of_the_reference(p, adapters, monkeypatch):
     A, B = (matrix.bfloat16().expand(adapters, r, -1).contiguous() for matrix in (identity[first:], identity[:r, :r]))
     assert linear.fits_inside(r, torch.bfloat16, p)
     weight, ones, powers = weight[: adapters * r].bfloat16(), ones.bfloat16(), powers.unflatten(1, (adapters, D))
-    inside: Any = (A, B, None, Blocks(r, slots), p, seed)
+    inside: Any = (A, B, None, RowGroups(r, slots), p, seed)
     y, h = linear.packed_lora_linear_fwd(ones, weight, None, *inside)
     assert torch.equal(h, wide[:, :, first:].flatten(1))
     assert torch.equal(y, h)
@@ -333,10 +333,10 @@ def test_merge_weight_rounds_once(dtype, r, layout):
     of = make_product(1, 40, 33, r, (1, NONE, 0), dtype=dtype)
     for weight in (of.weight, randn(99, 40)):
         weight = matrix(weight, layout)
-        merged = factors.merge_weight(weight, of.A, of.B, of.blocks, dtype)
+        merged = factors.merge_weight(weight, of.A, of.B, of.groups, dtype)
         exact = weight.double()
         for slot in (0, 1):
-            rows = slice(33 * of.blocks.slots.index(slot), 33 * of.blocks.slots.index(slot) + 33)
+            rows = slice(33 * of.groups.adapters.index(slot), 33 * of.groups.adapters.index(slot) + 33)
             exact[rows] += of.B[slot].double() @ of.A[slot].double()
         rounding = (exact.to(dtype).double() - exact).norm()
         assert merged.dtype == dtype
@@ -386,10 +386,10 @@ def test_tf32_only_where_torch_allows_it():
         ([(0, 8), (8, 16), (16, 24)], 24, (0, 1, 2)),
         ([(16, 24), (0, 8)], 24, (1, NONE, 0)),
         ([(8, 16)], 56, (NONE, 0, *[NONE] * 5)),
-        ([(8, 16)], 64, None),  # more than seven blocks
+        ([(8, 16)], 64, None),  # more than seven groups
         ([(0, 8), (0, 8)], 24, None),  # twice the same
         ([(0, 8), (8, 24)], 24, None),  # unequal
-        ([(4, 12)], 24, None),  # between two blocks
+        ([(4, 12)], 24, None),  # between two groups
         ([(0, 8)], 20, None),  # what is left is no block
         ([(0, 0)], 24, None),
         ([(-8, 0)], 24, None),  # before the first
@@ -398,13 +398,13 @@ def test_tf32_only_where_torch_allows_it():
     ids=str,
 )
 def test_row_blocks(rows, N, expected):
-    blocks = row_blocks(rows, N)
-    assert blocks == (None if expected is None else (N // len(expected), expected))
-    if blocks is not None:
-        assert len(blocks.slots) <= MAX_BLOCKS
-        assert tuple(blocks.adapter_of_block >> 4 * i & 15 for i in range(len(blocks.slots))) == expected
-        assert [blocks.size * (blocks.block_of_adapter >> 4 * i & 15) for i in range(len(rows))] == [s for s, _ in rows]
-        assert max(blocks.adapter_of_block, blocks.block_of_adapter) < 2**31
+    groups = row_groups(rows, N)
+    assert groups == (None if expected is None else (N // len(expected), expected))
+    if groups is not None:
+        assert len(groups.adapters) <= MAX_GROUPS
+        assert tuple(groups.adapter_of_group >> 4 * i & 15 for i in range(len(groups.adapters))) == expected
+        assert [groups.size * (groups.group_of_adapter >> 4 * i & 15) for i in range(len(rows))] == [s for s, _ in rows]
+        assert max(groups.adapter_of_group, groups.group_of_adapter) < 2**31
 
 
 def test_seven_blocks_in_any_order():
@@ -459,14 +459,14 @@ def test_grids_fit_the_device_for_any_number_of_rows(kernel, monkeypatch):
     of = make_product(1, 1, 1, 1, p=0.25)
     M = 2**23
     x, dY, hg = (torch.ones(1, 1, device=DEVICE).expand(M, 1) for _ in range(3))
-    given: Any = (of.blocks, of.p, of.seed)
+    given: Any = (of.groups, of.p, of.seed)
     with monkeypatch.context() as patch:
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         {
             "h": lambda: linear.packed_lora_linear_h(x, of.A, of.p, of.seed),
             "fwd": lambda: linear.packed_lora_linear_fwd(x, of.weight, None, of.A, of.B, hg, *given),
             "dx": lambda: linear.packed_lora_linear_dx(dY, of.weight, of.A, of.B, hg, *given),
-            "db": lambda: reductions.packed_lora_linear_db(dY, hg, of.B, of.blocks, compute_g=True, compute_dB=True),
+            "db": lambda: reductions.packed_lora_linear_db(dY, hg, of.B, of.groups, compute_g=True, compute_dB=True),
             "da": lambda: reductions.packed_lora_linear_da(x, hg, 1, of.p, of.seed),
         }[kernel]()
     (grid,) = recorded.grids

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import complora_kernels as ck
 from complora_kernels import eager_block, set_recompute
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.functional_block import Norm, norm_lora_linear, norm_lora_mlp
+from complora_kernels.blocks import Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.modules.block import CompLoRABlock
 
 LAYOUTS = ("batch first", "sequence first", "open_clip 4")

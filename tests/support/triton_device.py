@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from complora_kernels import backends, reference
+from complora_kernels import reference
+from complora_kernels.backends import hardware
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
-DEVICE = torch.device("cpu" if backends.interpreted() else "cuda")
+DEVICE = torch.device("cpu" if hardware.interpreted() else "cuda")
 HOW = "interpreted on the CPU" if DEVICE.type == "cpu" else f"compiled, on {torch.cuda.get_device_name()}"
 
 

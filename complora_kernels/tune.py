@@ -1,4 +1,4 @@
-"""Measures the plans on this machine and keeps them for every later run: `python -m complora_kernels.backends.tune`."""
+"""Measures the plans on this machine and keeps them for every later run: `python -m complora_kernels.tune`."""
 
 from __future__ import annotations
 
@@ -152,9 +152,7 @@ def tune(options: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, complete and checked; exits with a message where they cannot be used."""
-    parser = argparse.ArgumentParser(
-        "python -m complora_kernels.backends.tune", description=(__doc__ or "").split(":")[0]
-    )
+    parser = argparse.ArgumentParser("python -m complora_kernels.tune", description=(__doc__ or "").split(":")[0])
     add = parser.add_argument
     add("--model-shapes", nargs="+", choices=SHAPES, default=["ViT-B-16", "text-512"], help="towers to tune for")
     add("--batch", nargs="+", type=int, default=[32], help="images or texts in a step (32)")
@@ -173,8 +171,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32"))
     try:
-        left_out = backends.passed_over("packed_lora_linear", options.device.type)
-        options.backend = backends.resolve(options.backend, passed_over=left_out)
+        skip = backends.skipped("packed_lora_linear", options.device.type)
+        options.backend = backends.resolve(options.backend, skip=skip)
         if options.backend == "extension":
             options.backend = "torch"  # whose plans its products follow
         if options.backend == "reference":

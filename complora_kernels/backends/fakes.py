@@ -10,18 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from complora_kernels.eager import check_device
+from complora_kernels.common.shapes import check_device
 
 
 def project_complement(factor: Tensor, basis: Tensor, complement: bool) -> Tensor:
     """As `factor`, contiguous."""
     check_device(factor, basis)
     return torch.empty_like(factor, memory_format=torch.contiguous_format)
-
-
-def project_complement_(factor: Tensor, basis: Tensor, complement: bool) -> None:
-    """Nothing is returned: `factor` is written to."""
-    check_device(factor, basis)
 
 
 def fold_factors(
@@ -69,5 +64,5 @@ def drop(x: Tensor, seed: Tensor, adapter: int, dropout_p: float) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("complora", "FRAGMENT")
-for _shape in (project_complement, project_complement_, fold_factors, complora_factor_grads, drop):
+for _shape in (project_complement, fold_factors, complora_factor_grads, drop):
     torch.library.register_fake(f"complora::{_shape.__name__}", _shape, lib=_LIBRARY)

@@ -1,0 +1,532 @@
+"""The triton backend: fused kernels on CUDA GPUs, each product by the plan of its problem.
+
+Plans other than `fused` leave the large products to torch. Calls go through operations that are registered with torch
+only where something follows operations one by one: torch.compile, or a dispatch mode such as selective checkpointing.
+Elsewhere kernels are launched at once, which takes half the host's time. Blocks are not fused under torch.compile, so
+that their norms and activations need no registered operation. The first call imports Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.backends import hardware, plans
+from complora_kernels.backends.support import unsupported_ranks, unsupported_tensors
+from complora_kernels.backends.torch import (
+    Activated,
+    FactorGrads,
+    Norm,
+    Normed,
+    Source,
+    add_residual,
+    block_diagonal,
+    input_of,
+)
+from complora_kernels.common.shapes import check_device, flatten, unflatten
+from complora_kernels.common.tracing import is_dispatched
+from complora_kernels.kernels.rows import MAX_GROUPS, MAX_NORM_WIDTH, RowGroups, row_groups
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("complora_triton", "DEF")
+_LIBRARY.define(
+    "packed_lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] As, Tensor[] Bs, int[] starts, "
+    "float dropout_p, Tensor? seed, bool save_h, str precision) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "packed_lora_linear_bwd(Tensor dY, Tensor x, Tensor h, Tensor weight, Tensor[] As, Tensor[] Bs, int[] starts, "
+    "float dropout_p, Tensor? seed, bool[] needs, str precision) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "fold_factors(Tensor[] factors, Tensor?[] bases, bool[] complement, bool[] output_side, float scaling, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+@functools.cache
+def kernels() -> Any:
+    """`complora_kernels.kernels` with its modules. This is the one place that imports Triton."""
+    from complora_kernels import kernels
+    from complora_kernels.kernels import activation, factors, launch, linear, norm, reductions  # noqa: F401
+
+    return kernels
+
+
+class TritonBackend:
+    """The kernels of `complora_kernels.kernels`."""
+
+    name = "triton"
+    purpose = "fused kernels on CUDA GPUs"
+    philox = True
+
+    @property
+    def automatic(self) -> bool:
+        return not hardware.interpreted()
+
+    def unavailable(self) -> str | None:
+        if hardware.is_missing("triton"):
+            return "triton is not installed"
+        return None if hardware.interpreted() else hardware.gpu_unavailable()
+
+    def gpu_refusal(self, index: int | None) -> str | None:
+        return hardware.too_old(index)
+
+    def unsupported_tensors(
+        self,
+        label: str,
+        tensors: Sequence[Tensor],
+        bases: Sequence[Tensor | None] = (),
+        dtype: torch.dtype | None = None,
+    ) -> str | None:
+        devices = ("cpu",) if hardware.interpreted() else ("cuda",)
+        reason = unsupported_tensors(label, tensors, dtype, devices, DTYPES, self.gpu_refusal)
+        if reason is not None:
+            return reason
+        for basis in bases:
+            if basis is not None and basis.dtype != torch.float32:
+                return f"a basis has dtype {basis.dtype}, the kernels support torch.float32"
+        return None
+
+    def unsupported_linear(self, x: Tensor, linear: AdaptedLinear) -> str | None:
+        reason = self.unsupported_tensors("x", [x])
+        if reason is not None or not linear.rows:
+            return reason
+        if (reason := unsupported_ranks(linear)) is not None:
+            return reason
+        if row_groups(linear.rows, len(linear.weight)) is None:
+            rows = list(linear.rows)
+            return f"rows={rows} are not distinct ones of at most {MAX_GROUPS} equal groups of the weight's rows"
+        return None
+
+    def unsupported_norm(self, x: Tensor, *others: Tensor | None) -> str | None:
+        if x.shape[-1] > MAX_NORM_WIDTH:
+            return f"x {tuple(x.shape)}, the kernels support rows of at most {MAX_NORM_WIDTH}"
+        if any(tensor is not None and tensor.is_neg() for tensor in (x, *others)):
+            return "a tensor is a view that negates its memory, the kernels read the memory"
+        return None
+
+    def project_complement(
+        self,
+        factor: Tensor,  # [..., d]
+        basis: Tensor,  # [d, k]
+        basis_kind: str,
+    ) -> Tensor:
+        rows = flatten(factor)  # [R, d]
+        (projected,) = self.fold_factors([rows], [basis], [basis_kind], [False], 1.0, [factor.dtype])
+        return unflatten(projected, factor.shape)
+
+    def fold_factors(
+        self,
+        factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]; all of one dtype
+        bases: Sequence[Tensor | None],  # each [d, k], float32
+        kinds: Sequence[str],
+        output_side: Sequence[bool],
+        scaling: float,
+        dtypes: Sequence[torch.dtype],  # all the same
+    ) -> list[Tensor]:  # in the shapes of the factors, parts of one tensor
+        complement = [kind == "complement" for kind in kinds]
+        fold = torch.ops.complora_triton.fold_factors if _is_registered(*factors, *bases) else _fold_factors
+        return _parts(fold(factors, bases, complement, output_side, scaling, dtypes[0]), factors)
+
+    def fold_factors_bwd(
+        self,
+        grads: Sequence[Tensor],  # as the factors
+        bases: Sequence[Tensor | None],
+        kinds: Sequence[str],
+        output_side: Sequence[bool],
+        scaling: float,
+        dtypes: Sequence[torch.dtype],
+    ) -> list[Tensor]:
+        # Factors and bases stay where they are and gradients do not: gathered, they too lie at known distances.
+        gathered = _parts(torch.cat([grad.reshape(-1) for grad in grads]), grads)
+        return self.fold_factors(gathered, bases, kinds, output_side, scaling, dtypes)
+
+    def packed_lora_linear_fwd(
+        self,
+        x: Tensor,  # [M, K]
+        linear: AdaptedLinear,  # weight [N, K]
+        *,
+        h: Tensor | None = None,  # [M, P r]
+        residual: Tensor | None = None,  # [M, N]
+    ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
+        if h is None and residual is None and _is_registered(x, *linear.tensors()):
+            return torch.ops.complora_triton.packed_lora_linear_fwd(
+                x,
+                linear.weight,
+                linear.bias,
+                linear.As,
+                linear.Bs,
+                _starts(linear),
+                linear.dropout_p,
+                _seed(linear),
+                linear.save_h,
+                linear.precision,
+            )
+        return _linear_fwd(x, linear, h, residual)
+
+    def packed_lora_linear_bwd(
+        self,
+        dY: Tensor,  # [M, N]
+        source: Source,  # of x [M, K]
+        h: Tensor,  # [M, P r]
+        linear: AdaptedLinear,  # weight [N, K]
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
+        if isinstance(source, Tensor) and _is_registered(dY, source, h, *linear.tensors()):
+            dX, dA, dB = torch.ops.complora_triton.packed_lora_linear_bwd(
+                dY,
+                source,
+                h,
+                linear.weight,
+                linear.As,
+                linear.Bs,
+                _starts(linear),
+                linear.dropout_p,
+                _seed(linear),
+                needs,
+                linear.precision,
+            )
+        else:
+            dX, dA, dB = _linear_bwd(dY, source, h, linear, needs)
+        needs_x, needs_A, needs_B = needs
+        nothing: list[Tensor | None] = [None] * len(linear.rows)
+        return dX if needs_x else None, dA.unbind() if needs_A else nothing, dB.unbind() if needs_B else nothing
+
+    def norm_fwd(
+        self,
+        x: Tensor,  # [M, K]
+        delta: Tensor | None,  # [M, K]
+        norm: Norm,
+        dtype: torch.dtype,
+        reader: AdaptedLinear,
+    ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
+        k = kernels()
+        seed, A = _seed(reader), k.launch.stacked(reader.As) if reader.As else None  # [P, r, K]
+        inside = A if dtype.itemsize == 2 else None  # in float32 rows and Ã do not fit beside each other
+        stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside, reader.dropout_p, seed)
+        if A is not None and inside is None:
+            h = k.linear.packed_lora_linear_h(normed, A, reader.dropout_p, seed)
+        return stream, Normed(stream, mean, rstd, norm, dtype), normed, h if reader.As else None
+
+    def norm_bwd(
+        self,
+        d_normed: Tensor,  # [M, K]
+        d_stream: Tensor | None,  # [M, K]
+        normed: Normed,
+    ) -> Tensor:  # [M, K]
+        return kernels().norm.norm_bwd(d_normed, d_stream, normed.x, normed.mean, normed.rstd, normed.norm.weight)
+
+    def activation_fwd(
+        self,
+        z: Tensor,  # [M, K]
+        activation: str,
+        reader: AdaptedLinear,
+    ) -> tuple[Tensor, Tensor | None]:
+        k = kernels()
+        seed, A = _seed(reader), k.launch.stacked(reader.As) if reader.As else None  # [P, r, K]
+        inside = None if A is None or (reader.seeds and len(A) > 1) else A.flatten(0, 1)  # the kernel draws one mask
+        a, h = k.activation.activation_fwd(z, activation, inside, reader.dropout_p, seed)
+        if A is not None and inside is None:
+            h = k.linear.packed_lora_linear_h(a, A, reader.dropout_p, seed)
+        return a, h if reader.As else None
+
+    def activation_bwd(
+        self,
+        da: Tensor,  # [M, K]
+        z: Tensor,  # [M, K]
+        activation: str,
+    ) -> Tensor:  # [M, K]
+        return kernels().activation.activation_bwd(da, z, activation)
+
+
+def _linear_fwd(
+    x: Tensor,  # [M, K]
+    linear: AdaptedLinear,
+    h: Tensor | None,  # [M, P r]
+    residual: Tensor | None,  # [M, N]
+) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
+    k, weight, save_h = kernels(), linear.weight, linear.save_h
+    A, B = k.launch.stacked(linear.As), k.launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
+    groups, seed, p = _groups(linear), _seed(linear), linear.dropout_p
+    bias = None if linear.bias is None else linear.bias.to(x.dtype).contiguous()
+    plan = _plan(x, linear)
+    if plan.name == "fused":
+        if h is None and plan.h != "inside":
+            h = k.linear.packed_lora_linear_h(x, A, p, seed)
+        product = (x, weight.to(x.dtype), bias, A, B, h, groups, p, seed)
+        y, h = k.linear.packed_lora_linear_fwd(*product, residual=residual, store_h=save_h, tiles=plan.tiles)
+        return y, h if save_h else x.new_empty(0, h.shape[1])
+    if plan.name == "merge":
+        y = F.linear(x, k.factors.merge_weight(weight, A, B, groups, x.dtype), bias)  # x (W + ΔW)^T + b
+        h = k.linear.packed_lora_linear_h(x, A, p, seed) if h is None and save_h else h
+    elif plan.name == "concat":
+        if h is None:
+            xh = k.linear.packed_lora_linear_h(x, A, p, seed, beside_x=True)  # [M, K + R]
+            h = xh[:, x.shape[1] :]
+        else:
+            xh = _beside(x, h)
+        wide = _beside(weight.to(x.dtype), block_diagonal(linear))  # [N, K + R]
+        y = F.linear(xh, wide, bias)  # [x | h] [W | B̃]^T + b
+    else:
+        h = k.linear.packed_lora_linear_h(x, A, p, seed) if h is None else h
+        y = F.linear(x, weight.to(x.dtype), bias)
+        for h_p, B_p, (start, stop) in zip(h.split(A.shape[1], 1), linear.Bs, linear.rows, strict=True):
+            y[:, start:stop].addmm_(h_p, B_p.mT)
+    y = add_residual(y, residual)
+    return y, h.contiguous() if h is not None and save_h else x.new_empty(0, A.shape[0] * A.shape[1])
+
+
+def _linear_bwd(
+    dY: Tensor,  # [M, N]
+    source: Source,  # of x [M, K]
+    h: Tensor,  # [M, P r]
+    linear: AdaptedLinear,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # dX [M, K], dÃ [P, r, K], dB̃ [P, D, r]; of no elements where they are not needed
+    k, weight, p, seed = kernels(), linear.weight, linear.dropout_p, _seed(linear)
+    needs_x, needs_A, needs_B = needs
+    x = input_of(source, shape_only=True)
+    A, B = k.launch.stacked(linear.As), k.launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
+    h, groups, plan = h.contiguous(), _groups(linear), _plan(x, linear)
+    product = weight.to(x.dtype) if needs_x and plan.name != "merge" else weight
+    dX, dA = x.new_empty(0), x.new_empty(0)
+    if needs_x and plan.name == "fused" and plan.h == "inside":
+        dX, g = k.linear.packed_lora_linear_dx(dY, product, A, B, None, groups, p, seed, tiles=plan.tiles)
+        _, dB = k.reductions.packed_lora_linear_db(dY, h, B, groups, compute_g=False, compute_dB=needs_B)
+    else:
+        g, dB = k.reductions.packed_lora_linear_db(dY, h, B, groups, compute_g=needs_x or needs_A, compute_dB=needs_B)
+        if needs_x and plan.name == "merge":
+            dX = dY @ k.factors.merge_weight(weight, A, B, groups, x.dtype)  # dY (W + ΔW)
+        elif needs_x and plan.name == "concat" and p == 0:
+            dX = torch.cat([dY, g], 1) @ torch.cat([product, *linear.As])  # [dY | g] [W ; Ã]
+        elif needs_x and plan.name == "addmm" and p == 0:
+            dX = torch.addmm(dY @ product, g, torch.cat(list(linear.As)))  # dY W, then + g Ã
+        elif needs_x:  # with dropout a mask stands between g Ã and the sum, whatever the plan
+            dX, _ = k.linear.packed_lora_linear_dx(dY, product, A, B, g, groups, p, seed, tiles=plan.tiles)
+    if needs_A:
+        dA = _factor_grad(source, g, linear)
+    return dX, dA, dB
+
+
+def _factor_grad(source: Source, g: Tensor, linear: AdaptedLinear) -> Tensor:  # g [M, P r] to dÃ [P, r, K]
+    """`dÃ = g^T drop(x)`; a norm or an activation is computed again inside the kernel."""
+    given: dict[str, Any] = {}
+    if isinstance(source, Normed):
+        given["norm"] = (source.mean, source.rstd, *source.norm[:2])
+    elif isinstance(source, Activated):
+        given["activation"] = source.activation
+    x = source if isinstance(source, Tensor) else source.input
+    return kernels().reductions.packed_lora_linear_da(x, g, len(linear.As), linear.dropout_p, _seed(linear), **given)
+
+
+def _plan(x: Tensor, linear: AdaptedLinear) -> plans.Plan:
+    rank, dropout = len(linear.As[0]), linear.dropout_p > 0
+    adapters = len(linear.As)
+    problem = plans.problem(
+        x, linear.weight, backend="triton", rank=rank, adapters=adapters, dtype=x.dtype, dropout=dropout
+    )
+    plan = plans.choose(problem, linear.precision)
+    if plan.h == "inside" and not kernels().linear.fits_inside(rank, x.dtype, linear.dropout_p):
+        return plan._replace(h="given")
+    return plan
+
+
+def _groups(linear: AdaptedLinear) -> RowGroups:
+    groups = row_groups(linear.rows, len(linear.weight))
+    if groups is None:
+        raise ValueError(
+            f"starts={_starts(linear)} with Bs {_shapes(linear.Bs)}, expected distinct ones of equal groups of "
+            f"{len(linear.weight)} rows"
+        )
+    return groups
+
+
+def _starts(linear: AdaptedLinear) -> list[int]:
+    return [start for start, _ in linear.rows]
+
+
+def _seed(linear: AdaptedLinear) -> Tensor | None:
+    return linear.seeds[0] if linear.seeds else None
+
+
+def _beside(left: Tensor, right: Tensor) -> Tensor:
+    """`[left | right]`, rows starting on 16 bytes as cuBLAS wants them."""
+    both = torch.cat([left, right], 1)
+    return F.pad(both, (0, -both.shape[1] % 8))[:, : both.shape[1]]
+
+
+def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _is_registered(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call goes through its registered operation.
+
+    Something may follow the operations; or a tensor is one that a kernel could not read, and that torch's dispatcher
+    turns into memory (a view that negates) or the operation's checks refuse.
+    """
+    return is_dispatched(first) or any(
+        tensor is not None and (tensor.is_neg() or tensor.layout is not torch.strided or not _has_memory(tensor))
+        for tensor in (first, *others)
+    )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
+
+
+# The checks of `functional` again, in fewer words: anybody may call a registered operation, and a kernel reads past the
+# end of a tensor that does not fit.
+
+
+def _check_linear(x: Tensor, linear: AdaptedLinear) -> None:
+    weight, bias, As, Bs, rows, p = linear[:6]
+    seed = _seed(linear)
+    if not 1 <= len(As) == len(Bs) == len(rows):
+        raise ValueError(
+            f"As, Bs, starts have lengths {len(As)}, {len(Bs)}, {len(rows)}, expected equal ones of at least 1"
+        )
+    A, B = As[0].shape, Bs[0].shape
+    fits = x.dim() == weight.dim() == len(A) == len(B) == 2 and x.shape[1] == weight.shape[1] == A[1] > 0
+    fits = fits and A[0] == B[1] > 0 and all(other.shape == A for other in As) and all(other.shape == B for other in Bs)
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = _shapes([x, weight, *As, *Bs, *([] if bias is None else [bias])])
+        raise ValueError(
+            f"x, weight, As, Bs, bias have shapes {shapes}, expected [M, K], [N, K], each [r, K], each [D, r], [N]"
+        )
+    check_device(x, weight, bias, *As, *Bs, seed)
+    _check_memory(x, weight, bias, *As, *Bs, seed)
+    _check_dtype(x.dtype, *As, *Bs)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p={p}, expected a probability in [0, 1)")
+    if p > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
+        raise ValueError(f"seed={seed} with dropout_p={p}, expected an int64 tensor of shape [1]")
+    if linear.precision not in ("exact", "fast"):
+        raise ValueError(f"precision={linear.precision!r}, expected 'exact' or 'fast'")
+
+
+def _check_memory(*tensors: Tensor | None) -> None:
+    """Each is strided, and its storage was not given back."""
+    for tensor in tensors:
+        if tensor is not None and (tensor.layout is not torch.strided or not _has_memory(tensor)):
+            raise ValueError(f"a tensor {list(tensor.shape)} is {tensor.layout} or has no memory, expected a dense one")
+
+
+def _check_dtype(dtype: torch.dtype, *tensors: Tensor) -> None:
+    if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
+        dtypes = [dtype, *(tensor.dtype for tensor in tensors)]
+        raise ValueError(f"tensors have dtypes {dtypes}, expected one of {DTYPES}")
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[list[int]]:
+    return [list(tensor.shape) for tensor in tensors]
+
+
+def _record(
+    weight: Tensor,
+    bias: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    starts: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    save_h: bool,
+    precision: str,
+) -> AdaptedLinear:
+    """The record that a registered operation was called with, in the order of its schema."""
+    if len(starts) != len(Bs):
+        raise ValueError(f"Bs, starts have lengths {len(Bs)}, {len(starts)}, expected equal ones")
+    rows = [(start, start + len(B)) for start, B in zip(starts, Bs, strict=True)]
+    return AdaptedLinear(weight, bias, As, Bs, rows, dropout_p, [] if seed is None else [seed], save_h, precision)
+
+
+def _packed_lora_linear_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    linear = _record(*arguments)
+    _check_linear(x, linear)
+    return _linear_fwd(x, linear, None, None)
+
+
+def _packed_lora_linear_bwd(
+    dY: Tensor, x: Tensor, h: Tensor, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *factors, needs, precision = arguments
+    linear = _record(weight, None, *factors, True, precision)
+    _check_linear(x, linear)
+    check_device(x, dY, h)
+    _check_memory(dY, h)
+    _check_dtype(x.dtype, dY, h)
+    h_shape = (len(x), len(linear.As) * len(linear.As[0]))
+    if dY.shape != (len(x), len(weight)) or len(needs) != 3 or (needs[2] and h.shape != h_shape):
+        raise ValueError(
+            f"dY {list(dY.shape)}, h {list(h.shape)}, needs={list(needs)}, expected [M, N], [M, P r] and three"
+        )
+    return _linear_bwd(dY, x, h, linear, needs)
+
+
+def _fold_factors(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not 1 <= len(factors) == len(bases) == len(complement) == len(output_side):
+        raise ValueError(
+            f"factors, bases, complement, output_side have lengths {len(factors)}, {len(bases)}, {len(complement)}, "
+            f"{len(output_side)}, expected equal ones of at least 1"
+        )
+    check_device(*factors, *bases)
+    _check_dtype(factors[0].dtype, *factors)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}, expected one of {DTYPES}")
+    return kernels().factors.fold_factors(factors, bases, complement, output_side, scaling, dtype)
+
+
+def _packed_lora_linear_fwd_shape(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    linear = _record(*arguments)
+    check_device(x, *linear.tensors())
+    return x.new_empty(len(x), len(linear.weight)), x.new_empty(len(x) if linear.save_h else 0, linear.rank)
+
+
+def _packed_lora_linear_bwd_shape(
+    dY: Tensor, x: Tensor, h: Tensor, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *factors, needs, precision = arguments
+    linear = _record(weight, None, *factors, True, precision)
+    check_device(x, dY, h, *linear.tensors())
+    shapes = (x.shape, (len(linear.As), *linear.As[0].shape), (len(linear.Bs), *linear.Bs[0].shape))
+    dX, dA, dB = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
+    return dX, dA, dB
+
+
+def _fold_factors_shape(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_device(*factors, *bases)
+    return factors[0].new_empty((sum(factor.numel() for factor in factors),), dtype=dtype)
+
+
+for _name, _compute, _shape in (
+    ("packed_lora_linear_fwd", _packed_lora_linear_fwd, _packed_lora_linear_fwd_shape),
+    ("packed_lora_linear_bwd", _packed_lora_linear_bwd, _packed_lora_linear_bwd_shape),
+    ("fold_factors", _fold_factors, _fold_factors_shape),
+):
+    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"complora_triton::{_name}", _shape, lib=_LIBRARY)

@@ -1,0 +1,319 @@
+"""The operations of a pre-norm residual block around its attention, with the norm and the activation inside them.
+
+    s = x + delta        q, k, v = packed_lora_linear(LN(s))        s + lora_linear(act(lora_linear(LN(s))))
+
+Notation as in `functional`. LayerNorm and its affine part are frozen: they get no gradient. The results of LayerNorm
+and the activation are not saved for the backward pass, which computes them again from what they read. The residual
+stream passes through each autograd node, so that its gradient is added where the norm's gradient is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from complora_kernels import dropout, functional, reference
+from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.autograd import backend_of_backward, factors_needed
+from complora_kernels.backends import REFERENCE, REGISTRY, Backend
+from complora_kernels.backends.torch import Activated, Norm, Normed, Source
+from complora_kernels.common.shapes import flatten
+from complora_kernels.common.tracing import is_differentiated
+from complora_kernels.reference import without_autocast
+
+ACTIVATIONS = ("gelu", "quick_gelu")
+__all__ = ["ACTIVATIONS", "Norm", "norm_lora_linear", "norm_lora_mlp"]
+
+
+def norm_lora_linear(
+    x: Tensor,  # [..., in]
+    delta: Tensor | None,  # [..., in]
+    norm: Norm,
+    linear: AdaptedLinear,
+    *,
+    precision: str = "exact",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [..., in], [..., out]
+    """`s = x + delta` and `packed_lora_linear(LN(s), ...)`: residual, LayerNorm and the product that reads it.
+
+        ds = d_s + LN'(dn)    LN'(dn) = rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))    ŝ = (s - mean) · rstd
+
+    where dn is the product's input gradient and d_s that of the first result. The product runs in autocast's dtype
+    where that is on, else in that of x; LayerNorm in float32, or float64 when x is. Of the activations s, mean,
+    rstd [M] and h [M, r] are saved. Without delta the first result is a view of x: it is not to be written to.
+
+    Raises:
+        ValueError: as `packed_lora_linear`; a norm that does not fit or requires a gradient.
+        RuntimeError: a backend that was asked for by name does not support the arguments.
+    """
+    (linear,), dtype, name = _prepare("norm_lora_linear", x, delta, norm, [linear], precision, backend)
+    if name == REFERENCE:
+        return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=_masks(x, linear))
+    linear = functional.with_seeds(x, linear, name)
+    stream, y = NormLoRALinearFunction.apply(
+        *_flat(x, delta), norm, linear.without_tensors(), dtype, name, *linear.tensors()
+    )
+    return stream.view(x.shape), y.view(*x.shape[:-1], y.shape[-1])
+
+
+def norm_lora_mlp(
+    x: Tensor,  # [..., in]
+    delta: Tensor | None,  # [..., in]
+    norm: Norm,
+    fc1: AdaptedLinear,  # [hidden, in]
+    fc2: AdaptedLinear,  # [in, hidden]
+    activation: str,
+    *,
+    recompute: bool = False,
+    precision: str = "exact",
+    backend: str | None = None,
+) -> Tensor:  # [..., in]
+    """`s + fc2(act(fc1(LN(s))))` with `s = x + delta`: the second half of a residual block.
+
+    `act` is "gelu", `z Φ(z)`, or "quick_gelu", `z · sigmoid(1.702 z)`. Of the activations s, mean, rstd [M], h of both
+    products and z [M, hidden] are saved; with `recompute` z is not, and the backward pass computes fc1 again. Otherwise
+    as `norm_lora_linear`.
+
+    Raises:
+        ValueError: as `norm_lora_linear`; another activation.
+        RuntimeError: a backend that was asked for by name does not support the arguments.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    (fc1, fc2), dtype, name = _prepare("norm_lora_mlp", x, delta, norm, [fc1, fc2], precision, backend)
+    if name == REFERENCE:
+        stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=_masks(x, fc1))
+        masks = _masks(z, fc2)
+        return stream + reference.activation_lora_linear(z, *fc2[:5], activation=activation, dropout_masks=masks)
+    fc1, fc2 = functional.with_seeds(x, fc1, name), functional.with_seeds(x, fc2, name)  # in the order of the products
+    records = (fc1.without_tensors(), fc2.without_tensors())
+    tensors = (*fc1.tensors(), *fc2.tensors())
+    y, _ = NormLoRAMLPFunction.apply(*_flat(x, delta), norm, *records, activation, recompute, dtype, name, *tensors)
+    return y.view(x.shape)
+
+
+class NormLoRALinearFunction(torch.autograd.Function):
+    """`s = x + delta` and `y = n W^T + b + (drop(n) Ã^T) B̃^T` per adapter with `n = LN(s)`.
+
+    Of the activations it saves s, its means and deviations, and h = drop(n) Ã^T. The last arguments are the tensors of
+    the record.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [M, K]
+        delta: Tensor | None,  # [M, K]
+        norm: Norm,
+        linear: AdaptedLinear,
+        dtype: torch.dtype,
+        backend: str,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        run, whole = REGISTRY[backend], linear.with_tensors(tensors)
+        with without_autocast(x):
+            stream, normed, n, h = run.norm_fwd(x, delta, norm, dtype, whole)
+            y, h = _linear_fwd(run, n, whole, h)
+        ctx.save_for_backward(*_pack(normed), h, *whole._replace(bias=None).tensors())
+        ctx.eps, ctx.dtype, ctx.linear, ctx.backend = norm.eps, dtype, linear, backend
+        ctx.set_materialize_grads(False)
+        stream = x.view_as(x) if delta is None else stream
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(stream)  # the first adapted block: below it no gradient is asked for
+        return stream, y
+
+    @staticmethod
+    def backward(ctx: Any, d_stream: Tensor | None, dY: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        normed, h, linear = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5], ctx.linear.with_tensors(saved[6:])
+        needs_stream = any(ctx.needs_input_grad[:2])
+        dx, d_linear = d_stream, [None] * len(linear.tensors())
+        if dY is not None:
+            run = backend_of_backward(ctx.backend)
+            dY, d_stream = dY.resolve_neg(), None if d_stream is None else d_stream.resolve_neg()  # kernels read memory
+            with without_autocast(dY):
+                dn, d_linear = _linear_bwd(run, dY, normed, h, linear, needs_stream, ctx.needs_input_grad[6:])
+                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream else None
+        return dx, dx if ctx.needs_input_grad[1] else None, *[None] * 4, *d_linear
+
+
+class NormLoRAMLPFunction(torch.autograd.Function):
+    """`s + fc2(act(fc1(LN(s))))` with `s = x + delta`, both products with adapters.
+
+    Of the activations it saves s, its means and deviations, h of both products and, unless it is recomputed, what the
+    activation reads. The last arguments are the tensors of fc1's record, then of fc2's. s is returned beside the
+    result, so that a backward pass that is differentiated again knows what it was computed from; None without delta,
+    where s is x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [M, K]
+        delta: Tensor | None,  # [M, K]
+        norm: Norm,
+        fc1: AdaptedLinear,
+        fc2: AdaptedLinear,
+        activation: str,
+        recompute: bool,
+        dtype: torch.dtype,
+        backend: str,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        run = REGISTRY[backend]
+        ctx.ends = end1 = len(fc1.tensors())
+        whole1, whole2 = fc1.with_tensors(tensors[:end1]), fc2.with_tensors(tensors[end1:])
+        whole1 = whole1._replace(save_h=whole1.save_h or recompute)
+        with without_autocast(x):
+            stream, normed, n, h1 = run.norm_fwd(x, delta, norm, dtype, whole1)
+            z, h1 = _linear_fwd(run, n, whole1, h1)
+            a, h2 = run.activation_fwd(z, activation, whole2)
+            y, h2 = _linear_fwd(run, a, whole2, h2, residual=stream)
+        if recompute:
+            z = z.new_empty(0)
+        ctx.save_for_backward(*_pack(normed), z, h1, h2, *whole1.tensors(), *whole2._replace(bias=None).tensors())
+        ctx.eps, ctx.dtype, ctx.activation, ctx.recompute = norm.eps, dtype, activation, recompute
+        ctx.fc1, ctx.fc2, ctx.backend = fc1, fc2, backend
+        ctx.set_materialize_grads(False)
+        if delta is None:
+            return y, None
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(stream)
+        return y, stream
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor | None, d_stream: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        saved, needed, end1 = ctx.saved_tensors, ctx.needs_input_grad, ctx.ends
+        normed, (z, h1, h2), tensors = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5:8], saved[8:]
+        fc1, fc2 = ctx.fc1.with_tensors(tensors[:end1]), ctx.fc2.with_tensors(tensors[end1:])
+        needs_stream, needs1, needs2 = any(needed[:2]), needed[9 : 9 + end1], needed[9 + end1 :]
+        if dY is None:
+            return d_stream, d_stream if needed[1] else None, *[None] * (7 + len(tensors))
+        run, dx, d_fc1 = backend_of_backward(ctx.backend), None, [None] * end1
+        dY = dY.resolve_neg()  # kernels read memory
+        with without_autocast(dY):
+            if ctx.recompute or is_differentiated():  # the saved z does not know its inputs
+                z, _ = _linear_fwd(run, normed.compute(), fc1, h1 if fc1.rows else None)
+            below = needs_stream or any(needs1)
+            source = Activated(z, ctx.activation)
+            da, d_fc2 = _linear_bwd(run, dY, source, h2, fc2, below, needs2)
+            if below:
+                dz = run.activation_bwd(da, z, ctx.activation)
+                del da, z, source
+                dn, d_fc1 = _linear_bwd(run, dz, normed, h1, fc1, needs_stream, needs1)
+                d_stream = dY if d_stream is None else dY + d_stream
+                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream else None
+        return dx, dx if needed[1] else None, *[None] * 7, *d_fc1, *d_fc2
+
+
+def _linear_fwd(
+    run: Backend,
+    x: Tensor,  # [M, K]
+    linear: AdaptedLinear,
+    h: Tensor | None,  # [M, R]
+    *,
+    residual: Tensor | None = None,  # [M, N]
+) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, R]
+    if linear.rows:
+        return run.packed_lora_linear_fwd(x, linear, h=h, residual=residual)
+    y = F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
+    return y if residual is None else residual + y, x.new_empty(0)
+
+
+def _linear_bwd(
+    run: Backend,
+    dY: Tensor,  # [M, N]
+    source: Source,  # of x [M, K]
+    h: Tensor,  # [M, R]
+    linear: AdaptedLinear,
+    needs_x: bool,
+    needed: Sequence[bool],  # of the record's tensors
+) -> tuple[Any, Sequence[Tensor | None]]:  # dX [M, K] or None, and the gradients of the record's tensors
+    dY = dY.to(source.dtype)  # of the stream, which autocast leaves in float32
+    if not linear.rows:
+        dX = dY @ linear.weight.to(dY.dtype) if needs_x else None
+        return dX, [None] * len(needed)
+    needs = (needs_x, *factors_needed(linear, needed))
+    dX, dAs, dBs = run.packed_lora_linear_bwd(dY, source, h, linear, needs)
+    return dX, [*[None] * (2 + len(linear.seeds)), *dAs, *dBs]
+
+
+def _pack(normed: Normed) -> tuple[Tensor | None, ...]:
+    return normed.x, normed.mean, normed.rstd, normed.norm.weight, normed.norm.bias
+
+
+def _unpack(saved: Sequence[Any], eps: float, dtype: torch.dtype) -> Normed:
+    x, mean, rstd, weight, bias = saved
+    return Normed(x, mean, rstd, Norm(weight, bias, eps), dtype)
+
+
+def _prepare(
+    operation: str,
+    x: Tensor,
+    delta: Tensor | None,
+    norm: Norm,
+    linears: Sequence[AdaptedLinear],
+    precision: str,
+    backend: str | None,
+) -> tuple[Sequence[AdaptedLinear], torch.dtype, str]:
+    """The records with their factors in the dtype of the products, that dtype, and the name of the backend.
+
+    Raises:
+        ValueError, RuntimeError: as `norm_lora_linear`.
+    """
+    linears = [linear._replace(precision=precision) for linear in linears]
+    _check(x, delta, norm, linears)
+    dtype = functional.compute_dtype(x)
+
+    def unsupported(backend: Backend) -> str | None:
+        like = x.new_empty(0, dtype=dtype)
+        reasons = (backend.unsupported_linear(like, linear) for linear in linears)
+        return (
+            backend.unsupported_norm(x, *_tensors(delta, norm, linears))
+            or next(filter(None, reasons), None)
+            or backend.unsupported_tensors("x", [x])
+        )
+
+    dropping = any(linear.dropout_p for linear in linears)
+    name = functional.resolve(backend, operation, x, unsupported, dropping=dropping)
+    return [functional.cast_factors(linear, dtype) for linear in linears], dtype, name
+
+
+def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear]) -> None:
+    width = x.shape[-1:]
+    for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+        if tensor is None:
+            continue
+        if tensor.shape != width or tensor.device != x.device:
+            raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}, expected {tuple(width)} on {x.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}.requires_grad=True, expected a frozen norm: it gets no gradient here")
+    if delta is not None and (delta.shape != x.shape or delta.device != x.device):
+        raise ValueError(f"delta {tuple(delta.shape)} on {delta.device}, expected as x, {tuple(x.shape)} on {x.device}")
+    hidden = x
+    for linear in linears:
+        lengths = [len(part) for part in (linear.As, linear.Bs, linear.rows)]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"As, Bs, rows have lengths {', '.join(map(str, lengths))}, expected equal ones")
+        functional.check_linear(hidden, linear)
+        hidden = x.new_empty(1).expand(*x.shape[:-1], len(linear.weight))
+    if len(linears) == 2 and linears[1].weight.shape != (shape := linears[0].weight.shape)[::-1]:
+        raise ValueError(f"fc1 {tuple(shape)} and fc2 {tuple(linears[1].weight.shape)}, expected transposed shapes")
+
+
+def _tensors(delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear]) -> Iterator[Tensor | None]:
+    yield from (delta, norm.weight, norm.bias)
+    for linear in linears:
+        yield from linear.tensors()
+
+
+def _masks(x: Tensor, linear: AdaptedLinear) -> list[Tensor] | None:  # each [..., in]
+    return dropout.fresh_masks(x, len(linear.rows), linear.dropout_p)
+
+
+def _flat(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:  # each [M, K]
+    return flatten(x), None if delta is None else flatten(delta)

@@ -1,0 +1,30 @@
+"""Batches of any number of dimensions as matrices, and back; and whether tensors lie on one device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def flatten(
+    x: Tensor,  # [..., d]
+) -> Tensor:  # [M, d]
+    """`x.reshape(-1, d)`, also where d is 0, which torch calls ambiguous."""
+    d = x.shape[-1]
+    return x.reshape(-1 if d else math.prod(x.shape[:-1]), d)
+
+
+def unflatten(result: Tensor, shape: Sequence[int]) -> Tensor:
+    """`result.view(shape)`, but no view to autograd, which forbids writing to one that a custom Function returns."""
+    return torch.ops.aten._unsafe_view(result, list(shape))
+
+
+def check_device(first: Tensor, *others: Tensor | None) -> None:
+    """Raises ValueError unless all are on one device: beside a tensor without values others have no result."""
+    device = first.device
+    for tensor in others:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"a tensor is on {tensor.device}, expected {device}")
