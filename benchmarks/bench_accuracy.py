@@ -44,13 +44,13 @@ def test_share_of_a_small_update(comparison, size):
         with plans.override(plans.Plan(plan)):
             return complora_linear(x, linear.weight, None, A, B, output_basis=basis, precision=precision)
 
-    rivals: dict[str, tuple[Callable[[], Callable[[], Tensor]], str]] = {
+    baselines: dict[str, tuple[Callable[[], Callable[[], Tensor]], str]] = {
         OURS: (lambda: ours, ""),
         "addmm": (lambda: partial(ours, "addmm"), 'ours with precision="fast": rounds twice'),
         "PEFT lora.Linear": (lambda: by_peft(x, linear, A, B), "rounds the base product, the update and their sum"),
     }
     shape = f"{WIDTH}->{WIDTH} M={M} r={RANK} bfloat16 |ΔW|/|W|={size:g}"
-    for name, (make, remark) in rivals.items():
+    for name, (make, remark) in baselines.items():
         run = comparison.attempt(shape, name, make)
         if run is not None:
             realised = run().double() - base

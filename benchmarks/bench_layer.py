@@ -1,7 +1,7 @@
 """How fast is one adapted layer, forward and backward, against other ways to compute it?
 
-`make bench` runs it: on a CPU in float32, on a GPU in bfloat16, with and without dropout. Every rival starts from the
-same weights and factors and is checked before it is timed, on a GPU its CUDA graph too; with dropout, that the mean and
+`make bench` runs it: on a CPU in float32, on a GPU in bfloat16, with and without dropout. Every baseline starts from
+the same weights and factors and is checked before it is timed, on a GPU its CUDA graph too; with dropout, that the mean and
 the size of what it drops are right, and that masks are drawn anew. `--lorafusion PATH`, a checkout
 of LoRAFusion, adds its layer to those on a GPU.
 """
@@ -93,7 +93,7 @@ class Layer:
     dropout_p: float = 0.0
 
     def step(self, forward: Callable[[], Tensor]) -> list[Tensor]:
-        """One forward and backward pass: y, and the gradients of x and of the factors that a rival trains."""
+        """One forward and backward pass: y, and the gradients of x and of the factors that a baseline trains."""
         leaves = (self.x, self.A, self.B, *self.plain)
         for leaf in leaves:
             leaf.grad = None
@@ -228,10 +228,10 @@ def lorafusion_linear(checkout: Path, layer: Layer) -> Callable[[], Tensor]:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     make: Callable[..., Callable[[], Tensor]]  # of a Layer
     remark: str = ""
-    plan: plans.Plan | None = None  # that this rival is ours with
+    plan: plans.Plan | None = None  # that this baseline is ours with
     shapes: Sequence[Shape] = tuple(MAIN)
     drops: bool = True  # it can with dropout
     plain: bool = False  # it is plain LoRA
@@ -243,27 +243,29 @@ class Rival:
 
 
 TWICE = "in half precision it rounds twice and loses small updates"
-RIVALS = {
-    OURS: Rival(complora, shapes=SHAPES),
-    FLOOR: Rival(frozen, "the floor: no adapter, of the gradients dX alone", shapes=SHAPES),
-    "dense P_perp": Rival(dense_projector, f"4·M·out² operations more; {TWICE}"),
-    "projection of the activations": Rival(projected_activations, f"8·M·out·k operations more; {TWICE}"),
-    PEFT: Rival(peft_linear, f"plain LoRA: no projection; {TWICE}", shapes=SHAPES, plain=True),
-    "torch backend": Rival(by_torch, "ours by another backend", host_seed="read"),
-    "addmm": Rival(
+BASELINES = {
+    OURS: Baseline(complora, shapes=SHAPES),
+    FLOOR: Baseline(frozen, "the floor: no adapter, of the gradients dX alone", shapes=SHAPES),
+    "dense P_perp": Baseline(dense_projector, f"4·M·out² operations more; {TWICE}"),
+    "projection of the activations": Baseline(projected_activations, f"8·M·out·k operations more; {TWICE}"),
+    PEFT: Baseline(peft_linear, f"plain LoRA: no projection; {TWICE}", shapes=SHAPES, plain=True),
+    "torch backend": Baseline(by_torch, "ours by another backend", host_seed="read"),
+    "addmm": Baseline(
         partial(by_plan, "addmm"), f"ours by another plan, as Unsloth and Axolotl do; {TWICE}", plans.Plan("addmm")
     ),
-    "merge": Rival(
+    "merge": Baseline(
         partial(by_plan, "merge"),
         "ours by another plan, as RunLoRA does; from a float32 weight, else it loses small updates; not with dropout",
         plans.Plan("merge"),
         drops=False,
     ),
-    "concat": Rival(partial(by_plan, "concat"), "ours by another plan; copies x and the weight", plans.Plan("concat")),
-    FOLDED: Rival(compiled, f"compiled anew for each shape, which is not in its time; {TWICE}", shapes=COMPILED),
+    "concat": Baseline(
+        partial(by_plan, "concat"), "ours by another plan; copies x and the weight", plans.Plan("concat")
+    ),
+    FOLDED: Baseline(compiled, f"compiled anew for each shape, which is not in its time; {TWICE}", shapes=COMPILED),
 }
 if ON_GPU:
-    RIVALS[LORAFUSION] = Rival(
+    BASELINES[LORAFUSION] = Baseline(
         lorafusion_linear,
         "plain LoRA: no projection; fails without dropout; keeps a dropped x and its mask; sums gradients by atomics, "
         "in any order; its seed is a number of the host, so that all replays have one mask; without TMA, for which it "
@@ -322,15 +324,15 @@ def compare(
     backward: bool = True,
 ) -> dict[str, Step]:
     """The steps that were timed; code of others comes last: a fault of the device would end what follows."""
-    rivals = {name: r for name, r in RIVALS.items() if shape in r.shapes and (r.drops or not dropout_p)}
+    baselines = {name: r for name, r in BASELINES.items() if shape in r.shapes and (r.drops or not dropout_p)}
     if ON_GPU and FOLDED not in targets:
-        rivals.pop(FOLDED, None)  # it is compiled anew for each
-    if comparison.known(label, rivals):
+        baselines.pop(FOLDED, None)  # it is compiled anew for each
+    if comparison.known(label, baselines):
         return {}
     torch.compiler.reset()
     layer, steps = make_layer(shape), {}
     truths = true_results(layer)
-    theirs = [name for name, rival in rivals.items() if rival.checkout]
+    theirs = [name for name, baseline in baselines.items() if baseline.checkout]
     product = Work((4 if backward else 2) * shape.tokens * shape.inputs * shape.outputs, work.bytes)
     time = partial(
         comparison.time,
@@ -339,10 +341,10 @@ def compare(
         work=work,
         floors={FLOOR: product},
         targets=targets,
-        remarks={name: rival.remark for name, rival in RIVALS.items()},
+        remarks={name: baseline.remark for name, baseline in BASELINES.items()},
         replays=replays(DEVICE),
         check=partial(check_dropout if dropout_p else check_step, truths, layer),
-        launched={name: HOST_SEED for name, r in rivals.items() if dropout_p and r.host_seed == "read"},
+        launched={name: HOST_SEED for name, r in baselines.items() if dropout_p and r.host_seed == "read"},
         foreign=theirs,
     )
 
@@ -354,7 +356,7 @@ def compare(
                 steps[name] = prepared
         layer.dropout_p = dropout_p
 
-    prepare_all([name for name in rivals if name not in theirs])
+    prepare_all([name for name in baselines if name not in theirs])
     time(steps)
     prepare_all(theirs)
     if OURS in steps and any(name in steps for name in theirs):
@@ -371,14 +373,14 @@ def prepare(
     *,
     backward: bool,
 ) -> Callable[[], Any]:
-    """The step of a rival, whose results are right without dropout."""
-    rival = RIVALS[name]
-    make = partial(rival.make, needed(rival.checkout, checkouts)) if rival.checkout else rival.make
-    layer.dropout_p = rival.checked_with
-    check(truths, name, step(layer, make(layer), rival.plan)())
+    """The step of a baseline, whose results are right without dropout."""
+    baseline = BASELINES[name]
+    make = partial(baseline.make, needed(baseline.checkout, checkouts)) if baseline.checkout else baseline.make
+    layer.dropout_p = baseline.checked_with
+    check(truths, name, step(layer, make(layer), baseline.plan)())
     layer.dropout_p = dropout_p
-    run = step(layer, make(layer), rival.plan, backward=backward)
-    if rival.checkout:
+    run = step(layer, make(layer), baseline.plan, backward=backward)
+    if baseline.checkout:
         run()  # what fails with this dropout alone
     return run
 
@@ -386,7 +388,7 @@ def prepare(
 def step(
     layer: Layer, forward: Callable[[], Tensor], plan: plans.Plan | None, *, backward: bool = True
 ) -> Callable[[], Any]:
-    """One training step of a rival, or its forward pass as it is taken in training."""
+    """One training step of a baseline, or its forward pass as it is taken in training."""
     run = partial(layer.step, forward) if backward else lambda: [forward().detach()]
     if plan is None:
         return run
@@ -417,14 +419,14 @@ def check_step(truths: Mapping[str, list[Tensor]], _layer: Layer, name: str, run
 
 
 def check_dropout(truths: Mapping[str, list[Tensor]], layer: Layer, name: str, run: Step) -> None:
-    """What a rival adds to the frozen layer is the update in the mean, scatters as it must, and is drawn anew.
+    """What a baseline adds to the frozen layer is the update in the mean, scatters as it must, and is drawn anew.
 
     Its noise is n A^T B^T with n = x ∘ (mask / (1 - p) - 1): numbers of mean 0 and variance x² p / (1 - p).
     """
     if name == FLOOR:
         check(truths, name, run())
         return
-    kind, (A, B) = ("plain", layer.plain) if RIVALS[name].plain else ("ours", (layer.A, layer.B))
+    kind, (A, B) = ("plain", layer.plain) if BASELINES[name].plain else ("ours", (layer.A, layer.B))
     base, odds = truths["frozen"][0], layer.dropout_p / (1 - layer.dropout_p)
     update = truths[kind][0] - base  # [M, out]
     first, second = (run()[0].double() for _ in range(2))  # a replay writes to the same memory
@@ -437,7 +439,7 @@ def check_dropout(truths: Mapping[str, list[Tensor]], layer: Layer, name: str, r
     # A sum of M squares in r directions; one in a hundred for roundings.
     scatter, tolerance = noise.square().sum() / expected, 6 * (2 / len(A) / len(update)) ** 0.5 + 1e-2
     assert (scatter - 1).abs() <= tolerance, f"{name}: drops {scatter:.3f} times what its rate says"
-    if RIVALS[name].host_seed != "kept":
+    if BASELINES[name].host_seed != "kept":
         between = (first - second).square().sum() / (2 * expected)
         assert (between - 1).abs() <= tolerance, f"{name}: two runs differ by {between:.3f} of two independent masks"
 
@@ -449,8 +451,8 @@ def update_of(layer: Layer, A: Tensor, B: Tensor, kind: str) -> Tensor:  # [out,
 
 
 def check(truths: Mapping[str, list[Tensor]], name: str, results: Sequence[Tensor]) -> None:
-    """The output and all gradients of a rival's step, or the output of its forward pass."""
-    true = truths["frozen" if name == FLOOR else "plain" if RIVALS[name].plain else "ours"]
+    """The output and all gradients of a baseline's step, or the output of its forward pass."""
+    true = truths["frozen" if name == FLOOR else "plain" if BASELINES[name].plain else "ours"]
     assert len(results) in (1, len(true)), name
     # Sums of 512 to 6304 products in float32; roundings of intermediate results to bfloat16.
     tolerance = 1e-5 if torch.float32 == DTYPE else 2e-2

@@ -1,7 +1,7 @@
 """How much memory does a training step take, against other ways to do it?
 
 On a GPU the peak of a step beyond what was there before it; on a CPU the activations that the backward pass keeps
-alive, counted with saved-tensor hooks. Every rival's loss and gradients are checked first.
+alive, counted with saved-tensor hooks. Every baseline's loss and gradients are checked first.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import rivals
+from benchmarks import baselines
+from benchmarks.baselines import Trainee
 from benchmarks.bench_step import (
+    BASELINES,
     ON_GPU,
     OURS,
-    RIVALS,
     Batch,
     Case,
     check,
@@ -35,7 +36,6 @@ from benchmarks.bench_step import (
 )
 from benchmarks.comparison import measures
 from benchmarks.results import Row
-from benchmarks.rivals import Trainee
 
 RECOMPUTE = 'ours, recompute="mlp"'
 SIZE = (256 if ON_GPU else 8,)
@@ -70,7 +70,7 @@ def test_memory_of_a_step(comparison, checkouts, case):
         return
     plain = make_plain(case.model)
     ours = make_ours(plain, case.config)
-    weights, batch = rivals.adapters(ours), make_batch(case, plain)
+    weights, batch = baselines.adapters(ours), make_batch(case, plain)
     truth, _ = true_results(case, plain, weights, batch)
     own = None
 
@@ -81,12 +81,12 @@ def test_memory_of_a_step(comparison, checkouts, case):
 
     for name in (OURS, *compared(case, checkouts)):
         make = partial(make_trainee, name, case, plain, ours, weights, checkouts)
-        foreign = name in RIVALS and bool(RIVALS[name].checkout)
+        foreign = name in BASELINES and bool(BASELINES[name].checkout)
         taken = comparison.attempt(str(case), name, lambda name=name, make=make: measure(name, make()), foreign=foreign)
         if taken is None:
             continue
         own = taken if name == OURS else own
-        about = measures(case.rivals.get(name), None if own is None else taken / own)  # ours may not have fitted
+        about = measures(case.baselines.get(name), None if own is None else taken / own)  # ours may not have fitted
         said = remark(name, case)
         comparison.record(Row(comparison.benchmark, str(case), name, said, rounds=1, peak_bytes=taken, **about))
 
@@ -96,7 +96,7 @@ def peak_bytes(trainee: Trainee, batch: Batch) -> int:
     step = make_step(trainee, batch)
     step()
     torch.cuda.synchronize()
-    gc.collect()  # cycles of rivals before, which would be given back in the middle of the step
+    gc.collect()  # cycles of baselines before, which would be given back in the middle of the step
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()

@@ -1,8 +1,8 @@
 """How fast is a whole training step of a CLIP model against other ways to do it?
 
 `make bench` runs it: on a CPU in float32, on a GPU in bfloat16. A step is a forward pass, a backward pass and AdamW.
-Every rival starts from the same frozen weights and factors. Its loss and gradients are checked, without dropout, before
-it is timed; with dropout, that its losses differ and have the right mean. One that torch.compile or a CUDA graph cannot
+Every baseline starts from the same frozen weights and factors. Its loss and gradients are checked, without dropout,
+before it is timed; with dropout, that its losses differ and have the right mean. One that torch.compile or a CUDA graph cannot
 take is a row that says so. Rooflines are of the products of plain torch with folded factors at all positions, prompts
 cut; that of the frozen model is of its own. The learning rate is 0, so that everyone's factors stay what they are, for
 the same work.
@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import complora_kernels as ck
-from benchmarks import rivals, transformers_clip
+from benchmarks import baselines, transformers_clip
+from benchmarks.baselines import Trainee
 from benchmarks.comparison import Comparison, Missing, Work, needed
 from benchmarks.interleaved import Step, free_memory, reason
-from benchmarks.rivals import Trainee
 from complora_kernels.backends import plans
 from complora_kernels.modules.block import set_recompute
 
@@ -47,7 +47,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     make: Any  # (plain model, adapters, config) -> Trainee; None: ours
     remark: str = ""  # what it does not compute, its known defects
     compiled: bool = False
@@ -59,8 +59,8 @@ class Rival:
     copy: str = ""  # what we have written after it: on a CPU, which has no time for both, a checkout replaces it
 
 
-def linear(kind: type[rivals.LoRALinear]) -> Any:
-    return lambda plain, weights, config: rivals.by_linear(kind, plain, weights, config)
+def linear(kind: type[baselines.LoRALinear]) -> Any:
+    return lambda plain, weights, config: baselines.by_linear(kind, plain, weights, config)
 
 
 LOSES = "in half precision it rounds twice, and loses small updates"
@@ -73,44 +73,44 @@ FLOOR = "the floor: no adapter, but a gradient down to the input of the first bl
 COMPILES = f"compiled anew for each shape, which is not in its time; {LOSES}"
 MERGE = "ours by another plan, as RunLoRA does: weights merged in float32 and rounded, which loses small updates"
 ADDMM = f"ours by another plan, as Unsloth and Axolotl do; {LOSES}"
-folded, clip_lora = linear(rivals.FoldedLinear), linear(rivals.CLIPLoRALinear)
-RIVALS = {
-    "ours, eager": Rival(None),
-    'ours, recompute="mlp"': Rival(None, "multiplies by fc1 once more", recompute="mlp"),
-    "merge": Rival(None, MERGE, plan=plans.Plan("merge")),
-    "merge, one CUDA graph": Rival(None, MERGE, plan=plans.Plan("merge"), graphed=True),
-    "addmm": Rival(None, ADDMM, plan=plans.Plan("addmm")),
-    "addmm, one CUDA graph": Rival(None, ADDMM, plan=plans.Plan("addmm"), graphed=True),
-    "frozen model": Rival(rivals.without_adapters, FLOOR),
-    "frozen model, torch.compile": Rival(rivals.without_adapters, f"{FLOOR}; {COMPILES}", compiled=True),
-    "frozen model, one CUDA graph": Rival(rivals.without_adapters, FLOOR, graphed=True),
-    "PEFT eager": Rival(rivals.by_peft, PLAIN),
-    "PEFT, one CUDA graph": Rival(rivals.by_peft, PLAIN, graphed=True),
-    "PEFT, torch.compile": Rival(rivals.by_peft, f"plain LoRA: no projection; {COMPILES}", compiled=True),
-    "PEFT eager, prompts cut": Rival(rivals.by_peft, PLAIN, cut=True),
-    "PEFT, prompts cut, one CUDA graph": Rival(rivals.by_peft, PLAIN, cut=True, graphed=True),
-    "PEFT on transformers' CLIP": Rival(transformers_clip.by_peft, PLAIN),
-    "PEFT on transformers' CLIP, one CUDA graph": Rival(transformers_clip.by_peft, PLAIN, graphed=True),
-    "dense P_perp": Rival(linear(rivals.DenseProjectorLinear), DENSE),
-    "torch.compile of folded factors": Rival(folded, COMPILES, compiled=True),
-    "torch.compile of folded factors, one CUDA graph": Rival(folded, COMPILES, compiled=True, graphed=True),
-    "CLIP-LoRA's layer": Rival(clip_lora, FULL),
-    "CLIP-LoRA's own code": Rival(
-        rivals.by_clip_lora, f"{FULL}; {MERGES}", checkout="--clip-lora", copy="CLIP-LoRA's layer"
+folded, clip_lora = linear(baselines.FoldedLinear), linear(baselines.CLIPLoRALinear)
+BASELINES = {
+    "ours, eager": Baseline(None),
+    'ours, recompute="mlp"': Baseline(None, "multiplies by fc1 once more", recompute="mlp"),
+    "merge": Baseline(None, MERGE, plan=plans.Plan("merge")),
+    "merge, one CUDA graph": Baseline(None, MERGE, plan=plans.Plan("merge"), graphed=True),
+    "addmm": Baseline(None, ADDMM, plan=plans.Plan("addmm")),
+    "addmm, one CUDA graph": Baseline(None, ADDMM, plan=plans.Plan("addmm"), graphed=True),
+    "frozen model": Baseline(baselines.without_adapters, FLOOR),
+    "frozen model, torch.compile": Baseline(baselines.without_adapters, f"{FLOOR}; {COMPILES}", compiled=True),
+    "frozen model, one CUDA graph": Baseline(baselines.without_adapters, FLOOR, graphed=True),
+    "PEFT eager": Baseline(baselines.by_peft, PLAIN),
+    "PEFT, one CUDA graph": Baseline(baselines.by_peft, PLAIN, graphed=True),
+    "PEFT, torch.compile": Baseline(baselines.by_peft, f"plain LoRA: no projection; {COMPILES}", compiled=True),
+    "PEFT eager, prompts cut": Baseline(baselines.by_peft, PLAIN, cut=True),
+    "PEFT, prompts cut, one CUDA graph": Baseline(baselines.by_peft, PLAIN, cut=True, graphed=True),
+    "PEFT on transformers' CLIP": Baseline(transformers_clip.by_peft, PLAIN),
+    "PEFT on transformers' CLIP, one CUDA graph": Baseline(transformers_clip.by_peft, PLAIN, graphed=True),
+    "dense P_perp": Baseline(linear(baselines.DenseProjectorLinear), DENSE),
+    "torch.compile of folded factors": Baseline(folded, COMPILES, compiled=True),
+    "torch.compile of folded factors, one CUDA graph": Baseline(folded, COMPILES, compiled=True, graphed=True),
+    "CLIP-LoRA's layer": Baseline(clip_lora, FULL),
+    "CLIP-LoRA's own code": Baseline(
+        baselines.by_clip_lora, f"{FULL}; {MERGES}", checkout="--clip-lora", copy="CLIP-LoRA's layer"
     ),
-    "CLIP-LoRA's layer, prompts cut": Rival(clip_lora, FULL, cut=True),
-    "CLIP-LoRA's layer, prompts cut, one CUDA graph": Rival(clip_lora, FULL, cut=True, graphed=True),
+    "CLIP-LoRA's layer, prompts cut": Baseline(clip_lora, FULL, cut=True),
+    "CLIP-LoRA's layer, prompts cut, one CUDA graph": Baseline(clip_lora, FULL, cut=True, graphed=True),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch, what is adapted, and the rivals with the targets that they measure."""
+    """A model, a batch, what is adapted, and the baselines with the targets that they measure."""
 
     model: str
     images: int
-    rivals: Mapping[str, str | None]  # a name in RIVALS -> an id in targets.toml
-    extra: tuple[str, ...] = ()  # rivals of `--extra`: no target asks for them, and compiling takes minutes
+    baselines: Mapping[str, str | None]  # a name in BASELINES -> an id in targets.toml
+    extra: tuple[str, ...] = ()  # baselines of `--extra`: no target asks for them, and compiling takes minutes
     prompts: int = 0  # 0: the image tower alone is trained, against fixed features of the classes
     r: int = 16
     lora_alpha: float = 16.0
@@ -241,7 +241,7 @@ def make_plain(name: str) -> Any:
 def make_ours(plain: nn.Module, config: ck.CompLoRAConfig) -> Any:
     """Ours, with updates of about a tenth of the weights: smaller ones would hide a mistake from the check."""
     model = ck.apply_complora(copy.deepcopy(plain), config, progress=False)
-    for A, B in rivals.of_ours(model).factors.values():
+    for A, B in baselines.of_ours(model).factors.values():
         nn.init.normal_(B, std=0.12 * len(A) ** -0.5 / config.scaling)
     return model
 
@@ -269,7 +269,7 @@ def loss_of(model: Any, images: Tensor, labels: Tensor, prompts: Tensor) -> Tens
 
 
 def make_step(trainee: Trainee, batch: Batch, *, compiled: bool = False) -> Callable[[], Tensor]:
-    """One training step of a rival; returns the loss."""
+    """One training step of a baseline; returns the loss."""
     parameters = trainee.parameters
     optimizer = make_optimizer(parameters) if parameters else None
     loss_function = torch.compile(loss_of) if compiled else loss_of
@@ -314,11 +314,11 @@ def test_step(comparison, checkouts, extra, case):
     torch.compiler.reset()
     plain = make_plain(case.model)
     ours = make_ours(plain, case.config)
-    weights, batch = rivals.adapters(ours), make_batch(case, plain)
+    weights, batch = baselines.adapters(ours), make_batch(case, plain)
     truth, work = true_results(case, plain, weights, batch)
     given = {"case": case, "plain": plain, "ours": ours, "weights": weights, "batch": batch, "truth": truth}
     make = partial(prepare, **given, checkouts=checkouts)
-    compiled = [name for name in names if RIVALS[name].compiled]
+    compiled = [name for name in names if BASELINES[name].compiled]
     # Compiling takes minutes: what else there is has its rows before it begins.
     time_all(comparison, case, make, [OURS, *(name for name in names if name not in compiled)], work)
     if compiled:
@@ -333,8 +333,8 @@ def time_all(
     work: Mapping[str, Work],
     again: Collection[str] = (),
 ) -> None:
-    """Prepares rivals and times them in turns; those of `again` have their rows."""
-    theirs, steps = [name for name in names if name in RIVALS and RIVALS[name].checkout], {}
+    """Prepares baselines and times them in turns; those of `again` have their rows."""
+    theirs, steps = [name for name in names if name in BASELINES and BASELINES[name].checkout], {}
     for name in names:
         prepared = comparison.attempt(str(case), name, partial(make, name), foreign=name in theirs, again=name in again)
         if prepared is not None:
@@ -347,7 +347,7 @@ def time_all(
         work=work["adapted"],
         floors={name: work["frozen"] for name in names if FLOOR in remark(name, case) and "frozen" in work},
         remarks={name: remark(name, case) for name in names},
-        targets=case.rivals,
+        targets=case.baselines,
         warm_up=None if ON_GPU else 0,  # on a CPU the step that was checked was one
         foreign=theirs,
         again=again,
@@ -355,17 +355,17 @@ def time_all(
 
 
 def remark(name: str, case: Case) -> str:
-    """What is known of a rival in a case; ours has nothing to hide."""
-    rival = RIVALS.get(name, Rival(None))
-    whole = case.prompts and rival.make is not None and not rival.cut and FLOOR not in rival.remark
-    return "; ".join(filter(None, [rival.remark, WHOLE if whole else ""]))
+    """What is known of a baseline in a case; ours has nothing to hide."""
+    baseline = BASELINES.get(name, Baseline(None))
+    whole = case.prompts and baseline.make is not None and not baseline.cut and FLOOR not in baseline.remark
+    return "; ".join(filter(None, [baseline.remark, WHOLE if whole else ""]))
 
 
 def compared(case: Case, checkouts: Mapping[str, Path | None]) -> list[str]:
-    """The rivals of a case; on a CPU not both somebody's code and our copy of it."""
-    given = [RIVALS[name] for name in case.rivals if checkouts.get(RIVALS[name].checkout) is not None]
-    copies = [] if ON_GPU else [rival.copy for rival in given]
-    return [name for name in case.rivals if name not in copies]
+    """The baselines of a case; on a CPU not both somebody's code and our copy of it."""
+    given = [BASELINES[name] for name in case.baselines if checkouts.get(BASELINES[name].checkout) is not None]
+    copies = [] if ON_GPU else [baseline.copy for baseline in given]
+    return [name for name in case.baselines if name not in copies]
 
 
 def prepare(
@@ -373,34 +373,34 @@ def prepare(
     case: Case,
     plain: Any,
     ours: Any,
-    weights: dict[str, rivals.Adapter],
+    weights: dict[str, baselines.Adapter],
     batch: Batch,
     truth: dict[str, dict[str, Tensor]],
     checkouts: Mapping[str, Path | None],
 ) -> Callable[[], Tensor]:
-    """The step of a rival, whose results are right."""
-    rival = RIVALS.get(name, Rival(None, graphed=case.graphed))
+    """The step of a baseline, whose results are right."""
+    baseline = BASELINES.get(name, Baseline(None, graphed=case.graphed))
     trainee = make_trainee(name, case, plain, ours, weights, checkouts)
-    own_batch = cut(trainee.model, batch) if rival.cut else batch
-    step = planned(rival.plan, make_step(trainee, own_batch, compiled=rival.compiled))
+    own_batch = cut(trainee.model, batch) if baseline.cut else batch
+    step = planned(baseline.plan, make_step(trainee, own_batch, compiled=baseline.compiled))
     with without_dropout(trainee) if case.lora_dropout else contextlib.nullcontext():
-        with a_row_where("compiled") if rival.compiled else contextlib.nullcontext():
+        with a_row_where("compiled") if baseline.compiled else contextlib.nullcontext():
             loss = step()
         check(name, trainee, loss, weights, truth)
-    if rival.graphed and rival.make is None:
-        step = planned(rival.plan, partial(make_graphed_step, trainee, own_batch))()
-    elif rival.graphed:
+    if baseline.graphed and baseline.make is None:
+        step = planned(baseline.plan, partial(make_graphed_step, trainee, own_batch))()
+    elif baseline.graphed:
         with a_row_where("captured"):
-            step = rivals.graphed(step)
+            step = baselines.graphed(step)
     if case.lora_dropout:
         check_dropout(name, step, truth)
-    elif rival.graphed:
+    elif baseline.graphed:
         check(name, trainee, step(), weights, truth)
     return step
 
 
 def planned(plan: plans.Plan | None, run: Callable[[], Made]) -> Callable[[], Made]:
-    """What runs ours by a plan of the rival's, if it has one."""
+    """What runs ours by a plan of the baseline's, if it has one."""
     if plan is None:
         return run
 
@@ -413,7 +413,7 @@ def planned(plan: plans.Plan | None, run: Callable[[], Made]) -> Callable[[], Ma
 
 @contextlib.contextmanager
 def a_row_where(done: str) -> Iterator[None]:
-    """A rival that cannot be compiled, or captured, ends no benchmark; one with wrong results does."""
+    """A baseline that cannot be compiled, or captured, ends no benchmark; one with wrong results does."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -427,17 +427,17 @@ def make_trainee(
     case: Case,
     plain: Any,
     ours: Any,
-    weights: dict[str, rivals.Adapter],
+    weights: dict[str, baselines.Adapter],
     checkouts: Mapping[str, Path | None],
 ) -> Trainee:
-    rival = RIVALS.get(name, Rival(None))
-    if rival.make is None:
-        trainee = rivals.of_ours(copy.deepcopy(ours))
-        set_recompute(trainee.model, rival.recompute)
-    elif rival.checkout:
-        trainee = rival.make(needed(rival.checkout, checkouts), plain, weights, case.config)
+    baseline = BASELINES.get(name, Baseline(None))
+    if baseline.make is None:
+        trainee = baselines.of_ours(copy.deepcopy(ours))
+        set_recompute(trainee.model, baseline.recompute)
+    elif baseline.checkout:
+        trainee = baseline.make(needed(baseline.checkout, checkouts), plain, weights, case.config)
     else:
-        trainee = rival.make(plain, weights, case.config)
+        trainee = baseline.make(plain, weights, case.config)
     trainee.model.train()
     return trainee
 
@@ -464,12 +464,12 @@ def without_dropout(trainee: Trainee) -> Iterator[None]:
 def cut(model: Any, batch: Batch) -> Batch:
     """The model and its prompts cut by hand, to the length that ours works on."""
     length = -(-int(batch.prompts.argmax(-1).max() + 1) // 8) * 8
-    rivals.cut_context(model, length)
+    baselines.cut_context(model, length)
     return batch._replace(prompts=batch.prompts[:, :length].contiguous())
 
 
 def true_results(
-    case: Case, plain: nn.Module, weights: dict[str, rivals.Adapter], batch: Batch
+    case: Case, plain: nn.Module, weights: dict[str, baselines.Adapter], batch: Batch
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Work]]:
     """Losses and gradients in a wider dtype: of folded factors in plain torch, and of open_clip's own frozen model.
 
@@ -480,21 +480,21 @@ def true_results(
     prompts = prompts.to(wide) if prompts.is_floating_point() else prompts
     batch = Batch(images.to(wide), labels, prompts)
     model = copy.deepcopy(plain).to(wide)
-    folded = rivals.by_linear(rivals.FoldedLinear, model, weights, case.config)
+    folded = baselines.by_linear(baselines.FoldedLinear, model, weights, case.config)
     folded.model.eval()
     step = make_step(folded, cut(folded.model, batch) if case.prompts else batch)
     with FlopCounterMode(display=False) as counter:
         truth = {"adapted": results(folded, step(), {})}
     work = {"adapted": Work(counter.get_total_flops(), 0)}
-    if any("frozen model" in name for name in (*case.rivals, *case.extra)):
-        untrained = Trainee(model, {}, inputs=rivals.block_inputs(model))
+    if any("frozen model" in name for name in (*case.baselines, *case.extra)):
+        untrained = Trainee(model, {}, inputs=baselines.block_inputs(model))
         with FlopCounterMode(display=False) as counter:
             truth["frozen"] = results(untrained, make_step(untrained, batch)(), {})
         work["frozen"] = Work(counter.get_total_flops(), 0)
     return truth, work
 
 
-def results(trainee: Trainee, loss: Tensor, weights: dict[str, rivals.Adapter]) -> dict[str, Tensor]:
+def results(trainee: Trainee, loss: Tensor, weights: dict[str, baselines.Adapter]) -> dict[str, Tensor]:
     """The loss and the gradients of a step, those of plain LoRA's B projected: they are then Comp-LoRA's."""
     found = {"loss": loss}
     for path, (A, B) in trainee.factors.items():
@@ -512,7 +512,7 @@ def check(
     name: str,
     trainee: Trainee,
     loss: Tensor,
-    weights: dict[str, rivals.Adapter],
+    weights: dict[str, baselines.Adapter],
     truth: dict[str, dict[str, Tensor]],
 ) -> None:
     mine, true = results(trainee, loss, weights), truth["adapted" if trainee.factors else "frozen"]

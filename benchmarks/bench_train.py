@@ -1,7 +1,7 @@
 """How long until an adapter is trained, with everything before the first step: decomposing, compiling, capturing?
 
-On a GPU the recipe of CLIP-LoRA, 200 steps of a ViT-B/16, q k v of both towers, batch 32, 100 classes. A rival has a
-process of its own there, `python -m benchmarks.bench_train RIVAL`, with empty caches of compiled kernels and without
+On a GPU the recipe of CLIP-LoRA, 200 steps of a ViT-B/16, q k v of both towers, batch 32, 100 classes. A baseline has a
+process of its own there, `python -m benchmarks.bench_train BASELINE`, with empty caches of compiled kernels and without
 the plans that `tune` has measured: all is as on a machine that never ran it. Starting Python and making the plain model
 is not counted. On a CPU, where nothing is compiled, 100 steps of the bundled CLIP's image tower, in turns. The learning
 rate is 0, for the same work in all runs; what a step computes is checked in `bench_step.py`.
@@ -29,8 +29,9 @@ import torch
 from open_clip.model import CLIP
 
 import complora_kernels as ck
-from benchmarks import bench_step, rivals
+from benchmarks import baselines, bench_step
 from benchmarks.bench_step import (
+    BASELINES,
     COMPILES,
     DEVICE,
     DTYPE,
@@ -38,7 +39,6 @@ from benchmarks.bench_step import (
     ON_GPU,
     OURS,
     RECIPE,
-    RIVALS,
     Batch,
     Case,
     cut,
@@ -86,7 +86,7 @@ def random_model(name: str) -> Any:
 
 def test_until_trained(comparison, extra):
     shape = f"{CASE}, {STEPS} steps"
-    names = (OURS, *CASE.rivals, *(CASE.extra if extra else ()))
+    names = (OURS, *CASE.baselines, *(CASE.extra if extra else ()))
     if comparison.known(shape, names):
         return
     if ON_GPU:
@@ -143,28 +143,28 @@ def run_of(name: str, plain: Any, batch: Batch) -> Callable[[], None]:
         return partial(ours, plain, batch)
     # Random directions are not decomposed, and take as long to leave alone.
     config = dataclasses.replace(CASE.config, subspace_source="random")
-    return partial(theirs, name, plain, rivals.adapters(make_ours(plain, config)), batch)
+    return partial(theirs, name, plain, baselines.adapters(make_ours(plain, config)), batch)
 
 
 def ours(plain: Any, batch: Batch) -> None:
     subspace.clear_cache()
     model = ck.apply_complora(copy.deepcopy(plain), CASE.config, progress=False)
-    trainee = rivals.of_ours(model)
+    trainee = baselines.of_ours(model)
     model.train()
     step = make_graphed_step(trainee, batch) if ON_GPU else make_step(trainee, batch)
     for _ in range(STEPS):
         step()
 
 
-def theirs(name: str, plain: Any, weights: dict[str, rivals.Adapter], batch: Batch) -> None:
+def theirs(name: str, plain: Any, weights: dict[str, baselines.Adapter], batch: Batch) -> None:
     """Their directions are given; a PEFT user has none."""
-    rival = RIVALS[name]
-    assert rival.make is not None
+    baseline = BASELINES[name]
+    assert baseline.make is not None
     torch.compiler.reset()
-    trainee = rival.make(plain, weights, CASE.config)
+    trainee = baseline.make(plain, weights, CASE.config)
     trainee.model.train()
-    step = make_step(trainee, cut(trainee.model, batch) if rival.cut else batch, compiled=rival.compiled)
-    step = rivals.graphed(step) if rival.graphed else step
+    step = make_step(trainee, cut(trainee.model, batch) if baseline.cut else batch, compiled=baseline.compiled)
+    step = baselines.graphed(step) if baseline.graphed else step
     for _ in range(STEPS):
         step()
 

@@ -1,4 +1,4 @@
-"""Measures rivals side by side and turns what was measured into rows of a results file."""
+"""Measures baselines side by side and turns what was measured into rows of a results file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Made = TypeVar("Made")
 
 
 class Missing(Exception):
-    """A rival's code is not here; says how to bring it."""
+    """A baseline's code is not here; says how to bring it."""
 
 
 class Work(NamedTuple):
@@ -65,17 +65,17 @@ class Comparison:
         if self.path is not None:
             results.write(self.path, self.found)
 
-    def known(self, shape: str, rivals: Collection[str]) -> bool:
+    def known(self, shape: str, baselines: Collection[str]) -> bool:
         """Whether an earlier run of this revision measured a shape, which is then left as it is."""
         now, rows = self.found.machine["revision"], self.found.rows
-        found = {r.rival for r in rows if (r.benchmark, r.shape, r.revision) == (self.benchmark, shape, now)}
+        found = {r.baseline for r in rows if (r.benchmark, r.shape, r.revision) == (self.benchmark, shape, now)}
         told = now != "unknown" and not now.endswith("+")  # else nobody knows what code it was
-        return self.go_on and told and set(rivals) <= found
+        return self.go_on and told and set(baselines) <= found
 
     def attempt(
-        self, shape: str, rival: str, make: Callable[[], Made], *, foreign: bool = False, again: bool = False
+        self, shape: str, baseline: str, make: Callable[[], Made], *, foreign: bool = False, again: bool = False
     ) -> Made | None:
-        """What `make` returns; None, and a row that says why, where the rival is not installed or does not fit.
+        """What `make` returns; None, and a row that says why, where the baseline is not installed or does not fit.
 
         Args:
             foreign: whatever fails in it is a row too: code that is not ours to mend.
@@ -94,7 +94,7 @@ class Comparison:
                 raise
             remark = f"fails: {reason(error)}"
         if not again:
-            self.record(Row(self.benchmark, shape, rival, remark))
+            self.record(Row(self.benchmark, shape, baseline, remark))
         free_memory()  # not while the error is handled, which holds what `make` has made
         return None
 
@@ -123,12 +123,12 @@ class Comparison:
             work: of the shape, whoever computes it.
             floors: the work of those that do less.
             rounds: fewer than those of the command line, for slow steps.
-            targets: a rival's name -> the id of what it measures. It has a figure where it was timed as ours was.
+            targets: a baseline's name -> the id of what it measures. It has a figure where it was timed as ours was.
             warm_up: rounds that are not counted; None: three on a GPU, one on a CPU, where nothing is tuned meanwhile.
             measure: the clock; None: the device's.
             replays: instead of it, times the steps without their launches, with a warm and a cold L2 cache.
-            check: what is timed, step or replay, a rival's name first; it raises where its results are wrong.
-            launched: why a step is not to be captured, by the rival's name.
+            check: what is timed, step or replay, a baseline's name first; it raises where its results are wrong.
+            launched: why a step is not to be captured, by the baseline's name.
             foreign: whose code is not ours to mend: whatever fails in it is a row.
             again: those that are here to compare with and have their rows from an earlier comparison.
         """
@@ -141,19 +141,21 @@ class Comparison:
             timings = time_all(runs, measure=measure or clock(self.device), warm_up=warm_up)
         else:
             timings = time_all(runs, measure=partial(warm_seconds, replays.warm), warm_up=warm_up)
-            cold = time_all({rival: runs[rival] for rival in timings}, measure=replays.cold, warm_up=1)
+            cold = time_all({baseline: runs[baseline] for baseline in timings}, measure=replays.cold, warm_up=1)
         state = machine.gpu_state() if self.device.type == "cuda" else {}
-        for rival in (rival for rival in runs if rival not in again):
-            if rival not in timings:
-                self.record(Row(self.benchmark, shape, rival, "does not fit in memory beside the others"))
+        for baseline in (baseline for baseline in runs if baseline not in again):
+            if baseline not in timings:
+                self.record(Row(self.benchmark, shape, baseline, "does not fit in memory beside the others"))
                 continue
-            why = f"{NOT_CAPTURED} ({launched[rival]})" if rival in launched else ""
-            row = Row(self.benchmark, shape, rival, "; ".join(filter(None, [remarks.get(rival, ""), why])), rounds)
-            row = replace(row, **state, **times_of(timings[rival]))
-            row = replace(row, **times_of(cold[rival], "cold_")) if rival in cold else row
-            least, alike = floors.get(rival, work), (rival in launched) == (ours in launched)
-            roofline = {} if least is None else self._roofline(least, timings[rival].spread()[1])
-            self.record(replace(row, **roofline, **measures(targets.get(rival) if alike else None, row.ratio)))
+            why = f"{NOT_CAPTURED} ({launched[baseline]})" if baseline in launched else ""
+            row = Row(
+                self.benchmark, shape, baseline, "; ".join(filter(None, [remarks.get(baseline, ""), why])), rounds
+            )
+            row = replace(row, **state, **times_of(timings[baseline]))
+            row = replace(row, **times_of(cold[baseline], "cold_")) if baseline in cold else row
+            least, alike = floors.get(baseline, work), (baseline in launched) == (ours in launched)
+            roofline = {} if least is None else self._roofline(least, timings[baseline].spread()[1])
+            self.record(replace(row, **roofline, **measures(targets.get(baseline) if alike else None, row.ratio)))
 
     def _ready(
         self,
@@ -167,12 +169,12 @@ class Comparison:
     ) -> tuple[dict[str, Step], dict[str, str]]:
         """What is timed, whose results are right, and why some of it is no replay, where replays are timed."""
         runs, reasons, capture = {}, {}, None if replays is None else Capturer(replays)
-        for rival, step in steps.items():
-            make = partial(ready, rival, step, capture, check, launched.get(rival, ""))
-            made = self.attempt(shape, rival, make, foreign=rival in foreign, again=rival in again)
+        for baseline, step in steps.items():
+            make = partial(ready, baseline, step, capture, check, launched.get(baseline, ""))
+            made = self.attempt(shape, baseline, make, foreign=baseline in foreign, again=baseline in again)
             if made is not None:
-                runs[rival], why = made
-                reasons |= {rival: why} if why else {}
+                runs[baseline], why = made
+                reasons |= {baseline: why} if why else {}
         return runs, reasons
 
     def _roofline(self, work: Work, seconds: float) -> dict[str, float]:
@@ -183,7 +185,7 @@ class Comparison:
 
 
 def ready(
-    rival: str, step: Step, capture: Capturer | None, check: Callable[[str, Step], None] | None, launched: str
+    baseline: str, step: Step, capture: Capturer | None, check: Callable[[str, Step], None] | None, launched: str
 ) -> tuple[Step, str]:
     """A step or its replay, and why it is no replay, where there are some; `launched` says so beforehand."""
     run, why = step, ""
@@ -191,7 +193,7 @@ def ready(
         made = launched or capture(step)
         run, why = (step, made) if isinstance(made, str) else (made, "")
     if check is not None:
-        check(rival, run)
+        check(baseline, run)
     return run, why
 
 
@@ -204,7 +206,7 @@ def times_of(timing: Timing, kind: str = "") -> dict[str, Any]:
 
 
 def needed(option: str, checkouts: Mapping[str, Path | None]) -> Path:
-    """Where the code of a rival lies that no index has."""
+    """Where the code of a baseline lies that no index has."""
     path = checkouts[option]
     if path is None:
         raise Missing(f"not given: {option} PATH")
@@ -218,7 +220,7 @@ def pedantic(benchmark: Any, step: Step | None) -> None:
 
 
 def measures(target: str | None, over_ours: float | None) -> dict[str, Any]:
-    """The fields of a row that measures a target: what a rival takes over ours, or, of an upper bound, ours over it."""
+    """The fields of a row that measures a target: a baseline's time over ours, for an upper bound ours over it."""
     if target is None or over_ours is None:
         return {}
     return {"target": target, "figure": 1 / over_ours if "at_most" in bounds()[target] else over_ours}

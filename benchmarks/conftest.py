@@ -21,10 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="keep what is measured in this JSON file, or in a file of this folder with the machine and the date",
     )
-    parser.addoption("--clip-lora", type=Path, help="a checkout of CLIP-LoRA, whose layer is then a rival of ours")
-    parser.addoption("--lorafusion", type=Path, help="a checkout of LoRAFusion, whose layer is then a rival on a GPU")
+    parser.addoption("--clip-lora", type=Path, help="a checkout of CLIP-LoRA, whose layer is then a baseline of ours")
+    parser.addoption("--lorafusion", type=Path, help="a checkout of LoRAFusion: a baseline on a GPU")
     parser.addoption("--go-on", action="store_true", help="leave what --results has of this revision as it is")
-    parser.addoption("--extra", action="store_true", help="on a GPU, rivals too that no target asks for")
+    parser.addoption("--extra", action="store_true", help="on a GPU, baselines too that no target asks for")
     parser.addoption("--rounds", type=int, default=20, help="paired repeats of every comparison")
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch")
 
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def checkouts(request: pytest.FixtureRequest) -> dict[str, Path | None]:
-    """Where the code of rivals lies that no index has."""
+    """Where the code of baselines lies that no index has."""
     options = request.config.option
     return {"--clip-lora": options.clip_lora, "--lorafusion": options.lorafusion}
 
@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     described = comparisons[0].found.machine
     terminalreporter.section("time over ours, paired rounds")
     terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in described.items()))
-    rows = {(row.benchmark, row.shape, row.rival): row for each in comparisons for row in each.found.rows}
+    rows = {(row.benchmark, row.shape, row.baseline): row for each in comparisons for row in each.found.rows}
     for row in rows.values():
         terminalreporter.write_line(line(row))
     path = comparisons[0].path
@@ -82,7 +82,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def line(row: Row) -> str:
-    words = f"{row.shape:<60} {row.rival:<34} "
+    words = f"{row.shape:<60} {row.baseline:<34} "
     if row.median_s is not None:
         words += f"{1e3 * row.median_s:9.2f} ms  {report.ratio(row):<19} "
     if row.cold_s is not None:

@@ -12,7 +12,7 @@
 #   RESULTS=benchmarks/results
 #   STAGES="tests bench_step"   these alone, done or not; bench_step-2 is one of several of its name
 #   STAGES=tune         measures the plans of the widest benchmarks, which those that come later then run by
-#   ARGS="--clip-lora PATH --lorafusion PATH"   more arguments for the benchmarks; --extra: also the rivals, many of them
+#   ARGS="--clip-lora PATH --lorafusion PATH"   more arguments for the benchmarks; --extra: also the baselines, many of them
 #                       compiled, that no target asks for
 #   COMPLORA_REVISION=…  of the code, where there is no git checkout
 set -uo pipefail

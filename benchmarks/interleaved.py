@@ -1,4 +1,4 @@
-"""Times rivals in turns and compares them pair by pair, so that a machine that slows down slows all of them."""
+"""Times baselines in turns and compares them pair by pair, so that a machine that slows down slows all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT, TOGETHER = 50e-6, 10  # a replay of fewer seconds is repeated so often in
 
 @dataclass(frozen=True)
 class Timing:
-    """One rival's seconds in every round, and its time over ours in the same round."""
+    """One baseline's seconds in every round, and its time over ours in the same round."""
 
     seconds: list[float]
     ratios: list[float]
@@ -66,7 +66,7 @@ def time_interleaved(
                 seconds[name].append(elapsed)
     own = seconds.get(ours)
     return {
-        name: Timing(taken, [] if own is None else [rival / mine for rival, mine in zip(taken, own, strict=True)])
+        name: Timing(taken, [] if own is None else [baseline / mine for baseline, mine in zip(taken, own, strict=True)])
         for name, taken in seconds.items()
     }
 

@@ -1,7 +1,7 @@
 """Makes README's tables and two figures of the results files: `make report`.
 
-A table for each benchmark and machine: rivals down, shapes across, each cell the time over ours in the same round with
-its 95% interval, on a GPU once with a warm and once with a cold L2 cache where steps were timed without their launches.
+A table for each benchmark and machine: baselines down, shapes across, each cell the time over ours in the same round
+with its 95% interval, on a GPU once with a warm and once with a cold L2 cache where steps were timed without their launches.
 The README's lines between `<!-- measured -->` and `<!-- /measured -->` are replaced; figures go to the results folder.
 """
 
@@ -23,7 +23,7 @@ from benchmarks.results import Results, Row
 from benchmarks.targets import measured, verdict
 
 ROOT = Path(__file__).parents[1]
-MARKS = "†‡§¶‖"  # of what holds for some shapes of a rival and not for others, said below the table
+MARKS = "†‡§¶‖"  # of what holds for some shapes of a baseline and not for others, said below the table
 WARM_AND_COLD = (
     "Times are of replays of a CUDA graph, without launches: with a warm L2 cache (the replay before was of the same "
     "step), then with a cold one."
@@ -88,18 +88,18 @@ def facts(file: Results) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """Rivals down, shapes across; remarks beside the rivals, and those of some shapes alone below the table."""
+    """Baselines down, shapes across; remarks beside the baselines, and those of some shapes alone below the table."""
     notes: dict[str, str] = {}  # what is said below -> its mark
     shapes = list(dict.fromkeys(row.shape for row in rows))
-    rivals = dict.fromkeys(row.rival for row in rows)
+    baselines = dict.fromkeys(row.baseline for row in rows)
     lines = [_line(["", *shapes]), "|" + " --- |" * (len(shapes) + 1)]
-    for rival in rivals:
-        own = {row.shape: row for row in rows if row.rival == rival}
+    for baseline in baselines:
+        own = {row.shape: row for row in rows if row.baseline == baseline}
         said = {shape: remarks(row) for shape, row in own.items() if row.rounds}
         always = [part for part in next(iter(said.values()), []) if all(part in parts for parts in said.values())]
         marks = {shape: [mark(part, notes) for part in parts if part not in always] for shape, parts in said.items()}
         cells = [cell(own[shape]) + "".join(marks.get(shape, "")) if shape in own else "" for shape in shapes]
-        lines.append(_line([f"{rival}{f': {remark}' if (remark := '; '.join(always)) else ''}", *cells]))
+        lines.append(_line([f"{baseline}{f': {remark}' if (remark := '; '.join(always)) else ''}", *cells]))
     below = "; ".join(f"{mark} {part}" for part, mark in notes.items())
     return "\n".join([*lines, *(["", f"{below}."] if below else [])])
 
@@ -125,7 +125,7 @@ def cell(row: Row) -> str:
         return f"{row.share:.2f}"
     if row.median_s is None:
         return row.remark if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
-    if row.rival in OURS or row.ratio is None:  # ours did not fit
+    if row.baseline in OURS or row.ratio is None:  # ours did not fit
         return time_of(row.median_s) + ("" if row.cold_s is None else f"; cold {time_of(row.cold_s)}")
     return ratio(row) + ("" if row.cold_ratio is None else f"; cold {cold_ratio(row)}")
 
@@ -151,13 +151,13 @@ def time_of(seconds: float) -> str:
 
 
 def speed_up(files: list[Results], path: Path) -> None:
-    """Every rival's time over ours, a panel for each benchmark and machine."""
+    """Every baseline's time over ours, a panel for each benchmark and machine."""
     panels = [
         (machine.name(file.machine), name, [r for r in file.rows if r.benchmark == name and r.ratio is not None])
         for file in files
         for name in dict.fromkeys(row.benchmark for row in file.rows)
     ]
-    panels = [(where, name, [row for row in rows if row.rival not in OURS]) for where, name, rows in panels]
+    panels = [(where, name, [row for row in rows if row.baseline not in OURS]) for where, name, rows in panels]
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         return
@@ -175,7 +175,7 @@ def speed_up(files: list[Results], path: Path) -> None:
         places = range(len(rows))
         axis.errorbar(ratios, places, xerr=errors, fmt="o", color="#1f5f8b", ecolor="#8fb3cc", capsize=2, markersize=4)
         axis.axvline(1, color="#888888", linewidth=1)
-        axis.set_yticks(places, [f"{row.rival}, {row.shape}" for row in rows], fontsize=7)
+        axis.set_yticks(places, [f"{row.baseline}, {row.shape}" for row in rows], fontsize=7)
         axis.set_xscale("log")
         ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20) if min(ratios) / 1.2 <= tick <= max(ratios) * 1.2]
         axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
@@ -198,13 +198,13 @@ def roofline(files: list[Results], path: Path) -> None:
                 ends = [intensities[0] / 3, *intensities, intensities[-1] * 3]
                 axis.plot(ends, [min(peak, i * rate) for i in ends], color="#444444", linewidth=1)
             for ours, color in ((True, "#1f5f8b"), (False, "#d08c4a")):
-                points = [row for row in rows if (row.rival in OURS) == ours]
+                points = [row for row in rows if (row.baseline in OURS) == ours]
                 axis.scatter(
                     [row.intensity or 0.0 for row in points],
                     [(row.roofline or 0.0) * under(roofs[row], row.intensity or 0.0) for row in points],
                     s=22 if ours else 10,
                     color=color,
-                    label="ours" if ours else "rivals",
+                    label="ours" if ours else "baselines",
                     zorder=3 if ours else 2,
                 )
             axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")

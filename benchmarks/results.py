@@ -15,23 +15,23 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One rival at one shape. Times are in seconds, ratios are times over ours in the same round.
+    """One baseline at one shape. Times are in seconds, ratios are times over ours in the same round.
 
     A row with `cold_s` was timed on a GPU without launches, as replays of a CUDA graph: `median_s`, and what is made of
     it, with a warm L2 cache (the step before it was the same one), `cold_s` with one that holds nothing of the step's.
-    Without it, times are those of the step as Python runs it. A remark says which rival of such rows could not be
+    Without it, times are those of the step as Python runs it. A remark says which baseline of such rows could not be
     captured, and has its launches in both times. Of a GPU, `sm_clock`, `power` and `slowed` are what nvidia-smi said
     right after the comparison that the row is of.
     """
 
     benchmark: str  # the file: "layer" for bench_layer.py
     shape: str
-    rival: str
+    baseline: str
     remark: str = ""  # what it does not compute, its known defect; of one that did not run, why
     rounds: int = 0  # paired repeats; 0: it did not run
     median_s: float | None = None
@@ -68,9 +68,9 @@ class Results:
     rows: list[Row]
 
     def add(self, row: Row) -> None:
-        """In the place of an older row of the same rival and shape."""
-        key = (row.benchmark, row.shape, row.rival)
-        self.rows = [old for old in self.rows if (old.benchmark, old.shape, old.rival) != key] + [row]
+        """In the place of an older row of the same baseline and shape."""
+        key = (row.benchmark, row.shape, row.baseline)
+        self.rows = [old for old in self.rows if (old.benchmark, old.shape, old.baseline) != key] + [row]
 
 
 def read(path: Path) -> Results:

@@ -1,4 +1,4 @@
-"""The rival that most people have: transformers' own CLIP, with the weights of open_clip's, adapted by PEFT."""
+"""The baseline that most people have: transformers' own CLIP, with the weights of open_clip's, adapted by PEFT."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import rivals
-from benchmarks.rivals import Adapter, Trainee
+from benchmarks import baselines
+from benchmarks.baselines import Adapter, Trainee
 from complora_kernels.config import CompLoRAConfig
 
 ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
@@ -56,7 +56,7 @@ class TransformersCLIP(nn.Module):
 def by_peft(plain: Any, weights: dict[str, Adapter], config: CompLoRAConfig) -> Trainee:
     model = with_weights_of(plain)
     paths = {name: f"clip.{their_name(name)}" for name in weights}
-    return Trainee(model, rivals.adapt_by_peft(model, paths, weights, config), plain=True)
+    return Trainee(model, baselines.adapt_by_peft(model, paths, weights, config), plain=True)
 
 
 def with_weights_of(plain: Any) -> TransformersCLIP:
@@ -79,7 +79,7 @@ def with_weights_of(plain: Any) -> TransformersCLIP:
     )
     with torch.device("meta"):
         clip = transformers.CLIPModel._from_config(config, attn_implementation="sdpa")
-    state = {their_name(name): tensor.detach() for name, tensor in rivals.with_blocks(plain).state_dict().items()}
+    state = {their_name(name): tensor.detach() for name, tensor in baselines.with_blocks(plain).state_dict().items()}
     state |= {name: state[name].mT.contiguous() for name in ("visual_projection.weight", "text_projection.weight")}
     clip.load_state_dict(state, assign=True)
     for tower in (clip.vision_model, clip.text_model):
@@ -102,7 +102,7 @@ def _tower(transformer: Any) -> dict[str, Any]:
 
 
 def their_name(name: str) -> str:
-    """What transformers calls a parameter or a module of a model with `rivals.Block`s."""
+    """What transformers calls a parameter or a module of a model with `baselines.Block`s."""
     if "resblocks" in name:
         for pattern, replacement in BLOCKS.items():
             name = re.sub(pattern, replacement, name)

@@ -51,17 +51,13 @@ def product(x: Tensor, W: Tensor, b: Tensor, As: Sequence[Tensor], Bs: Sequence[
     return F.linear(x, W + update, b)
 
 
-def project_complement(s: dict[str, int], project: Callable[..., Tensor] = functional.project_complement) -> Case:
+def project_complement(s: dict[str, int]) -> Case:
     U = torch.eye(s["in"], min(s["k"], s["in"]), device=DEVICE)
     return Case(
         {"factor": torch.randn(s["batch"], s["length"], s["in"])},
-        lambda t, **options: [project(1 * t["factor"], U, **options)],
+        lambda t, **options: [functional.project_complement(t["factor"], U, **options)],
         lambda t: [projected(t["factor"], U)],
     )
-
-
-def project_complement_(s: dict[str, int]) -> Case:
-    return project_complement(s, functional.project_complement_)
 
 
 def fold_factors(s: dict[str, int]) -> Case:
@@ -162,7 +158,6 @@ def norm_lora_mlp(s: dict[str, int]) -> Case:
 
 OPERATIONS: dict[Callable[[dict[str, int]], Case], tuple[str, str]] = {  # which sizes may be zero, which are refused
     project_complement: ("batch length in k", ""),
-    project_complement_: ("batch length in k", ""),
     fold_factors: ("in out k", "adapters r"),
     complora_linear: ("batch length out k", "in r"),
     packed_lora_linear: ("batch length out height", "in r adapters"),
@@ -359,26 +354,6 @@ def test_rows_in_any_order_and_over_each_other(rows, backend):
         with plans.override(Plan(plan or "addmm")):
             y = functional.packed_lora_linear(x, W, b, As, Bs, rows, backend=backend)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton", "extension"])
-def test_only_what_has_memory_of_its_own_is_written_to(backend):
-    memory, basis = torch.randn(40, device=DEVICE), torch.eye(3, 1, device=DEVICE)
-    for strides in ((1, 1), (2, 1), (0, 1)):
-        given = memory.clone()
-        with pytest.raises(ValueError, match="expected memory of its own for each element"):
-            functional.project_complement_(memory.as_strided((4, 3), strides), basis, backend=backend)
-        assert torch.equal(memory, given)
-    for shape, strides in (
-        ((2, 3), (3, 2)),
-        ((4, 3), (1, 4)),
-        ((1, 3), (0, 1)),
-        ((0, 3), (0, 1)),
-    ):  # the first interleave
-        factor = memory.as_strided(shape, strides)
-        expected = torch.cat([torch.zeros_like(factor[:, :1]), factor[:, 1:]], 1)
-        functional.project_complement_(factor, basis, backend=backend)
-        torch.testing.assert_close(factor, expected)
 
 
 def test_sizes_beyond_64_bits():

@@ -466,8 +466,8 @@ def _packed_lora_linear_bwd(
     check_device(x, dY, h)
     _check_memory(dY, h)
     _check_dtype(x.dtype, dY, h)
-    h_shape = (len(x), len(linear.As) * len(linear.As[0]))
-    if dY.shape != (len(x), len(weight)) or len(needs) != 3 or (needs[2] and h.shape != h_shape):
+    h_shape = (x.shape[0], len(linear.As) * len(linear.As[0]))
+    if dY.shape != (x.shape[0], len(weight)) or len(needs) != 3 or (needs[2] and h.shape != h_shape):
         raise ValueError(
             f"dY {list(dY.shape)}, h {list(h.shape)}, needs={list(needs)}, expected [M, N], [M, P r] and three"
         )
@@ -497,7 +497,8 @@ def _fold_factors(
 def _packed_lora_linear_fwd_shape(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     linear = _record(*arguments)
     check_device(x, *linear.tensors())
-    return x.new_empty(len(x), len(linear.weight)), x.new_empty(len(x) if linear.save_h else 0, linear.rank)
+    M = x.shape[0]  # not len(x), which torch.compile would take for a constant
+    return x.new_empty(M, len(linear.weight)), x.new_empty(M if linear.save_h else 0, linear.rank)
 
 
 def _packed_lora_linear_bwd_shape(

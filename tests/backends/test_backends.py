@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from complora_kernels import backends
-from complora_kernels.backends import build, plans
+from complora_kernels.backends import Backend, build, hardware, plans
 from complora_kernels.backends.__main__ import main
+from complora_kernels.backends.extension import ExtensionBackend
+from complora_kernels.backends.torch import TorchBackend
+from complora_kernels.backends.triton import TritonBackend
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +23,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU and without the extension, where nothing was asked for and nothing said."""
     monkeypatch.delenv("COMPLORA_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_gpu_unavailable", lambda: "there is no GPU")
+    monkeypatch.setattr(hardware, "gpu_unavailable", lambda: "there is no GPU")
     monkeypatch.setattr(build, "failure", lambda half: f"the {half} half was not built")
     monkeypatch.setattr(backends, "_said", {})
 
@@ -28,7 +31,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a GPU."""
-    monkeypatch.setattr(backends, "_gpu_unavailable", lambda: None)
+    monkeypatch.setattr(hardware, "gpu_unavailable", lambda: None)
 
 
 @pytest.fixture
@@ -37,15 +40,22 @@ def built(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "failure", lambda half: None)
 
 
-def serves_all_but(*names: str) -> Callable[[str], str | None]:
-    return lambda name: f"{name} has no thumbs" if name in names else None
+def supports(*, all_but: tuple[str, ...] = ()) -> Callable[[Backend], str | None]:
+    return lambda backend: f"{backend.name} has no thumbs" if backend.name in all_but else None
+
+
+class Abacus(TorchBackend):
+    name = "abacus"
+    purpose = "beads on wires"
+
+    def unavailable(self) -> str | None:
+        return "there are no beads"
 
 
 @pytest.fixture
 def broken_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend "abacus" that comes first and cannot run."""
-    abacus = backends.Backend("beads on wires", lambda: "there are no beads")
-    monkeypatch.setitem(backends.BACKENDS, "abacus", abacus)
+    monkeypatch.setitem(backends.REGISTRY, "abacus", Abacus())
     monkeypatch.setattr(backends, "AUTO_ORDER", ("abacus", *backends.AUTO_ORDER))
 
 
@@ -54,7 +64,7 @@ def test_default_is_the_first_that_can_run():
 
 
 @pytest.mark.usefixtures("broken_backend")
-def test_default_passes_over_what_cannot_run():
+def test_default_skips_what_cannot_run():
     assert backends.resolve() == "torch"
 
 
@@ -93,17 +103,17 @@ def test_kernels_come_first_where_there_is_a_gpu():
 @pytest.mark.usefixtures("built")
 def test_the_extension_comes_after_the_kernels_and_before_torch(monkeypatch, caplog):
     assert backends.resolve() == backends.resolve("extension") == "extension"
-    assert backends.resolve(None, "juggle", serves_all_but("extension")) == "torch"
+    assert backends.resolve(None, "juggle", supports(all_but=("extension",))) == "torch"
     assert caplog.messages == ["juggle does not run on the extension backend: extension has no thumbs"]
-    monkeypatch.setattr(backends, "_gpu_unavailable", lambda: None)
+    monkeypatch.setattr(hardware, "gpu_unavailable", lambda: None)
     assert backends.resolve() == "triton"
-    assert backends.resolve(None, "fold", serves_all_but("triton")) == "extension"
+    assert backends.resolve(None, "fold", supports(all_but=("triton",))) == "extension"
 
 
 @pytest.mark.usefixtures("built")
-def test_what_is_slower_is_passed_over_without_a_word_and_taken_by_name(monkeypatch, caplog):
+def test_what_is_slower_is_skipped_without_a_word_and_taken_by_name(monkeypatch, caplog):
     def resolve(backend: str | None = None) -> str:
-        return backends.resolve(backend, "juggle", passed_over=("extension",))
+        return backends.resolve(backend, "juggle", skip=("extension",))
 
     assert resolve() == resolve("auto") == "torch"
     assert resolve("extension") == "extension"
@@ -120,13 +130,13 @@ def test_the_extension_that_was_not_built_is_refused_with_the_reason(caplog):
 
 
 def test_each_half_answers_for_its_own_device(monkeypatch):
-    assert backends.gpu_refusal("extension", 0) == "the cuda half was not built"
-    monkeypatch.setattr(backends, "too_old", lambda index: f"GPU {index} is too old")
-    assert backends.gpu_refusal("triton", 1) == "GPU 1 is too old"
-    monkeypatch.setattr(backends.build, "failure", lambda half: None)
-    monkeypatch.setattr(backends.build, "chip_refusal", lambda capability: f"nothing was built for {capability}")
+    assert ExtensionBackend().gpu_refusal(0) == "the cuda half was not built"
+    monkeypatch.setattr(hardware, "too_old", lambda index: f"GPU {index} is too old")
+    assert TritonBackend().gpu_refusal(1) == "GPU 1 is too old"
+    monkeypatch.setattr(build, "failure", lambda half: None)
+    monkeypatch.setattr(build, "chip_refusal", lambda capability: f"nothing was built for {capability}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, index))
-    assert backends.gpu_refusal("extension", 5) == "nothing was built for (7, 5)"
+    assert ExtensionBackend().gpu_refusal(5) == "nothing was built for (7, 5)"
 
 
 def test_kernels_without_a_gpu_are_refused_with_the_reason():
@@ -144,7 +154,7 @@ def test_interpreted_kernels_run_when_they_are_asked_for_by_name_alone(monkeypat
 
 @pytest.mark.usefixtures("gpu")
 def test_kernels_without_triton_are_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(backends, "_missing", lambda package: package == "triton")
+    monkeypatch.setattr(hardware, "is_missing", lambda package: package == "triton")
     assert backends.resolve() == "torch"
     for variable in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", variable)
@@ -168,32 +178,32 @@ def test_gpus_that_the_kernels_run_on(available, hip, capability, reason, monkey
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    backends.too_old.cache_clear()
-    assert backends._gpu_unavailable.__wrapped__() == reason
+    hardware.too_old.cache_clear()
+    assert hardware.gpu_unavailable.__wrapped__() == reason
 
 
 @pytest.mark.usefixtures("gpu")
-def test_default_passes_over_what_does_not_serve_the_arguments_and_says_so_once(caplog):
+def test_default_skips_what_does_not_support_the_arguments_and_says_so_once(caplog):
     for _ in range(2):
-        assert backends.resolve("auto", "juggle", serves_all_but("triton")) == "torch"
-        assert backends.resolve(None, "juggle", serves_all_but()) == "triton"
+        assert backends.resolve("auto", "juggle", supports(all_but=("triton",))) == "torch"
+        assert backends.resolve(None, "juggle", supports()) == "triton"
     message = "juggle does not run on the triton backend: triton has no thumbs"
     assert caplog.record_tuples == [("complora_kernels", logging.WARNING, message)]
     caplog.clear()
-    assert backends.resolve(None, "fold", serves_all_but("triton")) == "torch"  # another operation is news
+    assert backends.resolve(None, "fold", supports(all_but=("triton",))) == "torch"  # another operation is news
     assert caplog.messages == ["fold does not run on the triton backend: triton has no thumbs"]
 
 
 @pytest.mark.usefixtures("gpu")
-def test_forced_where_it_does_not_serve_the_arguments_is_an_error_with_the_reason(monkeypatch, caplog):
+def test_forced_where_it_does_not_support_the_arguments_is_an_error_with_the_reason(monkeypatch, caplog):
     with pytest.raises(RuntimeError, match=r"^backend='triton' does not support juggle: triton has no thumbs$"):
-        backends.resolve("triton", "juggle", serves_all_but("triton"))
+        backends.resolve("triton", "juggle", supports(all_but=("triton",)))
     monkeypatch.setenv("COMPLORA_BACKEND", "triton")
     with pytest.raises(
         RuntimeError, match=r"^COMPLORA_BACKEND='triton' does not support juggle: triton has no thumbs$"
     ):
-        backends.resolve(None, "juggle", serves_all_but("triton"))
-    assert backends.resolve("torch", "juggle", serves_all_but("triton")) == "torch"
+        backends.resolve(None, "juggle", supports(all_but=("triton",)))
+    assert backends.resolve("torch", "juggle", supports(all_but=("triton",))) == "torch"
     assert not caplog.messages
 
 
@@ -242,12 +252,12 @@ def test_table_where_operations_have_backends_of_their_own(capsys, monkeypatch):
     assert (states["extension"], states["torch"], states["reference"]) == ("in use", "in use", "available")
 
 
-def test_what_is_passed_over():
+def test_what_is_skipped():
     for operation in backends.OPERATIONS:
-        assert backends.passed_over(operation, "cuda") == backends.passed_over(operation, "cpu", True) == ()
-    slower = [name for name in backends.OPERATIONS if backends.passed_over(name, "cpu")]
+        assert backends.skipped(operation, "cuda") == backends.skipped(operation, "cpu", True) == ()
+    slower = [name for name in backends.OPERATIONS if backends.skipped(name, "cpu")]
     assert slower == ["packed_lora_linear", "complora_linear", "norm_lora_linear", "norm_lora_mlp"]
-    assert {backends.passed_over(name, "cpu") for name in slower} == {("extension",)}
+    assert {backends.skipped(name, "cpu") for name in slower} == {("extension",)}
 
 
 @pytest.mark.usefixtures("broken_backend")
@@ -263,4 +273,4 @@ def test_table_of_a_backend_that_cannot_be_had(capsys, monkeypatch):
 def test_table_from_the_command_line():
     command = [sys.executable, "-m", "complora_kernels.backends"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert list(table(result.stdout)) == list(backends.BACKENDS)
+    assert list(table(result.stdout)) == [*backends.REGISTRY, backends.REFERENCE]

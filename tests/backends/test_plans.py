@@ -142,7 +142,7 @@ def test_variable_forces_an_eligible_plan(monkeypatch, problem, name, plan):
         (HALF, "merge", "a bfloat16 weight loses small updates", "auto, concat"),
         (FLOAT._replace(dropout=True), "merge", "with dropout no one weight serves all tokens", "auto, concat, addmm"),
         (FLOAT, "fused", "its kernels are not those of the torch backend", "auto, concat, merge, addmm"),
-        (TRITON._replace(rank=65), "fused", "its kernels serve no float64 and no rank above 64", "auto, concat"),
+        (TRITON._replace(rank=65), "fused", "its kernels support no float64 and no rank above 64", "auto, concat"),
         (HALF, "fuse", "unknown", "auto, concat"),
     ],
 )

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from triton_device import DEVICE
 
-from complora_kernels import ops  # noqa: F401  registers those of Triton
-from complora_kernels.backends import build
+from complora_kernels.backends import (
+    build,
+    triton,  # noqa: F401  registers those of Triton
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),

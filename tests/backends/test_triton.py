@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from triton_device import DEVICE, masks_of, next_seed
 
 from complora_kernels import backends, reference
-from complora_kernels.backends import plans
+from complora_kernels.backends import hardware, plans
 from complora_kernels.backends.plans import Plan
+from complora_kernels.backends.triton import TritonBackend
 from complora_kernels.functional import (
     complora_linear,
     fold_factors,
@@ -348,10 +349,10 @@ def test_checkpointing_recomputes_the_same_masks(use_reentrant):
 
 
 def test_registered_operations():
-    x, weight, A, B = (torch.randn(shape, device=DEVICE) for shape in ((2, 3, 5), (6, 5), (2, 5), (3, 2)))
+    x, weight, A, B = (torch.randn(shape, device=DEVICE) for shape in ((6, 5), (6, 5), (2, 5), (3, 2)))
     seed, dY, h = (
         torch.tensor([11], device=DEVICE),
-        torch.randn(2, 3, 6, device=DEVICE),
+        torch.randn(6, 6, device=DEVICE),
         torch.randn(6, 4, device=DEVICE),
     )
     for p, save_h in ((0.0, True), (0.25, False)):
@@ -431,11 +432,11 @@ def test_a_small_adapter_is_realised_in_bfloat16(monkeypatch, ratio, twice_round
         assert low <= share(wrapped(x), W) <= high
 
 
-UNSERVED: list[tuple[dict[str, Any], str]] = [
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": torch.float64}, "x: dtype torch.float64"),
-    ({"rows": [(0, 8), (8, 24)]}, r"rows=\[\(0, 8\), \(8, 24\)\] are not distinct ones of at most 7 equal blocks"),
-    ({"rows": [(0, 12), (6, 18)]}, r"rows=\[\(0, 12\), \(6, 18\)\] are not distinct ones of at most 7 equal blocks"),
-    ({"rows": [(0, 3)]}, r"rows=\[\(0, 3\)\] are not distinct ones of at most 7 equal blocks"),
+    ({"rows": [(0, 8), (8, 24)]}, r"rows=\[\(0, 8\), \(8, 24\)\] are not distinct ones of at most 7 equal groups"),
+    ({"rows": [(0, 12), (6, 18)]}, r"rows=\[\(0, 12\), \(6, 18\)\] are not distinct ones of at most 7 equal groups"),
+    ({"rows": [(0, 3)]}, r"rows=\[\(0, 3\)\] are not distinct ones of at most 7 equal groups"),
     (
         {"rows": [(0, 12), (12, 24)], "ranks": (2, 3)},
         r"the adapters have ranks \[2, 3\], the kernels support equal ones",
@@ -454,7 +455,7 @@ def packed(dtype: torch.dtype = torch.float32, rows: Any = ((0, 24),), ranks: An
     return packed_lora_linear(x, weight, None, As, Bs, list(rows), **options)
 
 
-@pytest.mark.parametrize(("changed", "reason"), UNSERVED, ids=[reason[:40] for _, reason in UNSERVED])
+@pytest.mark.parametrize(("changed", "reason"), UNSUPPORTED, ids=[reason[:40] for _, reason in UNSUPPORTED])
 def test_what_the_kernels_do_not_serve(monkeypatch, caplog, changed, reason):
     """Goes to torch, once said; by name it is an error."""
     with pytest.raises(RuntimeError, match=rf"^backend='triton' does not support packed_lora_linear: .*{reason}"):
@@ -465,8 +466,7 @@ def test_what_the_kernels_do_not_serve(monkeypatch, caplog, changed, reason):
     ):
         packed(**changed)
     monkeypatch.delenv("COMPLORA_BACKEND")
-    automatic = backends.BACKENDS["triton"]._replace(automatic=lambda: True)
-    monkeypatch.setitem(backends.BACKENDS, "triton", automatic)
+    monkeypatch.setattr(TritonBackend, "automatic", True)
     monkeypatch.setattr(backends, "_said", {})
     caplog.set_level(logging.WARNING, "complora_kernels")
     expected = packed(**changed, backend="torch")
@@ -477,8 +477,7 @@ def test_what_the_kernels_do_not_serve(monkeypatch, caplog, changed, reason):
 
 
 def test_the_kernels_are_used_where_they_serve(monkeypatch):
-    automatic = backends.BACKENDS["triton"]._replace(automatic=lambda: True)
-    monkeypatch.setitem(backends.BACKENDS, "triton", automatic)
+    monkeypatch.setattr(TritonBackend, "automatic", True)
     assert torch.equal(packed(), packed(backend="triton"))
 
 
@@ -598,8 +597,8 @@ def test_half_precision_factors_are_projected_in_float32(dtype):
 
 def test_where_tensors_are_is_given_as_the_reason(monkeypatch):
     """As on a machine with a GPU, of tensors that are not on it."""
-    monkeypatch.setattr(backends, "interpreted", lambda: False)
-    monkeypatch.setitem(backends.BACKENDS, "triton", backends.Backend("", lambda: None))
+    monkeypatch.setattr(hardware, "interpreted", lambda: False)
+    monkeypatch.setattr(hardware, "gpu_unavailable", lambda: None)
     A, B = torch.randn(2, 9), torch.randn(9, 2)
     with pytest.raises(
         RuntimeError, match=r"does not support fold_factors: .* on cpu, the kernels run on cuda devices"

@@ -1,4 +1,4 @@
-"""How a GPU is timed, with stand-ins for its clock and its graphs; and the rivals of a layer that only a GPU has."""
+"""How a GPU is timed, with stand-ins for its clock and its graphs; and the baselines of a layer that only a GPU has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from benchmarks import bench_factors, bench_layer, comparison, conftest, lorafusion, results
-from benchmarks.bench_layer import FLOOR, FOLDED, LORAFUSION, OURS, PEFT, Rival, Shape
+from benchmarks.bench_layer import FLOOR, FOLDED, LORAFUSION, OURS, PEFT, Baseline, Shape
 from benchmarks.comparison import Comparison, Missing, Work
 from benchmarks.interleaved import GPU, SHORT, TOGETHER, Capturer, Replay, Replays, replays, time_interleaved
 from benchmarks.results import Results, Row
@@ -107,7 +107,7 @@ def test_a_cpu_has_no_launches_to_leave_out():
 
 
 def test_replays_are_timed_and_checked():
-    runs, checked = {"ours": 0, "rival": 0}, {}
+    runs, checked = {"ours": 0, "baseline": 0}, {}
     x = torch.arange(3.0)
 
     def step(name: str) -> list[Tensor]:
@@ -121,21 +121,26 @@ def test_replays_are_timed_and_checked():
     compared = compare()
     steps = {name: partial(step, name) for name in runs}
     work = Work(1e9, 1e8 / 2)
-    compared.time("s", steps, ours="ours", work=work, remarks={"rival": "slow"}, replays=clocks(), check=check)
-    assert runs == {"ours": WARM_UPS + 1, "rival": WARM_UPS + 1}  # Python runs them before and while they are captured
-    assert checked == {"ours": [0, 2, 4], "rival": [0, 2, 4]}
-    rows = {row.rival: row for row in compared.found.rows}
+    compared.time("s", steps, ours="ours", work=work, remarks={"baseline": "slow"}, replays=clocks(), check=check)
+    assert runs == {
+        "ours": WARM_UPS + 1,
+        "baseline": WARM_UPS + 1,
+    }  # Python runs them before and while they are captured
+    assert checked == {"ours": [0, 2, 4], "baseline": [0, 2, 4]}
+    rows = {row.baseline: row for row in compared.found.rows}
     known = {"roofline": 1, "intensity": 20, "operations_per_s": 1e9, "bytes_per_s": 1e8, "revision": "abc"}
     cold = {"cold_s": 2, "cold_p20_s": 2, "cold_p80_s": 2, "cold_ratio": 1}
-    assert rows["rival"] == Row("layer", "s", "rival", "slow", 3, 1, 1, 1, 1, **cold, **known)
+    assert rows["baseline"] == Row("layer", "s", "baseline", "slow", 3, 1, 1, 1, 1, **cold, **known)
 
 
 def test_cold_ratios_are_of_their_own_rounds():
-    times = iter([9.0, 9.0, 4.0, 2.0, 2.0, 4.0, 8.0, 2.0])  # ours and rival, not counted; then in turns, rival first
+    times = iter(
+        [9.0, 9.0, 4.0, 2.0, 2.0, 4.0, 8.0, 2.0]
+    )  # ours and baseline, not counted; then in turns, baseline first
     compared = compare()
-    steps = {"ours": lambda: None, "rival": lambda: None}
+    steps = {"ours": lambda: None, "baseline": lambda: None}
     compared.time("s", steps, ours="ours", replays=clocks()._replace(cold=lambda _: next(times)))
-    (row,) = (row for row in compared.found.rows if row.rival == "rival")
+    (row,) = (row for row in compared.found.rows if row.baseline == "baseline")
     assert (row.median_s, row.ratio, row.cold_s, row.cold_ratio) == (1, 1, 4, 2)
     assert (row.cold_p20_s, row.cold_p80_s, row.cold_ratio_low) == (4, pytest.approx(6.4), None)
 
@@ -189,23 +194,23 @@ def test_a_step_that_cannot_be_captured_is_timed_with_its_launches():
         made.append(CUDAGraphsOnCPU(CPU))
         return made[-1]
 
-    steps = {"rival": reads_a_value, "another": reads_a_value, "ours": lambda: [x * 3]}
+    steps = {"baseline": reads_a_value, "another": reads_a_value, "ours": lambda: [x * 3]}
     compared = compare()
     compared.time(
         "s",
         steps,
         ours="ours",
-        remarks={"rival": "slow"},
+        remarks={"baseline": "slow"},
         replays=clocks()._replace(recorder=recorder),
         check=lambda name, _: checked.append(name),
     )
-    remarks = {row.rival: row.remark for row in compared.found.rows}
+    remarks = {row.baseline: row.remark for row in compared.found.rows}
     why = "not captured: timed with launches (RuntimeError: operation not permitted when stream is capturing: aten::"
-    assert remarks["rival"].startswith(f"slow; {why}")
+    assert remarks["baseline"].startswith(f"slow; {why}")
     assert remarks["another"].startswith(why)
     assert remarks["ours"] == ""
     assert len(made) == 3  # none that broke off a capture is used again
-    assert checked == ["rival", "another", "ours"]
+    assert checked == ["baseline", "another", "ours"]
     assert all(row.cold_s == 2 for row in compared.found.rows)
 
 
@@ -237,13 +242,15 @@ def test_a_capture_that_fails_leaves_nothing_of_its_step():
         gc.enable()
 
 
-@pytest.mark.parametrize(("launched", "figure"), [([], 1), (["ours"], None), (["rival"], None), (["ours", "rival"], 1)])
+@pytest.mark.parametrize(
+    ("launched", "figure"), [([], 1), (["ours"], None), (["baseline"], None), (["ours", "baseline"], 1)]
+)
 def test_a_figure_is_of_two_times_of_one_kind(monkeypatch, launched, figure):
     monkeypatch.setattr(comparison, "bounds", lambda: {"a target": {"at_least": 2}})
-    compared, steps = compare(), {"ours": lambda: None, "rival": lambda: None}
+    compared, steps = compare(), {"ours": lambda: None, "baseline": lambda: None}
     reasons = dict.fromkeys(launched, "reads the host")
-    compared.time("s", steps, ours="ours", targets={"rival": "a target"}, replays=clocks(), launched=reasons)
-    assert {row.rival: row.figure for row in compared.found.rows} == {"ours": None, "rival": figure}
+    compared.time("s", steps, ours="ours", targets={"baseline": "a target"}, replays=clocks(), launched=reasons)
+    assert {row.baseline: row.figure for row in compared.found.rows} == {"ours": None, "baseline": figure}
 
 
 def test_a_step_that_fails_at_once_is_no_question_of_graphs():
@@ -261,7 +268,7 @@ def test_foreign_code_that_fails_when_it_is_warmed_up_is_a_row():
     compared = compare()
     steps = {"ours": lambda: None, "theirs": wrong}
     compared.time("s", steps, ours="ours", replays=clocks(), foreign=["theirs"])
-    assert {row.rival: (row.remark, row.rounds) for row in compared.found.rows} == {
+    assert {row.baseline: (row.remark, row.rounds) for row in compared.found.rows} == {
         "theirs": ("fails: RuntimeError: an illegal address", 0),
         "ours": ("", 3),
     }
@@ -293,9 +300,9 @@ def test_out_of_memory_costs_the_others_nothing():
             no_memory()
         assert all(tensor() is None for tensor in held)
 
-    steps = {"ours": lambda: None, "grows": grows, "rival": lambda: None}
+    steps = {"ours": lambda: None, "grows": grows, "baseline": lambda: None}
     timings = time_interleaved(steps, ours="ours", rounds=4, warm_up=1, measure=lambda step: step() or 1.0)
-    assert {name: len(timing.ratios) for name, timing in timings.items()} == {"ours": 4, "rival": 4}
+    assert {name: len(timing.ratios) for name, timing in timings.items()} == {"ours": 4, "baseline": 4}
     assert held[0]() is None
 
 
@@ -304,16 +311,16 @@ def test_where_ours_does_not_fit_there_are_no_ratios(with_replays):
     compared = compare()
     compared.time(
         "s",
-        {"ours": no_memory, "rival": lambda: None},
+        {"ours": no_memory, "baseline": lambda: None},
         ours="ours",
-        targets={"rival": "layer/PEFT"},
+        targets={"baseline": "layer/PEFT"},
         replays=clocks() if with_replays else None,
         measure=lambda step: step() or 1.0,
     )
-    rows = {row.rival: row for row in compared.found.rows}
+    rows = {row.baseline: row for row in compared.found.rows}
     assert rows["ours"].remark.startswith("does not fit in memory")
-    rival = rows["rival"]
-    assert (rival.rounds, rival.median_s, rival.ratio, rival.figure) == (3, 1, None, None)
+    baseline = rows["baseline"]
+    assert (baseline.rounds, baseline.median_s, baseline.ratio, baseline.figure) == (3, 1, None, None)
 
 
 def test_a_row_of_a_gpu_has_its_state_and_the_ceilings_of_its_roofline(monkeypatch):
@@ -328,30 +335,30 @@ def test_a_row_of_a_gpu_has_its_state_and_the_ceilings_of_its_roofline(monkeypat
 
 def test_rows_of_an_earlier_comparison_stay():
     compared = compare()
-    compared.time("s", {"ours": lambda: None, "rival": lambda: None}, ours="ours", replays=clocks())
+    compared.time("s", {"ours": lambda: None, "baseline": lambda: None}, ours="ours", replays=clocks())
     second = {"ours": no_memory, "compiled": lambda: None}
     compared.time("s", second, ours="ours", replays=clocks(3.0), again=["ours"])
-    rows = {row.rival: row for row in compared.found.rows}
-    assert rows.keys() == {"ours", "rival", "compiled"}
+    rows = {row.baseline: row for row in compared.found.rows}
+    assert rows.keys() == {"ours", "baseline", "compiled"}
     assert (rows["ours"].median_s, rows["ours"].remark) == (1, "")
     assert rows["compiled"].median_s == 3
 
 
 @pytest.mark.parametrize(
-    ("now", "rivals", "go_on", "known"),
+    ("now", "baselines", "go_on", "known"),
     [
-        ("abc", ["ours", "rival"], True, True),
-        ("abc", ["ours", "rival"], False, False),
-        ("abc", ["ours", "rival", "another"], True, False),
+        ("abc", ["ours", "baseline"], True, True),
+        ("abc", ["ours", "baseline"], False, False),
+        ("abc", ["ours", "baseline", "another"], True, False),
         ("abd", ["ours"], True, False),
         ("abc+", ["ours"], True, False),
     ],
 )
-def test_what_was_measured_of_this_revision_is_left_where_that_is_asked(now, rivals, go_on, known):
-    rows = [Row("layer", "s", rival, rounds=1, revision=now.replace("d", "c")) for rival in ("ours", "rival")]
+def test_what_was_measured_of_this_revision_is_left_where_that_is_asked(now, baselines, go_on, known):
+    rows = [Row("layer", "s", baseline, rounds=1, revision=now.replace("d", "c")) for baseline in ("ours", "baseline")]
     compared = Comparison("layer", 3, CPU, Results({"revision": now}, rows), None, go_on)
-    assert compared.known("s", rivals) == known
-    assert not compared.known("t", rivals)
+    assert compared.known("s", baselines) == known
+    assert not compared.known("t", baselines)
 
 
 # ---- rows
@@ -363,7 +370,7 @@ def test_warm_and_cold_in_the_files_and_the_terminal(tmp_path):
     timed = Row("layer", "s", "ours", "", 20, 1e-3, 1e-3, 1e-3, 1, 0.9, 1.1, **cold)
     compared = compare(path)
     compared.record(timed)
-    compared.record(Row("layer", "s", "rival", "with launches", 20, 2e-3, 2e-3, 2e-3, 2, 1.9, 2.1))
+    compared.record(Row("layer", "s", "baseline", "with launches", 20, 2e-3, 2e-3, 2e-3, 2, 1.9, 2.1))
     content = json.loads(path.read_text())
     assert content["schema"] == 2
     assert [row.get("cold_s") for row in content["rows"]] == [1.5e-3, None]
@@ -372,21 +379,21 @@ def test_warm_and_cold_in_the_files_and_the_terminal(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["cold_s"], row["cold_ratio"]) for row in rows] == [("0.0015", "1.25"), ("", "")]
     assert results.read(path).rows == compared.found.rows
-    ours, rival = map(conftest.line, compared.found.rows)
+    ours, baseline = map(conftest.line, compared.found.rows)
     assert "1.00 ms  1.00 [0.90, 1.10]" in ours
     assert "warm L2; cold 1.50 ms  1.25 [1.20, 1.30]" in ours
-    assert "L2" not in rival
+    assert "L2" not in baseline
 
 
 def test_a_file_of_a_cpu_has_no_cold_times(tmp_path):
     path = tmp_path / "older.json"
-    row = {"benchmark": "layer", "shape": "s", "rival": "ours", "rounds": 20, "median_s": 1.0, "ratio": 1.0}
+    row = {"benchmark": "layer", "shape": "s", "baseline": "ours", "rounds": 20, "median_s": 1.0, "ratio": 1.0}
     path.write_text(json.dumps({"schema": 2, "machine": {}, "rows": [row]}))
     assert results.read(path).rows == [Row(**row)]
     assert results.read(path).rows[0].cold_s is None
 
 
-# ---- the rivals of a layer
+# ---- the baselines of a layer
 
 
 @pytest.fixture
@@ -397,21 +404,21 @@ def layer_rows(monkeypatch):
     monkeypatch.setattr(bench_layer, "replays", lambda _: clocks())
 
     def rows(
-        rivals: dict[str, Rival], dropout_p: float = 0.0, *, backward: bool = True, checkout: Path | None = None
+        baselines: dict[str, Baseline], dropout_p: float = 0.0, *, backward: bool = True, checkout: Path | None = None
     ) -> dict[str, Row]:
         compared = compare()
         checkouts = {"--clip-lora": None, "--lorafusion": checkout}
         shape = TINY._replace(tokens=256) if dropout_p else TINY  # masks are known by what they are in the mean
-        made = {name: replace(r, shapes=[shape]) for name, r in rivals.items()}
-        monkeypatch.setattr(bench_layer, "RIVALS", made)
+        made = {name: replace(r, shapes=[shape]) for name, r in baselines.items()}
+        monkeypatch.setattr(bench_layer, "BASELINES", made)
         bench_layer.compare(compared, checkouts, shape, "s", dropout_p, Work(1, 1), {}, backward=backward)
-        return {row.rival: row for row in compared.found.rows}
+        return {row.baseline: row for row in compared.found.rows}
 
     return rows
 
 
-ON_A_CPU = {name: rival for name, rival in bench_layer.RIVALS.items() if name not in (FOLDED, LORAFUSION)}
-THEIRS = Rival(
+ON_A_CPU = {name: baseline for name, baseline in bench_layer.BASELINES.items() if name not in (FOLDED, LORAFUSION)}
+THEIRS = Baseline(
     bench_layer.lorafusion_linear,
     plain=True,
     checkout="--lorafusion",
@@ -421,14 +428,14 @@ THEIRS = Rival(
 
 
 @pytest.mark.parametrize("backward", [True, False])
-def test_every_rival_of_a_layer_is_captured(layer_rows, backward):
+def test_every_baseline_of_a_layer_is_captured(layer_rows, backward):
     rows = layer_rows(ON_A_CPU, backward=backward)
     assert rows.keys() == ON_A_CPU.keys()
     assert {name: row.remark for name, row in rows.items()} == {name: r.remark for name, r in ON_A_CPU.items()}
     assert {row.cold_s for row in rows.values()} == {2}
 
 
-def test_every_rival_of_a_layer_with_dropout(layer_rows):
+def test_every_baseline_of_a_layer_with_dropout(layer_rows):
     rows = layer_rows(ON_A_CPU, 0.25)
     assert ON_A_CPU.keys() - rows.keys() == {"merge"}
     launched = {name: row.remark for name, row in rows.items() if "not captured: timed with launches" in row.remark}
@@ -479,14 +486,14 @@ def mistake(kind: str, layer: bench_layer.Layer) -> Tensor:
 )
 def test_what_drops_otherwise_is_not_timed(dropped, monkeypatch, kind, message):
     layer, truths = dropped
-    monkeypatch.setitem(bench_layer.RIVALS, "wrong", Rival(bench_layer.frozen))
+    monkeypatch.setitem(bench_layer.BASELINES, "wrong", Baseline(bench_layer.frozen))
     with pytest.raises(AssertionError, match=f"^wrong: {message}"):
         bench_layer.check_dropout(truths, layer, "wrong", lambda: [mistake(kind, layer)])
 
 
 def test_a_seed_that_is_kept_repeats_its_mask(dropped, monkeypatch):
     layer, truths = dropped
-    monkeypatch.setitem(bench_layer.RIVALS, "theirs", Rival(bench_layer.frozen, host_seed="kept"))
+    monkeypatch.setitem(bench_layer.BASELINES, "theirs", Baseline(bench_layer.frozen, host_seed="kept"))
     bench_layer.check_dropout(truths, layer, "theirs", lambda: [mistake("one mask", layer)])
 
 
@@ -511,7 +518,7 @@ def test_no_compiler(layer_rows, monkeypatch):
         raise BackendCompilerFailed(lambda: None, RuntimeError("No working C++ compiler found\nin …"), None)
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: compiler_is_missing)
-    rows = layer_rows({OURS: ON_A_CPU[OURS], FOLDED: bench_layer.RIVALS[FOLDED]})
+    rows = layer_rows({OURS: ON_A_CPU[OURS], FOLDED: bench_layer.BASELINES[FOLDED]})
     assert rows[FOLDED].remark == "not compiled: RuntimeError: No working C++ compiler found"
     assert rows[OURS].rounds == 3
 
@@ -548,7 +555,7 @@ def test_everyone_but_a_mere_read_is_checked(monkeypatch):
         compared = compare()
         named = {name.replace("_", " "): step for name, step in steps.items()}
         bench_factors.compare(Benchmark(), compared, "s", named, [x.double() * 2], {}, Work(1, 1))
-        return {row.rival: row for row in compared.found.rows}
+        return {row.baseline: row for row in compared.found.rows}
 
     found = rows(extension=lambda: [x * 2], one_read_of_x=lambda: [x.sum()])
     assert {row.cold_s for row in found.values()} == {2}
@@ -605,10 +612,10 @@ def checkout(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def test_their_layer_is_timed_with_dropout_alone(layer_rows, checkout):
-    rivals = {OURS: ON_A_CPU[OURS], LORAFUSION: THEIRS}
-    row = layer_rows(rivals, 0.25, checkout=checkout)[LORAFUSION]
+    baselines = {OURS: ON_A_CPU[OURS], LORAFUSION: THEIRS}
+    row = layer_rows(baselines, 0.25, checkout=checkout)[LORAFUSION]
     assert (row.remark, row.rounds, row.cold_s) == ("", 3, 2)
-    row = layer_rows(rivals, checkout=checkout)[LORAFUSION]
+    row = layer_rows(baselines, checkout=checkout)[LORAFUSION]
     assert (row.remark, row.rounds) == ("fails: AttributeError: no mask", 0)
     assert str(checkout) not in sys.path
     assert sys.modules["lorafusion.ops.triton_ops.config"].HARDWARE_CONFIGS == {"a100": "other tiles", "h200": "tiles"}

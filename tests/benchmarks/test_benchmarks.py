@@ -17,6 +17,7 @@ import torch
 from open_clip.model import CLIP
 
 from benchmarks import (
+    baselines,
     bench_layer,
     bench_memory,
     bench_step,
@@ -25,7 +26,6 @@ from benchmarks import (
     machine,
     report,
     results,
-    rivals,
     targets,
 )
 from benchmarks.comparison import Comparison, Work
@@ -78,8 +78,8 @@ def test_percentiles_of_the_seconds():
 
 
 def test_rows_of_a_comparison(monkeypatch):
-    monkeypatch.setattr(comparison, "bounds", lambda: {"floor": {"at_most": 2}, "rival": {"at_least": 2}})
-    seconds = {"ours": 2.0, "floor": 1.0, "rival": 5.0}
+    monkeypatch.setattr(comparison, "bounds", lambda: {"floor": {"at_most": 2}, "baseline": {"at_least": 2}})
+    seconds = {"ours": 2.0, "floor": 1.0, "baseline": 5.0}
     current: list[str] = []
     steps = {name: lambda name=name: current.append(name) for name in seconds}
 
@@ -88,7 +88,7 @@ def test_rows_of_a_comparison(monkeypatch):
         return seconds[current[-1]]
 
     compared = compare()
-    targets, work = {"floor": "floor", "rival": "rival"}, Work(1e9, 1e8 / 2)
+    targets, work = {"floor": "floor", "baseline": "baseline"}, Work(1e9, 1e8 / 2)
     compared.time(
         "a shape",
         steps,
@@ -96,15 +96,15 @@ def test_rows_of_a_comparison(monkeypatch):
         work=work,
         floors={"floor": Work(1e8, 0)},
         targets=targets,
-        remarks={"rival": "slow"},
+        remarks={"baseline": "slow"},
         measure=measure,
     )
-    rows = {row.rival: row for row in compared.found.rows}
+    rows = {row.baseline: row for row in compared.found.rows}
     assert rows["ours"] == Row(
         "layer", "a shape", "ours", "", 3, 2, 2, 2, 1, roofline=0.5, intensity=20, **LIMITS, revision="abc"
     )
     assert (rows["floor"].roofline, rows["floor"].intensity) == (0.1, None)
-    assert (rows["rival"].ratio, rows["rival"].figure, rows["rival"].remark) == (2.5, 2.5, "slow")
+    assert (rows["baseline"].ratio, rows["baseline"].figure, rows["baseline"].remark) == (2.5, 2.5, "slow")
     assert (rows["floor"].ratio, rows["floor"].figure) == (0.5, 2.0)  # ours takes twice the time of the floor
 
 
@@ -113,13 +113,13 @@ def test_a_comparison_that_does_not_fit():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     compared = compare()
-    compared.time("s", {"ours": too_large, "rival": too_large}, ours="ours")
+    compared.time("s", {"ours": too_large, "baseline": too_large}, ours="ours")
     assert [row.remark for row in compared.found.rows] == ["does not fit in memory beside the others"] * 2
-    compared.time("s", {"ours": lambda: None, "rival": too_large}, ours="ours")
-    assert {row.rival: row.rounds for row in compared.found.rows} == {"ours": 3, "rival": 0}
+    compared.time("s", {"ours": lambda: None, "baseline": too_large}, ours="ours")
+    assert {row.baseline: row.rounds for row in compared.found.rows} == {"ours": 3, "baseline": 0}
 
 
-def test_a_rival_that_is_not_there_or_does_not_fit():
+def test_a_baseline_that_is_not_there_or_does_not_fit():
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'peft'", name="peft")
 
@@ -134,7 +134,7 @@ def test_a_rival_that_is_not_there_or_does_not_fit():
     assert compared.attempt("s", "theirs", not_given) is None
     assert compared.attempt("s", "dense", too_large) is None
     assert compared.attempt("s", "ours", lambda: 3) == 3
-    remarks = {row.rival: row.remark for row in compared.found.rows}
+    remarks = {row.baseline: row.remark for row in compared.found.rows}
     assert remarks == {
         "PEFT": "not installed: pip install peft",
         "theirs": "not given: --clip-lora PATH",
@@ -157,14 +157,14 @@ def test_a_file_after_every_row(tmp_path):
     compared = compare(path)
     compared.record(Row("layer", "s", "ours", rounds=1, median_s=1.0))
     assert results.read(path).rows == compared.found.rows
-    compared.record(Row("layer", "s", "rival", "does not fit in memory"))
+    compared.record(Row("layer", "s", "baseline", "does not fit in memory"))
     compared.record(Row("layer", "s", "ours", rounds=1, median_s=2.0))
     found = results.read(path)
-    assert [(row.rival, row.median_s) for row in found.rows] == [("rival", None), ("ours", 2.0)]
+    assert [(row.baseline, row.median_s) for row in found.rows] == [("baseline", None), ("ours", 2.0)]
     assert found.machine == compared.found.machine
     with path.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["rival"] for row in rows] == ["rival", "ours"]
+    assert [row["baseline"] for row in rows] == ["baseline", "ours"]
     assert (rows[0]["median_s"], rows[1]["median_s"]) == ("", "2.0")
     assert sorted(path.parent.iterdir()) == [path.with_suffix(".csv"), path]
 
@@ -196,7 +196,7 @@ def test_a_benchmark_from_the_command_line(tmp_path):
     found = results.read(path)
     assert found.machine["bytes_per_s"] > 0
     assert found.machine["revision"] == found.rows[0].revision
-    shares = {row.rival: row.share for row in found.rows}
+    shares = {row.baseline: row.share for row in found.rows}
     assert shares.keys() == {"complora_linear", "addmm", "PEFT lora.Linear"}
     assert all(share is not None and abs(share - 1) < 0.05 for share in shares.values())
 
@@ -212,34 +212,34 @@ def test_every_target_is_measured_and_every_figure_wanted():
     assert wanted <= named | with_dropout
 
 
-# ---- the rivals of a step
+# ---- the baselines of a step
 
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Any, ...]:
-    """What `prepare` takes after the name of a rival, of a CLIP with two small blocks in each tower."""
+    """What `prepare` takes after the name of a baseline, of a CLIP with two small blocks in each tower."""
     torch.manual_seed(0)
     image: Any = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
     text: Any = {"context_length": 20, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
     plain = CLIP(32, image, text, quick_gelu=True).to(bench_step.DEVICE, bench_step.DTYPE).requires_grad_(False)
     case = bench_step.Case("tiny", 4, {}, r=4, prompts=5)
     ours = bench_step.make_ours(plain, case.config)
-    weights, batch = rivals.adapters(ours), bench_step.make_batch(case, plain)
+    weights, batch = baselines.adapters(ours), bench_step.make_batch(case, plain)
     truth, _ = bench_step.true_results(case, plain, weights, batch)
     return case, plain, ours, weights, batch, truth, {}
 
 
-RIVALS = ("PEFT eager", "PEFT on transformers' CLIP", "PEFT eager, prompts cut", "dense P_perp", "merge", "addmm")
+BASELINES = ("PEFT eager", "PEFT on transformers' CLIP", "PEFT eager, prompts cut", "dense P_perp", "merge", "addmm")
 
 
-@pytest.mark.parametrize("name", [bench_step.OURS, *RIVALS])
-def test_a_rival_computes_what_ours_does(tiny, name):
+@pytest.mark.parametrize("name", [bench_step.OURS, *BASELINES])
+def test_a_baseline_computes_what_ours_does(tiny, name):
     bench_step.prepare(name, *tiny)
 
 
 @pytest.mark.parametrize("broken", ["text_model.encoder.layers.1.mlp.fc2", "visual_projection"])
-def test_a_rival_with_another_weight_is_not_timed(tiny, monkeypatch, broken):
-    def make(*given: Any) -> rivals.Trainee:
+def test_a_baseline_with_another_weight_is_not_timed(tiny, monkeypatch, broken):
+    def make(*given: Any) -> baselines.Trainee:
         trainee = bench_step.transformers_clip.by_peft(*given)
         layer = trainee.model.clip.get_submodule(broken)
         weight = next(
@@ -248,12 +248,12 @@ def test_a_rival_with_another_weight_is_not_timed(tiny, monkeypatch, broken):
         weight.data = weight.flip(0)  # a copy: the others share the weight
         return trainee
 
-    monkeypatch.setitem(bench_step.RIVALS, "broken", bench_step.Rival(make))
+    monkeypatch.setitem(bench_step.BASELINES, "broken", bench_step.Baseline(make))
     with pytest.raises(AssertionError, match="apart"):
         bench_step.prepare("broken", *tiny)
 
 
-def test_a_rival_that_cannot_be_compiled_is_a_row(tiny, monkeypatch):
+def test_a_baseline_that_cannot_be_compiled_is_a_row(tiny, monkeypatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("an operation is unknown")
 
@@ -271,35 +271,35 @@ def test_a_checkout_replaces_our_copy_where_time_is_short(monkeypatch, on_gpu, n
     monkeypatch.setattr(bench_step, "ON_GPU", on_gpu)
     case = bench_step.Case("m", 1, {"CLIP-LoRA's layer": None, "CLIP-LoRA's own code": None})
     assert bench_step.compared(case, {"--clip-lora": Path("there")}) == names
-    assert bench_step.compared(case, {"--clip-lora": None}) == list(case.rivals)
+    assert bench_step.compared(case, {"--clip-lora": None}) == list(case.baselines)
 
 
-def test_every_case_names_rivals_that_there_are():
+def test_every_case_names_baselines_that_there_are():
     for case in (*bench_step.GPU_CASES, *bench_step.CPU_CASES, bench_train.GPU_CASE, bench_train.CPU_CASE):
-        assert {*case.rivals, *case.extra} <= bench_step.RIVALS.keys()
-        assert not any(bench_step.RIVALS[name].make is None and "," not in name for name in case.rivals)
+        assert {*case.baselines, *case.extra} <= bench_step.BASELINES.keys()
+        assert not any(bench_step.BASELINES[name].make is None and "," not in name for name in case.baselines)
 
 
-def test_a_rival_encodes_whole_texts_where_there_are_texts():
+def test_a_baseline_encodes_whole_texts_where_there_are_texts():
     image, both = (bench_step.Case("m", 1, {}, prompts=prompts) for prompts in (0, 100))
-    whole = {name for name in bench_step.RIVALS if bench_step.WHOLE in bench_step.remark(name, both)}
+    whole = {name for name in bench_step.BASELINES if bench_step.WHOLE in bench_step.remark(name, both)}
     assert {"PEFT eager", "PEFT, torch.compile", "CLIP-LoRA's own code", "dense P_perp"} <= whole
     assert not any("cut" in name or "ours" in name for name in whole)
-    assert not any(bench_step.WHOLE in bench_step.remark(name, image) for name in bench_step.RIVALS)
+    assert not any(bench_step.WHOLE in bench_step.remark(name, image) for name in bench_step.BASELINES)
     assert bench_step.remark(bench_step.OURS, both) == ""
 
 
 def test_until_trained_compares_graphs_with_a_graph(monkeypatch):
     monkeypatch.setattr(bench_train, "CASE", bench_train.GPU_CASE)
-    found = {name: bench_step.RIVALS[name] for name in bench_train.GPU_CASE.rivals}
-    assert any(rival.graphed and rival.cut for rival in found.values())
-    assert any(not rival.graphed and rival.cut for rival in found.values())
+    found = {name: bench_step.BASELINES[name] for name in bench_train.GPU_CASE.baselines}
+    assert any(baseline.graphed and baseline.cut for baseline in found.values())
+    assert any(not baseline.graphed and baseline.cut for baseline in found.values())
     said = bench_train.remark("torch.compile of folded factors")
     assert bench_step.WHOLE in said
     assert "not in its time" not in said
 
 
-def test_compiled_rivals_come_after_the_rows_of_all_others(monkeypatch, tiny):
+def test_compiled_baselines_come_after_the_rows_of_all_others(monkeypatch, tiny):
     """And their steps are checked in training, as they are timed."""
     case, plain, *_ = tiny
     names = {"PEFT, torch.compile": None, "PEFT eager": None, "dense P_perp": None}
@@ -307,7 +307,7 @@ def test_compiled_rivals_come_after_the_rows_of_all_others(monkeypatch, tiny):
     compared, order = compare(), []
 
     def compile_(function: Any) -> Any:
-        order.append({row.rival: row.rounds for row in compared.found.rows})
+        order.append({row.baseline: row.rounds for row in compared.found.rows})
 
         def run(model: Any, *batch: Any) -> Any:
             order.append(model.training)
@@ -317,14 +317,14 @@ def test_compiled_rivals_come_after_the_rows_of_all_others(monkeypatch, tiny):
 
     monkeypatch.setattr(torch, "compile", compile_)
     recorded, record = [], compared.record
-    compared.record = lambda row: (recorded.append(row.rival), record(row))  # pyright: ignore
-    bench_step.test_step(compared, {}, False, replace(case, rivals=names))
+    compared.record = lambda row: (recorded.append(row.baseline), record(row))  # pyright: ignore
+    bench_step.test_step(compared, {}, False, replace(case, baselines=names))
     assert sorted(recorded) == sorted(
         [bench_step.OURS, *names]
-    )  # ours once: its time is that beside the targets' rivals
+    )  # ours once: its time is that beside the targets' baselines
     assert order[0] == {bench_step.OURS: 3, "PEFT eager": 3, "dense P_perp": 3}
     assert set(order[1:]) == {True}
-    assert {row.rival for row in compared.found.rows} == {bench_step.OURS, *names}
+    assert {row.baseline for row in compared.found.rows} == {bench_step.OURS, *names}
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def dropping(tiny) -> tuple[Any, ...]:
     case, plain, *_ = tiny
     case = replace(case, lora_dropout=0.25)
     ours = bench_step.make_ours(plain, case.config)
-    weights, batch = rivals.adapters(ours), bench_step.make_batch(case, plain)
+    weights, batch = baselines.adapters(ours), bench_step.make_batch(case, plain)
     truth, _ = bench_step.true_results(case, plain, weights, batch)
     return case, plain, ours, weights, batch, truth, {}
 
@@ -342,11 +342,11 @@ def test_steps_with_dropout_draw_their_masks(dropping, name):
     bench_step.prepare(name, *dropping)
 
 
-def test_a_rival_that_drops_nothing_is_not_timed(dropping, monkeypatch):
-    def make(plain: Any, weights: Any, config: Any) -> rivals.Trainee:
-        return rivals.by_linear(rivals.DenseProjectorLinear, plain, weights, replace(config, lora_dropout=0.0))
+def test_a_baseline_that_drops_nothing_is_not_timed(dropping, monkeypatch):
+    def make(plain: Any, weights: Any, config: Any) -> baselines.Trainee:
+        return baselines.by_linear(baselines.DenseProjectorLinear, plain, weights, replace(config, lora_dropout=0.0))
 
-    monkeypatch.setitem(bench_step.RIVALS, "drops nothing", bench_step.Rival(make))
+    monkeypatch.setitem(bench_step.BASELINES, "drops nothing", bench_step.Baseline(make))
     with pytest.raises(AssertionError, match="drops nothing: the losses"):
         bench_step.prepare("drops nothing", *dropping)
 
@@ -363,9 +363,9 @@ def test_steps_with_dropout_that_are_wrong(dropping):
 
 def test_the_frozen_model_has_a_floor_of_its_own(tiny):
     case, plain, _, weights, batch, *_ = tiny
-    _, work = bench_step.true_results(replace(case, rivals={"frozen model": None}), plain, weights, batch)
+    _, work = bench_step.true_results(replace(case, baselines={"frozen model": None}), plain, weights, batch)
     assert 0 < work["frozen"].operations < work["adapted"].operations
-    assert "which ours leaves out" in bench_step.RIVALS["frozen model"].remark
+    assert "which ours leaves out" in bench_step.BASELINES["frozen model"].remark
 
 
 def test_memory_of_a_step_that_ours_does_not_fit_into(tiny, monkeypatch):
@@ -373,15 +373,15 @@ def test_memory_of_a_step_that_ours_does_not_fit_into(tiny, monkeypatch):
     monkeypatch.setattr(bench_memory, "make_plain", lambda _: plain)
     make = bench_memory.make_trainee
 
-    def make_theirs(name: str, *given: Any) -> rivals.Trainee:
+    def make_theirs(name: str, *given: Any) -> baselines.Trainee:
         if name == bench_step.OURS:
             raise torch.OutOfMemoryError
         return make(name, *given)
 
     def rows() -> dict[str, Row]:
         compared = compare()
-        bench_memory.test_memory_of_a_step(compared, {}, replace(case, rivals={"PEFT eager": "memory/PEFT"}))
-        return {row.rival: row for row in compared.found.rows}
+        bench_memory.test_memory_of_a_step(compared, {}, replace(case, baselines={"PEFT eager": "memory/PEFT"}))
+        return {row.baseline: row for row in compared.found.rows}
 
     found = rows()
     ours, theirs = found[bench_step.OURS].peak_bytes, found["PEFT eager"].peak_bytes
@@ -514,15 +514,15 @@ def test_warm_and_cold_times_and_launches_in_a_table():
     times: Any = (20, 0.1, 0.1, 0.1, 1, 0.9, 1.1)
     rows = [
         Row("layer", "768", "complora_linear", "", *times, **cold),
-        Row("layer", "768", "rival", "slow; encodes all", *times, **cold),
+        Row("layer", "768", "baseline", "slow; encodes all", *times, **cold),
         Row("layer", "3072", "complora_linear", "", *times),
-        Row("layer", "3072", "rival", f"slow; {why}", *times),
+        Row("layer", "3072", "baseline", f"slow; {why}", *times),
         Row("layer", "3072", "another", why, *times, **cold),
     ]
     text = report.tables([Results({**MACHINE, **GPU}, rows)])
     assert f"One layer, forward and backward: {report.WARM_AND_COLD}" in text
     assert "| complora_linear | 100 ms; cold 200 ms | 100 ms |" in text
-    assert "| rival: slow | 1.00 [0.90, 1.10]; cold 1.50 [1.40, 1.60]† | 1.00 [0.90, 1.10]‡ |" in text
+    assert "| baseline: slow | 1.00 [0.90, 1.10]; cold 1.50 [1.40, 1.60]† | 1.00 [0.90, 1.10]‡ |" in text
     assert f"| another: {comparison.NOT_CAPTURED} |  | 1.00 [0.90, 1.10]; cold 1.50 [1.40, 1.60] |" in text
     assert f"\n\n† encodes all; ‡ {comparison.NOT_CAPTURED}.\n" in text
     assert "one reason" not in text
@@ -570,8 +570,8 @@ def test_the_interval_of_an_upper_bound_is_that_of_the_reciprocal(monkeypatch):
     ratios: dict[str, Any] = {"ratio": 0.8, "ratio_low": 0.5, "ratio_high": 1.0}
     rows = [
         Row("layer", "s", "floor", **ratios, target="most", figure=1.25),
-        Row("layer", "s", "rival", **ratios, target="least", figure=0.8),
-        Row("memory", "s", "rival", target="of another file", figure=0.4),
+        Row("layer", "s", "baseline", **ratios, target="least", figure=0.8),
+        Row("memory", "s", "baseline", target="of another file", figure=0.4),
     ]
     assert targets.measured([Results({**MACHINE}, rows)]) == {
         ("most", "a CPU"): (1.25, (1.0, 2.0)),

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from blocks import ALL, Blocks, plain_block, random_input, results, stacked
-from complora_kernels.eager_block import Activated, Norm
 from layers import laid_out
 from numerics import assert_as_accurate_as_reference
 from open_clip.transformer import QuickGELU
@@ -18,13 +17,16 @@ from small_clip import adapted
 from torch import Tensor, nn
 from triton_device import DEVICE, masks_of
 
-from complora_kernels import eager_block, ops_block, set_recompute
+from complora_kernels import set_recompute
 from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.backends import REGISTRY
+from complora_kernels.backends.torch import Activated, Norm, TorchBackend, activate
 from complora_kernels.blocks import norm_lora_linear
 from complora_kernels.kernels import reductions
 
 HALF = (torch.bfloat16, torch.float16)
 SEED = torch.tensor([1234567890123], device=DEVICE)
+TRITON, TORCH = REGISTRY["triton"], TorchBackend()
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -37,6 +39,11 @@ def norm_of(width: int, dtype: torch.dtype, *, bias: bool = True) -> Norm:
 
 def double(norm: Norm) -> Norm:
     return Norm(norm.weight.double(), None if norm.bias is None else norm.bias.double(), norm.eps)
+
+
+def reader(As: list[Tensor], p: float = 0.0, seeds: list[Tensor] | None = None) -> AdaptedLinear:
+    """The product that reads a norm or an activation, of which they see the adapters alone."""
+    return AdaptedLinear(torch.empty(0), None, As, [], [(0, 0)] * len(As), p, seeds or [])
 
 
 def assert_accurate(ours: Tensor, reference: Tensor, exact: Tensor, name: str, dtype: torch.dtype) -> None:
@@ -62,10 +69,10 @@ def test_norm_fwd(stream, compute, adapters, rank, p):
         delta = randn(M, K, dtype=compute) if with_delta else None
         norm, As = norm_of(K, stream, bias=bias), [randn(rank, K, dtype=compute) for _ in range(adapters)]
         seeds = [SEED] if p and adapters else []
-        s, saved, n, h = ops_block.norm_fwd(x, delta, norm, compute, As, p, seeds)
-        expected, _, expected_n, _ = eager_block.norm_fwd(x, delta, norm, compute, As, p, [])
-        exact, exact_saved, exact_n, _ = eager_block.norm_fwd(
-            x.double(), None if delta is None else delta.double(), double(norm), torch.float64, As, p, []
+        s, saved, n, h = TRITON.norm_fwd(x, delta, norm, compute, reader(As, p, seeds))
+        expected, _, expected_n, _ = TORCH.norm_fwd(x, delta, norm, compute, reader(As, p))
+        exact, exact_saved, exact_n, _ = TORCH.norm_fwd(
+            x.double(), None if delta is None else delta.double(), double(norm), torch.float64, reader(As, p)
         )
         assert (s.dtype, n.dtype) == (expected.dtype, compute)
         assert_accurate(s, expected, exact, "s", stream)
@@ -86,14 +93,14 @@ def test_norm_fwd(stream, compute, adapters, rank, p):
 def test_norm_bwd(stream, compute):
     for (M, K), with_d_stream in itertools.product(((1, 96), (19, 70)), (False, True)):
         x, norm = randn(M, K, dtype=stream, scale=2), norm_of(K, stream)
-        _, normed, _, _ = eager_block.norm_fwd(x, None, norm, compute, [], 0, [])
+        _, normed, _, _ = TORCH.norm_fwd(x, None, norm, compute, reader([]))
         normed = normed._replace(mean=normed.mean.contiguous(), rstd=normed.rstd.contiguous())
-        _, exact_normed, _, _ = eager_block.norm_fwd(x.double(), None, double(norm), torch.float64, [], 0, [])
+        _, exact_normed, _, _ = TORCH.norm_fwd(x.double(), None, double(norm), torch.float64, reader([]))
         dn, d_stream = randn(M, K, dtype=compute), randn(M, K, dtype=stream) if with_d_stream else None
-        ours = ops_block.norm_bwd(dn, d_stream, normed)
-        expected = eager_block.norm_bwd(dn, d_stream, normed)
+        ours = TRITON.norm_bwd(dn, d_stream, normed)
+        expected = TORCH.norm_bwd(dn, d_stream, normed)
         wide = None if d_stream is None else d_stream.double()
-        exact = eager_block.norm_bwd(dn.double(), wide, exact_normed)
+        exact = TORCH.norm_bwd(dn.double(), wide, exact_normed)
         assert_accurate(ours, expected, exact, "dx", stream)
 
 
@@ -105,14 +112,14 @@ def test_rows_and_weights_of_any_strides_make_no_difference():
     def results(place: Any) -> list[Tensor]:
         weight, bias = (place(part.expand(2, K))[0] for part in (norm.weight, norm.weight + 1))
         moved = Norm(weight, bias, norm.eps)
-        stream, normed, n, h = ops_block.norm_fwd(place(x), place(dn), moved, torch.float32, [A], 0.25, [SEED])
-        dx = ops_block.norm_bwd(place(dn), place(x), normed)
+        stream, normed, n, h = TRITON.norm_fwd(place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED]))
+        dx = TRITON.norm_bwd(place(dn), place(x), normed)
         affine = (normed.mean, normed.rstd, *moved[:2])
         dA = reductions.packed_lora_linear_da(place(x), g, 1, 0.25, SEED, norm=affine)
-        a, h2 = ops_block.activation_fwd(place(x), "gelu", [A], 0.25, [SEED])
+        a, h2 = TRITON.activation_fwd(place(x), "gelu", reader([A], 0.25, [SEED]))
         assert h is not None
         assert h2 is not None
-        return [stream, n, h, dx, dA, a, h2, ops_block.activation_bwd(place(dn), place(x), "gelu")]
+        return [stream, n, h, dx, dA, a, h2, TRITON.activation_bwd(place(dn), place(x), "gelu")]
 
     expected = results(lambda tensor: tensor)
     for layout in ("strided", "transposed"):
@@ -127,16 +134,16 @@ def test_activations(dtype, activation, p):
     for M, K, rank in ((1, 40, 2), (37, 100, 20), (37, 70, None), (0, 32, 2)):
         z, da = randn(M, K, dtype=dtype, scale=2), randn(M, K, dtype=dtype)
         As = [] if rank is None else [randn(rank, K, dtype=dtype)]
-        a, h = ops_block.activation_fwd(z, activation, As, p, [SEED] if p and As else [])
-        exact = eager_block.activate(z.double(), activation)
-        expected = eager_block.activate(z, activation)
+        a, h = TRITON.activation_fwd(z, activation, reader(As, p, [SEED] if p and As else []))
+        exact = activate(z.double(), activation)
+        expected = activate(z, activation)
         assert_accurate(a, expected, exact, "a", dtype)
         if As:
             assert h is not None
             assert_accurate(h, h_of(expected, As, p), h_of(exact, [A.double() for A in As], p), "h", dtype)
-        dz = ops_block.activation_bwd(da, z, activation)
-        exact = eager_block.activation_bwd(da.double(), z.double(), activation)
-        assert_accurate(dz, eager_block.activation_bwd(da, z, activation), exact, "dz", dtype)
+        dz = TRITON.activation_bwd(da, z, activation)
+        exact = TORCH.activation_bwd(da.double(), z.double(), activation)
+        assert_accurate(dz, TORCH.activation_bwd(da, z, activation), exact, "dz", dtype)
 
 
 @pytest.mark.parametrize("kind", ["normed", "normed without bias", "gelu", "quick_gelu"])
@@ -151,11 +158,11 @@ def test_factor_gradients_of_what_is_computed_again(dtype, kind, p, monkeypatch)
     rows = [(i * N, (i + 1) * N) for i in range(adapters)]
     if kind.startswith("normed"):
         norm = norm_of(K, dtype, bias=kind == "normed")
-        _, source, value, _ = eager_block.norm_fwd(x, None, norm, dtype, [], 0, [])
-        _, _, exact_value, _ = eager_block.norm_fwd(x.double(), None, double(norm), torch.float64, [], 0, [])
+        _, source, value, _ = TORCH.norm_fwd(x, None, norm, dtype, reader([]))
+        _, _, exact_value, _ = TORCH.norm_fwd(x.double(), None, double(norm), torch.float64, reader([]))
     else:
-        source, value = Activated(x, kind), eager_block.activate(x, kind)
-        exact_value = eager_block.activate(x.double(), kind)
+        source, value = Activated(x, kind), activate(x, kind)
+        exact_value = activate(x.double(), kind)
 
     def factor_grads(value: Tensor, dY: Tensor, Bs: list[Tensor]) -> list[Tensor]:
         masks = masks_of(SEED, adapters, x.shape, p) or [torch.ones_like(value)] * adapters
@@ -165,9 +172,8 @@ def test_factor_gradients_of_what_is_computed_again(dtype, kind, p, monkeypatch)
     seeds = [SEED] if p else []
     for plan in ("fused", "concat") if dtype == torch.float32 else ("concat",):
         monkeypatch.setenv("COMPLORA_PLAN", plan)
-        dX, dAs, dBs = ops_block.linear_bwd(
-            dY, source, h, weight, As, Bs, rows, p, seeds, (True, True, True), precision="exact"
-        )
+        linear = AdaptedLinear(weight, None, As, Bs, rows, p, seeds)
+        dX, dAs, dBs = TRITON.packed_lora_linear_bwd(dY, source, h, linear, (True, True, True))
         exact = factor_grads(exact_value, dY.double(), [B.double() for B in Bs])
         for ours, expected, truth in zip(dAs, factor_grads(value, dY, Bs), exact, strict=True):
             assert ours is not None
@@ -187,13 +193,12 @@ def test_a_residual_is_added(residual, plan, given, monkeypatch):
     A, B, added = randn(rank, K, dtype=dtype), randn(N, rank, dtype=dtype), randn(M, N, dtype=residual)
     precision = "fast" if plan == "addmm" else "exact"
 
-    def call(**options: Any) -> tuple[Tensor, Tensor]:
-        return ops_block.linear_fwd(
-            x, x @ A.mT if given else None, weight, bias, [A], [B], [(0, N)], 0.0, [], precision=precision, **options
-        )
+    def call(residual: Tensor | None, save_h: bool) -> tuple[Tensor, Tensor]:
+        linear = AdaptedLinear(weight, bias, [A], [B], [(0, N)], save_h=save_h, precision=precision)
+        return TRITON.packed_lora_linear_fwd(x, linear, h=x @ A.mT if given else None, residual=residual)
 
-    y, h = call(residual=added, save_h=True)
-    plain, no_h = call(save_h=False)
+    y, h = call(added, save_h=True)
+    plain, no_h = call(None, save_h=False)
     assert no_h.shape == (0, rank)
     assert (y.dtype, h.shape) == (residual, (M, rank))
     assert plain.dtype == dtype

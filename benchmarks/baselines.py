@@ -1,8 +1,8 @@
 """Other ways to train an adapted model: its frozen weights and its factors, in the code of others.
 
-Every rival has the residual block of Hugging Face's CLIP, with q, k, v and o in linear layers of their own: PEFT adds
-the update of an `nn.MultiheadAttention`'s output projection twice (https://github.com/huggingface/peft/pull/3774), and
-the block copies q, k and v less often than open_clip's own does. `transformers_clip` has that library's own model.
+Every baseline has the residual block of Hugging Face's CLIP, with q, k, v and o in linear layers of their own: PEFT
+adds the update of an `nn.MultiheadAttention`'s output projection twice (https://github.com/huggingface/peft/pull/3774),
+and the block copies q, k and v less often than open_clip's own does. `transformers_clip` has that library's own model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Adapter(NamedTuple):
 
 @dataclass
 class Trainee:
-    """A model and what is trained of it, by the names that the weights have in a rival."""
+    """A model and what is trained of it, by the names that the weights have in a baseline."""
 
     model: Any
     factors: dict[str, Factors]
@@ -63,7 +63,7 @@ def of_ours(model: nn.Module) -> Trainee:
 
 
 def adapters(ours: nn.Module) -> dict[str, Adapter]:
-    """Those of an adapted model with `sides="output"`, by the names that the weights have in a rival, in float64."""
+    """Those of an adapted model with `sides="output"`, by the names that the weights have in a baseline, in float64."""
     found = {}
     for path, layer in adapted_layers(ours).items():
         for name in layer.weights:
