@@ -1,9 +1,9 @@
 """How fast is one adapted layer, forward and backward, against other ways to compute it?
 
 `make bench` runs it: on a CPU in float32, on a GPU in bfloat16, with and without dropout. Every baseline starts from
-the same weights and factors and is checked before it is timed, on a GPU its CUDA graph too; with dropout, that the mean and
-the size of what it drops are right, and that masks are drawn anew. `--lorafusion PATH`, a checkout
-of LoRAFusion, adds its layer to those on a GPU.
+the same weights and factors and is checked before it is timed, on a GPU its CUDA graph too; with dropout, that the mean
+and the size of what it drops are right, and that masks are drawn anew. `--lorafusion PATH`, a checkout of LoRAFusion,
+adds its layer to those on a GPU.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 `make bench` runs it: on a CPU in float32, on a GPU in bfloat16. A step is a forward pass, a backward pass and AdamW.
 Every baseline starts from the same frozen weights and factors. Its loss and gradients are checked, without dropout,
-before it is timed; with dropout, that its losses differ and have the right mean. One that torch.compile or a CUDA graph cannot
-take is a row that says so. Rooflines are of the products of plain torch with folded factors at all positions, prompts
-cut; that of the frozen model is of its own. The learning rate is 0, so that everyone's factors stay what they are, for
-the same work.
+before it is timed; with dropout, that its losses differ and have the right mean. One that torch.compile or a CUDA graph
+cannot take is a row that says so. Rooflines are of the products of plain torch with folded factors at all positions,
+with truncated prompts; that of the frozen model is of its own. The learning rate is 0, so that everyone's factors stay
+what they are, for the same work.
 """
 
 from __future__ import annotations

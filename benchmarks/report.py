@@ -1,7 +1,7 @@
 """Makes README's tables and two figures of the results files: `make report`.
 
 A table for each benchmark and machine: baselines down, shapes across, each cell the time over ours in the same round
-with its 95% interval, on a GPU once with a warm and once with a cold L2 cache where steps were timed without their launches.
+with its 95% interval, on a GPU once with a warm and once with a cold L2 cache where steps were timed without launches.
 The README's lines between `<!-- measured -->` and `<!-- /measured -->` are replaced; figures go to the results folder.
 """
 

@@ -372,7 +372,7 @@ def test_warm_and_cold_in_the_files_and_the_terminal(tmp_path):
     compared.record(timed)
     compared.record(Row("layer", "s", "baseline", "with launches", 20, 2e-3, 2e-3, 2e-3, 2, 1.9, 2.1))
     content = json.loads(path.read_text())
-    assert content["schema"] == 2
+    assert content["schema"] == 3
     assert [row.get("cold_s") for row in content["rows"]] == [1.5e-3, None]
     assert [row.get("cold_ratio") for row in content["rows"]] == [1.25, None]
     with path.with_suffix(".csv").open() as file:
@@ -388,7 +388,7 @@ def test_warm_and_cold_in_the_files_and_the_terminal(tmp_path):
 def test_a_file_of_a_cpu_has_no_cold_times(tmp_path):
     path = tmp_path / "older.json"
     row = {"benchmark": "layer", "shape": "s", "baseline": "ours", "rounds": 20, "median_s": 1.0, "ratio": 1.0}
-    path.write_text(json.dumps({"schema": 2, "machine": {}, "rows": [row]}))
+    path.write_text(json.dumps({"schema": 3, "machine": {}, "rows": [row]}))
     assert results.read(path).rows == [Row(**row)]
     assert results.read(path).rows[0].cold_s is None
 

@@ -172,8 +172,8 @@ def test_a_file_after_every_row(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema": 1, "machine": {}, "rows": []}', "schema=1, expected 2"),
-        ('{"schema": 2, "machine": {}, "rows": [{"speed": 1}, {"age": 2}]}', "rows with age, speed, expected fields"),
+        ('{"schema": 1, "machine": {}, "rows": []}', "schema=1, expected 3"),
+        ('{"schema": 3, "machine": {}, "rows": [{"speed": 1}, {"age": 2}]}', "rows with age, speed, expected fields"),
         ('{"machine": {}, "rows": []}', "no results file"),
         ("[]", "no results file"),
         ("{", "no results file"),
@@ -599,7 +599,7 @@ def test_the_report_of_a_folder(tmp_path):
     (folder / "b.json").write_text('{"schema": 7}')
     failed = run_report(folder, readme)
     assert failed.returncode != 0
-    assert "b.json has schema=7, expected 2" in failed.stderr
+    assert "b.json has schema=7, expected 3" in failed.stderr
     assert readme.read_text() == text
 
 
