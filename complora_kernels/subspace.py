@@ -191,11 +191,6 @@ def clear_cache() -> None:
     _SPECTRA.clear()
 
 
-def is_cached(weight: Tensor) -> bool:
-    """Whether the decomposition of `weight` is already known."""
-    return fingerprint(weight) in _SPECTRA
-
-
 Decomposition = TypeVar("Decomposition", Spectrum, Directions)
 
 

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from complora_kernels.adapters import base_weights
+from complora_kernels.common import base_weights
 from complora_kernels.common.files import write_atomically, write_new
 from complora_kernels.common.schema import check_type
 from complora_kernels.config import CompLoRAConfig
@@ -312,8 +312,13 @@ def _check_peft_fields(config: dict[str, Any]) -> None:
     expected = peft_fields(CompLoRAConfig.from_dict(saved["config"]), saved["base_weights"])
     del expected["rank_pattern"]  # of attention
     for name, value in expected.items():
-        if name in config and config[name] != value:
+        if name in config and not _same_json(config[name], value):
             raise ValueError(f"{name}={config[name]!r:.100} contradicts complora, expected {value!r:.100}")
+
+
+def _same_json(value: Any, other: Any) -> bool:
+    """Whether two values have the same JSON: in Python 2 == 2.0 and 1 == True, which JSON writes differently."""
+    return json.dumps(value, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _check_saved(saved: dict[str, Any]) -> Shapes:
@@ -370,7 +375,7 @@ def _check_config_file(path: Path, expected: dict[str, Any]) -> None:
             stacklevel=4,
         )
         return
-    changed = [name for name, value in expected.items() if name not in written or written[name] != value]
+    changed = [name for name, value in expected.items() if name not in written or not _same_json(written[name], value)]
     if changed:
         raise ValueError(
             f"{path} differs in {', '.join(changed)} from the configuration that the weights were saved with, expected "

@@ -38,8 +38,8 @@ from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
-from complora_kernels.modules import CompLoRAAttention, CompLoRAMultiheadAttention
-from complora_kernels.modules.layer import FLOATING, CompLoRALayer
+from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
+from complora_kernels.modules.layer import FLOATING
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,7 +76,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
-            q, k, v of open_clip 4's attention, which are no modules. Also as `save_adapter`.
+            q, k, v of open_clip 4's attention, which are no modules, or a layer of a class that is not one of this
+            package's. Also as `save_adapter`.
     """
     layers = adapted_layers(adapted_model(model))
     for path, layer in layers.items():
@@ -97,6 +98,13 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _check_exportable(path: str, layer: CompLoRALayer) -> None:
+    """Raises ValueError where PEFT has no module that computes what the layer computes."""
+    if not isinstance(layer, (CompLoRALinear, CompLoRAMultiheadAttention, CompLoRAAttention)):
+        raise ValueError(
+            f"{path} is a {type(layer).__name__}, expected a CompLoRALinear, CompLoRAMultiheadAttention or "
+            "CompLoRAAttention: for other layers the names of PEFT's modules are not known. merge_adapter gives plain "
+            "weights"
+        )
     if isinstance(layer, CompLoRAMultiheadAttention) and "o" in layer.weights:
         raise ValueError(
             f"{path} adapts o, expected q, k, v alone: PEFT adds the update of an nn.MultiheadAttention's output "

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import functional, subspace
-from complora_kernels.adapters import base_weights
 from complora_kernels.adapters.build import (
     Target,
     adapt_targets,
@@ -41,6 +40,7 @@ from complora_kernels.adapters.files import (
     replaced_adapter,
     write_adapter,
 )
+from complora_kernels.common import base_weights
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import functional, subspace
-from complora_kernels.adapters import base_weights
+from complora_kernels.common import base_weights
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import Unscriptable, check_followed

@@ -28,7 +28,6 @@ from tiny_models import (
 from torch import Tensor, nn
 
 import complora_kernels as ck
-from complora_kernels.adapters import base_weights
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.calibration import SecondMoments, Watched, second_moments
 from complora_kernels.adapters.files import BASES_FILES, CONFIG_FILE, WEIGHTS_FILE
@@ -550,18 +549,6 @@ def test_a_state_dict_follows_the_bases_that_a_model_is_given(tmp_path):
         give(other)
         other.load_state_dict(state)
         model.load_state_dict(other.state_dict())
-
-
-@pytest.mark.parametrize("k", [0, 1, 5, 24])
-def test_the_sketch_of_a_projection(k):
-    U, V = (torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q[:, :k] for _ in range(2))
-    sketch = base_weights.describe_projection(U)
-    expected = base_weights.describe(U @ U.T)["sketch"]
-    torch.testing.assert_close(sketch, torch.tensor(expected, dtype=torch.float64))
-    turned = U @ torch.linalg.qr(torch.randn(k, k, dtype=torch.float64)).Q
-    torch.testing.assert_close(base_weights.describe_projection(turned), sketch)  # another basis of the same subspace
-    if 0 < k < 24:
-        assert (base_weights.describe_projection(V) - sketch).norm() > 0.3 * (U @ U.T - V @ V.T).norm()
 
 
 # ---- files

@@ -1,5 +1,4 @@
 import copy
-import hashlib
 import itertools
 import json
 import os
@@ -16,10 +15,10 @@ from torch import nn
 
 import complora_kernels as ck
 from complora_kernels import subspace
-from complora_kernels.adapters import base_weights
 from complora_kernels.adapters import files as adapter_files
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from complora_kernels.common import base_weights
 
 # Folding a folded factor again, and the scaling, round float32 (6e-8) in a few short products.
 ROUNDING = 2e-6
@@ -364,6 +363,8 @@ def test_a_changed_configuration_file(tmp_path):
     edited = fields["complora"] | {"config": fields["complora"]["config"] | {"subspace_k": 4}}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"complora": edited}))
     assert_refused(tmp_path, "differs in complora from")
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"r": 2.0}))
+    assert_refused(tmp_path, "differs in r from")
     (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"base_model_name_or_path": "ViT-B-16"}))
     ck.load_adapter(small_clip(), tmp_path, progress=False)
 
@@ -459,59 +460,3 @@ def test_a_failure_while_turning_bases_leaves_the_model_as_it_was(tmp_path, monk
     saved(tmp_path)
     failing(monkeypatch, subspace, "align_basis", {3}, MemoryError("out of memory"))
     assert_refused(tmp_path, "out of memory", small_clip() if is_plain else adapted(small_clip(), seed=4), MemoryError)
-
-
-# The description of base weights.
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (7, 300), (1, 1)])
-def test_description_of_a_weight(shape):
-    W = torch.randn(shape)
-    sign = {side: base_weights._signs(side, d) for side, d in zip(("output", "input"), shape, strict=True)}
-    described = base_weights.describe(W)
-    signs = zip(sign["output"].tolist(), sign["input"].tolist(), strict=True)
-    rows = W.tolist()
-    expected = [sum(a * b * w for a, row in zip(u, rows) for b, w in zip(v, row)) for u, v in signs]  # noqa: B905
-    assert described["sketch"] == pytest.approx(expected, rel=1e-5, abs=1e-4)
-    assert described["norm"] == pytest.approx(float(W.norm()))
-    assert described["shape"] == list(shape)
-
-
-def test_the_signs_are_those_of_the_format():
-    for side in ("output", "input"):
-        for position, byte in enumerate(hashlib.shake_256(side.encode()).digest(9)):
-            bits = [byte >> i & 1 for i in range(8)]
-            assert base_weights._signs(side, 9)[:, position].tolist() == [1 if bit else -1 for bit in bits]
-    signs = torch.cat([base_weights._signs(side, 4096) for side in ("output", "input")])
-    gram = signs @ signs.T / 4096
-    assert (gram - torch.eye(16)).abs().max() < 0.1  # independent: 1/64 each, six standard deviations
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 0.0015), (torch.float16, 0.0002)])
-def test_distance_of_half_precision_copies(dtype, expected):
-    weights = [torch.randn(200, 100) * 0.02 for _ in range(20)]
-    known = [base_weights.describe(weight) for weight in weights]
-    apart = [
-        base_weights.relative_distance(base_weights.describe(w.to(dtype)), k)
-        for w, k in zip(weights, known, strict=True)
-    ]
-    assert sum(apart) / len(apart) == pytest.approx(expected, rel=0.3)
-    assert max(apart) < 0.004
-
-
-@pytest.mark.parametrize("change", [0.03, 0.3, 1.0])
-def test_distance_estimates_the_relative_change(change):
-    apart = []
-    for _ in range(50):
-        W = torch.randn(60, 80)
-        other = W + change * torch.randn(60, 80)
-        apart.append(base_weights.relative_distance(base_weights.describe(other), base_weights.describe(W)))
-    assert sum(apart) / len(apart) == pytest.approx(change, rel=0.15)  # 50 estimates of 25% each
-    assert min(apart) > base_weights.TOLERANCE
-
-
-def test_distance_of_a_zero_weight():
-    zero = base_weights.describe(torch.zeros(3, 4))
-    assert base_weights.relative_distance(zero, zero) == 0
-    assert base_weights.relative_distance(base_weights.describe(torch.ones(3, 4)), zero) > base_weights.TOLERANCE
-    assert base_weights.relative_distance(base_weights.describe(torch.zeros(4, 3)), zero) == float("inf")
