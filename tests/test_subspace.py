@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import random_basis
-from torch import Tensor
+from torch import Tensor, nn
 
+import complora_kernels as ck
 from complora_kernels import subspace
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.functional import project_complement
@@ -248,6 +250,31 @@ def test_a_second_moment_belongs_to_activations_alone(source, given):
         projection_basis(torch.randn(3, 4), config, "output", "a.b", second_moment=given)
 
 
+def test_every_named_source_has_a_record():
+    assert tuple(subspace.SOURCES) == get_args(subspace.SubspaceSource)
+
+
+def test_a_source_is_added_by_its_record_alone(monkeypatch):
+    """The weakest directions of a weight, under a name of their own."""
+    weight, U, sigma, _ = known_weight(6, 8)
+
+    def weakest(*arguments: Any) -> subspace.Directions:
+        vectors, energies = subspace.SOURCES["weight"].directions(*arguments)
+        return subspace.Directions(vectors.flip(1), energies.flip(0))
+
+    def share(weight: Tensor, side: subspace.Side, directions: subspace.Directions, k: int) -> float:
+        return float(directions.energies[:k].sum() / directions.energies.sum())
+
+    monkeypatch.setitem(subspace.SOURCES, "weakest", subspace.Source(False, True, weakest, share))
+    config: Any = CompLoRAConfig(subspace_k=2, subspace_source="weakest", target_modules="0")  # type: ignore[arg-type]
+    linear = nn.Linear(8, 6).double()
+    linear.weight = nn.Parameter(weight)
+    model: Any = ck.apply_complora(nn.Sequential(linear), config, progress=False)
+    basis = model[0].basis("", "output")
+    assert distance(basis.matrix, U[:, -2:]) < 1e-12
+    assert ck.subspace_report(model)[0].energy == pytest.approx(float(sigma[-2:].square().sum() / sigma.square().sum()))
+
+
 # ---- random directions
 
 
@@ -417,7 +444,6 @@ def test_refuses_a_size_or_side(basis_of, size, message):
 def test_refuses_a_weight(weight, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*expected"):
         principal_basis(weight, k=1)
-    assert not subspace._SPECTRA
 
 
 def test_projection_basis_names_the_weight():

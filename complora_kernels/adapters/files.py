@@ -336,7 +336,7 @@ def _check_saved(saved: dict[str, Any]) -> Shapes:
         out_features, in_features = described["shape"]
         shapes[peft_key(path, "lora_A")] = (config.r, in_features)
         shapes[peft_key(path, "lora_B")] = (out_features, config.r)
-    if config.protects_activations:
+    if not config.source.recomputable:
         check_type(saved, SavedBases, "complora")
         if not re.fullmatch("[0-9a-f]{64}", saved["bases_digest"]):  # it becomes a part of a file's name
             raise ValueError(f"complora.bases_digest={saved['bases_digest']!r:.100}, expected 64 hexadecimal digits")

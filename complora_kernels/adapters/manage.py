@@ -147,7 +147,7 @@ def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: `model` has no adapter, holds several adapted models, or is a part of one.
     """
-    part = adapted_model(model)
+    part = _part_with_names(model)
     state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named_adapter_parameters(part)}
     for path, layer in adapted_layers(part).items():
         state |= {name: basis for name, basis in layer.named_buffers(prefix=path) if "_basis" in name[len(path) :]}
@@ -168,11 +168,16 @@ def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
     changes = Changes()
     changes.copy(list(own.values()), [state[name] for name in own])
-    for path, layer in adapted_layers(adapted_model(model)).items():
+    for path, layer in adapted_layers(_part_with_names(model)).items():
         prefix = f"{path}." if path else ""
         matrices = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         layer.describe_bases(matrices, changes)
     changes.make()
+
+
+def _part_with_names(model: nn.Module) -> nn.Module:
+    """The part of `model` from which names are counted: the model that was adapted, or a layer that stands alone."""
+    return model if isinstance(model, CompLoRALayer) else adapted_model(model)
 
 
 def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:

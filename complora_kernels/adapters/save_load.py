@@ -98,7 +98,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     weights = adapted_weights(layers)
     with replaced_adapter(directory) as staging:
         factors = folded_factors(weights)
-        bases = own_bases(weights) if config.protects_activations else {}
+        bases = {} if config.source.recomputable else own_bases(weights)
         described = _adapter_config(config, weights, find(part).activations(part), bases)
         matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
         warn_of_trained(model)
@@ -142,7 +142,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         check_factors(factors, weights, config)
         _check_base_weights(saved["complora"]["base_weights"], weights)
         _check_activations(saved["complora"]["activations"], find(part).activations(part))
-        bases = _saved_bases(directory, saved, weights) if config.protects_activations else None
+        bases = None if config.source.recomputable else _saved_bases(directory, saved, weights)
         fill_adapter(part, config, factors, bases, progress=progress)
     return model
 
