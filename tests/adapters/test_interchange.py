@@ -14,8 +14,9 @@ from torch import nn
 
 import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, peft_fields, write_files
-from complora_kernels.adapters.save_load import adapted_weights, factor_tensors
+from complora_kernels.adapters.configuration import peft_fields
+from complora_kernels.adapters.factors import adapted_weights, factor_tensors
+from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, write_files
 from complora_kernels.modules.layer import CompLoRALayer, WeightRows
 
 # PEFT adds ΔW to the weight and multiplies once, here the low-rank term is added: two orders of float32 sums.
@@ -266,10 +267,10 @@ REFUSED = {
     ),
     "no metadata": (
         lambda s: s.pop("metadata"),
-        r"has not the form of CLIP-LoRA's lora_weights\.pt \(it has no metadata, expected one\)",
+        r"expected weights of layer_0, .*lora_weights\.pt \(it has no metadata, expected one\)",
     ),
     "no rank": (lambda s: s["metadata"].pop("r"), "it.metadata has no r, expected one"),
-    "flat weights": (lambda s: s.update(weights=[1]), "has not the form"),
+    "flat weights": (lambda s: s.update(weights=[1]), "it.weights is a list, expected an object"),
     "encoder": (lambda s: s["metadata"].update(encoder="image"), "encoder='image', expected one of text, vision, both"),
     "position": (lambda s: s["metadata"].update(position="top"), "position='top', expected one of all, bottom"),
     "params": (lambda s: s["metadata"].update(params=["x"]), r"make no configuration: target_modules=\['x'\]"),

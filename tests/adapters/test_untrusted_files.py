@@ -75,13 +75,13 @@ def rewritten(source: Path, target: Path, change: Change = same, tensors: Change
     saved = config.get("complora")
     known = saved if isinstance(saved, dict) else {}
     if matrices:
-        digest = adapter_files._sha256(adapter_files._fingerprints(matrices))
-        safetensors.torch.save_file(matrices, target / adapter_files._bases_file(digest), metadata={"format": "pt"})
+        digest = adapter_files.bases_digest(matrices)
+        safetensors.torch.save_file(matrices, target / adapter_files.bases_file(digest), metadata={"format": "pt"})
         if known.get("bases_digest") == original["complora"]["bases_digest"]:
             known["bases_digest"] = digest
     factors = {name: tensor.contiguous() for name, tensor in factors.items()}
     if known.get("digest") == original["complora"]["digest"]:
-        known["digest"] = adapter_files._digest(config, factors)
+        known["digest"] = adapter_files.adapter_digest(config, factors)
     adapter_files.write_files(target, config, factors, metadata={"adapter_config": json.dumps(config)})
 
 
@@ -206,6 +206,14 @@ def test_a_lie_about_a_basis_is_named(tmp_path, lie, size):
     model = plain()
     with Unchanged(model), pytest.raises(ValueError, match=rf"complora\.bases\.{key}\.{name}={value}, expected"):
         ck.load_adapter(model, tmp_path / "changed", progress=False)
+
+
+def test_further_entries_of_a_configuration_are_left_alone(tmp_path):
+    expected = saved(tmp_path / "saved", "activations")(X)
+    for path in [("more",), ("complora", "more"), ("complora", "bases", "0.input_basis", "more")]:
+        rewritten(tmp_path / "saved", tmp_path / "changed", lambda config: put(config, path, 1))  # noqa: B023
+        model = ck.load_adapter(plain(), tmp_path / "changed", progress=False)
+        torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", ["nothing", "(", "(.+)+!"])
@@ -379,7 +387,7 @@ def test_a_configuration_of_a_gigabyte_is_not_read(tmp_path):
     saved(tmp_path, "weight")
     os.truncate(tmp_path / CONFIG_FILE, 2**30)  # takes no room on the disk
     model = plain()
-    with Unchanged(model), pytest.raises(ValueError, match=rf"{CONFIG_FILE} is damaged, .*more than 16777216 bytes"):
+    with Unchanged(model), pytest.raises(ValueError, match=rf"{CONFIG_FILE}: expected JSON .*more than 16777216 bytes"):
         ck.load_adapter(model, tmp_path, progress=False)
 
 
