@@ -216,6 +216,22 @@ def test_further_entries_of_a_configuration_are_left_alone(tmp_path):
         torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_basis_that_the_configuration_asks_for_is_missed(tmp_path):
+    saved(tmp_path / "saved", "activations")
+
+    def without(named: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in named.items() if key != "2.output_basis"}
+
+    def change(config: dict[str, Any]) -> None:
+        config["complora"]["bases"] = without(config["complora"]["bases"])
+
+    rewritten(tmp_path / "saved", tmp_path / "changed", change, bases=without)
+    model = plain()
+    message = r"the file of the bases does not fit the model: missing 2\.output_basis, unexpected nothing"
+    with Unchanged(model), pytest.raises(ValueError, match=message):
+        ck.load_adapter(model, tmp_path / "changed", progress=False)
+
+
 @pytest.mark.parametrize("pattern", ["nothing", "(", "(.+)+!"])
 def test_a_regular_expression_of_a_file_is_neither_compiled_nor_matched(tmp_path, pattern):
     expected = saved(tmp_path / "saved", "weight")(X)
@@ -302,6 +318,15 @@ def test_tensors_of_other_dtypes_shapes_and_values(adapter, tmp_path, change):
         on_factors, on_bases = (lambda tensors, change=each: with_first(tensors, change) for each in changes)
         rewritten(directory, tmp_path / str(number), tensors=on_factors, bases=on_bases)
         assert_refused_or_right(tmp_path / str(number), expected, number, may_load=False)
+
+
+def test_an_update_that_is_not_finite_is_named(tmp_path):
+    saved(tmp_path / "saved", "weight")
+    broken = {"base_model.model.2.lora_B.weight": torch.full((7, 3), float("nan"))}
+    rewritten(tmp_path / "saved", tmp_path / "changed", tensors=lambda tensors: tensors | broken)
+    model = plain()
+    with Unchanged(model), pytest.raises(ValueError, match="the update of 2 holds NaN or infinite values"):
+        ck.load_adapter(model, tmp_path / "changed", progress=False)
 
 
 def test_finite_factors_of_an_infinite_update(adapter, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import torch
 from torch import Tensor
@@ -42,11 +43,12 @@ def test_inference_tensors_which_have_no_version():
     assert facts.get(tensor) == 5
 
 
-def test_forgotten_with_the_tensor():
-    facts: TensorFacts[int] = TensorFacts()
+def test_a_fact_is_forgotten_with_its_tensor():
+    facts: TensorFacts[Tensor] = TensorFacts()
     tensor = torch.ones(3)
-    facts.set(tensor, 1)
-    assert len(facts._facts) == 1
+    fact = weakref.ref(facts.set(tensor, torch.zeros(1)))
+    gc.collect()
+    assert fact() is not None
     del tensor
     gc.collect()
-    assert len(facts._facts) == 0
+    assert fact() is None

@@ -1,7 +1,6 @@
 import copy
 import itertools
 import json
-import os
 import pickle
 import re
 
@@ -15,10 +14,8 @@ from torch import nn
 
 import complora_kernels as ck
 from complora_kernels import subspace
-from complora_kernels.adapters import files as adapter_files
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from complora_kernels.common import base_weights
 
 # Folding a folded factor again, and the scaling, round float32 (6e-8) in a few short products.
 ROUNDING = 2e-6
@@ -229,90 +226,6 @@ def test_layers_of_different_configurations_are_not_saved(tmp_path):
         ck.save_adapter(model, tmp_path)
 
 
-def test_an_unwritable_folder_is_an_error_before_anything(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    model = adapted(small_clip())
-    monkeypatch.setattr(base_weights, "describe", None)  # nothing is computed
-    for directory in (tmp_path / "file", tmp_path / "file" / "adapter"):
-        with pytest.raises(OSError, match=r"directory='.*file.*', expected a folder that can be written to"):
-            ck.save_adapter(model, directory)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    saved(tmp_path)
-    assert contents(tmp_path).keys() == {"README.md", CONFIG_FILE, WEIGHTS_FILE}
-    assert contents(tmp_path)["README.md"] == b"mine"
-
-
-# A save that fails, or a process that is killed.
-
-
-@pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.parametrize(
-    ("owner", "name", "failures"),
-    [(adapter_files, "save", {0}), (os, "fsync", {0}), (os, "fsync", {1}), (os, "replace", {0}), (os, "replace", {1})],
-    ids=["serialise", "sync configuration", "sync weights", "move configuration", "move weights"],
-)
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("stop")], ids=["error", "interrupt"])
-def test_a_failed_save_leaves_the_files_as_they_were(tmp_path, monkeypatch, owner, name, failures, existing, error):
-    directory = tmp_path / "adapter"
-    old = saved(directory) if existing else None
-    before = contents(tmp_path)
-    new = adapted(small_clip(), seed=2)
-    with monkeypatch.context() as patch:
-        failing(patch, owner, name, failures, error)
-        with pytest.raises(type(error), match=str(error)):
-            ck.save_adapter(new, directory)
-    assert contents(tmp_path) == before
-    if old is not None:
-        assert_close(features(ck.load_adapter(small_clip(), directory, progress=False)), features(old), ROUNDING)
-
-
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_folder_that_cannot_be_synced_holds_the_new_adapter_and_the_error_says_so(tmp_path, monkeypatch, existing):
-    if existing:
-        saved(tmp_path)
-    new = adapted(small_clip(), seed=2)
-    with monkeypatch.context() as patch:
-        failing(patch, os, "fsync", {2}, OSError("input/output error"))
-        with pytest.raises(OSError, match=r"the new adapter is in place in '.*', but .* \(input/output error\)"):
-            ck.save_adapter(new, tmp_path)
-    assert contents(tmp_path).keys() == {CONFIG_FILE, WEIGHTS_FILE}
-    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(new), ROUNDING)
-
-
-def test_a_failed_save_leaves_no_folders_that_it_made(tmp_path, monkeypatch):
-    failing(monkeypatch, os, "fsync", {0}, OSError("disk full"))
-    with pytest.raises(OSError, match="disk full"):
-        ck.save_adapter(adapted(small_clip()), tmp_path / "a" / "b" / "c")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_killed_between_the_moves_leaves_the_old_adapter(tmp_path, monkeypatch):
-    old = saved(tmp_path)
-    with monkeypatch.context() as patch:
-        failing(
-            patch, os, "replace", set(range(1, 100)), OSError("disk full")
-        )  # nor can the old configuration be put back
-        with pytest.raises(OSError, match="disk full"):
-            ck.save_adapter(adapted(small_clip(), seed=2, r=3), tmp_path)
-    assert json.loads((tmp_path / CONFIG_FILE).read_text())["r"] == 3
-    with pytest.warns(UserWarning, match="belongs to other weights than the adapter_model.safetensors beside it"):
-        loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
-    assert_close(features(loaded), features(old), ROUNDING)
-    new = saved(tmp_path, seed=2, r=3)  # the next save repairs it
-    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(new), ROUNDING)
-
-
-def test_a_new_adapter_replaces_the_old_one(tmp_path):
-    saved(tmp_path)
-    new = saved(tmp_path, seed=2, r=5, target_modules=("fc1",))
-    loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
-    assert_close(features(loaded), features(new), ROUNDING)
-
-
 # What is refused, with the model left as it was.
 
 
@@ -435,16 +348,6 @@ def test_a_model_without_such_layers(tmp_path):
 def test_another_configuration_than_that_of_the_model(tmp_path, options, message):
     saved(tmp_path)
     assert_refused(tmp_path, message, adapted(small_clip(), **options))
-
-
-def test_a_broken_update_is_not_loaded(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("complora_kernels.adapters.factors._check_update", lambda *_: None)
-        model = adapted(small_clip())
-        with torch.no_grad():
-            model.get_parameter("transformer.resblocks.0.attn.lora_B.k")[:] = float("nan")
-        ck.save_adapter(model, tmp_path)
-    assert_refused(tmp_path, "transformer.resblocks.0.attn.k_proj holds NaN")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no convergence"), KeyboardInterrupt("stop")])
