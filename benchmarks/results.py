@@ -8,12 +8,14 @@ replaces the rows that it measures again. The `.csv` beside it holds the same ro
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from complora_kernels.common.files import write_atomically
 
 SCHEMA = 3
 
@@ -102,24 +104,13 @@ def write(path: Path, results: Results) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{name: value for name, value in asdict(row).items() if value not in (None, "")} for row in results.rows]
     content = {"schema": SCHEMA, "machine": results.machine, "rows": rows}
-    _replace(path, [json.dumps(content, indent=1)])
-    _replace(path.with_suffix(".csv"), _csv_lines(rows))
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_atomically(path.with_suffix(".csv"), _csv(rows))
 
 
-def _csv_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
-    lines: list[str] = []
-
-    class Lines:
-        def write(self, line: str) -> None:
-            lines.append(line.rstrip("\r\n"))
-
-    writer = csv.DictWriter(Lines(), [field.name for field in fields(Row)])
+def _csv(rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return lines
-
-
-def _replace(path: Path, lines: list[str]) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text("\n".join(lines) + "\n")
-    os.replace(draft, path)
+    return text.getvalue()

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from complora_kernels.common.schema import check_type, is_int, is_number
+from complora_kernels.subspace import SOURCES, Source, SubspaceSource, check_subspace_size
 
 Sides = Literal["output", "input", "both", "none"]
-SubspaceSource = Literal["weight", "random", "activations"]
 
 ATTENTION_TARGETS = ("q", "k", "v", "o")
 MLP_TARGETS = ("fc1", "fc2")
@@ -85,10 +85,10 @@ class CompLoRAConfig:
         _require(isinstance(self.use_rslora, bool), "use_rslora", self.use_rslora, "True or False")
         _require(self.sides in get_args(Sides), "sides", self.sides, f"one of {', '.join(get_args(Sides))}")
         _require(
-            self.subspace_source in get_args(SubspaceSource),
+            self.subspace_source in tuple(SOURCES),
             "subspace_source",
             self.subspace_source,
-            f"one of {', '.join(get_args(SubspaceSource))}",
+            f"one of {', '.join(SOURCES)}",
         )
         _require(is_int(self.subspace_seed), "subspace_seed", self.subspace_seed, "an integer")
         self._check_subspace_size()
@@ -131,9 +131,9 @@ class CompLoRAConfig:
         return {"k": self.subspace_k, "energy": self.subspace_energy, "ratio": self.subspace_ratio}
 
     @property
-    def protects_activations(self) -> bool:
-        """Whether bases come from calibration batches: `subspace_source="activations"`, with a projected side."""
-        return self.subspace_source == "activations" and self.sides != "none"
+    def source(self) -> Source:
+        """The source of the protected directions. Plain LoRA, which protects none, needs no data whatever is named."""
+        return SOURCES["weight" if self.sides == "none" else self.subspace_source]
 
     @property
     def scaling(self) -> float:
@@ -164,16 +164,6 @@ class CompLoRAConfig:
         config = cls(**values)
         object.__setattr__(config, "target_modules", pattern)
         return config
-
-
-def check_subspace_size(*, k: int | None, energy: float | None, ratio: float | None, prefix: str = "") -> None:
-    """Raises ValueError unless the one size that is given lies in its range (k's upper end needs the weight)."""
-    if k is not None:
-        _require(is_int(k) and k >= 0, f"{prefix}k", k, "an integer of at least 0")
-    if energy is not None:
-        _require(is_number(energy) and 0 < energy <= 1, f"{prefix}energy", energy, "a share in (0, 1]")
-    if ratio is not None:
-        _require(is_number(ratio) and 0 <= ratio <= 1, f"{prefix}ratio", ratio, "a share in [0, 1]")
 
 
 def _names(field: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:

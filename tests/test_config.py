@@ -81,11 +81,12 @@ def test_dictionary_round_trip_through_json(config):
     assert CompLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_activations_are_protected_where_a_side_is():
+def test_data_is_needed_for_activations_where_a_side_is_projected():
     for source in ("weight", "random", "activations"):
         for sides in ("output", "input", "both", "none"):
-            expected = source == "activations" and sides != "none"
-            assert make(subspace_source=source, sides=sides).protects_activations == expected
+            found = make(subspace_source=source, sides=sides).source
+            assert found.needs_data == (source == "activations" and sides != "none")
+            assert found.recomputable == (not found.needs_data)
 
 
 def test_frozen():

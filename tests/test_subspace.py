@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import random_basis
-from torch import Tensor
+from torch import Tensor, nn
 
+import complora_kernels as ck
 from complora_kernels import subspace
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.functional import project_complement
@@ -248,6 +250,31 @@ def test_a_second_moment_belongs_to_activations_alone(source, given):
         projection_basis(torch.randn(3, 4), config, "output", "a.b", second_moment=given)
 
 
+def test_every_named_source_has_a_record():
+    assert tuple(subspace.SOURCES) == get_args(subspace.SubspaceSource)
+
+
+def test_a_source_is_added_by_its_record_alone(monkeypatch):
+    """The weakest directions of a weight, under a name of their own."""
+    weight, U, sigma, _ = known_weight(6, 8)
+
+    def weakest(*arguments: Any) -> subspace.Directions:
+        vectors, energies = subspace.SOURCES["weight"].directions(*arguments)
+        return subspace.Directions(vectors.flip(1), energies.flip(0))
+
+    def share(weight: Tensor, side: subspace.Side, directions: subspace.Directions, k: int) -> float:
+        return float(directions.energies[:k].sum() / directions.energies.sum())
+
+    monkeypatch.setitem(subspace.SOURCES, "weakest", subspace.Source(False, True, weakest, share))
+    config: Any = CompLoRAConfig(subspace_k=2, subspace_source="weakest", target_modules="0")  # type: ignore[arg-type]
+    linear = nn.Linear(8, 6).double()
+    linear.weight = nn.Parameter(weight)
+    model: Any = ck.apply_complora(nn.Sequential(linear), config, progress=False)
+    basis = model[0].basis("", "output")
+    assert distance(basis.matrix, U[:, -2:]) < 1e-12
+    assert ck.subspace_report(model)[0].energy == pytest.approx(float(sigma[-2:].square().sum() / sigma.square().sum()))
+
+
 # ---- random directions
 
 
@@ -312,22 +339,20 @@ def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 def test_a_weight_is_decomposed_once(decompositions):
     weight = known_weight(12, 9)[0].float()
-    assert not subspace.is_cached(weight)
     for k in (2, 5):
         for side in SIDES:
             principal_basis(weight, k=k, side=side)
             complement_basis(weight.clone(), k=k, side=side)
-    assert subspace.is_cached(weight)
     assert len(decompositions) == 1
     subspace.clear_cache()
-    assert not subspace.is_cached(weight)
+    principal_basis(weight, k=2)
+    assert len(decompositions) == 2
 
 
 def test_a_changed_weight_is_decomposed_again(decompositions):
     weight = known_weight(12, 9)[0].float()
     before = principal_basis(weight, k=3)
     weight[0, 0] += 5
-    assert not subspace.is_cached(weight)
     assert distance(principal_basis(weight, k=3), before) > 1e-2
     assert len(decompositions) == 2
 
@@ -343,16 +368,21 @@ def test_writing_to_a_basis_does_not_reach_the_cache(side, basis_of, k):
     assert torch.equal(basis_of(weight, k=k, side=side), before)
 
 
-def test_the_cache_is_bounded(monkeypatch):
+def test_the_cache_is_bounded(monkeypatch, decompositions):
     weights = [known_weight(8, 8)[0] for _ in range(3)]
+
+    def decomposed(index: int) -> bool:
+        """Whether a basis of this weight takes a decomposition."""
+        known = len(decompositions)
+        principal_basis(weights[index], k=1)
+        return len(decompositions) > known
+
     one = (8 * 8 + 8 + 8 * 8) * 8  # bytes of U, S and V in float64
     monkeypatch.setattr(subspace, "CACHE_BYTES", 2 * one)
-    for weight in (*weights[:2], weights[0], weights[2]):  # the second is the one not used for longest
-        principal_basis(weight, k=1)
-    assert [subspace.is_cached(weight) for weight in weights] == [True, False, True]
+    assert [decomposed(index) for index in (0, 1, 0, 2)] == [True, True, False, True]  # 2 displaces 1, last used
+    assert [decomposed(index) for index in (0, 2, 1)] == [False, False, True]
     monkeypatch.setattr(subspace, "CACHE_BYTES", 0)  # the newest is kept whatever its size
-    principal_basis(weights[1], k=1)
-    assert [subspace.is_cached(weight) for weight in weights] == [False, True, False]
+    assert [decomposed(index) for index in (0, 0, 1)] == [True, False, True]
 
 
 def test_fingerprint_sees_every_bit_the_shape_and_the_dtype():
@@ -414,7 +444,6 @@ def test_refuses_a_size_or_side(basis_of, size, message):
 def test_refuses_a_weight(weight, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*expected"):
         principal_basis(weight, k=1)
-    assert not subspace._SPECTRA
 
 
 def test_projection_basis_names_the_weight():

@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels.adapters.build import adapted_layers, adapted_model, find_targets
-from complora_kernels.adapters.files import (
-    blaming,
-    module_pattern,
-    peft_fields,
-    replaced_adapter,
-    require_file,
-    write_files,
-)
-from complora_kernels.adapters.save_load import (
+from complora_kernels.adapters.configuration import module_pattern, peft_fields
+from complora_kernels.adapters.factors import (
     PROJECTIONS,
     FactorPairs,
     adapted_weights,
@@ -28,18 +21,21 @@ from complora_kernels.adapters.save_load import (
     check_names,
     common_config,
     factor_tensors,
+    file_factors,
     fill_adapter,
-    folded_factors,
     is_adapted,
     warn_of_trained,
     weights_to_fill,
 )
+from complora_kernels.adapters.files import require_file, write_files
+from complora_kernels.adapters.replacement import replaced_adapter
+from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
-from complora_kernels.modules import CompLoRAAttention, CompLoRAMultiheadAttention
-from complora_kernels.modules.layer import FLOATING, CompLoRALayer
+from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
+from complora_kernels.modules.layer import FLOATING
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,7 +72,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
-            q, k, v of open_clip 4's attention, which are no modules. Also as `save_adapter`.
+            q, k, v of open_clip 4's attention, which are no modules, or a layer of a class that is not one of this
+            package's. Also as `save_adapter`.
     """
     layers = adapted_layers(adapted_model(model))
     for path, layer in layers.items():
@@ -84,7 +81,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     config = common_config(layers)
     attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
     with replaced_adapter(directory) as staging:
-        factors = folded_factors(adapted_weights(layers))
+        factors = file_factors(adapted_weights(layers))
         for path, layer in attentions.items():
             parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
             factors[path] = _stacked(layer, parts)
@@ -97,6 +94,13 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _check_exportable(path: str, layer: CompLoRALayer) -> None:
+    """Raises ValueError where PEFT has no module that computes what the layer computes."""
+    if not isinstance(layer, (CompLoRALinear, CompLoRAMultiheadAttention, CompLoRAAttention)):
+        raise ValueError(
+            f"{path} is a {type(layer).__name__}, expected a CompLoRALinear, CompLoRAMultiheadAttention or "
+            "CompLoRAAttention: for other layers the names of PEFT's modules are not known. merge_adapter gives plain "
+            "weights"
+        )
     if isinstance(layer, CompLoRAMultiheadAttention) and "o" in layer.weights:
         raise ValueError(
             f"{path} adapts o, expected q, k, v alone: PEFT adds the update of an nn.MultiheadAttention's output "
@@ -171,7 +175,7 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     if is_adapted(model):
         raise ValueError("model has an adapter already, expected a plain model")
     path = Path(path)
-    with blaming(path):
+    with reading(path, "an adapter of CLIP-LoRA for this model", errors=ValueError):
         weights, metadata = _read_clip_lora(path)
         config, towers = _clip_lora_config(model, metadata)
         by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
@@ -202,13 +206,12 @@ def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], CLIPLoRAMetadata]:
             f"{path} cannot be read as tensors and plain values, expected CLIP-LoRA's lora_weights.pt "
             f"({type(error).__name__})"
         ) from None
-    try:
+    with reading(
+        path,
+        "weights of layer_0, ... and metadata with r, alpha, encoder, params, position, as in CLIP-LoRA's "
+        "lora_weights.pt",
+    ):
         check_type(saved, CLIPLoRAFile, "it")
-    except ValueError as error:
-        raise ValueError(
-            f"{path} has not the form of CLIP-LoRA's lora_weights.pt ({error}), expected weights of layer_0, ... and "
-            "metadata with r, alpha, encoder, params, position"
-        ) from None
     weights = {
         f"{layer}.{projection}.{name}": factor
         for layer, projections in saved["weights"].items()

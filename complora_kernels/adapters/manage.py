@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers
+from complora_kernels.adapters.build import adapted_layers, adapted_model
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
 from complora_kernels.modules.layer import CompLoRALayer, switched_off
@@ -141,10 +141,15 @@ def unmerge_adapter(model: nn.Module) -> None:
 def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Raw factors and bases by name, for a checkpoint from which training goes on exactly; `save_adapter` is for use.
 
+    Names are those of the model that was adapted, without the prefix of a container around it, as in `save_adapter`.
     The tensors are the model's own: clone what must outlast the next step.
+
+    Raises:
+        ValueError: `model` has no adapter, holds several adapted models, or is a part of one.
     """
-    state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named_adapter_parameters(model)}
-    for path, layer in adapted_layers(model).items():
+    part = _part_with_names(model)
+    state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named_adapter_parameters(part)}
+    for path, layer in adapted_layers(part).items():
         state |= {name: basis for name, basis in layer.named_buffers(prefix=path) if "_basis" in name[len(path) :]}
     return state
 
@@ -163,11 +168,16 @@ def load_raw_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
     changes = Changes()
     changes.copy(list(own.values()), [state[name] for name in own])
-    for path, layer in adapted_layers(model).items():
+    for path, layer in adapted_layers(_part_with_names(model)).items():
         prefix = f"{path}." if path else ""
         matrices = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         layer.describe_bases(matrices, changes)
     changes.make()
+
+
+def _part_with_names(model: nn.Module) -> nn.Module:
+    """The part of `model` from which names are counted: the model that was adapted, or a layer that stands alone."""
+    return model if isinstance(model, CompLoRALayer) else adapted_model(model)
 
 
 def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:

@@ -25,12 +25,13 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
 
 @contextlib.contextmanager
-def reading(source: Path | str, expected: str) -> Iterator[None]:
+def reading(source: os.PathLike[str] | str, expected: str, errors: type[Exception] = Exception) -> Iterator[None]:
     """A block that reads a file: whatever a parser raises there, on damaged content too, becomes one kind of error.
 
     Args:
         source: the file, or the place in it, as it stands in the message.
         expected: what the file should have been.
+        errors: the errors that the content can be the cause of; others pass.
 
     Raises:
         ValueError: the content is not what was expected; one that already begins with the source stays as it is.
@@ -39,15 +40,15 @@ def reading(source: Path | str, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
-        raise
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(errno.EIO, words_of(error), str(source)) from error
-        if error.filename is None:  # from a read, or a seek to where damage says that something is
-            error.filename = str(source)
-        raise
-    except Exception as error:
+    except errors as error:
+        if isinstance(error, MemoryError):
+            raise
+        if isinstance(error, OSError):
+            if error.errno is None:
+                raise OSError(errno.EIO, words_of(error), str(source)) from error
+            if error.filename is None:  # from a read, or a seek to where damage says that something is
+                error.filename = str(source)
+            raise
         if type(error) is ValueError and str(error).startswith(str(source)):
             raise
         raise ValueError(f"{source}: expected {expected} ({words_of(error)})") from error

@@ -28,16 +28,11 @@ class TensorFacts(Generic[Fact]):
         return fact
 
     def compute(self, tensor: Tensor, compute: Callable[[Tensor], Fact]) -> Fact:
-        """Computes a fact and remembers it for the version that it was computed of: others may write meanwhile."""
+        """Computes a fact and remembers it for the version that it was computed from; other threads may write then."""
         version = _version(tensor)
         fact = compute(tensor)
         self._facts[tensor] = (version, fact)
         return fact
-
-    def get_or_compute(self, tensor: Tensor, compute: Callable[[Tensor], Fact]) -> Fact:
-        """The remembered fact, computed now when it is not known."""
-        fact = self.get(tensor)
-        return self.compute(tensor, compute) if fact is None else fact
 
 
 def _version(tensor: Tensor) -> int:

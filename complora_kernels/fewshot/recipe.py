@@ -277,7 +277,7 @@ def adapted_model(config: TrainConfig, run: Run, setting: Setting, drawn: Draw) 
     """A copy of the pretrained model, adapted as the run asks for, in float32."""
     adapter = config.adapter(run.method, run.seed)
     model = copy.deepcopy(setting.backbone.model)
-    if adapter.subspace_source != "activations":
+    if not adapter.source.needs_data:
         return ck.apply_complora(model, adapter, progress=False)
 
     # What follows the end of a text is no part of what the weights see: nothing is read there.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import functional, subspace
-from complora_kernels.adapters import base_weights
+from complora_kernels.common import base_weights
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import Unscriptable, check_followed
@@ -157,7 +157,7 @@ class CompLoRALayer(Float32State):
 
     def _describe_basis(self, name: str, side: str, matrix: Tensor, changes: Changes) -> None:
         """Describes a basis of activations by a buffer in the state dict, which does not hold the basis."""
-        if self.config.protects_activations:
+        if not self.config.source.recomputable:
             sketch = base_weights.describe_projection(matrix).float()  # [8]; not every device has float64
             device = self.frozen_parameter(name).device
             changes.set_buffer(self, _fingerprint_name(name, side), sketch.to(device), persistent=True)
@@ -309,7 +309,7 @@ class CompLoRALayer(Float32State):
         """Why a state dict, in which the layer's names begin with `prefix`, cannot be loaded; None where it can."""
         if self.merged:
             return f"{prefix.rstrip('.')} is merged, expected an unmerged adapter: call unmerge_adapter first"
-        if not self.config.protects_activations:
+        if self.config.source.recomputable:
             return None
         others = [name for name in self._calibrated_on if not self._is_calibrated_on(name, prefix, state_dict)]
         if others:
@@ -336,7 +336,7 @@ class CompLoRALayer(Float32State):
         for name in self.weights:
             weight = self.base_weight(name)
             subspace.check_weight(weight, self._label(name))
-            if self.config.protects_activations:
+            if not self.config.source.recomputable:
                 subspace.check_k(weight, self.config.subspace_k, self._label(name), "subspace_")
                 self._calibrated_on.setdefault(name, base_weights.describe(weight))
                 continue

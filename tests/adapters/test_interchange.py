@@ -14,8 +14,10 @@ from torch import nn
 
 import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, peft_fields, write_files
-from complora_kernels.adapters.save_load import adapted_weights, factor_tensors
+from complora_kernels.adapters.configuration import peft_fields
+from complora_kernels.adapters.factors import adapted_weights, factor_tensors
+from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, write_files
+from complora_kernels.modules.layer import CompLoRALayer, WeightRows
 
 # PEFT adds ΔW to the weight and multiplies once, here the low-rank term is added: two orders of float32 sums.
 REORDERED = 5e-6
@@ -113,6 +115,26 @@ def test_export_of_o_in_the_attention_of_open_clip_4(tmp_path):
     model = adapted(small_clip_4(), target_modules=("o", "fc2"))
     ck.export_peft(model, tmp_path)
     assert_close(features(in_stock_peft(tmp_path, small_clip_4()).base_model.model), features(model), REORDERED)
+
+
+class OwnLayer(CompLoRALayer):
+    """An adapted layer of a user's own, with a weight [5, 4] that is no `nn.Linear`."""
+
+    def __init__(self, config: ck.CompLoRAConfig) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, 4), requires_grad=False)
+        self._init_adapter(config, {"": WeightRows("kernel", 0, 5)}, "own")
+        self.lora_A, self.lora_B = self._new_factors("")
+
+    def factors(self, name: str = "") -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_A, self.lora_B
+
+
+def test_export_refuses_a_layer_that_it_does_not_know(tmp_path):
+    model = nn.ModuleDict({"own": OwnLayer(config(subspace_k=2))})
+    with pytest.raises(ValueError, match="own is a OwnLayer, expected a CompLoRALinear, "):
+        ck.export_peft(model, tmp_path / "adapter")
+    assert contents(tmp_path) == {}
 
 
 def test_a_failed_export_leaves_the_files_as_they_were(tmp_path, monkeypatch):
@@ -245,10 +267,10 @@ REFUSED = {
     ),
     "no metadata": (
         lambda s: s.pop("metadata"),
-        r"has not the form of CLIP-LoRA's lora_weights\.pt \(it has no metadata, expected one\)",
+        r"expected weights of layer_0, .*lora_weights\.pt \(it has no metadata, expected one\)",
     ),
     "no rank": (lambda s: s["metadata"].pop("r"), "it.metadata has no r, expected one"),
-    "flat weights": (lambda s: s.update(weights=[1]), "has not the form"),
+    "flat weights": (lambda s: s.update(weights=[1]), "it.weights is a list, expected an object"),
     "encoder": (lambda s: s["metadata"].update(encoder="image"), "encoder='image', expected one of text, vision, both"),
     "position": (lambda s: s["metadata"].update(position="top"), "position='top', expected one of all, bottom"),
     "params": (lambda s: s["metadata"].update(params=["x"]), r"make no configuration: target_modules=\['x'\]"),

@@ -75,13 +75,13 @@ def rewritten(source: Path, target: Path, change: Change = same, tensors: Change
     saved = config.get("complora")
     known = saved if isinstance(saved, dict) else {}
     if matrices:
-        digest = adapter_files._sha256(adapter_files._fingerprints(matrices))
-        safetensors.torch.save_file(matrices, target / adapter_files._bases_file(digest), metadata={"format": "pt"})
+        digest = adapter_files.bases_digest(matrices)
+        safetensors.torch.save_file(matrices, target / adapter_files.bases_file(digest), metadata={"format": "pt"})
         if known.get("bases_digest") == original["complora"]["bases_digest"]:
             known["bases_digest"] = digest
     factors = {name: tensor.contiguous() for name, tensor in factors.items()}
     if known.get("digest") == original["complora"]["digest"]:
-        known["digest"] = adapter_files._digest(config, factors)
+        known["digest"] = adapter_files.adapter_digest(config, factors)
     adapter_files.write_files(target, config, factors, metadata={"adapter_config": json.dumps(config)})
 
 
@@ -157,6 +157,8 @@ LIES: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "version": (("complora", "format_version"), "1", "complora.format_version='1', expected an integer"),
     "no version": (("complora", "format_version"), 0, "format_version=0, expected at least 1"),
     "rank for PEFT": (("r",), 77, "r=77 contradicts complora, expected 3"),
+    "rank for PEFT of another type": (("r",), 3.0, "r=3.0 contradicts complora, expected 3"),
+    "a flag as a number": (("use_rslora",), 0, "use_rslora=0 contradicts complora, expected False"),
     "modules for PEFT": (("target_modules",), ".*", "target_modules='.*' contradicts complora, expected '0|2'"),
     "scaling": (("complora", "config", "lora_alpha"), 1e308, "lora_alpha=8.0 contradicts complora, expected 1e+308"),
     "rank": (("complora", "config", "r"), 10**12, "r=3 contradicts complora, expected 1000000000000"),
@@ -203,6 +205,30 @@ def test_a_lie_about_a_basis_is_named(tmp_path, lie, size):
     rewritten(tmp_path / "saved", tmp_path / "changed", change, bases=shortened)
     model = plain()
     with Unchanged(model), pytest.raises(ValueError, match=rf"complora\.bases\.{key}\.{name}={value}, expected"):
+        ck.load_adapter(model, tmp_path / "changed", progress=False)
+
+
+def test_further_entries_of_a_configuration_are_left_alone(tmp_path):
+    expected = saved(tmp_path / "saved", "activations")(X)
+    for path in [("more",), ("complora", "more"), ("complora", "bases", "0.input_basis", "more")]:
+        rewritten(tmp_path / "saved", tmp_path / "changed", lambda config: put(config, path, 1))  # noqa: B023
+        model = ck.load_adapter(plain(), tmp_path / "changed", progress=False)
+        torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_basis_that_the_configuration_asks_for_is_missed(tmp_path):
+    saved(tmp_path / "saved", "activations")
+
+    def without(named: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in named.items() if key != "2.output_basis"}
+
+    def change(config: dict[str, Any]) -> None:
+        config["complora"]["bases"] = without(config["complora"]["bases"])
+
+    rewritten(tmp_path / "saved", tmp_path / "changed", change, bases=without)
+    model = plain()
+    message = r"the file of the bases does not fit the model: missing 2\.output_basis, unexpected nothing"
+    with Unchanged(model), pytest.raises(ValueError, match=message):
         ck.load_adapter(model, tmp_path / "changed", progress=False)
 
 
@@ -294,6 +320,15 @@ def test_tensors_of_other_dtypes_shapes_and_values(adapter, tmp_path, change):
         assert_refused_or_right(tmp_path / str(number), expected, number, may_load=False)
 
 
+def test_an_update_that_is_not_finite_is_named(tmp_path):
+    saved(tmp_path / "saved", "weight")
+    broken = {"base_model.model.2.lora_B.weight": torch.full((7, 3), float("nan"))}
+    rewritten(tmp_path / "saved", tmp_path / "changed", tensors=lambda tensors: tensors | broken)
+    model = plain()
+    with Unchanged(model), pytest.raises(ValueError, match="the update of 2 holds NaN or infinite values"):
+        ck.load_adapter(model, tmp_path / "changed", progress=False)
+
+
 def test_finite_factors_of_an_infinite_update(adapter, tmp_path):
     directory, model = adapter
     rewritten(directory, tmp_path / "changed", tensors=lambda t: {name: 1e25 * factor for name, factor in t.items()})
@@ -377,7 +412,7 @@ def test_a_configuration_of_a_gigabyte_is_not_read(tmp_path):
     saved(tmp_path, "weight")
     os.truncate(tmp_path / CONFIG_FILE, 2**30)  # takes no room on the disk
     model = plain()
-    with Unchanged(model), pytest.raises(ValueError, match=rf"{CONFIG_FILE} is damaged, .*more than 16777216 bytes"):
+    with Unchanged(model), pytest.raises(ValueError, match=rf"{CONFIG_FILE}: expected JSON .*more than 16777216 bytes"):
         ck.load_adapter(model, tmp_path, progress=False)
 
 

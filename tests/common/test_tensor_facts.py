@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import torch
 from torch import Tensor
@@ -10,29 +11,27 @@ from torch import Tensor
 from complora_kernels.common.tensor_facts import TensorFacts
 
 
-def test_computed_once_for_each_version():
+def test_a_fact_holds_for_one_version():
     facts: TensorFacts[float] = TensorFacts()
-    asked: list[float] = []
 
     def total(tensor: Tensor) -> float:
-        asked.append(float(tensor.sum()))
-        return asked[-1]
+        return float(tensor.sum())
 
     tensor = torch.ones(3)
     assert facts.get(tensor) is None
-    assert [facts.get_or_compute(tensor, total) for _ in range(3)] == [3, 3, 3]
+    assert facts.compute(tensor, total) == 3
     assert facts.get(tensor) == 3
     tensor.add_(1)
     assert facts.get(tensor) is None
-    assert [facts.get_or_compute(tensor, total) for _ in range(2)] == [6, 6]
-    assert asked == [3, 6]
+    assert facts.compute(tensor, total) == 6
+    assert facts.get(tensor) == 6
 
 
 def test_false_is_a_fact_and_equal_tensors_are_different_ones():
     facts: TensorFacts[bool] = TensorFacts()
     tensor = torch.ones(3)
     assert facts.set(tensor, False) is False
-    assert facts.get_or_compute(tensor, lambda _: True) is False
+    assert facts.get(tensor) is False
     assert facts.get(torch.ones(3)) is None
 
 
@@ -44,11 +43,12 @@ def test_inference_tensors_which_have_no_version():
     assert facts.get(tensor) == 5
 
 
-def test_forgotten_with_the_tensor():
-    facts: TensorFacts[int] = TensorFacts()
+def test_a_fact_is_forgotten_with_its_tensor():
+    facts: TensorFacts[Tensor] = TensorFacts()
     tensor = torch.ones(3)
-    facts.set(tensor, 1)
-    assert len(facts._facts) == 1
+    fact = weakref.ref(facts.set(tensor, torch.zeros(1)))
+    gc.collect()
+    assert fact() is not None
     del tensor
     gc.collect()
-    assert len(facts._facts) == 0
+    assert fact() is None

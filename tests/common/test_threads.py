@@ -240,7 +240,7 @@ def test_of_several_threads_one_says_what_is_said_once(switching, monkeypatch, c
     assert sorted(caplog.messages) == sorted(f"message {n}" for n in range(50))
 
 
-def test_a_fact_is_of_the_values_that_it_was_computed_of():
+def test_a_fact_belongs_to_the_values_that_it_was_computed_from():
     """Another thread writes while a fact is computed."""
     facts: TensorFacts[float] = TensorFacts()
     tensor = torch.ones(2)
@@ -251,5 +251,5 @@ def test_a_fact_is_of_the_values_that_it_was_computed_of():
             thread.submit(tensor.add_, 1).result(WAIT)
         return result
 
-    assert facts.get_or_compute(tensor, total) == 2
+    assert facts.compute(tensor, total) == 2
     assert facts.get(tensor) is None

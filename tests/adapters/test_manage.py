@@ -439,6 +439,21 @@ def test_raw_state_round_trip_is_exact_where_computed_bases_would_not_be(sides):
     assert all(factor.requires_grad for factor in ck.adapter_parameters(twin))
 
 
+def test_the_raw_state_has_the_names_of_the_model_that_was_adapted():
+    model, inputs = adapted(sides="both"), batch()
+    container = nn.Module()
+    container.clip = model
+    state = {name: value.clone() for name, value in raw_adapter_state(container).items()}
+    assert state.keys() == raw_adapter_state(model).keys()
+    other = adapted(sides="both")  # of other weights, and so with other bases
+    other.load_state_dict({name: value for name, value in model.state_dict().items() if "lora_" not in name})
+    container.clip = other
+    load_raw_adapter_state(container, state)
+    assert torch.equal(features(other, *inputs), features(model, *inputs))
+    with pytest.raises(ValueError, match=r"was adapted as .*: expected the whole model"):
+        raw_adapter_state(model.get_submodule(BLOCK))
+
+
 def test_a_raw_state_that_does_not_fit_changes_nothing():
     model = adapted()
     before = {name: value.clone() for name, value in raw_adapter_state(model).items()}

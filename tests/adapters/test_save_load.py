@@ -1,8 +1,6 @@
 import copy
-import hashlib
 import itertools
 import json
-import os
 import pickle
 import re
 
@@ -16,8 +14,6 @@ from torch import nn
 
 import complora_kernels as ck
 from complora_kernels import subspace
-from complora_kernels.adapters import base_weights
-from complora_kernels.adapters import files as adapter_files
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
@@ -230,90 +226,6 @@ def test_layers_of_different_configurations_are_not_saved(tmp_path):
         ck.save_adapter(model, tmp_path)
 
 
-def test_an_unwritable_folder_is_an_error_before_anything(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    model = adapted(small_clip())
-    monkeypatch.setattr(base_weights, "describe", None)  # nothing is computed
-    for directory in (tmp_path / "file", tmp_path / "file" / "adapter"):
-        with pytest.raises(OSError, match=r"directory='.*file.*', expected a folder that can be written to"):
-            ck.save_adapter(model, directory)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    saved(tmp_path)
-    assert contents(tmp_path).keys() == {"README.md", CONFIG_FILE, WEIGHTS_FILE}
-    assert contents(tmp_path)["README.md"] == b"mine"
-
-
-# A save that fails, or a process that is killed.
-
-
-@pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.parametrize(
-    ("owner", "name", "failures"),
-    [(adapter_files, "save", {0}), (os, "fsync", {0}), (os, "fsync", {1}), (os, "replace", {0}), (os, "replace", {1})],
-    ids=["serialise", "sync configuration", "sync weights", "move configuration", "move weights"],
-)
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("stop")], ids=["error", "interrupt"])
-def test_a_failed_save_leaves_the_files_as_they_were(tmp_path, monkeypatch, owner, name, failures, existing, error):
-    directory = tmp_path / "adapter"
-    old = saved(directory) if existing else None
-    before = contents(tmp_path)
-    new = adapted(small_clip(), seed=2)
-    with monkeypatch.context() as patch:
-        failing(patch, owner, name, failures, error)
-        with pytest.raises(type(error), match=str(error)):
-            ck.save_adapter(new, directory)
-    assert contents(tmp_path) == before
-    if old is not None:
-        assert_close(features(ck.load_adapter(small_clip(), directory, progress=False)), features(old), ROUNDING)
-
-
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_folder_that_cannot_be_synced_holds_the_new_adapter_and_the_error_says_so(tmp_path, monkeypatch, existing):
-    if existing:
-        saved(tmp_path)
-    new = adapted(small_clip(), seed=2)
-    with monkeypatch.context() as patch:
-        failing(patch, os, "fsync", {2}, OSError("input/output error"))
-        with pytest.raises(OSError, match=r"the new adapter is in place in '.*', but .* \(input/output error\)"):
-            ck.save_adapter(new, tmp_path)
-    assert contents(tmp_path).keys() == {CONFIG_FILE, WEIGHTS_FILE}
-    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(new), ROUNDING)
-
-
-def test_a_failed_save_leaves_no_folders_that_it_made(tmp_path, monkeypatch):
-    failing(monkeypatch, os, "fsync", {0}, OSError("disk full"))
-    with pytest.raises(OSError, match="disk full"):
-        ck.save_adapter(adapted(small_clip()), tmp_path / "a" / "b" / "c")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_killed_between_the_moves_leaves_the_old_adapter(tmp_path, monkeypatch):
-    old = saved(tmp_path)
-    with monkeypatch.context() as patch:
-        failing(
-            patch, os, "replace", set(range(1, 100)), OSError("disk full")
-        )  # nor can the old configuration be put back
-        with pytest.raises(OSError, match="disk full"):
-            ck.save_adapter(adapted(small_clip(), seed=2, r=3), tmp_path)
-    assert json.loads((tmp_path / CONFIG_FILE).read_text())["r"] == 3
-    with pytest.warns(UserWarning, match="belongs to other weights than the adapter_model.safetensors beside it"):
-        loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
-    assert_close(features(loaded), features(old), ROUNDING)
-    new = saved(tmp_path, seed=2, r=3)  # the next save repairs it
-    assert_close(features(ck.load_adapter(small_clip(), tmp_path, progress=False)), features(new), ROUNDING)
-
-
-def test_a_new_adapter_replaces_the_old_one(tmp_path):
-    saved(tmp_path)
-    new = saved(tmp_path, seed=2, r=5, target_modules=("fc1",))
-    loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
-    assert_close(features(loaded), features(new), ROUNDING)
-
-
 # What is refused, with the model left as it was.
 
 
@@ -334,7 +246,7 @@ def test_truncated_file(tmp_path, name, share):
     saved(tmp_path)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: int(share * len(content))])
-    assert_refused(tmp_path, f"{name} is (truncated|damaged)")
+    assert_refused(tmp_path, f"{name}: expected .* as save_adapter wrote it")
 
 
 def test_every_flipped_bit_is_found(tmp_path):
@@ -364,6 +276,8 @@ def test_a_changed_configuration_file(tmp_path):
     edited = fields["complora"] | {"config": fields["complora"]["config"] | {"subspace_k": 4}}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"complora": edited}))
     assert_refused(tmp_path, "differs in complora from")
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"r": 2.0}))
+    assert_refused(tmp_path, "differs in r from")
     (tmp_path / CONFIG_FILE).write_text(json.dumps(fields | {"base_model_name_or_path": "ViT-B-16"}))
     ck.load_adapter(small_clip(), tmp_path, progress=False)
 
@@ -436,16 +350,6 @@ def test_another_configuration_than_that_of_the_model(tmp_path, options, message
     assert_refused(tmp_path, message, adapted(small_clip(), **options))
 
 
-def test_a_broken_update_is_not_loaded(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("complora_kernels.adapters.save_load._check_update", lambda *_: None)
-        model = adapted(small_clip())
-        with torch.no_grad():
-            model.get_parameter("transformer.resblocks.0.attn.lora_B.k")[:] = float("nan")
-        ck.save_adapter(model, tmp_path)
-    assert_refused(tmp_path, "transformer.resblocks.0.attn.k_proj holds NaN")
-
-
 @pytest.mark.parametrize("error", [RuntimeError("no convergence"), KeyboardInterrupt("stop")])
 def test_a_failure_while_adapting_leaves_the_model_plain(tmp_path, monkeypatch, error):
     saved(tmp_path)
@@ -459,59 +363,3 @@ def test_a_failure_while_turning_bases_leaves_the_model_as_it_was(tmp_path, monk
     saved(tmp_path)
     failing(monkeypatch, subspace, "align_basis", {3}, MemoryError("out of memory"))
     assert_refused(tmp_path, "out of memory", small_clip() if is_plain else adapted(small_clip(), seed=4), MemoryError)
-
-
-# The description of base weights.
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (7, 300), (1, 1)])
-def test_description_of_a_weight(shape):
-    W = torch.randn(shape)
-    sign = {side: base_weights._signs(side, d) for side, d in zip(("output", "input"), shape, strict=True)}
-    described = base_weights.describe(W)
-    signs = zip(sign["output"].tolist(), sign["input"].tolist(), strict=True)
-    rows = W.tolist()
-    expected = [sum(a * b * w for a, row in zip(u, rows) for b, w in zip(v, row)) for u, v in signs]  # noqa: B905
-    assert described["sketch"] == pytest.approx(expected, rel=1e-5, abs=1e-4)
-    assert described["norm"] == pytest.approx(float(W.norm()))
-    assert described["shape"] == list(shape)
-
-
-def test_the_signs_are_those_of_the_format():
-    for side in ("output", "input"):
-        for position, byte in enumerate(hashlib.shake_256(side.encode()).digest(9)):
-            bits = [byte >> i & 1 for i in range(8)]
-            assert base_weights._signs(side, 9)[:, position].tolist() == [1 if bit else -1 for bit in bits]
-    signs = torch.cat([base_weights._signs(side, 4096) for side in ("output", "input")])
-    gram = signs @ signs.T / 4096
-    assert (gram - torch.eye(16)).abs().max() < 0.1  # independent: 1/64 each, six standard deviations
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 0.0015), (torch.float16, 0.0002)])
-def test_distance_of_half_precision_copies(dtype, expected):
-    weights = [torch.randn(200, 100) * 0.02 for _ in range(20)]
-    known = [base_weights.describe(weight) for weight in weights]
-    apart = [
-        base_weights.relative_distance(base_weights.describe(w.to(dtype)), k)
-        for w, k in zip(weights, known, strict=True)
-    ]
-    assert sum(apart) / len(apart) == pytest.approx(expected, rel=0.3)
-    assert max(apart) < 0.004
-
-
-@pytest.mark.parametrize("change", [0.03, 0.3, 1.0])
-def test_distance_estimates_the_relative_change(change):
-    apart = []
-    for _ in range(50):
-        W = torch.randn(60, 80)
-        other = W + change * torch.randn(60, 80)
-        apart.append(base_weights.relative_distance(base_weights.describe(other), base_weights.describe(W)))
-    assert sum(apart) / len(apart) == pytest.approx(change, rel=0.15)  # 50 estimates of 25% each
-    assert min(apart) > base_weights.TOLERANCE
-
-
-def test_distance_of_a_zero_weight():
-    zero = base_weights.describe(torch.zeros(3, 4))
-    assert base_weights.relative_distance(zero, zero) == 0
-    assert base_weights.relative_distance(base_weights.describe(torch.ones(3, 4)), zero) > base_weights.TOLERANCE
-    assert base_weights.relative_distance(base_weights.describe(torch.zeros(4, 3)), zero) == float("inf")

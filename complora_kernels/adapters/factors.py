@@ -1,0 +1,272 @@
+"""The factors of an adapted model under the names of files: taken out, checked, and put into a model.
+
+Files hold the folded factors `Ã = A P_in` and `B̃ = P_out B` without the scaling: an ordinary LoRA of the same function.
+A weight has the path of its layer, in attention followed by `q_proj`, `k_proj`, `v_proj` or `out_proj`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from complora_kernels import functional, subspace
+from complora_kernels.adapters.build import adapt_targets, adapted_layers, find_targets, put_in_place
+from complora_kernels.adapters.configuration import peft_key
+from complora_kernels.common.changes import Changes
+from complora_kernels.common.wrappers import named_modules, unwrap
+from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
+from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
+
+Model = TypeVar("Model", bound=nn.Module)
+FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
+Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side
+
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+MAX_LOST = 1e-4  # share of its norm that a loaded factor may lose: rounding loses a few 1e-6, other bases a few percent
+
+
+class AdaptedWeight(NamedTuple):
+    """One adapted weight of a layer: "" in a linear layer, q, k, v or o in attention."""
+
+    layer: CompLoRALayer
+    name: str
+
+
+def common_config(layers: dict[str, CompLoRALayer]) -> CompLoRAConfig:
+    """The one configuration of all layers.
+
+    Raises:
+        ValueError: they differ.
+    """
+    (first, layer), *others = layers.items()
+    for path, other in others:
+        if other.config != layer.config:
+            raise ValueError(
+                f"{first} and {path} differ in configuration ({_differences(layer.config, other.config)}), expected "
+                "one for the whole model, as apply_complora gives"
+            )
+    return layer.config
+
+
+def adapted_weights(layers: dict[str, CompLoRALayer]) -> dict[str, AdaptedWeight]:
+    """Every adapted weight by the name that files use: the layer's path, in attention with the projection's name."""
+    return {
+        f"{path}.{PROJECTIONS[name]}" if name else path: AdaptedWeight(layer, name)
+        for path, layer in layers.items()
+        for name in layer.weights
+    }
+
+
+@torch.no_grad()
+def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
+    """`Ã` [r, in] and `B̃` [out, r] of each weight as files hold them: folded, but without the scaling.
+
+    Raises:
+        ValueError: one holds NaN or infinite values, or is not whole.
+    """
+    folded: FactorPairs = {}
+    for path, (layer, name) in weights.items():
+        A, B = layer.factors(name)
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != layer.config.r or B.shape[1] != layer.config.r:
+            raise ValueError(
+                f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)}, expected [r, in] and [out, r] "
+                f"with r={layer.config.r}: gather sharded parameters first (FSDP.summon_full_params)"
+            )
+        folded_A, folded_B = _project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT
+        _check_update(path, folded_A, folded_B, layer.config.scaling)
+        folded[path] = (folded_A, folded_B)
+    return folded
+
+
+def warn_of_trained(model: nn.Module) -> None:
+    """Warns of parameters that are trained beside the adapters: none of the files holds them."""
+    trained = {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in named_modules(model)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    for path, layer in adapted_layers(model).items():
+        weights = {rows.parameter for rows in layer.weights.values()}  # frozen, or an error, as their biases are
+        biases = {weight.replace("weight", "bias") for weight in weights}
+        for name, _ in layer.named_parameters():
+            if name in weights | biases or name.startswith(("lora_A", "lora_B")):
+                trained.pop(f"{path}.{name}" if path else name, None)
+    if trained:
+        warnings.warn(
+            f"{_listed(trained)} require a gradient and are no part of the adapter: they are not saved with it. Save "
+            "them yourself, or freeze what is not trained",
+            stacklevel=3,
+        )
+
+
+def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
+    """The factors under the names of the weights file."""
+    return {
+        peft_key(path, factor): tensor
+        for path, pair in factors.items()
+        for factor, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
+
+
+def weights_to_fill(
+    model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None
+) -> dict[str, AdaptedWeight]:
+    """The adapted weights of `model`, or those that `config` would give a plain one, which stays plain.
+
+    `paths` is for `find_targets`. The weights of a plain model come in layers of rank 1 without bases, so that a
+    configuration from a file takes no memory before its sizes are checked.
+
+    Raises:
+        ValueError: `config` is not that of the adapted model, or does not fit the plain one.
+        RuntimeError: the adapter in the model is merged.
+    """
+    if not is_adapted(model):
+        return adapted_weights(_smallest_layers(model, config, paths))
+    layers = adapted_layers(model)
+    merged = [path for path, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"{', '.join(merged)}: merged, expected an unmerged adapter: call unmerge_adapter first")
+    own = common_config(layers)
+    if own != config:
+        raise ValueError(
+            f"the model is adapted with another configuration than the file: {_differences(own, config)} "
+            "(model, file); expected the same one, or a plain model"
+        )
+    return adapted_weights(layers)
+
+
+def check_names(label: str, given: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises ValueError that lists what is missing and what is unexpected."""
+    missing, unexpected = set(expected) - set(given), set(given) - set(expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"{label} does not fit the model: missing {_listed(missing)}, unexpected {_listed(unexpected)}; "
+            "expected an adapter of the same rank, layer set and model"
+        )
+
+
+def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], config: CompLoRAConfig) -> None:
+    """Raises ValueError unless the pair of each weight has the right shapes and is a finite update."""
+    for path, (layer, name) in weights.items():
+        out_features, in_features = layer.original_weight(name).shape
+        shapes = tuple(tuple(factor.shape) for factor in factors[path])
+        expected = ((config.r, in_features), (out_features, config.r))
+        if shapes != expected:
+            raise ValueError(
+                f"{path} has factors A and B of shapes {shapes[0]} and {shapes[1]}, expected {expected[0]} and "
+                f"{expected[1]}: the adapter is for another rank or model"
+            )
+        A, B = (factor.to(layer.factors(name)[0].dtype) for factor in factors[path])
+        _check_update(path, A, B, config.scaling)
+
+
+def fill_adapter(
+    model: Model, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
+) -> Model:
+    """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
+
+    The bases, given or own, are turned until folding leaves the factors as they are.
+    """
+    changes = Changes()
+    if is_adapted(model):
+        layers = adapted_layers(model)
+    else:
+        adapted = adapt_targets(find_targets(model, config, factors), config, progress=progress)
+        put_in_place(unwrap(model), adapted, changes)
+        layers = _by_path(model, adapted)
+    weights = adapted_weights(layers)
+    for key, basis in (own_bases(weights) if bases is None else bases).items():
+        path, side = key
+        layer, name = weights[path]
+        layer.set_basis(name, side, _aligned_basis(basis, path, side, factors[path]), changes)
+    own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
+    changes.copy(own, [factor for path in weights for factor in factors[path]])
+    changes.make()
+    return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` holds an adapted layer."""
+    return any(isinstance(module, CompLoRALayer) for module in model.modules())
+
+
+def own_bases(weights: dict[str, AdaptedWeight]) -> Bases:
+    """The bases that the layers have."""
+    return {
+        (path, side): basis
+        for path, (layer, name) in weights.items()
+        for side in PROJECTED_SIDES[layer.config.sides]
+        if (basis := layer.basis(name, side)) is not None
+    }
+
+
+def _project(factor: Tensor, basis: subspace.Basis | None) -> Tensor:
+    if basis is None:
+        return factor.detach()
+    return functional.project_complement(factor, basis.matrix, basis_kind=basis.kind)
+
+
+def _aligned_basis(
+    basis: subspace.Basis, path: str, side: subspace.Side, factors: tuple[Tensor, Tensor]
+) -> subspace.Basis:
+    """The basis, turned so that folding leaves the factors of a weight as they are.
+
+    Raises:
+        ValueError: no basis of its size does.
+    """
+    A, B = factors
+    factor = B.mT if side == "output" else A  # [r, d]
+    aligned = basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))
+    wide, matrix = factor.cpu().double(), aligned.matrix.cpu().double()  # autocast and TF32 leave float64 alone
+    lost = wide @ matrix  # [r, m]
+    lost = lost if basis.kind == "principal" else wide - lost @ matrix.T
+    if not lost.norm() <= MAX_LOST * wide.norm():
+        raise ValueError(
+            f"{path}: projecting the {side} side with k={basis.k} changes the saved factor by "
+            f"{float(lost.norm() / wide.norm()):.2g} of its norm, expected at most {MAX_LOST}: the adapter was saved "
+            "with other subspaces"
+        )
+    return aligned
+
+
+def _smallest_layers(
+    model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None
+) -> dict[str, CompLoRALayer]:
+    """The layers that `config` would make of a plain model, but of rank 1 and without bases."""
+    no_size: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
+    selection = ATTENTION_TARGETS if isinstance(config.target_modules, str) else config.target_modules
+    smallest = dataclasses.replace(config, r=1, sides="none", target_modules=selection, **no_size)
+    try:
+        return _by_path(model, adapt_targets(find_targets(model, config, paths), smallest, progress=False))
+    except ValueError as error:
+        raise ValueError(f"the adapter does not fit the model: {error}") from error
+
+
+def _by_path(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer]) -> dict[str, CompLoRALayer]:
+    """The result of `adapted_layers` once these layers have taken the place of the modules that they adapt."""
+    return {path: adapted[module] for path, module in named_modules(model) if module in adapted}
+
+
+def _check_update(path: str, A: Tensor, B: Tensor, scaling: float) -> None:
+    """Raises ValueError where `scaling · B A` overflows, of finite factors too."""
+    with torch.autocast(A.device.type, enabled=False):
+        delta = (scaling * B) @ A  # [out, in]
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"the update of {path} holds NaN or infinite values, expected finite ones")
+
+
+def _differences(first: CompLoRAConfig, second: CompLoRAConfig) -> str:
+    a, b = first.to_dict(), second.to_dict()
+    return ", ".join(f"{name}={a[name]!r} and {b[name]!r}" for name in a if a[name] != b[name])
+
+
+def _listed(names: Iterable[str], limit: int = 4) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"
