@@ -47,8 +47,8 @@ class Trainee:
     model: Any
     factors: dict[str, Factors]
     plain: bool = False  # its factors are those of plain LoRA
-    merges: bool = False  # in evaluation, where its factors then get no gradient
-    inputs: list[Tensor] = field(default_factory=list)  # of what has no factors: see `block_inputs`
+    merges: bool = False  # True: evaluation merges, and its factors then get no gradient
+    inputs: list[Tensor] = field(default_factory=list)  # the inputs of blocks without factors, see `block_inputs`
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -204,7 +204,7 @@ def by_peft(plain: nn.Module, weights: dict[str, Adapter], config: CompLoRAConfi
 
 def adapt_by_peft(
     model: Any,
-    paths: dict[str, str],  # where the linear layer of each adapter is
+    paths: dict[str, str],  # the path of each adapter's linear layer
     weights: dict[str, Adapter],
     config: CompLoRAConfig,
 ) -> dict[str, Factors]:

@@ -34,7 +34,7 @@ OURS, FLOOR, FOLDED = "complora_linear", "frozen F.linear", "torch.compile of th
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-BATCH, PROMPTS = 8, 100  # of a CPU
+BATCH, PROMPTS = 8, 100  # sizes on a CPU
 BARELY = 1e-30  # a dropout that drops nothing
 HOST_SEED = "draws its seed on the host"
 
@@ -229,17 +229,15 @@ def lorafusion_linear(checkout: Path, layer: Layer) -> Callable[[], Tensor]:
 
 @dataclass(frozen=True)
 class Baseline:
-    make: Callable[..., Callable[[], Tensor]]  # of a Layer
+    make: Callable[..., Callable[[], Tensor]]  # takes a Layer, gives its step
     remark: str = ""
-    plan: plans.Plan | None = None  # that this baseline is ours with
+    plan: plans.Plan | None = None  # this baseline is ours with that plan
     shapes: Sequence[Shape] = tuple(MAIN)
-    drops: bool = True  # it can with dropout
-    plain: bool = False  # it is plain LoRA
+    drops: bool = True  # it supports dropout
+    plain: bool = False  # True: plain LoRA
     checkout: str = ""  # the option that says where its code lies, which `make` takes first
     checked_with: float = 0.0  # the dropout that its results are checked with
-    host_seed: str = (
-        ""  # of dropout: "read" in each step, which no graph can hold, or "kept" by it, one for all replays
-    )
+    host_seed: str = ""  # dropout's seed: "read" in each step, which no graph can hold, or "kept", one for all replays
 
 
 TWICE = "in half precision it rounds twice and loses small updates"
@@ -326,7 +324,7 @@ def compare(
     """The steps that were timed; code of others comes last: a fault of the device would end what follows."""
     baselines = {name: r for name, r in BASELINES.items() if shape in r.shapes and (r.drops or not dropout_p)}
     if ON_GPU and FOLDED not in targets:
-        baselines.pop(FOLDED, None)  # it is compiled anew for each
+        baselines.pop(FOLDED, None)  # compiled anew for each
     if comparison.known(label, baselines):
         return {}
     torch.compiler.reset()
@@ -381,7 +379,7 @@ def prepare(
     layer.dropout_p = dropout_p
     run = step(layer, make(layer), baseline.plan, backward=backward)
     if baseline.checkout:
-        run()  # what fails with this dropout alone
+        run()  # finds a failure with this dropout alone
     return run
 
 
@@ -432,7 +430,7 @@ def check_dropout(truths: Mapping[str, list[Tensor]], layer: Layer, name: str, r
     first, second = (run()[0].double() for _ in range(2))  # a replay writes to the same memory
     noise, weight = first - base - update, update_of(layer, A, B, kind)
     squares = layer.x.detach().double().square()  # [M, in]
-    expected = odds * (squares @ weight.square().sum(0)).sum()  # of |noise|²
+    expected = odds * (squares @ weight.square().sum(0)).sum()  # the mean of |noise|²
     deviation = (odds * (squares * (update @ weight).square()).sum()).sqrt() / update.square().sum()
     share = (first - base).mul(update).sum() / update.square().sum()
     assert (share - 1).abs() <= 6 * deviation + 1e-2, f"{name}: {share:.3f} of the update arrives with dropout"

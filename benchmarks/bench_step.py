@@ -49,14 +49,14 @@ Made = TypeVar("Made")
 @dataclass(frozen=True)
 class Baseline:
     make: Any  # (plain model, adapters, config) -> Trainee; None: ours
-    remark: str = ""  # what it does not compute, its known defects
+    remark: str = ""  # its known defects, and results that it does not compute
     compiled: bool = False
     graphed: bool = False
     cut: bool = False  # its prompts, by hand
     recompute: str = "none"  # ours
     plan: plans.Plan | None = None  # ours
     checkout: str = ""  # the option that says where its code lies, which `make` takes first
-    copy: str = ""  # what we have written after it: on a CPU, which has no time for both, a checkout replaces it
+    copy: str = ""  # our own transcription: on a CPU, which has no time for both, a checkout replaces it
 
 
 def linear(kind: type[baselines.LoRALinear]) -> Any:
@@ -348,7 +348,7 @@ def time_all(
         floors={name: work["frozen"] for name in names if FLOOR in remark(name, case) and "frozen" in work},
         remarks={name: remark(name, case) for name in names},
         targets=case.baselines,
-        warm_up=None if ON_GPU else 0,  # on a CPU the step that was checked was one
+        warm_up=None if ON_GPU else 0,  # on a CPU the checked step was a warm-up
         foreign=theirs,
         again=again,
     )

@@ -57,8 +57,8 @@ class Comparison:
     rounds: int
     device: torch.device
     found: results.Results
-    path: Path | None  # of the results file
-    go_on: bool = False  # what the file has of this revision is not measured again
+    path: Path | None  # the results file
+    go_on: bool = False  # True: shapes that the file has at this revision are skipped
 
     def record(self, row: Row) -> None:
         self.found.add(replace(row, revision=self.found.machine["revision"]))
@@ -215,7 +215,7 @@ def needed(option: str, checkouts: Mapping[str, Path | None]) -> Path:
 
 def pedantic(benchmark: Any, step: Step | None) -> None:
     """A row of pytest-benchmark's own table, with everything that the step has asked of a GPU."""
-    if step is not None:  # it does not fit, or was measured before
+    if step is not None:  # None: it does not fit, or was measured before
         benchmark.pedantic(lambda: wall_seconds(step), rounds=3)
 
 

@@ -155,7 +155,7 @@ class Recorder(Protocol):
 
     def warm_up(self, run: Step) -> None: ...
 
-    def capture(self, run: Step) -> tuple[Callable[[], None], Any]: ...  # what repeats it, what it returned
+    def capture(self, run: Step) -> tuple[Callable[[], None], Any]: ...  # a function that repeats it, and its result
 
 
 class Replays(NamedTuple):
@@ -177,7 +177,7 @@ def replays(device: torch.device) -> Replays | None:
 class Replay(NamedTuple):
     """Repeats a step; its results are tensors that every replay writes anew."""
 
-    step: Step  # whose tensors the graph reads: they live as long as it does
+    step: Step  # keeps the tensors that the graph reads alive
     replay: Callable[[], None]
     results: Any
     several: Callable[[], None] | None = None  # repeats a short one `TOGETHER` times
@@ -204,7 +204,7 @@ class Capturer:
             self.recorder = self.replays.recorder()
             raise
         self.recorder = self.replays.recorder()  # the old one's memory is of the broken capture
-        free_memory()  # what is left of its autograd graph belongs to the old one's stream
+        free_memory()  # the rest of its autograd graph belongs to the old stream
         return why
 
     def _captured(self, step: Step) -> Replay:

@@ -29,7 +29,7 @@ WITH_TMA = {
     "fused_lora_xw_sb_tma": {"fused_lora_xw_sb_tma": None},
     "fused_lora_dyw_dsa_tma": {"fused_lora_dyw_dsa_tma": None},
 }
-PACKAGES = ("loguru", "tabulate", "mypy_extensions", "tqdm")  # that its files import
+PACKAGES = ("loguru", "tabulate", "mypy_extensions", "tqdm")  # packages that its files import
 
 
 def fused_linear_lora(checkout: Path) -> Callable[..., Tensor]:

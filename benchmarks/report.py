@@ -23,13 +23,13 @@ from benchmarks.results import Results, Row
 from benchmarks.targets import measured, verdict
 
 ROOT = Path(__file__).parents[1]
-MARKS = "†‡§¶‖"  # of what holds for some shapes of a baseline and not for others, said below the table
+MARKS = "†‡§¶‖"  # marks of remarks about some shapes of a baseline, which stand below the table
 WARM_AND_COLD = (
     "Times are of replays of a CUDA graph, without launches: with a warm L2 cache (the replay before was of the same "
     "step), then with a cold one."
 )
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
-OURS = ("complora_linear", "complora_kernels", "extension")  # what times are compared with
+OURS = ("complora_linear", "complora_kernels", "extension")  # other times are compared with these
 TITLES = {
     "layer": "One layer, forward and backward",
     "factors": "The factors alone",
@@ -89,7 +89,7 @@ def facts(file: Results) -> list[str]:
 
 def table(rows: list[Row]) -> str:
     """Baselines down, shapes across; remarks beside the baselines, and those of some shapes alone below the table."""
-    notes: dict[str, str] = {}  # what is said below -> its mark
+    notes: dict[str, str] = {}  # remark below the table -> its mark
     shapes = list(dict.fromkeys(row.shape for row in rows))
     baselines = dict.fromkeys(row.baseline for row in rows)
     lines = [_line(["", *shapes]), "|" + " --- |" * (len(shapes) + 1)]

@@ -34,7 +34,7 @@ class Row:
     benchmark: str  # the file: "layer" for bench_layer.py
     shape: str
     baseline: str
-    remark: str = ""  # what it does not compute, its known defect; of one that did not run, why
+    remark: str = ""  # its known defects, or why it did not run
     rounds: int = 0  # paired repeats; 0: it did not run
     median_s: float | None = None
     p20_s: float | None = None
@@ -53,10 +53,10 @@ class Row:
     operations_per_s: float | None = None  # the ceilings of that roofline, as measured in the same run
     bytes_per_s: float | None = None
     peak_bytes: int | None = None  # the most memory of a step beyond what was there before it
-    share: float | None = None  # of the update that arrives in the output
+    share: float | None = None  # the share of the update that arrives in the output
     target: str | None = None  # an id in targets.toml
-    figure: float | None = None  # what that target is about
-    revision: str = ""  # of the code that was measured
+    figure: float | None = None  # the measured value of that target
+    revision: str = ""  # the revision that was measured
     sm_clock: str | None = None
     power: str | None = None
     slowed: str | None = None  # the bits of the reasons why the clock was not higher

@@ -72,7 +72,7 @@ def with_weights_of(plain: Any) -> TransformersCLIP:
         text_config={
             "vocab_size": plain.token_embedding.num_embeddings,
             "max_position_embeddings": plain.context_length,
-            "eos_token_id": 2,  # which stands for: a text ends at its largest id, as in OpenAI's and open_clip's
+            "eos_token_id": 2,  # 2 means that a text ends at its largest id, as in OpenAI's and open_clip's
             **_tower(plain.transformer),
         },
         projection_dim=plain.text_projection.shape[1],

@@ -89,7 +89,10 @@ def norm_lora_mlp(
         stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=_masks(x, fc1))
         masks = _masks(z, fc2)
         return stream + reference.activation_lora_linear(z, *fc2[:5], activation=activation, dropout_masks=masks)
-    fc1, fc2 = functional.with_seeds(x, fc1, name), functional.with_seeds(x, fc2, name)  # in the order of the products
+    fc1, fc2 = (
+        functional.with_seeds(x, fc1, name),
+        functional.with_seeds(x, fc2, name),
+    )  # seeds are drawn in the order of the products
     records = (fc1.without_tensors(), fc2.without_tensors())
     tensors = (*fc1.tensors(), *fc2.tensors())
     y, _ = NormLoRAMLPFunction.apply(*_flat(x, delta), norm, *records, activation, recompute, dtype, name, *tensors)
@@ -227,13 +230,13 @@ def _linear_fwd(
 def _linear_bwd(
     run: Backend,
     dY: Tensor,  # [M, N]
-    source: Source,  # of x [M, K]
+    source: Source,  # gives x [M, K]
     h: Tensor,  # [M, R]
     linear: AdaptedLinear,
     needs_x: bool,
-    needed: Sequence[bool],  # of the record's tensors
+    needed: Sequence[bool],  # one flag for each tensor of the record
 ) -> tuple[Any, Sequence[Tensor | None]]:  # dX [M, K] or None, and the gradients of the record's tensors
-    dY = dY.to(source.dtype)  # of the stream, which autocast leaves in float32
+    dY = dY.to(source.dtype)  # autocast leaves the stream, and so its gradient, in float32
     if not linear.rows:
         dX = dY @ linear.weight.to(dY.dtype) if needs_x else None
         return dX, [None] * len(needed)

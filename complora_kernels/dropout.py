@@ -96,7 +96,7 @@ def dropout_mask(
     shape: Sequence[int],
     seed: Tensor,  # [1]
     p: float,
-) -> Tensor:  # of that shape, bool
+) -> Tensor:  # bool, in the given shape
     """True where an element is kept, with probability 1 - p; the same for equal seed, shape and device type.
 
     `like` gives the device. A backward pass hands in the gradient it was given: were it the activation, as in the

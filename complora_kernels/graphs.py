@@ -28,10 +28,10 @@ Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 class GraphedStep(NamedTuple):
     """A captured step for batches of one signature."""
 
-    batch: Sequence[Tensor]  # what the graph reads
+    batch: Sequence[Tensor]  # the tensors that the graph reads
     replay: Callable[[], None]
-    loss: Tensor  # what it writes: []
-    grads: list[Tensor | None]  # of the trained parameters
+    loss: Tensor  # [], written by the graph
+    grads: list[Tensor | None]  # one for each trained parameter
     bucket: Tensor | None  # their mean share, one after the other; with a process group
     kept: list[Tensor]  # memory that the graph reads and does not own
 
@@ -260,7 +260,9 @@ class GraphedTrainStep:
         tensors += [value for group in groups for value in (group["lr"],) if isinstance(value, Tensor)]
         tensors += [value for p in known for value in states[p].values() if isinstance(value, Tensor)]
         if self.scaler is not None:
-            self.scaler.scale(torch.zeros((), device=self._device))  # it makes its tensors when they are first used
+            self.scaler.scale(
+                torch.zeros((), device=self._device)
+            )  # a scaler makes its tensors when they are first used
             tensors += [self.scaler._scale, self.scaler._growth_tracker]
         copies, grads = [tensor.detach().clone() for tensor in tensors], [p.grad for p in self._trained]
         cuda = [self._device] if self._device.type == "cuda" else []
@@ -271,7 +273,7 @@ class GraphedTrainStep:
                     tensor.copy_(copy)
                 for p in self._trained:
                     for value in states[p].values() if p in states and p not in known else ():
-                        value.zero_()  # as Adam begins
+                        value.zero_()  # the state in which Adam begins
             self._show_grads(grads)
             self._in_grads = None
             if self.scaler is not None:  # a step that was broken off leaves its marks
@@ -316,7 +318,7 @@ class CUDAGraphs:
                 for _ in range(WARM_UPS):
                     run()
         finally:
-            current.wait_stream(self.stream)  # what a step that failed has launched may still be writing
+            current.wait_stream(self.stream)  # kernels of a step that failed may still be writing
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """A function that repeats what `run` launches, and what `run` returned."""

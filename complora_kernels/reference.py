@@ -169,7 +169,7 @@ def keep_mask(
     M, K = shape
     device = seed.device if isinstance(seed, Tensor) else None
     bits = 8 if (256 * p).is_integer() else 16
-    lanes = 32 // bits  # of a word
+    lanes = 32 // bits  # lanes of one word
     column = torch.arange(-(-K // (4 * lanes)), device=device).expand(M, -1)
     row = torch.arange(M, device=device).unsqueeze(1)
     counter = [column, row.expand_as(column), torch.full_like(column, adapter), torch.zeros_like(column)]

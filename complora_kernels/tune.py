@@ -26,12 +26,12 @@ SHAPES = {  # width d, and tokens of one image or text
     "ViT-B-32": (768, 50),
     "ViT-B-16": (768, 197),
     "ViT-L-14": (1024, 257),
-    "text-512": (512, 77),  # of ViT-B-32 and ViT-B-16
-    "text-768": (768, 77),  # of ViT-L-14
+    "text-512": (512, 77),  # the text towers of ViT-B-32 and ViT-B-16
+    "text-768": (768, 77),  # the text tower of ViT-L-14
 }
 LAYERS = {"qkv": (1, 3, 3), "o": (1, 1, 1), "fc1": (1, 4, 1), "fc2": (4, 1, 1)}  # K / d, N / d, adapters
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-SECONDS = 0.02  # of a measurement on a GPU, which has steps that are too short for a clock
+SECONDS = 0.02  # a measurement on a GPU lasts so long: single steps are too short for a clock
 
 Step = Callable[[], Sequence[Tensor]]
 
@@ -174,7 +174,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         skip = backends.skipped("packed_lora_linear", options.device.type)
         options.backend = backends.resolve(options.backend, skip=skip)
         if options.backend == "extension":
-            options.backend = "torch"  # whose plans its products follow
+            options.backend = "torch"  # the extension's products follow the plans of the torch backend
         if options.backend == "reference":
             raise ValueError("backend='reference' has no plans, expected torch or triton")
         if options.autocast and options.dtype.itemsize != 2:

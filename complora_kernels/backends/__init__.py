@@ -208,7 +208,7 @@ def _unavailable(name: str) -> str | None:
     return REGISTRY[name].unavailable()
 
 
-_said: dict[str, object] = {}  # by message, the call that said it
+_said: dict[str, object] = {}  # the call that gave each message
 
 
 def _say_once(message: str) -> None:

@@ -12,17 +12,19 @@ from typing import Literal, NamedTuple
 
 PACKAGE = Path(__file__).parents[1]
 RECORD = PACKAGE / "_build.json"
-SOURCES = PACKAGE.parent / "csrc"  # of a checkout; an installed package has none, or somebody else's
+SOURCES = (
+    PACKAGE.parent / "csrc"
+)  # present in a checkout; beside an installed package there is nothing, or another project's
 MODULES = {"cpu": "complora_kernels._C", "cuda": "complora_kernels._C_cuda"}
 
 
 class Build(NamedTuple):
     """What `setup.py` recorded beside the modules."""
 
-    version: str  # of the package
-    halves: list[str]  # of "cpu", "cuda": what was built
+    version: str  # the package's version when it was built
+    halves: list[str]  # the halves that were built: some of "cpu", "cuda"
     reason: str  # why these
-    sizes: dict[str, int]  # of the modules, in bytes
+    sizes: dict[str, int]  # bytes of each module
     details: dict[str, str]  # torch, compiler, cuda, chips
 
 
@@ -54,7 +56,7 @@ def chip_refusal(capability: tuple[int, int]) -> str | None:
 
 @functools.lru_cache
 def _load(half: str) -> str | None:
-    if half == "cuda" and (reason := _load("cpu")) is not None:  # it has the schemas
+    if half == "cuda" and (reason := _load("cpu")) is not None:  # the CPU half has the schemas
         return reason
     reason = _unbuilt(half)
     if reason is not None:
@@ -84,7 +86,7 @@ def _unbuilt(half: str) -> str | None:
     if spec is None or spec.origin is None:
         return f"{MODULES[half]} is missing: install again"
     built = Path(spec.origin).stat()
-    if built.st_size != build.sizes.get(half):  # to load a file that was cut off would kill the process
+    if built.st_size != build.sizes.get(half):  # loading a truncated file would kill the process
         return f"{spec.origin} has {built.st_size} bytes, expected {build.sizes.get(half)}: install again"
     ours = SOURCES.glob("*") if (SOURCES / "registration.cpp").exists() else ()
     newer = sorted(path.name for path in ours if path.stat().st_mtime > built.st_mtime)

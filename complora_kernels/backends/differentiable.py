@@ -42,7 +42,7 @@ class DifferentiableBackend(TorchBackend):
     """
 
     def __init__(self, *, philox: bool) -> None:
-        self.philox = philox  # of the backend that drew the dropout masks of the forward pass
+        self.philox = philox  # the kind of masks that the forward pass drew
 
     def packed_lora_linear_fwd(
         self,
@@ -58,7 +58,7 @@ class DifferentiableBackend(TorchBackend):
     def packed_lora_linear_bwd(
         self,
         dY: Tensor,  # [M, N]
-        source: Source,  # of x [M, K]
+        source: Source,  # gives x [M, K]
         h: Tensor,  # not read
         linear: AdaptedLinear,  # weight [N, K]
         needs: tuple[bool, bool, bool],

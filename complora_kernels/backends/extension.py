@@ -70,7 +70,7 @@ class ExtensionBackend(TorchBackend):
         output_side: Sequence[bool],
         scaling: float,
         dtypes: Sequence[torch.dtype],  # all the same
-    ) -> list[Tensor]:  # in the shapes of the factors, parts of one tensor
+    ) -> list[Tensor]:  # parts of one tensor, in the shapes of the factors
         wide = torch.promote_types(torch.promote_types(factors[0].dtype, dtypes[0]), torch.float32)
         bases = [None if basis is None else basis.to(wide) for basis in bases]
         complement = [kind == "complement" for kind in kinds]
@@ -81,7 +81,7 @@ class ExtensionBackend(TorchBackend):
     def packed_lora_linear_bwd(
         self,
         dY: Tensor,  # [M, N]
-        source: Source,  # of x [M, K]
+        source: Source,  # gives x [M, K]
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
         needs: tuple[bool, bool, bool],

@@ -37,7 +37,7 @@ from complora_kernels.common.thread_stack import ThreadStack
 NAMES = ("fused", "concat", "merge", "addmm")
 MAX_FUSED_RANK = 64
 SCHEMA = 1
-ANY = 0  # the number of tokens while torch.compile traces: the graph serves any number
+ANY = 0  # stands for any number of tokens, while torch.compile traces
 
 logger = logging.getLogger("complora_kernels")
 
@@ -51,9 +51,9 @@ class Problem(NamedTuple):
     inputs: int  # K
     outputs: int  # N
     rank: int  # r of one adapter
-    adapters: int  # how many share the product; q, k, v: 3
-    dtype: str  # of the product
-    weight_dtype: str  # of the frozen weight as the user keeps it: under autocast the float32 master
+    adapters: int  # the number that share the product; 3 for q, k, v
+    dtype: str  # the product's dtype
+    weight_dtype: str  # the dtype in which the user keeps the frozen weight: under autocast float32
     dropout: bool
 
     def __str__(self) -> str:
@@ -80,11 +80,11 @@ class Entry(NamedTuple):
 
     problem: Problem
     measured: tuple[tuple[Plan, float], ...]  # median seconds of forward and backward, the fastest plan first
-    versions: tuple[str, ...]  # of torch and triton
+    versions: tuple[str, ...]  # torch's and triton's
     date: str
 
 
-Entries = dict[tuple[Problem, tuple[str, ...]], Entry]  # by problem and versions
+Entries = dict[tuple[Problem, tuple[str, ...]], Entry]  # the keys are a problem and the versions
 
 # Of the rows that apply, the first whose plan is eligible is used.
 SHIPPED: tuple[tuple[str, Callable[[Problem], bool], Plan], ...] = (
@@ -95,7 +95,7 @@ SHIPPED: tuple[tuple[str, Callable[[Problem], bool], Plan], ...] = (
     ("bfloat16, float16", lambda p: True, Plan("concat")),
 )
 
-_FORCED: ThreadStack[Plan] = ThreadStack("forced plan")  # by `override`
+_FORCED: ThreadStack[Plan] = ThreadStack("forced plan")  # set by `override`
 _chosen: dict[tuple[Any, ...], tuple[Plan, str]] = {}  # the plan and where it comes from
 
 
@@ -106,7 +106,7 @@ def problem(
     backend: str,
     rank: int,
     adapters: int,
-    dtype: torch.dtype,  # of the product
+    dtype: torch.dtype,  # the product's dtype
     dropout: bool,
 ) -> Problem:
     """The problem that `choose` is asked about.
@@ -201,7 +201,7 @@ def read(path: Path, *, locked: bool = False) -> Entries:
         return {}
     except ValueError as damage:
         if not locked:
-            with lock(path):  # by now another process may have renamed it and written a whole one
+            with lock(path):  # another process may meanwhile have renamed it and written a whole one
                 return read(path, locked=True)
         words, aside = damage.__cause__ or damage, set_aside(path).name
         logger.warning("%s is damaged (%r): renamed to %s, the shipped plans are used", path, words, aside)

@@ -67,7 +67,7 @@ class Activated(NamedTuple):
         return activate(self.z, self.activation)
 
 
-Source = Tensor | Normed | Activated  # where the backward pass of a product takes its input [M, K] from
+Source = Tensor | Normed | Activated  # gives the backward pass of a product its input [M, K]
 
 
 def input_of(source: Source, *, shape_only: bool = False) -> Tensor:  # [M, K]
@@ -122,7 +122,7 @@ class TorchBackend:
         output_side: Sequence[bool],
         scaling: float,
         dtypes: Sequence[torch.dtype],
-    ) -> list[Tensor]:  # in the shapes of the factors
+    ) -> list[Tensor]:  # each in the shape of its factor
         folded = []
         for factor, basis, kind, output, dtype in zip(factors, bases, kinds, output_side, dtypes, strict=True):
             factor = factor.to(torch.promote_types(factor.dtype, dtype))
@@ -168,7 +168,7 @@ class TorchBackend:
             y = F.linear(torch.cat([x, h], 1), wide, bias)  # [x | h] [W | B̃]^T + b
         else:
             y = F.linear(x, linear.weight.to(x.dtype), bias)  # [M, N]
-            y = y.clone() if is_checkpointed_selectively() else y  # which may keep the product
+            y = y.clone() if is_checkpointed_selectively() else y  # checkpointing may keep the product
             for h_i, B, (start, stop) in zip(_split(h, As), Bs, rows, strict=True):
                 y[:, start:stop].addmm_(h_i, B.mT)
         return add_residual(y, residual), h if linear.save_h else h.new_empty(0, h.shape[1])
@@ -176,7 +176,7 @@ class TorchBackend:
     def packed_lora_linear_bwd(
         self,
         dY: Tensor,  # [M, N]
-        source: Source,  # of x [M, K]
+        source: Source,  # gives x [M, K]
         h: Tensor,  # [M, R]
         linear: AdaptedLinear,  # weight [N, K]
         needs: tuple[bool, bool, bool],
@@ -258,7 +258,7 @@ class TorchBackend:
             return torch.ops.aten.gelu_backward(da, z)
         scaled = QUICK_GELU * z  # act(z) = silu(1.702 z) / 1.702, whose slope is that of silu at 1.702 z
         if z.dtype == torch.float16:
-            scaled.clamp_(-1e4, 1e4)  # where the slope is 0 or 1; infinite beyond 38487, it would be NaN
+            scaled.clamp_(-1e4, 1e4)  # the slope is 0 or 1 there; an infinite 1.702 z, beyond 38487, would make it NaN
         return torch.ops.aten.silu_backward.grad_input(da, scaled, grad_input=scaled)
 
     def _drop_each(self, x: Tensor, linear: AdaptedLinear) -> Iterable[Tensor]:

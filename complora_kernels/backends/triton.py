@@ -130,14 +130,14 @@ class TritonBackend:
         output_side: Sequence[bool],
         scaling: float,
         dtypes: Sequence[torch.dtype],  # all the same
-    ) -> list[Tensor]:  # in the shapes of the factors, parts of one tensor
+    ) -> list[Tensor]:  # parts of one tensor, in the shapes of the factors
         complement = [kind == "complement" for kind in kinds]
         fold = torch.ops.complora_triton.fold_factors if _is_registered(*factors, *bases) else _fold_factors
         return _parts(fold(factors, bases, complement, output_side, scaling, dtypes[0]), factors)
 
     def fold_factors_bwd(
         self,
-        grads: Sequence[Tensor],  # as the factors
+        grads: Sequence[Tensor],  # each [r, d], those of the output side [d, r]
         bases: Sequence[Tensor | None],
         kinds: Sequence[str],
         output_side: Sequence[bool],
@@ -174,7 +174,7 @@ class TritonBackend:
     def packed_lora_linear_bwd(
         self,
         dY: Tensor,  # [M, N]
-        source: Source,  # of x [M, K]
+        source: Source,  # gives x [M, K]
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
         needs: tuple[bool, bool, bool],
@@ -209,7 +209,7 @@ class TritonBackend:
     ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
         k = kernels()
         seed, A = _seed(reader), k.launch.stacked(reader.As) if reader.As else None  # [P, r, K]
-        inside = A if dtype.itemsize == 2 else None  # in float32 rows and Ã do not fit beside each other
+        inside = A if dtype.itemsize == 2 else None  # float32 rows and Ã do not fit beside each other
         stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside, reader.dropout_p, seed)
         if A is not None and inside is None:
             h = k.linear.packed_lora_linear_h(normed, A, reader.dropout_p, seed)
@@ -285,7 +285,7 @@ def _linear_fwd(
 
 def _linear_bwd(
     dY: Tensor,  # [M, N]
-    source: Source,  # of x [M, K]
+    source: Source,  # gives x [M, K]
     h: Tensor,  # [M, P r]
     linear: AdaptedLinear,
     needs: Sequence[bool],
@@ -308,7 +308,7 @@ def _linear_bwd(
             dX = torch.cat([dY, g], 1) @ torch.cat([product, *linear.As])  # [dY | g] [W ; Ã]
         elif needs_x and plan.name == "addmm" and p == 0:
             dX = torch.addmm(dY @ product, g, torch.cat(list(linear.As)))  # dY W, then + g Ã
-        elif needs_x:  # with dropout a mask stands between g Ã and the sum, whatever the plan
+        elif needs_x:  # a dropout mask stands between g Ã and the sum, whatever the plan
             dX, _ = k.linear.packed_lora_linear_dx(dY, product, A, B, g, groups, p, seed, tiles=plan.tiles)
     if needs_A:
         dA = _factor_grad(source, g, linear)

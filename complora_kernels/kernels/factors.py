@@ -43,8 +43,8 @@ class Job(NamedTuple):
     r: int
     d: int
     k: int  # 0: not projected
-    complement: int  # whether the basis spans the rest
-    scaled: int  # whether the result is multiplied by the scaling
+    complement: int  # 1: the basis spans the complement
+    scaled: int  # 1: the result is multiplied by the scaling
 
 
 FIELDS = len(Job._fields) + 2  # and the first rank and the first element of the program
@@ -160,7 +160,7 @@ def merge_weight_kernel(
 def fold_factors(
     factors: Sequence[Tensor],  # each [r, d], those of the output side [d, r]; all of one dtype
     bases: Sequence[Tensor | None],  # each [d, k]; None: not projected
-    complement: Sequence[bool],  # whether a basis spans the rest
+    complement: Sequence[bool],  # True: the basis spans the complement
     output_side: Sequence[bool],
     scaling: float,
     dtype: torch.dtype,

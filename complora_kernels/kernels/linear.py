@@ -77,7 +77,7 @@ def candidate_tiles(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, ..
 
 
 def _tiles_for(
-    operands: tuple[Tensor, Tensor],  # of the large product
+    operands: tuple[Tensor, Tensor],  # the two of the large product
     wanted: Sequence[int] | None,
     crowded: bool,
 ) -> Tiles:

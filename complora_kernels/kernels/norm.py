@@ -22,8 +22,8 @@ from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
 
-PROGRAMS = 528  # of those that compute h, where there are so many rows: four for each multiprocessor of an H100
-ELEMENTS = 4096  # of the rows that a program holds: 32 a thread
+PROGRAMS = 528  # programs that compute h, given enough rows: four for each multiprocessor of an H100
+ELEMENTS = 4096  # elements of the rows that one program holds: 32 a thread
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def norm_fwd_kernel(
             delta = tl.load(delta_ptr + rows[:, None] * stride_dm + k[None, :], mask=mask, other=0.0).to(tl.float32)
             rounded = (s + delta).to(stream_ptr.dtype.element_ty)  # s = x + delta
             tl.store(stream_ptr + rows[:, None] * K + k[None, :], rounded, mask=mask)
-            s = rounded.to(tl.float32)  # as the backward pass will read it
+            s = rounded.to(tl.float32)  # the value that the backward pass will read
         mean = tl.sum(s, 1) / K  # [ROWS]
         centred = tl.where(mask, s - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)

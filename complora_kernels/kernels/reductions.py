@@ -25,7 +25,7 @@ from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.rows import RowGroups
 
-PROGRAMS = 264  # what the splits aim for: two for each multiprocessor of an H100 or H200
+PROGRAMS = 264  # the splits aim for so many: two for each multiprocessor of an H100 or H200
 ROWS_PER_SPLIT = 256  # at least: below, storing and adding partial sums would cost more than it brings
 
 
@@ -277,7 +277,7 @@ def packed_lora_linear_da(
     if not dropout.bits:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
-    wide = 128 if launch.aligned(x) else 64  # as `linear.UNALIGNED_TILES`
+    wide = 128 if launch.aligned(x) else 64  # see `linear.UNALIGNED_TILES`
     block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if dtype == torch.float32 else (64, wide)
     chunks, tiles = P * triton.cdiv(R, block_r), triton.cdiv(K, block_k)
     splits, rows_of_split = _splits(M, triton.cdiv(K, 128), 64)  # whatever the tiles
