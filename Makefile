@@ -34,9 +34,11 @@ test: .venv/.installed $(EXTENSION)  ## run the tests
 
 # What rounds otherwise on another machine: torch without AVX, MKL without what it knows of this processor, two threads.
 # The files in which most is computed by more than one way; FILES=tests for all.
-FILES ?= $(foreach name,$(OTHER_PROCESSOR),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
-OTHER_PROCESSOR = activations adapter apply block dropout anchors evaluate images recipe functional modules pooled \
-	prompts reference subspace tower
+FILES ?= $(NUMERICS:%=tests/%.py)
+NUMERICS = $(addprefix test_,dropout functional reference subspace) \
+	$(addprefix adapters/test_,apply calibration manage saved_bases save_load) \
+	$(addprefix fewshot/test_,anchors evaluate images recipe) \
+	$(addprefix modules/test_,block modules pooled prompts tower)
 test-other-processor: .venv/.installed $(EXTENSION)  ## run the tests of the numerics as another processor computes, on two threads
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 		.venv/bin/python -m pytest $(PARALLEL) $(FILES) $(ARGS)
