@@ -36,14 +36,14 @@ class CompLoRAConfig:
         sides: "output" projects B (the default formula of the package), "input" projects A, "both" projects the two
             as the paper's figure does, "none" is plain LoRA.
         subspace_k: number of protected directions, 0 <= k <= min(out, in).
-        subspace_energy: share in (0, 1]; k is the smallest number of directions that holds this share of Σσ², or of
-            the trace of the matrix whose eigenvectors they are with `subspace_source="activations"`.
+        subspace_energy: share in (0, 1]; k is the smallest number of directions that holds this share of Σσ² (with
+            `subspace_source="activations"`, of the trace of the matrix whose eigenvectors they are).
         subspace_ratio: share in [0, 1]; k = round(ratio · min(out, in)).
             Exactly one of the three sizes is given, none of them with `sides="none"`.
         subspace_source: "weight" protects the principal directions of the weight, "random" as many random ones:
             the control that tells whether the singular vectors matter. "activations" protects the principal directions
-            of what the weight sees and writes on calibration batches, inputs X [M, in] and products Y = X W^T [M, out]:
-            V_k are the top-k eigenvectors of X^T X, U_k those of Y^T Y. Not used with `sides="none"`.
+            of the weight's inputs X [M, in] and products Y = X W^T [M, out] on calibration batches: V_k are the top-k
+            eigenvectors of X^T X, U_k those of Y^T Y. Not used with `sides="none"`.
         subspace_seed: chooses the random directions of `subspace_source="random"`.
         target_modules: any of q k v o fc1 fc2 in the residual blocks of the towers, or one regular expression that
             must match a whole module name; it then selects `nn.Linear` modules of any model.
@@ -149,7 +149,7 @@ class CompLoRAConfig:
     def from_dict(cls, fields: dict[str, Any]) -> CompLoRAConfig:
         """The inverse of `to_dict`; an unknown field, or one of another type, is an error that names it.
 
-        A regular expression is taken as it is: one that comes from a file may take hours to compile.
+        A regular expression is not compiled: one that comes from a file may take hours.
         """
         hints = get_type_hints(cls)
         unknown = sorted(set(fields) - hints.keys())

@@ -207,7 +207,7 @@ def test_activations_are_decomposed_once(monkeypatch):
     for each in (weight, weight.clone(), others):
         for side in SIDES:
             principal_basis(each, k=2, side=side, second_moment=moment.clone())
-    assert len(shapes) == 3  # of X^T X, and of Y^T Y for each of two weights
+    assert len(shapes) == 3  # one for X^T X, and one for Y^T Y of each of two weights
     basis = principal_basis(weight, k=2, second_moment=moment)
     before = basis.clone()
     basis.zero_()
@@ -476,7 +476,7 @@ def test_check_orthonormal_ignores_autocast():
 def test_align_basis_keeps_the_factor(kind, noise):
     basis = random_basis(40, 10)
     factor = project_complement(torch.randn(3, 40), basis, basis_kind=kind)
-    other = torch.linalg.qr(basis + noise * torch.randn(40, 10) / 40**0.5).Q  # as from a half-precision copy
+    other = torch.linalg.qr(basis + noise * torch.randn(40, 10) / 40**0.5).Q  # a half-precision copy gives such a basis
     unaligned = project_complement(factor, other, basis_kind=kind)
     assert (unaligned - factor).norm() > 1e-6 * factor.norm()
     aligned = align_basis(other, factor, kind=kind)
@@ -499,7 +499,7 @@ def test_align_basis_leaves_a_fitting_basis_alone():
 def test_align_basis_with_less_room_than_rows():
     basis = random_basis(12, 4)
     factor = project_complement(torch.randn(6, 12), basis, basis_kind="complement")  # rank 4
-    factor += 1e-4 * torch.randn(6, 12)  # and by rounding 6
+    factor += 1e-4 * torch.randn(6, 12)  # rounding makes it rank 6
     aligned = align_basis(basis, factor, kind="complement")
     assert aligned.shape == (12, 4)
     subspace.check_orthonormal(aligned, "aligned")

@@ -1,15 +1,15 @@
-"""The activations that a subspace can be taken from: `X^T X` of what each adapted weight is given while a model runs.
+"""Calibration: `X^T X` of the inputs of each adapted weight while a model runs, and the bases that follow from it.
 
-Every position that the plain model computes counts, as often as it is computed: in a text tower those behind the end of
-a text too, although no feature is read there. To leave them out, calibrate with texts that fill the context, or run the
-tower's transformer on the positions that matter (`calibrate` may call any part of the model). Of activations that span
-less than k dimensions the rest of the k are arbitrary directions, and cost the update room: use enough batches, or
-`subspace_energy`.
+Every position that the plain model computes counts, as often as it is computed. In a text tower, positions after the
+end of a text count too, although no feature is read there. To leave them out, calibrate with texts that fill the
+context, or run the tower's transformer on the positions that matter (`calibrate` may call any part of the model).
+Where activations span less than k dimensions, the rest of the k directions are arbitrary and cost the update room: use
+enough batches, or `subspace_energy`.
 
-The products are summed in float64, a few thousand rows at a time, where inputs of up to float32 are exact: what
-float32 activations can hold of a direction, its 1e-7 of the strongest, is 1e-14 in `X^T X` and still above float64's
-rounding. The sums stay in host memory: in² · 8 bytes for each distinct input, 4.7 MB for a width of 768 (q, k and v of
-self-attention share one), 75 MB for an fc2 behind 3072.
+The products are summed in float64, a few thousand rows at a time, where inputs of up to float32 are exact. A direction
+that float32 activations can hold has at least 1e-7 of the strongest one's size, which is 1e-14 in `X^T X` and still
+above float64's rounding. The sums stay in host memory: in² · 8 bytes for each distinct input, 4.7 MB for a width of 768
+(q, k and v of self-attention share one), 75 MB for an fc2 behind 3072.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from complora_kernels.modules.attention import CompLoRAAttentionLayer
 Calibrate = Callable[[Any], object]
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
-ROWS = 4096  # that are copied to float64 at a time
+CHUNK_ROWS = 4096  # rows converted to float64 per step
 
 
 class Watched(NamedTuple):
@@ -48,7 +48,7 @@ class SecondMoments:
     """`X^T X` [in, in] of the inputs of one layer's weights, summed over calls, in float64 and host memory."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], Tensor] = {}  # by the weights that shared an input
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # keyed by the names of the weights that shared an input
 
     @torch.no_grad()
     def add(
@@ -63,9 +63,9 @@ class SecondMoments:
         if rows.device.type not in ("cpu", "cuda"):
             rows = rows.cpu()  # not every device has float64
         moment = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-        for part in rows.split(ROWS):
-            part = part.double()  # [<= ROWS, in]
-            moment += part.mT @ part
+        for chunk in rows.split(CHUNK_ROWS):
+            chunk = chunk.double()  # [<= CHUNK_ROWS, in]
+            moment += chunk.mT @ chunk
         names, moment = tuple(names), moment.cpu()
         self._sums[names] = self._sums[names] + moment if names in self._sums else moment
 
@@ -82,12 +82,13 @@ def protect_activations(
 
     Args:
         model: plain.
-        watched: its modules, with layers that are not part of it yet.
+        watched: modules of the model, and the layers that are to replace them but are not part of it yet.
         calibrate: runs the model on some batches, see `apply_complora`.
         progress: show a progress bar while the second moments are decomposed.
 
     Raises:
-        ValueError: no input reached a weight, one held NaN or infinite values, or `CompLoRALayer.protect_activations`.
+        ValueError: no input reached a weight, or one held NaN or infinite values. Also as
+            `CompLoRALayer.protect_activations`.
     """
     moments = second_moments(model, watched, calibrate)
     weights = [(path, layer, name) for path, _, layer in watched for name in layer.weights]
@@ -112,12 +113,12 @@ def protect_activations(
 
 
 def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Calibrate) -> dict[str, SecondMoments]:
-    """What the weights of each watched layer are given while `calibrate(model)` runs, by path."""
+    """The second moments of the inputs of each layer's weights while `calibrate(model)` runs, by the layer's path."""
     moments = {path: SecondMoments() for path, *_ in watched}
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_watching(model, watched, moments))
-        if any(map(is_compiled, model.modules())):  # code that was compiled before would not see the hooks
+        stack.enter_context(_recording(model, watched, moments))
+        if any(map(is_compiled, model.modules())):  # code that was compiled before would not call the hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
@@ -126,10 +127,11 @@ def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Cali
 
 
 @contextlib.contextmanager
-def _watching(model: nn.Module, watched: Sequence[Watched], moments: dict[str, SecondMoments]) -> Iterator[None]:
-    """The model in evaluation mode, with hooks that see the inputs of the weights; the layers, without bases, disabled.
+def _recording(model: nn.Module, watched: Sequence[Watched], moments: dict[str, SecondMoments]) -> Iterator[None]:
+    """Puts the model in evaluation mode and adds hooks that sum the inputs of the weights, within the context.
 
-    Evaluation mode as flags alone: a `train()` of somebody's own may do more.
+    The layers, which have no bases yet, are disabled. Only the flags `training` are set, because a model's own
+    `train()` may do more.
     """
     layers = [layer for _, _, layer in watched]
     training = [(module, module.training) for module in (*model.modules(), *layers)]
@@ -161,24 +163,24 @@ def _watching(model: nn.Module, watched: Sequence[Watched], moments: dict[str, S
         finally:
             leave()
     finally:
-        leave()  # again: an interrupt may have broken the first off
+        leave()  # again: an interrupt may have broken the first call off
 
 
 def _hooks(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> Iterator[tuple[nn.Module, Hook]]:
-    """Hooks that see the inputs of the layer's weights where the plain module is given them, and their modules."""
+    """The modules that are given the inputs of the layer's weights, each with a hook that adds them to `moments`."""
     if not isinstance(layer, CompLoRAAttentionLayer):
 
-        def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def add_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             moments.add(layer.weights, _arguments(layer, args, kwargs)[0])
 
-        yield module, see_input
+        yield module, add_input
         return
 
     inputs, adapts_o = [name for name in ("q", "k", "v") if name in layer.weights], "o" in layer.weights
-    # Torch's attention reads the weight of out_proj without calling it; open_clip's own calls it.
+    # Torch's attention reads the weight of out_proj without calling it; other attentions call it.
     mix = layer.mix if adapts_o and isinstance(layer, CompLoRAMultiheadAttention) else None
 
-    def see_qkv(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add_qkv(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         query, key, value = _arguments(layer, args, kwargs)[:3]
         given = {"q": query, "k": query if key is None else key, "v": query if value is None else value}
         shared: dict[int, list[str]] = {}
@@ -189,13 +191,13 @@ def _hooks(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> I
         if mix is not None:
             moments.add(("o",), mix(*args, **kwargs)[0])
 
-    yield module, see_qkv
+    yield module, add_qkv
     if adapts_o and mix is None:
 
-        def see_mixed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        def add_mixed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             moments.add(("o",), args[0])
 
-        yield layer.out_proj, see_mixed
+        yield layer.out_proj, add_mixed
 
 
 def _register(hook: Hook, module: nn.Module) -> RemovableHandle:
@@ -203,7 +205,7 @@ def _register(hook: Hook, module: nn.Module) -> RemovableHandle:
 
 
 def _arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments of a call in their order, as the adapted layer will read them; None where there is none."""
+    """The arguments of a call in the order of the adapted layer's parameters; None for those that were not given."""
     signature = inspect.signature(layer.forward)
     given = signature.bind(*args, **kwargs).arguments
     return [given.get(name) for name in signature.parameters]

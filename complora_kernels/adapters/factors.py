@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
 
-Model = TypeVar("Model", bound=nn.Module)
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side
 
@@ -71,7 +70,7 @@ def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
     """
     folded: FactorPairs = {}
     for path, (layer, name) in weights.items():
-        A, B = layer.factors(name)
+        A, B = layer.factors(name)  # [r, in], [out, r]
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != layer.config.r or B.shape[1] != layer.config.r:
             raise ValueError(
                 f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)}, expected [r, in] and [out, r] "
@@ -152,7 +151,7 @@ def check_names(label: str, given: Iterable[str], expected: Iterable[str]) -> No
 
 
 def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], config: CompLoRAConfig) -> None:
-    """Raises ValueError unless the pair of each weight has the right shapes and is a finite update."""
+    """Raises ValueError unless the factors of each weight have the right shapes and make a finite update."""
     for path, (layer, name) in weights.items():
         out_features, in_features = layer.original_weight(name).shape
         shapes = tuple(tuple(factor.shape) for factor in factors[path])
@@ -167,8 +166,8 @@ def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], confi
 
 
 def fill_adapter(
-    model: Model, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
-) -> Model:
+    model: nn.Module, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
+) -> None:
     """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
 
     The bases, given or own, are turned until folding leaves the factors as they are.
@@ -188,7 +187,6 @@ def fill_adapter(
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
     changes.make()
-    return model
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -254,7 +252,7 @@ def _by_path(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer]) -> dict[
 
 
 def _check_update(path: str, A: Tensor, B: Tensor, scaling: float) -> None:
-    """Raises ValueError where `scaling · B A` overflows, of finite factors too."""
+    """Raises ValueError where `scaling · B A` is not finite: the product of finite factors may overflow."""
     with torch.autocast(A.device.type, enabled=False):
         delta = (scaling * B) @ A  # [out, in]
     if not torch.isfinite(delta).all():

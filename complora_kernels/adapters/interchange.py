@@ -53,7 +53,7 @@ class CLIPLoRAMetadata(TypedDict):
 class CLIPLoRAFile(TypedDict):
     """The content of CLIP-LoRA's file."""
 
-    weights: dict[str, dict[str, dict[str, Any]]]  # by layer_0, q_proj, w_lora_A: a tensor
+    weights: dict[str, dict[str, dict[str, Any]]]  # tensors, as in weights["layer_0"]["q_proj"]["w_lora_A"]
     metadata: CLIPLoRAMetadata
 
 
@@ -62,12 +62,12 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     PEFT has one adapter for the whole of an `nn.MultiheadAttention`. With n of q, k, v adapted it gets rank n·r, A
     stacked and B block-diagonal, and an alpha that keeps the scaling; PEFT's adapter of the output projection, which
-    always comes with it, is zero. There PEFT ignores dropout, and in half precision its forward passes change the
-    frozen weights.
+    always comes with it, is zero. In an `nn.MultiheadAttention`, PEFT ignores dropout, and in half precision its
+    forward passes change the frozen weights.
 
     The files replace those in `directory` as `save_adapter` replaces them; PEFT does not notice a pair that a killed
-    process left mismatched. Writing them does not need PEFT. Wrappers, containers and what else is trained are treated
-    as by `save_adapter`.
+    process left mismatched. Writing them does not need PEFT. Wrappers, containers and other trained parameters are
+    treated as by `save_adapter`.
 
     Raises:
         OSError: `directory` cannot be written to.
@@ -115,19 +115,19 @@ def _check_exportable(path: str, layer: CompLoRALayer) -> None:
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
-    """One pair A [n·r, d], B [3d, n·r]: `B A` has the updates of q, k, v above each other, 0 where there is none."""
-    A = torch.cat([A for A, _ in parts.values()])
-    blocks = torch.block_diag(*(B for _, B in parts.values()))  # [n·d, n·r]
-    rows = torch.cat([torch.arange(layer.weights[name].start, layer.weights[name].stop) for name in parts])
-    B = blocks.new_zeros(3 * A.shape[1], A.shape[0])
-    B[rows] = blocks
+    """One pair A [n·r, d], B [3d, n·r]: `B A` has the updates of q, k, v above each other, 0 for one not adapted."""
+    A = torch.cat([A for A, _ in parts.values()])  # [n·r, d]
+    diagonal = torch.block_diag(*(B for _, B in parts.values()))  # [n·d, n·r]
+    rows = torch.cat([torch.arange(layer.weights[name].start, layer.weights[name].stop) for name in parts])  # [n·d]
+    B = diagonal.new_zeros(3 * A.shape[1], A.shape[0])  # [3d, n·r]
+    B[rows] = diagonal
     return A, B
 
 
 def _peft_fields(
     config: CompLoRAConfig, attentions: dict[str, CompLoRAMultiheadAttention], modules: list[str]
 ) -> dict[str, Any]:
-    """PEFT's configuration, with rank n·r and alpha · n (alpha · √n under rsLoRA) for attention."""
+    """PEFT's configuration, with rank n·r and alpha · n (alpha · √n with rsLoRA) for attention."""
     if not attentions:
         return peft_fields(config, modules)
     n = len(next(iter(attentions.values())).weights)
@@ -138,9 +138,10 @@ def _peft_fields(
     return peft_fields(config, modules, rank_pattern={pattern: r}, alpha_pattern={pattern: alpha})
 
 
-CLIP_LORA_TOWERS = {"text": ("text",), "vision": ("image",), "both": ("text", "image")}  # in the order of its layers
+# CLIP-LoRA's encoders, with the towers in the order in which its files number their layers.
+CLIP_LORA_TOWERS = {"text": ("text",), "vision": ("image",), "both": ("text", "image")}
 CLIP_LORA_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "proj"}
-CLIP_LORA_POSITIONS = {  # the blocks of a tower with n blocks; its own tables are those of 12 and 24
+CLIP_LORA_POSITIONS = {  # the adapted blocks of a tower with n blocks; CLIP-LoRA has tables for n = 12 and 24
     "all": lambda n: range(n),
     "bottom": lambda n: range(n // 3),
     "mid": lambda n: range(n // 3, 2 * n // 3),
@@ -155,13 +156,13 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     """Adapts a plain model with the `lora_weights.pt` of CLIP-LoRA (Zanella and Ben Ayed, arXiv 2405.18541).
 
     The adapter is plain LoRA with `scaling = alpha / sqrt(r)`: `sides="none"`, `use_rslora=True`. The file holds
-    neither the dropout, which becomes 0, nor anything about the model beyond its shapes: take care that it is the CLIP
-    that the adapter was trained on, for OpenAI's weights the variant with QuickGELU.
+    neither the dropout, which becomes 0, nor anything about the model beyond its shapes: make sure that `model` is the
+    CLIP that the adapter was trained on, for OpenAI's weights the variant with QuickGELU.
 
     Args:
         model: an open_clip model, or one of OpenAI's package, without an adapter; in wrappers or not, as for
             `apply_complora`.
-        path: the file; it is read by torch's weights-only reader, which runs no code.
+        path: the file; torch's weights-only reader reads it, which runs no code.
         progress: as `apply_complora`.
 
     Returns:
@@ -201,7 +202,7 @@ def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], CLIPLoRAMetadata]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file, or one with more than tensors in it, fails in many ways
-        # Without torch's own words: they advise to load the file unsafely.
+        # torch's own message is left out: it advises to load the file unsafely.
         raise ValueError(
             f"{path} cannot be read as tensors and plain values, expected CLIP-LoRA's lora_weights.pt "
             f"({type(error).__name__})"
@@ -225,7 +226,7 @@ def _read_clip_lora(path: Path) -> tuple[dict[str, Tensor], CLIPLoRAMetadata]:
 
 
 def _is_plain(factor: Any) -> bool:
-    """Whether this is a floating-point tensor with values, neither sparse nor quantised nor on the meta device."""
+    """Whether `factor` is a floating-point tensor with values, neither sparse nor quantised nor on the meta device."""
     return isinstance(factor, Tensor) and factor.dtype in FLOATING and factor.layout is torch.strided and factor.is_cpu
 
 

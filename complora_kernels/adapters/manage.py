@@ -1,4 +1,4 @@
-"""What one does with an adapted model: its parameters, its gradients, its report; switching, merging and copying it."""
+"""Work with an adapted model: its parameters, gradients and report; switching, merging and copying its adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from complora_kernels.adapters.build import adapted_layers, adapted_model
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
-from complora_kernels.modules.layer import CompLoRALayer, switched_off
+from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer, switched_off
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -44,8 +44,8 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def check_gradients(model: nn.Module) -> None:
     """Raises RuntimeError naming each adapter that the last backward pass gave no gradient; call it after the first.
 
-    An adapter whose weight the model reads without calling its module is silently ignored; this finds it. A gradient
-    that is zero counts as one: A's is zero in the first step, because B still is.
+    It finds an adapter that is silently ignored because the model reads its weight without calling its module. A
+    gradient that is zero counts as one: A's is zero in the first step, because B still is.
     """
     missing = [name for name, parameter in named_adapter_parameters(model) if parameter.grad is None]
     if missing:
@@ -57,15 +57,23 @@ def check_gradients(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class SubspaceReport:
-    """What is protected in one adapted weight, and how far training went."""
+    """The protected subspace of one adapted weight, and how far training moved the weight.
 
-    path: str  # of the weight: the module's, with .q, .k, .v, .o in attention
-    k: int  # protected directions on the widest projected side; 0 for plain LoRA
-    # Share of Σσ² inside the protected output directions (input directions with sides="input"); of the trace of Y^T Y
-    # (X^T X) with subspace_source="activations".
+    Attributes:
+        path: the module's path, followed by .q, .k, .v or .o in attention.
+        k: the number of protected directions on the widest projected side; 0 for plain LoRA.
+        energy: the share of Σσ² inside the protected output directions (input directions with `sides="input"`); of the
+            trace of Y^T Y (X^T X) with `subspace_source="activations"`.
+        share: |ΔW - P_out ΔW P_in|² / |ΔW|², the share of the update inside the protected subspace; 0 up to rounding.
+        relative_update: |ΔW| / |W|.
+        basis_bytes: the memory of the bases.
+    """
+
+    path: str
+    k: int
     energy: float
-    share: float  # |ΔW - P_out ΔW P_in|² / |ΔW|²: share of the update inside the protected subspace, 0 up to rounding
-    relative_update: float  # |ΔW| / |W|
+    share: float
+    relative_update: float
     basis_bytes: int
 
 
@@ -83,9 +91,9 @@ def subspace_report(model: nn.Module) -> list[SubspaceReport]:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes what it did before it was adapted.
 
-    That holds on the thread that entered it alone, and on those of the backward passes that it starts: with activation
-    checkpointing, call `backward` within the context too, because it computes the forward pass again. Contexts may be
-    nested, and left in any order.
+    That holds on the thread that entered the context and on the threads of the backward passes that it starts. With
+    activation checkpointing, call `backward` within the context too, because it computes the forward pass again.
+    Contexts may be nested, and left in any order.
 
     Raises:
         ValueError: `model` has no adapter.
@@ -124,7 +132,7 @@ def merge_adapter(model: nn.Module) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Puts the original weights back, bit for bit and in the memory that they had; all, or none when it fails.
+    """Puts the original weights back, bit for bit and in the memory that they had: all, or none when the call fails.
 
     Raises:
         ValueError: `model` has no adapter.
@@ -181,14 +189,14 @@ def _part_with_names(model: nn.Module) -> nn.Module:
 
 
 def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:
-    bases = [basis for side in ("output", "input") if (basis := layer.basis(name, side)) is not None]
-    weight = layer.original_weight(name).double()
+    weight = layer.original_weight(name).double()  # [out, in]
     delta = layer.get_delta_weight(name).double()  # [out, in]
-    left = delta  # P_out ΔW P_in
-    for side in ("output", "input"):
+    left, bases = delta, []  # P_out ΔW P_in [out, in]
+    for side in PROJECTED_SIDES[layer.config.sides]:
         basis = layer.basis(name, side)
-        if basis is not None:
-            left = _project(left, basis.matrix.double(), basis.kind, side)
+        assert basis is not None
+        bases.append(basis)
+        left = _project(left, basis.matrix.double(), basis.kind, side)
     norm = delta.norm()
     return SubspaceReport(
         path=f"{path}.{name}" if name else path,

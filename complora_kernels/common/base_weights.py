@@ -16,7 +16,7 @@ TOLERANCE = 0.01
 
 
 class Description(TypedDict):
-    """What is kept of a weight, as JSON knows it."""
+    """The description of a weight, in types of JSON."""
 
     shape: list[int]
     norm: float  # Frobenius
@@ -38,8 +38,8 @@ def describe(weight: Tensor) -> Description:  # [out, in]
 def relative_distance(weight: Description, known: Description) -> float:
     """An estimate of |W - W'| / |W'|, infinite for other shapes.
 
-    Of the two that there are, it is the larger: the distance of the sketches, and the difference of the norms, which is
-    never larger than that of the weights.
+    The estimate is the larger of two: the distance of the sketches, and the difference of the norms, which is never
+    larger than that of the weights.
     """
     if weight["shape"] != known["shape"] or len(weight["sketch"]) != len(known["sketch"]):
         return math.inf
@@ -51,7 +51,7 @@ def relative_distance(weight: Description, known: Description) -> float:
 def describe_projection(basis: Tensor) -> Tensor:  # [d, k] to [8]
     """The sketch `u_i^T U U^T v_i` of the projection onto the columns of `U`, in float64 and host memory.
 
-    It knows the subspace, whatever basis of it is held; a change of the projection moves it as `describe` says.
+    It depends on the subspace alone, not on the basis; a change of the projection moves it as `describe` says.
     """
     U = basis.detach().cpu().double()
     return ((_signs("output", len(U)) @ U) * (_signs("input", len(U)) @ U)).sum(1)

@@ -1,8 +1,8 @@
 """Changes of a model that are made together or not at all.
 
-An exception can reach Python code between any two of its lines: Ctrl-C, memory that ran out, a signal's handler. So
-what changes a model first prepares everything, which changes nothing, and then makes it in one call into C that runs no
-Python code: an interrupt comes before it or after it.
+An exception can reach Python code between any two of its lines: Ctrl-C, memory that ran out, a signal's handler.
+Therefore code that changes a model first prepares all changes, which leaves the model alone, and then makes them in one
+call into C that runs no Python code: an interrupt comes before it or after it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ class Changes:
     """Prepared changes of modules and tensors: nothing is changed before `make`, which makes all of them at once."""
 
     def __init__(self) -> None:
-        self._drafts: dict[int, tuple[Any, Any, Any]] = {}  # a table, its contents before, and those it will have
+        # The key is the id of a table; the values are the table, its contents now, and its contents after `make`.
+        self._drafts: dict[int, tuple[Any, Any, Any]] = {}
         self._do: list[partial[Any]] = []
         self._undo: list[partial[Any]] = []
 
     def draft(self, table: Table) -> Table:
-        """A copy of one of a module's dicts or sets, to be written to: `make` does the same to `table`."""
+        """A copy of one of a module's dicts or sets, to be changed: `make` gives `table` the same contents."""
         if id(table) not in self._drafts:
             self._drafts[id(table)] = (table, table.copy(), table.copy())
         return self._drafts[id(table)][2]
@@ -45,7 +46,7 @@ class Changes:
         self._undo.append(partial(object.__setattr__, owner, name, getattr(owner, name)))
 
     def set_buffer(self, module: nn.Module, name: str, tensor: Tensor, *, persistent: bool = False) -> None:
-        """As `register_buffer(name, tensor, persistent=persistent)`."""
+        """Does what `register_buffer(name, tensor, persistent=persistent)` does."""
         stand_in = nn.Module()
         stand_in.register_buffer(name, tensor, persistent=persistent)
         self.draft(module._buffers).update(stand_in._buffers)
@@ -69,11 +70,11 @@ class Changes:
     def exchange(self, parameter: Tensor, values: Tensor) -> None:
         """Gives a parameter other memory, of the same shape, dtype and device; what it had stays as it is."""
         self.set_attribute(parameter, "data", values)
-        # A backward pass that saved the parameter now finds other values: it has to see that.
+        # A backward pass that saved the parameter would find other values: torch then raises an error.
         self._do.append(partial(torch._C._increment_version, [parameter]))
 
     def copy(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Writes into the memory that the tensors have, where a CUDA graph or an optimizer may know them by it."""
+        """Writes into the memory of the tensors, by whose address a CUDA graph or an optimizer may know them."""
         own = [tensor.detach() for tensor in tensors]
         given = [value.detach().to(tensor) for tensor, value in zip(own, values, strict=True)]
         copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
@@ -99,7 +100,7 @@ class Changes:
 
 @contextlib.contextmanager
 def joined(changes: Changes | None) -> Iterator[Changes]:
-    """`changes`, of whoever makes them; where there are none, new ones, which are made when the block ends."""
+    """`changes`, which the caller makes; for None, new ones, which are made when the block ends."""
     own = Changes() if changes is None else changes
     yield own
     if changes is None:
@@ -111,4 +112,4 @@ def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _call_each(calls: list[partial[Any]]) -> None:
-    deque(map(partial.__call__, calls), maxlen=0)  # no line of Python in between, at which an interrupt could come
+    deque(map(partial.__call__, calls), maxlen=0)  # an interrupt cannot come between two calls: no Python line runs

@@ -1,7 +1,7 @@
-"""Files that are whole or absent whenever the process is killed, and errors that say which file they are about.
+"""Reading and writing files: errors name their file, and a file is whole or absent whenever the process is killed.
 
-Nothing is ever written through a link that somebody else may have laid: files come into being under a name that nobody
-can guess, and are then moved into place.
+Nothing is ever written through a link that somebody else may have made: a new file is written under a name that nobody
+can guess, and then moved into place.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from pathlib import Path
 from typing import IO, Any
 
 DIGEST = "digest"
-"""The key of an object's digest, without which it is read unverified: people may write such files by hand."""
+"""The key of a record's digest. A record without one is read unverified: people may write such files by hand."""
 
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
 
 @contextlib.contextmanager
 def reading(source: os.PathLike[str] | str, expected: str, errors: type[Exception] = Exception) -> Iterator[None]:
-    """A block that reads a file: whatever a parser raises there, on damaged content too, becomes one kind of error.
+    """A context in which a file is read: any error of a parser becomes a ValueError that names the file.
 
     Args:
         source: the file, or the place in it, as it stands in the message.
-        expected: what the file should have been.
-        errors: the errors that the content can be the cause of; others pass.
+        expected: a description of valid content.
+        errors: the class of the errors that content can cause; others pass unchanged.
 
     Raises:
-        ValueError: the content is not what was expected; one that already begins with the source stays as it is.
-        OSError: the file cannot be opened or read.
-        MemoryError: there is no room for it.
+        ValueError: the content is not as expected. One whose message already begins with the source stays as it is.
+        OSError: the file cannot be opened or read; it is named.
+        MemoryError: memory does not suffice for the content.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def reading(source: os.PathLike[str] | str, expected: str, errors: type[Exceptio
         if isinstance(error, OSError):
             if error.errno is None:
                 raise OSError(errno.EIO, words_of(error), str(source)) from error
-            if error.filename is None:  # from a read, or a seek to where damage says that something is
+            if error.filename is None:  # a read, or a seek to a damaged offset, names no file
                 error.filename = str(source)
             raise
         if type(error) is ValueError and str(error).startswith(str(source)):
@@ -65,7 +65,7 @@ def words_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes a file: "No space left on device" and its like name it."""
+    """A context in which a file is written: "No space left on device" and similar errors name it."""
     try:
         yield
     except OSError as error:
@@ -75,26 +75,21 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_plain(path: Path | str) -> None:
-    """Raise an OSError for what is no file, nor a link to one: a pipe or a device could be read for ever."""
+    """Raises OSError unless `path` is a file or a link to one: a pipe or a device could be read for ever."""
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(errno.EINVAL, "expected a plain file", str(path))
 
 
 def read_plain(path: Path) -> bytes:
-    """What a file holds. What `check_plain` refuses is an OSError."""
+    """The content of a file. Raises OSError as `check_plain`."""
     check_plain(path)
     return path.read_bytes()
 
 
 def refuse_link(folder: Path) -> None:
-    """Raise an OSError for a link in place of a folder: what it leads to may belong to others."""
+    """Raises OSError where a link stands in the place of a folder: its target may belong to others."""
     if folder.is_symlink():
         raise OSError(errno.ELOOP, "a symbolic link, expected a folder that belongs to this one", str(folder))
-
-
-def create(path: Path) -> IO[bytes]:
-    """A new file, open for writing. What is already there, a link too, is a FileExistsError."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb")
 
 
 def open_to_append(path: Path) -> IO[bytes]:
@@ -118,15 +113,15 @@ def open_to_append(path: Path) -> IO[bytes]:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet, and force it to the disk."""
-    with create(path) as file:
+    """Writes a new file and forces it to the disk. Raises FileExistsError where a file or a link exists already."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write to a temporary file beside `path`, force it to the disk, and move it into place.
+    """Writes a temporary file beside `path`, forces it to the disk, and moves it into place.
 
     Raises:
         OSError: the file cannot be written; what was there before is still there.
@@ -143,7 +138,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to the first of `NAME.damaged-1`, `-2` and so on that is free, and return the new path."""
+    """Renames a damaged file to the first free name of `NAME.damaged-1`, `-2` and so on; returns the new path."""
     names = (path.with_name(f"{path.name}.damaged-{n}") for n in itertools.count(1))
     aside = next(name for name in names if not os.path.lexists(name))
     path.rename(aside)
@@ -151,12 +146,12 @@ def set_aside(path: Path) -> Path:
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a digest of the rest of it, which tells a changed digit from what was written."""
+    """The record with a digest of its content, by which `unsealed` detects any change."""
     return {**record, DIGEST: _digest(record)}
 
 
 def unsealed(record: Any) -> dict[str, Any]:
-    """The record without its digest. Raises a ValueError unless it is an object that fits its digest, if it has one."""
+    """The record without its digest. Raises ValueError unless it is an object that matches the digest in it, if any."""
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {_KINDS.get(type(record), 'number')} stands there")
     content = {name: value for name, value in record.items() if name != DIGEST}

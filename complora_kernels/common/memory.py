@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def sharing_memory(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
     """The pairs of tensors, by their positions, that have an element's memory in common.
 
-    Neighbours in one storage have none, such as the slices of a flat buffer. Tensors without memory of their own (on
-    the meta device, or distributed) share it where they are the same object.
+    Disjoint parts of one storage, such as the slices of a flat buffer, are no such pair. Tensors without memory of
+    their own (on the meta device, or distributed) share it where they are the same object.
     """
     running: list[tuple[str, int, int]] = []  # device, end of the span, position
     for device, start, stop, position in sorted((*_span(tensor), position) for position, tensor in enumerate(tensors)):
@@ -25,7 +25,7 @@ def sharing_memory(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
 
 
 def _span(tensor: Tensor) -> tuple[str, int, int]:
-    """The device and the first address with the last one behind it."""
+    """The device, the first address and the address after the last one."""
     if tensor.is_meta or tensor.numel() == 0 or is_traceable_wrapper_subclass(tensor):
         return "", id(tensor), id(tensor) + 1
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -45,5 +45,5 @@ class _Addresses:
 
 
 def _addresses(tensor: Tensor) -> np.ndarray:
-    """An array at the same addresses, which must not be read: they may be another device's."""
+    """An array at the addresses of a tensor. It must not be read: they may be addresses of another device."""
     return np.asarray(_Addresses(tensor))

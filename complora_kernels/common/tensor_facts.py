@@ -15,11 +15,11 @@ class TensorFacts(Generic[Fact]):
     """A weak dictionary from a tensor, at its present version, to a fact about its values."""
 
     def __init__(self) -> None:
-        self._facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Tensor -> (version, fact)
+        self._facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (version, fact)
 
     def get(self, tensor: Tensor) -> Fact | None:
         """The remembered fact, or None when there is none or the tensor was written to since."""
-        known = self._facts.get(tensor)  # one look: other threads forget and remember meanwhile
+        known = self._facts.get(tensor)  # read once: other threads may change the entry meanwhile
         return known[1] if known is not None and known[0] == _version(tensor) else None
 
     def set(self, tensor: Tensor, fact: Fact) -> Fact:

@@ -1,7 +1,7 @@
 """Wrappers of models: torch.compile, data parallelism, averages and checkpointed blocks, around a model or within.
 
-A wrapper puts a name of its own into the names of everything below it (`module.`, `_orig_mod.`). Here modules have the
-names of the plain model, so that what is saved by them loads wherever the model is.
+A wrapper puts a name of its own into the names of everything below it (`module.`, `_orig_mod.`). The functions here
+give modules the names of the plain model, so that files written under these names load into a model in any wrapper.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `model.named_modules()`, by the names of the plain model; the wrappers themselves are left out."""
+    """`model.named_modules()` with the names of the plain model, and without the wrappers themselves."""
     seen: set[int] = set()
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -97,7 +97,7 @@ class CountedCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func)
-        if "__get__" not in name:  # of an attribute
+        if "__get__" not in name:  # an attribute was read
             self.times[name] += 1
             if self.call == (name, self.times[name]):
                 raise self.error(name)
@@ -241,7 +241,7 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
     after = contents(model)
     model = make()
     places = sample(places_of(lambda: run(model)))
-    assert places or name == "set_recompute"  # which calls nothing of torch
+    assert places or name == "set_recompute"  # set_recompute calls no function of torch
     model, changed = make(), []
     before = references(model)
     for place, error in zip(places, itertools.cycle(ERRORS)):
@@ -259,7 +259,7 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
 # ---- calls that change files, and contexts
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file that a fault left open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a fault leaves a file open
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("source", ["weight", "activations"])
 def test_a_fault_while_saving_leaves_the_files_as_before_or_as_after(tmp_path, existing, source):

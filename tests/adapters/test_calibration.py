@@ -43,7 +43,7 @@ def projector(basis: Basis) -> Tensor:  # [d, d], onto the protected directions
 
 
 def block_inputs(block: Any, x: Tensor, mask: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """What the six weights of a residual block are given for x [N, L, d], and what the block makes of it."""
+    """The inputs of the six weights of a residual block for x [N, L, d], and the block's output."""
     attn, mlp = block.attn, block.mlp
     normed = block.ln_1(x)
     projected = normed @ attn.in_proj_weight.T + attn.in_proj_bias
@@ -60,7 +60,7 @@ def block_inputs(block: Any, x: Tensor, mask: Tensor | None) -> tuple[dict[str, 
 
 @torch.no_grad()
 def true_inputs(model: Any, inputs: list[Inputs]) -> dict[str, Tensor]:  # each [M, in]
-    """What every weight of the residual blocks of a plain model is given, by the names of the report."""
+    """The inputs of every weight of the residual blocks of a plain model, by the names of the report."""
     given: dict[str, list[Tensor]] = {}
     text = "text.transformer" if hasattr(model, "text") else "transformer"
     for path in ("visual.transformer", text):
@@ -294,7 +294,7 @@ def test_masks_and_orders_of_torchs_attention(batch_first):
     "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad]
 )
 def test_sums_are_of_float64_whatever_mode_the_inputs_come_from(mode, monkeypatch):
-    monkeypatch.setattr("complora_kernels.adapters.calibration.ROWS", 4)
+    monkeypatch.setattr("complora_kernels.adapters.calibration.CHUNK_ROWS", 4)
     moments, xs = SecondMoments(), [torch.randn(3, 5, 7) for _ in range(3)]
     moments.add(("",), xs[0])
     with mode():

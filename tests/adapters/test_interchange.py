@@ -165,7 +165,7 @@ def test_an_exported_adapter_is_not_read_back(tmp_path):
         ck.load_adapter(model, tmp_path, progress=False)
 
 
-# CLIP-LoRA.
+# ---- CLIP-LoRA
 
 
 def merged_by_hand(weights, blocks, r, alpha):

@@ -1,4 +1,4 @@
-"""What one does with an adapted model: parameters, gradients, the report, and switching, merging and copying it."""
+"""Work with an adapted model: parameters, gradients, the report, and switching, merging and copying the adapter."""
 
 from __future__ import annotations
 
@@ -445,7 +445,7 @@ def test_the_raw_state_has_the_names_of_the_model_that_was_adapted():
     container.clip = model
     state = {name: value.clone() for name, value in raw_adapter_state(container).items()}
     assert state.keys() == raw_adapter_state(model).keys()
-    other = adapted(sides="both")  # of other weights, and so with other bases
+    other = adapted(sides="both")  # its weights, and so its bases, are others
     other.load_state_dict({name: value for name, value in model.state_dict().items() if "lora_" not in name})
     container.clip = other
     load_raw_adapter_state(container, state)

@@ -37,7 +37,7 @@ def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
     assert contents(tmp_path)["README.md"] == b"mine"
 
 
-# A save that fails, or a process that is killed.
+# ---- a save that fails, or a process that is killed
 
 
 @pytest.mark.parametrize("existing", [True, False])

@@ -84,7 +84,7 @@ def test_the_saved_factors_are_folded_and_unscaled(tmp_path):
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     path = "visual.transformer.resblocks.1.attn"
     attention = model.get_submodule(path)
-    U, _, Vh = torch.linalg.svd(attention.in_proj_weight[32:64].double())  # of k
+    U, _, Vh = torch.linalg.svd(attention.in_proj_weight[32:64].double())  # the rows of k
     P_out, P_in = (torch.eye(32, dtype=torch.float64) - basis @ basis.T for basis in (U[:, :20], Vh[:20].T))
     A, B = (tensors[f"base_model.model.{path}.k_proj.lora_{factor}.weight"] for factor in "AB")
     assert_close(A.double(), attention.lora_A.k.double() @ P_in, ROUNDING)
@@ -151,12 +151,12 @@ def test_bases_of_a_half_precision_copy_are_turned_a_little(tmp_path, k):
             assert basis is not None
             subspace.check_orthonormal(basis.matrix, side)
             assert basis[1:] == recomputed[1:]
-            kept = [factor @ matrix @ matrix.T for matrix in (basis.matrix, recomputed.matrix)]  # what lies inside
+            kept = [factor @ matrix @ matrix.T for matrix in (basis.matrix, recomputed.matrix)]  # the part inside
             lost, otherwise_lost = kept if basis.kind == "principal" else [factor - part for part in kept]
             assert lost.norm() < ROUNDING * factor.norm()
             assert otherwise_lost.norm() > 10 * ROUNDING * factor.norm()
             turned = basis.matrix @ basis.matrix.T - recomputed.matrix @ recomputed.matrix.T
-            assert turned.norm() < 0.2  # as far as rounding had turned it; two random ones are about 4 apart
+            assert turned.norm() < 0.2  # rounding had turned it as far; two random ones are about 4 apart
 
 
 @pytest.mark.parametrize("k", [6, 20])
@@ -226,7 +226,7 @@ def test_layers_of_different_configurations_are_not_saved(tmp_path):
         ck.save_adapter(model, tmp_path)
 
 
-# What is refused, with the model left as it was.
+# ---- refusals, which leave the model as it was
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])

@@ -94,7 +94,9 @@ def test_state_dicts_that_are_right_load_as_ever(tmp_path):
     state = copy.deepcopy(randomise(model).state_dict())
     own = {name for name in state if "fingerprint" in name}
     assert len(own) == len([name for name, _ in model.named_buffers() if "_basis" in name])
-    again.load_state_dict({name: value for name, value in state.items() if name not in own})  # of an older version
+    again.load_state_dict(
+        {name: value for name, value in state.items() if name not in own}
+    )  # an older version wrote no fingerprints
     again.load_state_dict(plain.state_dict())
     again.load_state_dict({name: value.bfloat16() for name, value in state.items()})
     again.load_state_dict(state)
@@ -143,7 +145,7 @@ def test_round_trip(tmp_path, sides, size):
     torch.testing.assert_close(features(plain, *inputs), features(model, *inputs))
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["complora"]["config"]["subspace_source"] == "activations"
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
-    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in tensors)  # as stock PEFT expects
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in tensors)  # stock PEFT expects no others
 
 
 @pytest.mark.parametrize("make", [clip, clip_4])

@@ -398,7 +398,7 @@ def test_what_is_no_file_or_a_link_to_one(tmp_path, name):
     expected = saved(tmp_path / "saved", "activations")(X)
     (path,) = (tmp_path / "saved").glob(name)
     moved = path.rename(tmp_path / "moved")
-    path.symlink_to(moved)  # as caches of downloaded files have them
+    path.symlink_to(moved)  # caches of downloaded files are made of links
     torch.testing.assert_close(ck.load_adapter(plain(), path.parent, progress=False)(X), expected, rtol=1e-5, atol=1e-5)
     for make in (path.mkdir, lambda: path.symlink_to("/dev/zero"), lambda: os.mkfifo(path)):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -424,7 +424,7 @@ def test_the_name_of_the_file_of_bases_stays_in_the_folder(tmp_path):
         ck.load_adapter(plain(), tmp_path / "changed", progress=False)
 
 
-# CLIP-LoRA's file.
+# ---- CLIP-LoRA's file
 
 
 def test_every_value_of_a_clip_lora_file_may_be_a_lie(tmp_path):

@@ -178,7 +178,7 @@ def test_compiled_code_knows_the_thread_that_runs_it():
 def test_a_compiled_function_switches_the_adapter_off_and_on(fullgraph):
     model = adapted(nn.Sequential(nn.Linear(6, 6)), target_modules="0", subspace_k=2)
     x = torch.randn(3, 6)
-    with ck.disable_adapter(model):  # as in a process that has done so before
+    with ck.disable_adapter(model):  # a process may have done so before
         frozen = model(x)
 
     @torch.compile(backend="eager", fullgraph=fullgraph)

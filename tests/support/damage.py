@@ -1,4 +1,4 @@
-"""A line of results, and what comes of reading damaged files."""
+"""A line of results, and the outcome of reading a damaged file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESULT = {
 
 
 def outcome(read: Callable[[], Any]) -> tuple[Any, str]:
-    """What was read, and the message of the error where nothing was."""
+    """The value that was read, or None and the message of the error."""
     try:
         return read(), ""
     except (ValueError, OSError) as error:

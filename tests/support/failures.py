@@ -1,4 +1,4 @@
-"""How tests let a call fail, and what it must then have left alone."""
+"""Calls that fail at a chosen place, and checks that files and models are as they were."""
 
 from __future__ import annotations
 
