@@ -81,7 +81,7 @@ class ExtensionBackend(TorchBackend):
     def packed_lora_linear_bwd(
         self,
         dY: Tensor,  # [M, N]
-        source: Source,  # of x [M, K]
+        source: Source,  # where x [M, K] comes from
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
         needs: tuple[bool, bool, bool],
@@ -96,9 +96,8 @@ class ExtensionBackend(TorchBackend):
         dBs: Sequence[Tensor | None] = [None] * len(Bs)
         if needs_A or needs_B:
             starts, height, seed = [start for start, _ in rows], len(Bs[0]), seeds[0] if seeds else None
-            no_bases: tuple[list[Tensor], list[Tensor], list[bool], list[bool]] = ([], [], [], [])
-            dA, dB = torch.ops.complora.complora_factor_grads(
-                dY, x, h, g, starts, height, *no_bases, 1.0, linear.dropout_p, seed, [needs_A, needs_B], x.dtype
+            dA, dB = torch.ops.complora.packed_lora_linear_factor_grads(
+                dY, x, h, g, starts, height, linear.dropout_p, seed, [needs_A, needs_B]
             )
             dAs, dBs = dA.unbind() if needs_A else dAs, dB.unbind() if needs_B else dBs
         return dX, dAs, dBs
@@ -134,5 +133,5 @@ def _g(dY: Tensor, linear: AdaptedLinear) -> Tensor:  # [M, N] to [M, P r]
     return torch.cat(gs, 1) if len(gs) > 1 else gs[0]
 
 
-# torch.compile calls it while it traces and takes the result for a constant.
+# torch.compile calls this function while it traces and takes the result for a constant.
 _gpu_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
