@@ -20,7 +20,7 @@ namespace complora {
 
 using torch::headeronly::ScalarType;
 
-constexpr int THREADS = 256;  // of every block
+constexpr int THREADS = 256;  // threads of a block
 
 template <typename T>
 constexpr ScalarType dtype_of = std::is_same_v<T, double>          ? ScalarType::Double
@@ -45,7 +45,7 @@ __device__ T narrow(Wide value) {
   }
 }
 
-// Element i of an array of any dtype. An array that is loaded as a half is one of that half.
+// Element i of an array of any dtype. An array loaded as halves holds halves of that type.
 template <typename T>
 __device__ T load(const void* data, ScalarType dtype, int64_t i) {
   if constexpr (std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>) {
@@ -73,7 +73,7 @@ __device__ void store(void* data, ScalarType dtype, int64_t i, T value) {
 // Which of WIDTH elements of a mask are kept, a bit for each, from [row, column] on; column is a multiple of WIDTH.
 template <int BITS, int WIDTH>
 __device__ uint32_t kept_lanes(const Dropout& dropout, int64_t adapter, int64_t row, int64_t column) {
-  constexpr int LANES = 32 / BITS;  // of a word
+  constexpr int LANES = 32 / BITS;  // lanes in a word
   static_assert(4 * LANES % WIDTH == 0, "the elements lie in one draw");
   uint32_t words[4][1] = {{static_cast<uint32_t>(column / (4 * LANES))},
                           {static_cast<uint32_t>(row)},
@@ -99,7 +99,7 @@ __device__ uint32_t kept_lanes(const Dropout& dropout, int64_t adapter, int64_t 
                               : ~uint32_t{0};
 }
 
-// Whose mask is drawn, and how.
+// The mask of one adapter, and how it is drawn.
 struct Mask {
   Dropout lanes;
   const int64_t* seed = nullptr;  // [1]
@@ -120,7 +120,7 @@ struct Matrix {
   int64_t rows = 0, columns = 0, row_stride = 0, column_stride = 0;
 };
 
-// As many elements as one access moves; halves lie two in a word, as registers hold them.
+// The elements that one access moves; two halves lie in a word, as registers hold them.
 template <typename T, int WIDTH>
 struct alignas(WIDTH * sizeof(T)) Vector {
   using Word = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
@@ -160,7 +160,7 @@ struct alignas(WIDTH * sizeof(T)) Vector {
     return bits;
   }
 
-  // Whether a matrix can be read in such: along its columns, or its rows.
+  // Whether a matrix can be read in such vectors: along its columns, or its rows.
   __device__ static bool fits(const Matrix& matrix, bool along_rows) {
     const int64_t step = along_rows ? matrix.row_stride : matrix.column_stride;
     const int64_t other = along_rows ? matrix.column_stride : matrix.row_stride;
@@ -184,7 +184,7 @@ struct Share {
   Vector<T, WIDTH> vectors[COUNT / WIDTH];
   const bool along_rows;  // the threads of a warp read along the dimension whose stride is 1
   const bool whole;       // one access reads a vector
-  const int row, column;  // of the first vector in the tile; the others lie below it or, along rows, to its right
+  const int row, column;  // the first vector's place in the tile; the others lie below it or, along rows, to its right
 
   // A mask is drawn along columns.
   __device__ Share(const Matrix& matrix, bool masked)
@@ -243,7 +243,7 @@ struct Share {
   }
 };
 
-// The shared memory of a block, as many bytes as the launch says.
+// The shared memory of a block; the launch says how many bytes.
 template <typename Shared>
 __device__ Shared& shared_memory() {
   static_assert(sizeof(Shared) <= 48 * 1024, "what every chip gives a block without being asked");

@@ -1,11 +1,10 @@
 // The operations of the extension, the same on every device: arguments checked, results made, and the work handed to
 // the device as a list of jobs. A `Device` computes it:
 //
-//   Device::project(jobs, factor_dtype, out_dtype, where)   every job, in float32, or float64 where a dtype is
-//   Device::reduce(reduction, where)                        the sums over the tokens
+//   Device::project(jobs, factor_dtype, out_dtype, where)   every job, in float32, or float64 where a dtype is; `where`
+//                                                           is a tensor on the device
+//   Device::reduce(reduction)                               the sums over the tokens
 //   Device::drop(x, out, adapter, dropout_p, seed)          m ∘ x
-//
-// `where` is a tensor on the device.
 
 #pragma once
 
@@ -36,7 +35,7 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 struct Job {
   const void* factor = nullptr;  // [r, d]
   int64_t factor_stride_r = 0, factor_stride_d = 0;
-  const void* basis = nullptr;  // [d, k]; null: of no directions
+  const void* basis = nullptr;  // [d, k]; null: no directions
   int64_t basis_stride_d = 0, basis_stride_k = 0;
   void* out = nullptr;  // [r, d]
   int64_t out_stride_r = 0, out_stride_d = 0;
@@ -45,35 +44,31 @@ struct Job {
   double scale = 1.0;
 };
 
-// The sums over M tokens, of all adapters of one product, in the accumulators' dtype:
+// The sums over M tokens, of all adapters of one product, in float32 (float64), rounded once:
 //
 //   dA_p = g_p^T drop_p(x)      dB_p = dY_p^T h_p      dY_p = dY[:, start_p : start_p + D]
 struct Reduction {
-  Tensor dY, x, h, g;            // [M, N], [M, K], [M, P r], [M, P r]: all of one dtype
-  Tensor dA, dB;                 // [P, r, K], [P, D, r]; dA or dB of no elements where it is not asked for
-  std::vector<int64_t> starts;   // P
-  int64_t height = 0, rank = 0;  // D, r
+  Tensor dY, x, h, g;           // [M, N], [M, K], [M, P r], [M, P r]: all of one dtype
+  Tensor dA, dB;                // [P, r, K], [P, D, r] of that dtype; [0, ...] where it is not asked for
+  std::vector<int64_t> starts;  // P
   double dropout_p = 0.0;
   std::optional<Tensor> seed;  // [1], int64
-  bool needs_A = true, needs_B = true;
 };
 
-inline std::string listed(const torch::headeronly::IntHeaderOnlyArrayRef& numbers) {
+inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
   }
   return text + "]";
 }
-
-inline std::string shape_of(const Tensor& tensor) { return listed(tensor.sizes()); }
 
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
          dtype == ScalarType::Half;
 }
 
-// The dtype that is computed in.
+// The dtype of the sums.
 inline ScalarType accumulator(ScalarType first, ScalarType second) {
   return first == ScalarType::Double || second == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -97,7 +92,8 @@ inline void check_dtype(const Tensor& tensor, ScalarType dtype, const std::strin
                  ", expected ", torch::headeronly::toString(dtype));
 }
 
-// The distance between two neighbours. Of a single element torch keeps any number: it stays small enough to count with.
+// The distance between two neighbours. A dimension of one element may have any stride in torch; here it stays small
+// enough to count with.
 inline int64_t stride_of(const Tensor& tensor, int64_t dim) {
   return tensor.size(dim) > 1 ? tensor.stride(dim) : std::min(tensor.stride(dim), int64_t{1} << 32);
 }
@@ -146,7 +142,7 @@ inline void check_basis(const std::optional<Tensor>& basis, int64_t d, const Ten
   check_memory(*basis, name);
 }
 
-// One that was checked.
+// Puts a basis that was checked into a job.
 inline void set_basis(Job& job, const std::optional<Tensor>& basis, bool complement) {
   if (!basis.has_value()) {
     return;
@@ -167,96 +163,27 @@ inline void check_factor(const Tensor& factor, const std::string& name) {
   check_memory(factor, name);
 }
 
-inline void check_projection(const Tensor& factor, const Tensor& basis) {
-  check_factor(factor, "factor");
-  const ScalarType dtype = factor.scalar_type();
-  check_basis(basis, factor.size(factor.dim() - 1), factor, accumulator(dtype, dtype), "basis");
-}
-
-template <class Device>
-void project_rows(const Tensor& rows, const Tensor& basis, bool complement, const Tensor& out) {
-  Job job;
-  job.factor = rows.const_data_ptr();  // [R, d]
-  job.factor_stride_r = stride_of(rows, 0);
-  job.factor_stride_d = stride_of(rows, 1);
-  job.out = out.mutable_data_ptr();  // [R, d]
-  job.out_stride_r = stride_of(out, 0);
-  job.out_stride_d = stride_of(out, 1);
-  job.r = rows.size(0);
-  job.d = rows.size(1);
-  set_basis(job, basis, complement);
-  if (rows.numel() > 0) {
-    Device::project({job}, rows.scalar_type(), rows.scalar_type(), rows);
-  }
-}
-
 // `factor (I - U U^T)`, or `factor U U^T` with a complement basis.
 template <class Device>
 Tensor project_complement(const Tensor& factor /* [..., d] */, const Tensor& basis /* [d, k] */, bool complement) {
-  check_projection(factor, basis);
+  check_factor(factor, "factor");
+  const ScalarType dtype = factor.scalar_type();
+  check_basis(basis, factor.size(factor.dim() - 1), factor, accumulator(dtype, dtype), "basis");
   const Tensor rows = as_rows(factor);  // [R, d]
-  const Tensor out = empty(factor, {factor.sizes().begin(), factor.sizes().end()}, factor.scalar_type());
-  project_rows<Device>(rows, basis, complement, as_rows(out));
+  const Tensor out = empty(factor, {factor.sizes().begin(), factor.sizes().end()}, dtype);
+  Job job;
+  job.factor = rows.const_data_ptr();
+  job.factor_stride_r = stride_of(rows, 0);
+  job.factor_stride_d = stride_of(rows, 1);
+  job.out = out.mutable_data_ptr();
+  job.r = rows.size(0);
+  job.d = job.out_stride_r = rows.size(1);
+  job.out_stride_d = 1;
+  set_basis(job, basis, complement);
+  if (rows.numel() > 0) {
+    Device::project({job}, dtype, dtype, rows);
+  }
   return out;
-}
-
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  const uintptr_t a_first = reinterpret_cast<uintptr_t>(a.const_data_ptr());
-  const uintptr_t b_first = reinterpret_cast<uintptr_t>(b.const_data_ptr());
-  return a_first < b_first + extent(b) * b.element_size() && b_first < a_first + extent(a) * a.element_size();
-}
-
-// Whether two elements lie at one address.
-inline bool overlaps_itself(const Tensor& tensor) {
-  if (tensor.is_contiguous()) {
-    return false;
-  }
-  std::vector<std::pair<int64_t, int64_t>> dimensions;  // strides and sizes, the closest neighbours first
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1) {
-      dimensions.emplace_back(tensor.stride(i), tensor.size(i));
-    }
-  }
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t last = 0;  // the last element that the dimensions before reach
-  bool apart = true;
-  for (const auto& [stride, size] : dimensions) {
-    apart = apart && last < stride;
-    last += (size - 1) * stride;
-  }
-  if (apart || tensor.numel() == 0) {
-    return false;
-  }
-  if (tensor.numel() > last + 1) {
-    return true;
-  }
-  std::vector<bool> taken(last + 1);  // strides that interleave: every address is looked at
-  for (int64_t i = 0; i < tensor.numel(); ++i) {
-    int64_t rest = i, address = 0;
-    for (const auto& [stride, size] : dimensions) {
-      address += rest % size * stride;
-      rest /= size;
-    }
-    if (taken[address]) {
-      return true;
-    }
-    taken[address] = true;
-  }
-  return false;
-}
-
-// The same, written back to `factor`.
-template <class Device>
-void project_complement_(const Tensor& factor /* [..., d] */, const Tensor& basis /* [d, k] */, bool complement) {
-  check_projection(factor, basis);
-  COMPLORA_CHECK(!overlaps_itself(factor), "factor of shape ", shape_of(factor), " has strides ",
-                 listed(factor.strides()), ", expected memory of its own for each element");
-  const Tensor rows = as_rows(factor);  // [R, d]
-  project_rows<Device>(rows, overlap(rows, basis) ? torch::stable::clone(basis) : basis, complement, rows);
-  if (rows.const_data_ptr() != factor.const_data_ptr()) {
-    Tensor written = factor;
-    torch::stable::copy_(written, torch::stable::reshape(rows, factor.sizes()));
-  }
 }
 
 // `A P_in` and, of the output side, `scaling · P_out B`, of all factors in one call: [Σ r d], the results one after the
@@ -274,7 +201,7 @@ Tensor fold_factors(const Tensors& factors, const OptionalTensors& bases, const 
   std::vector<Job> jobs(n);
   int64_t size = 0;
   for (size_t i = 0; i < n; ++i) {
-    const Tensor& factor = factors[i];  // [r, d], of the output side [d, r]
+    const Tensor& factor = factors[i];  // [r, d], those of the output side [d, r]
     const std::string index = sentence("[", i, "]");
     COMPLORA_CHECK(factor.dim() == 2, "factors", index, " has shape ", shape_of(factor), ", expected two dimensions");
     check_factor(factor, "factors" + index);
@@ -317,25 +244,20 @@ inline void check_seed(const Tensor& seed, const Tensor& where) {
 
 // The gradients of the factors of P adapters on one product, from that of its output:
 //
-//   dA_p = (g_p^T drop_p(x)) P_in      dB_p = P_out (scaling · dY_p^T h_p)      dY_p = dY[:, start_p : start_p + D]
+//   dA_p = g_p^T drop_p(x)      dB_p = dY_p^T h_p      dY_p = dY[:, start_p : start_p + D]
 //
-// Sums are float32 (float64), projected as they are, and rounded once to `dtype`. The bases are one for each adapter,
-// or none at all.
+// Sums are float32 (float64), rounded once to the dtype of the input.
 template <class Device>
-std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]; of no elements where not needed
-    const Tensor& dY,                              // [M, N]
-    const Tensor& x,                               // [M, K]
-    const Tensor& h,                               // [M, P r] = drop_p(x) Ã_p^T; not read unless dB is needed
-    const Tensor& g,                               // [M, P r] = dY_p (scaling · B̃_p); not read unless dA is needed
-    const std::vector<int64_t>& starts,            // P
-    int64_t height,                                // D
-    const OptionalTensors& output_bases,           // each [D, k]
-    const OptionalTensors& input_bases,            // each [K, k]
-    const std::vector<bool>& output_complement, const std::vector<bool>& input_complement, double scaling,
+std::tuple<Tensor, Tensor> packed_lora_linear_factor_grads(  // dA [P, r, K], dB [P, D, r]; [0, ...] where not needed
+    const Tensor& dY,                                        // [M, N]
+    const Tensor& x,                                         // [M, K]
+    const Tensor& h,                                         // [M, P r] = drop_p(x) A_p^T; not read unless dB is needed
+    const Tensor& g,                                         // [M, P r] = dY_p B_p; not read unless dA is needed
+    const std::vector<int64_t>& starts,                      // P
+    int64_t height,                                          // D
     double dropout_p,
     const std::optional<Tensor>& seed,  // [1], int64; none without dropout
-    const std::vector<bool>& needs,     // dA, dB
-    ScalarType dtype) {
+    const std::vector<bool>& needs) {   // dA, dB
   const int64_t P = static_cast<int64_t>(starts.size());
   COMPLORA_CHECK(dY.dim() == 2 && x.dim() == 2 && h.dim() == 2 && g.dim() == 2 && dY.size(0) == x.size(0), "dY ",
                  shape_of(dY), ", x ", shape_of(x), ", h ", shape_of(h), ", g ", shape_of(g),
@@ -352,12 +274,11 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
     COMPLORA_CHECK(0 <= height && height <= N && 0 <= start && start <= N - height, "starts has ", start,
                    " with height ", height, ", expected 0 <= start and start + height <= ", N);
   }
-  const ScalarType computed = x.scalar_type();
-  check_floating(computed, "x");
-  check_floating(dtype, "dtype");
+  const ScalarType dtype = x.scalar_type();
+  check_floating(dtype, "x");
   for (const auto& [tensor, name] : {std::pair{&dY, "dY"}, std::pair{&h, "h"}, std::pair{&g, "g"}}) {
     check_device(*tensor, x, name);
-    check_dtype(*tensor, computed, name);
+    check_dtype(*tensor, dtype, name);
     check_memory(*tensor, name);
   }
   check_memory(x, "x");
@@ -366,56 +287,9 @@ std::tuple<Tensor, Tensor> complora_factor_grads(  // dA [P, r, K], dB [P, D, r]
   if (seed.has_value()) {
     check_seed(*seed, x);
   }
-  const auto fits = [P](size_t bases, size_t kinds) {
-    return bases == kinds && (bases == 0 || bases == static_cast<size_t>(P));
-  };
-  COMPLORA_CHECK(
-      fits(output_bases.size(), output_complement.size()) && fits(input_bases.size(), input_complement.size()),
-      "bases and kinds have lengths ", output_bases.size(), ", ", output_complement.size(), ", ", input_bases.size(),
-      ", ", input_complement.size(), ", expected none, or one for each of ", P, " adapters");
-
-  const ScalarType sums = accumulator(computed, dtype);
-  for (const auto& basis : output_bases) {
-    check_basis(basis, height, x, sums, "an output basis");
-  }
-  for (const auto& basis : input_bases) {
-    check_basis(basis, K, x, sums, "an input basis");
-  }
-  const std::vector<int64_t> A_shape{needs[0] ? P : 0, rank, K}, B_shape{needs[1] ? P : 0, height, rank};
-  const Tensor dA_sum = empty(x, A_shape, sums), dB_sum = empty(x, B_shape, sums);
-  Device::reduce({dY, x, h, g, dA_sum, dB_sum, starts, height, rank, dropout_p, seed, needs[0], needs[1]}, x);
-
-  const Tensor dA = empty(x, A_shape, dtype), dB = empty(x, B_shape, dtype);
-  std::vector<Job> jobs;
-  const auto add_job = [&](const Tensor& sum, const Tensor& out, int64_t p, bool output_side,
-                           const OptionalTensors& bases, const std::vector<bool>& complement) {
-    Job job;
-    const int64_t offset = p * sum.size(1) * sum.size(2);
-    job.r = rank;
-    job.d = output_side ? height : K;
-    job.factor = static_cast<const char*>(sum.const_data_ptr()) + offset * sum.element_size();
-    job.out = static_cast<char*>(out.mutable_data_ptr()) + offset * out.element_size();
-    job.factor_stride_r = job.out_stride_r = output_side ? 1 : K;
-    job.factor_stride_d = job.out_stride_d = output_side ? rank : 1;
-    job.scale = output_side ? scaling : 1.0;
-    if (!bases.empty()) {
-      set_basis(job, bases[p], complement[p]);
-    }
-    if (job.r > 0 && job.d > 0) {
-      jobs.push_back(job);
-    }
-  };
-  for (int64_t p = 0; p < P; ++p) {
-    if (needs[0]) {
-      add_job(dA_sum, dA, p, false, input_bases, input_complement);
-    }
-    if (needs[1]) {
-      add_job(dB_sum, dB, p, true, output_bases, output_complement);
-    }
-  }
-  if (!jobs.empty()) {
-    Device::project(jobs, sums, dtype, x);
-  }
+  const Tensor dA = empty(x, {needs[0] ? P : 0, rank, K}, dtype);
+  const Tensor dB = empty(x, {needs[1] ? P : 0, height, rank}, dtype);
+  Device::reduce({dY, x, h, g, dA, dB, starts, dropout_p, seed});
   return {dA, dB};
 }
 
@@ -437,9 +311,8 @@ Tensor drop(const Tensor& x /* [..., K] */, const Tensor& seed /* [1] */, int64_
 template <class Device>
 void register_operations(torch::stable::detail::StableLibrary& m) {
   m.impl("project_complement", TORCH_BOX(&project_complement<Device>));
-  m.impl("project_complement_", TORCH_BOX(&project_complement_<Device>));
   m.impl("fold_factors", TORCH_BOX(&fold_factors<Device>));
-  m.impl("complora_factor_grads", TORCH_BOX(&complora_factor_grads<Device>));
+  m.impl("packed_lora_linear_factor_grads", TORCH_BOX(&packed_lora_linear_factor_grads<Device>));
   m.impl("drop", TORCH_BOX(&drop<Device>));
 }
 

@@ -20,14 +20,14 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int64_t MAX_ROWS = 1024;          // of a factor that are projected together
-constexpr int64_t MIN_COLUMNS = 128;        // of a product that is worth cutting
-constexpr int64_t MAX_COLUMNS = 384;        // of a piece of it
-constexpr size_t MANY_STRIPS = 16;          // are work enough for all threads without being cut into pieces
-constexpr int64_t MAX_WORKSPACE = 4 << 20;  // elements
-constexpr int64_t ROWS_PER_SPLIT = 512;     // of a partial sum, at least
+constexpr int64_t MAX_ROWS = 1024;          // rows of a factor that are projected together
+constexpr int64_t MIN_COLUMNS = 128;        // columns of a product that is not cut, at most
+constexpr int64_t MAX_COLUMNS = 384;        // columns of a piece
+constexpr size_t MANY_STRIPS = 16;          // strips that keep all threads busy without being cut
+constexpr int64_t MAX_WORKSPACE = 4 << 20;  // elements of a workspace
+constexpr int64_t ROWS_PER_SPLIT = 512;     // rows of a partial sum, at least
 constexpr int64_t MAX_SPLITS = 32;          // partial sums
-constexpr int64_t ROWS_PER_BLOCK = 256;     // that are widened or dropped together
+constexpr int64_t ROWS_PER_BLOCK = 256;     // rows that are widened or dropped together
 
 template <typename T>
 struct Matrix {
@@ -56,7 +56,7 @@ void gemm(const Matrix<Acc>& C, double beta, double alpha, const Matrix<Acc>& A,
   }
 }
 
-// A view of memory that is only read, as the products take it.
+// Memory that is only read, with the type that a product takes.
 template <typename Acc>
 Acc* read_only(const void* data) {
   return const_cast<Acc*>(static_cast<const Acc*>(data));
@@ -77,7 +77,7 @@ template <typename To, typename From>
 void copy(const Matrix<To>& to, const Matrix<From>& from, double scale) {
   using Wide = std::conditional_t<std::is_same_v<From, double> || std::is_same_v<To, double>, double, float>;
   const Wide factor = static_cast<Wide>(scale);
-  if (to.column_stride != 1 && to.row_stride == 1) {  // along the contiguous dimension of what is written
+  if (to.column_stride != 1 && to.row_stride == 1) {  // written along the contiguous dimension
     copy(to.mT(), from.mT(), scale);
     return;
   }
@@ -304,10 +304,10 @@ void drop_rows_by(const Matrix<To>& to, const Matrix<From>& from, int64_t first_
                   const Dropout& dropout) {
   using Wide = std::conditional_t<std::is_same_v<From, double>, double, float>;
   using Bits = std::conditional_t<std::is_same_v<Wide, double>, uint64_t, uint32_t>;
-#ifdef __BYTE_ORDER__  // not of every compiler
+#ifdef __BYTE_ORDER__  // not every compiler defines it
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first lane of a word is its lowest byte");
 #endif
-  constexpr int COUNTERS = 16;  // side by side, for vector instructions
+  constexpr int COUNTERS = 16;  // counters side by side, for vector instructions
   constexpr int64_t LANES = 16 / sizeof(Lane) * COUNTERS;
   const Wide scale = static_cast<Wide>(dropout.scale);
   const Lane threshold = static_cast<Lane>(dropout.threshold);
@@ -397,18 +397,19 @@ void add_up(const Matrix<Acc>& sum, const Tensor& left, int64_t left_column, int
   }
 }
 
-template <typename Acc, typename T>
+template <typename T>
 void reduce(const Reduction& task) {
-  const int64_t M = task.x.size(0), K = task.x.size(1), R = task.rank, D = task.height;
+  using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const int64_t M = task.x.size(0), K = task.x.size(1), R = task.dA.size(1), D = task.dB.size(1);
   const int64_t P = static_cast<int64_t>(task.starts.size());
   const bool dropping = task.dropout_p > 0;
   const Dropout dropout = dropping ? dropout_of(task.dropout_p, *task.seed) : Dropout{};
   const int64_t splits = std::clamp(ceil_div(M, ROWS_PER_SPLIT), int64_t{1}, MAX_SPLITS);
   const int64_t rows_of_split = ceil_div(M, splits);
   // Without masks of their own the adapters are one of more ranks.
-  const int64_t A_sums = !task.needs_A ? 0 : dropping ? P : 1, A_rank = dropping ? R : P * R;
-  const int64_t B_sums = task.needs_B ? P : 0;
   const int64_t A_size = task.dA.numel(), B_size = task.dB.numel(), size = sum_of(A_size, B_size);
+  const int64_t A_sums = A_size == 0 ? 0 : dropping ? P : 1, A_rank = dropping ? R : P * R;
+  const int64_t B_sums = B_size == 0 ? 0 : P;
   if (size == 0) {
     return;
   }
@@ -448,8 +449,10 @@ void reduce(const Reduction& task) {
       }
     }
   });
-  std::copy_n(partials.data(), A_size, static_cast<Acc*>(task.dA.mutable_data_ptr()));
-  std::copy_n(partials.data() + A_size, B_size, static_cast<Acc*>(task.dB.mutable_data_ptr()));
+  const Acc* const sums = partials.data();
+  const auto round = [](Acc sum) { return static_cast<T>(sum); };
+  std::transform(sums, sums + A_size, static_cast<T*>(task.dA.mutable_data_ptr()), round);
+  std::transform(sums + A_size, sums + size, static_cast<T*>(task.dB.mutable_data_ptr()), round);
 }
 
 struct CPU {
@@ -461,15 +464,8 @@ struct CPU {
     }
   }
 
-  static void reduce(const Reduction& task, const Tensor& where) {
-    with_type(where.scalar_type(), [&](auto type) {
-      using T = decltype(type);
-      if (task.dA.scalar_type() == ScalarType::Double) {
-        complora::reduce<double, T>(task);
-      } else if constexpr (!std::is_same_v<T, double>) {
-        complora::reduce<float, T>(task);
-      }
-    });
+  static void reduce(const Reduction& task) {
+    with_type(task.x.scalar_type(), [&](auto type) { complora::reduce<decltype(type)>(task); });
   }
 
   static void drop(const Tensor& x, const Tensor& out, int64_t adapter, double dropout_p, const Tensor& seed) {

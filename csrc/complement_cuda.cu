@@ -21,17 +21,17 @@ namespace {
 
 namespace wmma = nvcuda::wmma;
 
-constexpr int FEW = 16, MANY = 240;      // products in one launch, in its arguments: 240 of them are the most that fit
-constexpr int64_t SMS = 132;             // of an H100 or H200: the splits fill them once
-constexpr int64_t ROWS_PER_SPLIT = 256;  // at least: below, storing and adding partial sums costs more than it brings
+constexpr int FEW = 16, MANY = 240;      // items in the arguments of one launch: no more than 240 fit
+constexpr int64_t SMS = 132;             // multiprocessors of an H100 or H200: the splits fill them once
+constexpr int64_t ROWS_PER_SPLIT = 256;  // rows of a split, at least: more partial sums cost more than they bring
 
-// out = left^T right, of each split of the depth.
+// out = left^T right, for each split of the depth.
 struct Product {
   Matrix left;          // [depth, ranks]
   Matrix right;         // [depth, columns]
   void* out = nullptr;  // [splits, ranks, columns]
   int64_t out_stride_rank = 0, out_stride_column = 0;
-  int64_t adapter = -1;  // whose mask drops elements of right; -1: nothing is dropped
+  int64_t adapter = -1;  // the adapter whose mask drops elements of right; -1: nothing is dropped
 };
 
 template <int N>
@@ -170,7 +170,7 @@ struct TensorCores {
     float sums[RANKS][COLUMNS + PAD];
   };
 
-  const int64_t ranks;  // of the result, from the tile's first on: past them nothing is multiplied
+  const int64_t ranks;  // ranks of the result from the tile's first on: past them nothing is multiplied
   const int column = threadIdx.x / 32 * 16;
   wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums[RANKS / 16];
 
@@ -246,7 +246,7 @@ __device__ void for_each_element(bool along_ranks, const Function& function) {
   }
 }
 
-// The blocks that a multiprocessor holds at once; to draw masks takes registers.
+// The blocks that a multiprocessor holds at once: drawing masks takes registers.
 template <class Tile, bool DROPPING>
 constexpr int RESIDENT = DROPPING ? 2 : Tile::BLOCKS_PER_SM;
 
@@ -282,8 +282,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<Tile, DROPPING>)
   });
 }
 
-// Block (tile, i) owns one tile of the result of a projection, and of its factor, in whose place the result may go. The
-// last projections come first: the product before this one read their bases last, and they may still be in the cache.
+// Block (tile, i) owns one tile of the result of a projection. The last projections come first: the product before this
+// one read their bases last, and they may still be in the cache.
 template <typename Acc, int N>
 __global__ void __launch_bounds__(THREADS, ProjectionTile<Acc>::BLOCKS_PER_SM)
     projection_kernel(const __grid_constant__ Projections<N> projections, ScalarType factor_dtype,
@@ -314,12 +314,12 @@ __global__ void __launch_bounds__(THREADS, ProjectionTile<Acc>::BLOCKS_PER_SM)
   });
 }
 
-// A thread adds one element of all partial sums, in order; those of dA come first.
-template <typename Acc>
+// A thread adds one element of all partial sums, in order, and rounds the total; those of dA come first.
+template <typename Acc, typename T>
 __global__ void sum_kernel(const Acc* partials,  // [splits, A_size + B_size]
                            int64_t splits, int64_t A_size, int64_t B_size,
-                           Acc* dA,    // [A_size]
-                           Acc* dB) {  // [B_size]
+                           T* dA,    // [A_size]
+                           T* dB) {  // [B_size]
   const int64_t i = int64_t{blockIdx.x} * THREADS + threadIdx.x;
   if (i >= A_size + B_size) {
     return;
@@ -329,7 +329,7 @@ __global__ void sum_kernel(const Acc* partials,  // [splits, A_size + B_size]
   for (int64_t split = 0; split < splits; ++split) {
     total += partials[split * (A_size + B_size) + i];
   }
-  (i < A_size ? dA[i] : dB[i - A_size]) = total;
+  (i < A_size ? dA[i] : dB[i - A_size]) = narrow<T>(total);
 }
 
 // A thread owns a vector of one row of m ∘ x.
@@ -471,7 +471,8 @@ Matrix matrix(const Tensor& tensor, int64_t first_column, int64_t columns) {
 template <class Tile>
 void reduce(const Reduction& task, cudaStream_t stream) {
   using Acc = typename Tile::Acc;
-  const int64_t M = task.x.size(0), K = task.x.size(1), R = task.rank, D = task.height;
+  using T = typename Tile::Element;
+  const int64_t M = task.x.size(0), K = task.x.size(1), R = task.dA.size(1), D = task.dB.size(1);
   const int64_t P = static_cast<int64_t>(task.starts.size());
   const int64_t A_size = task.dA.numel(), B_size = task.dB.numel();
   const int64_t size = sum_of(A_size, B_size);
@@ -492,12 +493,12 @@ void reduce(const Reduction& task, cudaStream_t stream) {
   splits.depth = M == 0 ? 0 : product_of(ceil_div(ceil_div(M, splits.count), Tile::DEPTH), Tile::DEPTH);
   splits.count = M == 0 ? 0 : ceil_div(M, splits.depth);
 
-  Acc* dA = static_cast<Acc*>(task.dA.mutable_data_ptr());
-  Acc* dB = static_cast<Acc*>(task.dB.mutable_data_ptr());
-  const Tensor workspace = empty(task.x, {splits.count > 1 ? product_of(splits.count, size) : 0}, dtype_of<Acc>);
+  void *const dA = task.dA.mutable_data_ptr(), *const dB = task.dB.mutable_data_ptr();
+  const bool is_whole = splits.count == 1 && std::is_same_v<Acc, T>;  // the products write the result itself
+  const Tensor workspace = empty(task.x, {is_whole ? 0 : product_of(splits.count, size)}, dtype_of<Acc>);
   Acc* const partials = static_cast<Acc*>(workspace.mutable_data_ptr());  // [splits, P r K + P D r]
-  Acc* const A_sum = splits.count == 1 ? dA : partials;
-  Acc* const B_sum = splits.count == 1 ? dB : partials + A_size;
+  Acc* const A_sum = is_whole ? static_cast<Acc*>(dA) : partials;
+  Acc* const B_sum = is_whole ? static_cast<Acc*>(dB) : partials + A_size;
   std::vector<Product> products;
   for (int64_t p = 0; p < A_sums && M > 0; ++p) {  // g_p^T drop_p(x)
     products.push_back(
@@ -512,16 +513,16 @@ void reduce(const Reduction& task, cudaStream_t stream) {
               : launch_products<Tile, FEW, false>)(products.data() + i, std::min<size_t>(FEW, products.size() - i),
                                                    splits, seed, dropout_lanes(task.dropout_p), stream);
   }
-  if (splits.count != 1) {
-    launch(&sum_kernel<Acc>, dim3(blocks(ceil_div(size, THREADS))), 0, stream, static_cast<const Acc*>(partials),
-           splits.count, A_size, B_size, dA, dB);
+  if (!is_whole) {
+    launch(&sum_kernel<Acc, T>, dim3(blocks(ceil_div(size, THREADS))), 0, stream, static_cast<const Acc*>(partials),
+           splits.count, A_size, B_size, static_cast<T*>(dA), static_cast<T*>(dB));
   }
 }
 
 template <typename T>
 void reduce_halves(const Reduction& task, cudaStream_t stream) {
-  const int64_t P = static_cast<int64_t>(task.starts.size());
-  const int64_t ranks = task.dropout_p > 0 || !task.needs_A ? task.rank : product_of(P, task.rank);
+  const int64_t P = static_cast<int64_t>(task.starts.size()), rank = task.dA.size(1);
+  const int64_t ranks = task.dropout_p > 0 || task.dA.numel() == 0 ? rank : product_of(P, rank);
   (ranks <= 16 ? reduce<TensorCores<T, 16>> : reduce<TensorCores<T, 64>>)(task, stream);
 }
 
@@ -543,17 +544,13 @@ struct CUDA {
     }
   }
 
-  static void reduce(const Reduction& task, const Tensor& where) {
-    const Place place(where);
-    const ScalarType dtype = where.scalar_type();
-    if (task.dA.scalar_type() == ScalarType::Double) {
-      complora::reduce<MultiplyAdd<double, 64>>(task, place.stream);
-    } else if (dtype == ScalarType::BFloat16) {
-      reduce_halves<__nv_bfloat16>(task, place.stream);
-    } else if (dtype == ScalarType::Half) {
-      reduce_halves<__half>(task, place.stream);
-    } else {
-      complora::reduce<MultiplyAdd<float, 64>>(task, place.stream);
+  static void reduce(const Reduction& task) {
+    const Place place(task.x);
+    switch (task.x.scalar_type()) {
+      case ScalarType::Float: return complora::reduce<MultiplyAdd<float, 64>>(task, place.stream);
+      case ScalarType::Double: return complora::reduce<MultiplyAdd<double, 64>>(task, place.stream);
+      case ScalarType::BFloat16: return reduce_halves<__nv_bfloat16>(task, place.stream);
+      default: return reduce_halves<__half>(task, place.stream);
     }
   }
 

@@ -6,14 +6,12 @@
 
 STABLE_TORCH_LIBRARY(complora, m) {
   m.def("project_complement(Tensor factor, Tensor basis, bool complement) -> Tensor");
-  m.def("project_complement_(Tensor(a!) factor, Tensor basis, bool complement) -> ()");
   m.def(
       "fold_factors(Tensor[] factors, Tensor?[] bases, bool[] complement, bool[] output_side, float scaling, "
       "ScalarType dtype) -> Tensor");
   m.def(
-      "complora_factor_grads(Tensor dY, Tensor x, Tensor h, Tensor g, int[] starts, int height, "
-      "Tensor?[] output_bases, Tensor?[] input_bases, bool[] output_complement, bool[] input_complement, "
-      "float scaling, float dropout_p, Tensor? seed, bool[] needs, ScalarType dtype) -> (Tensor, Tensor)");
+      "packed_lora_linear_factor_grads(Tensor dY, Tensor x, Tensor h, Tensor g, int[] starts, int height, "
+      "float dropout_p, Tensor? seed, bool[] needs) -> (Tensor, Tensor)");
   m.def("drop(Tensor x, Tensor seed, int adapter, float dropout_p) -> Tensor");
 }
 

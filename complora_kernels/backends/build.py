@@ -1,4 +1,4 @@
-"""What was built of the C++/CUDA extension, and whether it loads. `setup.py` builds it; nothing compiles here."""
+"""Which halves of the C++/CUDA extension were built, and whether they load. Building is left to `setup.py`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ from typing import Literal, NamedTuple
 
 PACKAGE = Path(__file__).parents[1]
 RECORD = PACKAGE / "_build.json"
-SOURCES = (
-    PACKAGE.parent / "csrc"
-)  # present in a checkout; beside an installed package there is nothing, or another project's
+SOURCES = PACKAGE.parent / "csrc"  # a checkout has them; beside an installed package are none, or somebody else's
 MODULES = {"cpu": "complora_kernels._C", "cuda": "complora_kernels._C_cuda"}
 
 
 class Build(NamedTuple):
     """What `setup.py` recorded beside the modules."""
 
-    version: str  # the package's version when it was built
-    halves: list[str]  # the halves that were built: some of "cpu", "cuda"
-    reason: str  # why these
-    sizes: dict[str, int]  # bytes of each module
+    version: str  # the version of the package
+    halves: list[str]  # "cpu", "cuda", both or none
+    reason: str  # why these halves
+    sizes: dict[str, int]  # the sizes of the modules, in bytes
     details: dict[str, str]  # torch, compiler, cuda, chips
 
 
 @functools.lru_cache
 def failure(half: Literal["cpu", "cuda"]) -> str | None:
-    """Loads a half of the extension, at the first question. Returns None, or why it cannot be used here."""
+    """Loads a half of the extension when first asked. Returns None, or why it cannot be used here."""
     import torch
 
     if half == "cuda" and not torch.cuda.is_available():
@@ -40,14 +38,14 @@ def failure(half: Literal["cpu", "cuda"]) -> str | None:
 
 @functools.lru_cache
 def chip_refusal(capability: tuple[int, int]) -> str | None:
-    """Why nothing that was built runs on a GPU of this compute capability, or None where something does."""
+    """Why the build does not run on a GPU of this compute capability, or None where it does."""
     build = _read_record()
     chips = "" if isinstance(build, str) else build.details.get("chips", "")
     for major, minor, variant, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", chips):
         chip = (int(major), int(minor))
         if capability == chip or (variant != "a" and capability[0] == chip[0] and capability >= chip):
             return None
-        if ptx and not variant and capability >= chip:  # compiled by the driver
+        if ptx and not variant and capability >= chip:  # the driver compiles it
             return None
     return (
         f"the GPU has compute capability {capability[0]}.{capability[1]}, the extension was built for {chips or 'none'}"
@@ -56,23 +54,23 @@ def chip_refusal(capability: tuple[int, int]) -> str | None:
 
 @functools.lru_cache
 def _load(half: str) -> str | None:
-    if half == "cuda" and (reason := _load("cpu")) is not None:  # the CPU half has the schemas
+    if half == "cuda" and (reason := _load("cpu")) is not None:  # the half for the CPU has the schemas
         return reason
     reason = _unbuilt(half)
     if reason is not None:
         return reason
-    import torch  # noqa: F401  brings the libraries that the modules are linked to
+    import torch  # noqa: F401  loads the libraries that the modules are linked to
 
     try:
         importlib.import_module(MODULES[half])
         importlib.import_module("complora_kernels.backends.fakes")
-    except Exception as error:  # a file that is damaged, or libraries that another torch or machine lacks
+    except Exception as error:  # the file is damaged, or this torch or machine lacks a library
         return f"it does not load: {_one_line(error)}"
     return None
 
 
 def _unbuilt(half: str) -> str | None:
-    """Why there is nothing to load, or nothing that fits this package; None where there is."""
+    """Why there is no module to load that fits this package, or None where there is."""
     from complora_kernels import __version__
 
     build = _read_record()
@@ -115,7 +113,7 @@ def _one_line(error: Exception) -> str:
 
 
 def describe() -> list[str]:
-    """Lines for people: what was built, why, with what, and whether each half loads."""
+    """Lines for people: which halves were built, why, by which compilers, and whether each loads."""
     build = _read_record()
     if isinstance(build, str):
         return [build]

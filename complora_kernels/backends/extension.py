@@ -70,7 +70,7 @@ class ExtensionBackend(TorchBackend):
         output_side: Sequence[bool],
         scaling: float,
         dtypes: Sequence[torch.dtype],  # all the same
-    ) -> list[Tensor]:  # parts of one tensor, in the shapes of the factors
+    ) -> list[Tensor]:  # in the shapes of the factors, parts of one tensor
         wide = torch.promote_types(torch.promote_types(factors[0].dtype, dtypes[0]), torch.float32)
         bases = [None if basis is None else basis.to(wide) for basis in bases]
         complement = [kind == "complement" for kind in kinds]
@@ -96,9 +96,8 @@ class ExtensionBackend(TorchBackend):
         dBs: Sequence[Tensor | None] = [None] * len(Bs)
         if needs_A or needs_B:
             starts, height, seed = [start for start, _ in rows], len(Bs[0]), seeds[0] if seeds else None
-            no_bases: tuple[list[Tensor], list[Tensor], list[bool], list[bool]] = ([], [], [], [])
-            dA, dB = torch.ops.complora.complora_factor_grads(
-                dY, x, h, g, starts, height, *no_bases, 1.0, linear.dropout_p, seed, [needs_A, needs_B], x.dtype
+            dA, dB = torch.ops.complora.packed_lora_linear_factor_grads(
+                dY, x, h, g, starts, height, linear.dropout_p, seed, [needs_A, needs_B]
             )
             dAs, dBs = dA.unbind() if needs_A else dAs, dB.unbind() if needs_B else dBs
         return dX, dAs, dBs
@@ -134,5 +133,5 @@ def _g(dY: Tensor, linear: AdaptedLinear) -> Tensor:  # [M, N] to [M, P r]
     return torch.cat(gs, 1) if len(gs) > 1 else gs[0]
 
 
-# torch.compile calls it while it traces and takes the result for a constant.
+# torch.compile calls this function while it traces and takes the result for a constant.
 _gpu_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

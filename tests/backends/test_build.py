@@ -1,4 +1,4 @@
-"""What setup.py decides to build, what it records, and how a build that does not fit is reported and passed over."""
+"""What setup.py decides to build, what it records, and how a build that does not fit is reported and skipped."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -28,6 +28,15 @@ PyMODINIT_FUNC PyInit__C() {
   return PyModule_Create(&module);
 }
 """
+
+
+def load_anew(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Machine:
@@ -61,12 +70,7 @@ class Machine:
 
     def setup(self) -> ModuleType:
         """setup.py, loaded on this machine."""
-        spec = importlib.util.spec_from_file_location("complora_setup", ROOT / "setup.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return load_anew("complora_setup", ROOT / "setup.py")
 
 
 @pytest.fixture
@@ -234,7 +238,7 @@ def test_an_editable_install_that_builds_nothing_keeps_what_was_built(built_in_p
     assert json.loads((package / "_build.json").read_text())["reason"] == "COMPLORA_BUILD=0"
 
 
-def test_wheel_serves_every_python_and_torch(tmp_path):
+def test_one_wheel_is_for_every_python_and_torch(tmp_path):
     source = copy_sources(tmp_path / "source")
     for _ in range(2):
         result = run_setup(source, f"build_wheel({str(tmp_path)!r})", COMPLORA_BUILD="cpu", MAX_JOBS="1")
@@ -277,27 +281,26 @@ def test_a_build_without_torch_says_how_to_install_without(tmp_path):
 
 
 @pytest.fixture
-def installed(built_in_place, tmp_path, monkeypatch) -> Iterator[Path]:
-    """The folder of a package with what was built, as `complora_kernels.backends.build` sees it."""
+def installed(built_in_place, tmp_path, monkeypatch) -> Path:
+    """The folder of a package with what was built; `build_of` looks into it."""
     package = tmp_path / "installed_package"
     package.mkdir()
     for name in ("_C.abi3.so", "_build.json"):
         shutil.copy2(built_in_place / "complora_kernels" / name, package)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "installed_package", raising=False)
-    monkeypatch.delitem(sys.modules, "installed_package._C", raising=False)
-    monkeypatch.setitem(
-        sys.modules, "complora_kernels.backends.fakes", ModuleType("fakes")
-    )  # of operations that it lacks
-    monkeypatch.setattr(build, "RECORD", package / "_build.json")
-    monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
-    monkeypatch.setattr(build, "MODULES", {"cpu": "installed_package._C", "cuda": "installed_package._C_cuda"})
-    caches = (build.failure, build._load, build.chip_refusal)
-    for cached in caches:
-        cached.cache_clear()
-    yield package
-    for cached in caches:
-        cached.cache_clear()
+    for name in ("installed_package", "installed_package._C"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    # This module has no operations for which there could be fakes.
+    monkeypatch.setitem(sys.modules, "complora_kernels.backends.fakes", ModuleType("fakes"))
+    return package
+
+
+def build_of(package: Path) -> Any:
+    """`complora_kernels.backends.build` of a package, which has not looked at it yet."""
+    fresh = load_anew("fresh_build", Path(build.__file__))
+    modules = {"cpu": "installed_package._C", "cuda": "installed_package._C_cuda"}
+    vars(fresh).update(RECORD=package / "_build.json", SOURCES=package.parent / "csrc", MODULES=modules)
+    return fresh
 
 
 def write_record(package: Path, **changes: object) -> None:
@@ -306,9 +309,10 @@ def write_record(package: Path, **changes: object) -> None:
 
 
 def test_a_build_loads(installed):
-    assert build.failure("cpu") is None
+    fresh = build_of(installed)
+    assert fresh.failure("cpu") is None
     assert "installed_package._C" in sys.modules
-    lines = build.describe()
+    lines = fresh.describe()
     assert lines[0] == "built      cpu: COMPLORA_BUILD=cpu"
     assert lines[-1] == "cpu half   loads"
     assert any(line.startswith("compiler ") for line in lines)
@@ -374,52 +378,49 @@ FAILURES = {
 @pytest.mark.parametrize("damage", FAILURES)
 def test_what_does_not_load_is_reported_in_one_line(installed, damage):
     damage(installed)
-    reason = build.failure("cpu")
+    fresh = build_of(installed)
+    reason = fresh.failure("cpu")
     assert reason is not None
     assert FAILURES[damage] in reason
     assert "\n" not in reason
-    assert FAILURES[damage] in "\n".join(build.describe())
+    assert FAILURES[damage] in "\n".join(fresh.describe())
 
 
 def test_the_cuda_half_needs_a_gpu_and_the_cpu_half(installed, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert build.failure("cuda") == "there is no CUDA GPU"
-    build.failure.cache_clear()
+    assert build_of(installed).failure("cuda") == "there is no CUDA GPU"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert build.failure("cuda") == "it was not built: COMPLORA_BUILD=cpu"
-    build.failure.cache_clear()
-    build._load.cache_clear()
+    assert build_of(installed).failure("cuda") == "it was not built: COMPLORA_BUILD=cpu"
     another_version(installed)
-    assert build.failure("cuda") == build.failure("cpu") != "it was not built: COMPLORA_BUILD=cpu"
+    fresh = build_of(installed)
+    assert fresh.failure("cuda") == fresh.failure("cpu") != "it was not built: COMPLORA_BUILD=cpu"
 
 
 def test_the_cuda_half_that_does_not_load_is_reported_without_a_gpu(installed):
     sizes = json.loads((installed / "_build.json").read_text())["sizes"]
     write_record(installed, halves=["cpu", "cuda"], sizes={**sizes, "cuda": len("no library")})
     (installed / "_C_cuda.abi3.so").write_text("no library")
-    lines = build.describe()
+    lines = build_of(installed).describe()
     assert "cpu half   loads" in lines
     assert lines[-1].startswith("cuda half  it does not load: ImportError")
+
+
+DAMAGED = {
+    "version": complora_kernels.__version__,
+    "halves": ["cpu"],
+    "reason": "COMPLORA_BUILD=cpu",
+    "sizes": {"cpu": len("no library")},
+}
 
 
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
         ("no record", "_build.json is damaged: JSONDecodeError"),
-        (
-            json.dumps(
-                {
-                    "version": complora_kernels.__version__,
-                    "halves": ["cpu"],
-                    "reason": "COMPLORA_BUILD=cpu",
-                    "sizes": {"cpu": len("no library")},
-                }
-            ),
-            "it does not load: ImportError",
-        ),
+        (json.dumps(DAMAGED), "it does not load: ImportError"),
     ],
 )
-def test_a_damaged_build_is_reported_and_passed_over(tmp_path, record, sentence):
+def test_a_damaged_build_is_reported_and_skipped(tmp_path, record, sentence):
     shutil.copytree(ROOT / "complora_kernels", tmp_path / "complora_kernels", ignore=shutil.ignore_patterns("*.so"))
     (tmp_path / "complora_kernels" / "_C.abi3.so").write_text("no library")
     (tmp_path / "complora_kernels" / "_build.json").write_text(record)
@@ -432,7 +433,7 @@ def test_a_damaged_build_is_reported_and_passed_over(tmp_path, record, sentence)
 
 
 @pytest.mark.parametrize(
-    ("chips", "served", "refused"),
+    ("chips", "supported", "refused"),
     [
         ("8.0 8.6 9.0 10.0+PTX", [(8, 0), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], [(7, 0), (7, 5)]),
         ("8.6;9.0a", [(8, 6), (8, 9), (9, 0)], [(8, 0), (9, 1), (10, 0), (12, 0)]),
@@ -440,9 +441,10 @@ def test_a_damaged_build_is_reported_and_passed_over(tmp_path, record, sentence)
         ("", [], [(8, 0), (9, 0)]),
     ],
 )
-def test_gpus_that_what_was_built_runs_on(installed, chips, served, refused):
+def test_gpus_that_a_build_runs_on(installed, chips, supported, refused):
     write_record(installed, chips=chips)
-    assert [build.chip_refusal(capability) for capability in served] == [None] * len(served)
+    fresh = build_of(installed)
+    assert [fresh.chip_refusal(capability) for capability in supported] == [None] * len(supported)
     for major, minor in refused:
         reason = f"the GPU has compute capability {major}.{minor}, the extension was built for {chips or 'none'}"
-        assert build.chip_refusal((major, minor)) == reason
+        assert fresh.chip_refusal((major, minor)) == reason

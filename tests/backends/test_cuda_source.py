@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SEED = -6148914691236517206  # both halves of the key
 
 
-def wide(*dtypes: torch.dtype) -> torch.dtype:  # what is computed in
+def wide(*dtypes: torch.dtype) -> torch.dtype:  # the dtype of the sums
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -68,17 +68,14 @@ def compile_for_the_cpu() -> Path:
 
 
 class OnDevice:
-    """Operations for tensors on the CPU that run on a device, in the tensors' own memory layout.
-
-    What an operation in place wrote into them is copied back.
-    """
+    """Operations for tensors on the CPU that run on a device, in the tensors' own memory layout."""
 
     def __init__(self, operations: Any, device: str) -> None:
         self.operations, self.device = operations, device
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            memory: dict[Any, tuple[Tensor, Tensor]] = {}  # all that a tensor is a part of, here and there
+            memory: dict[Any, Tensor] = {}  # on the device: each storage that a tensor is a part of
 
             def there(value: Any) -> Any:
                 if isinstance(value, (list, tuple)):
@@ -87,14 +84,10 @@ class OnDevice:
                     return value
                 storage = value.untyped_storage()
                 if (key := (storage.data_ptr(), value.dtype)) not in memory:
-                    here = torch.empty(0, dtype=value.dtype).set_(storage)
-                    memory[key] = here, here.to(self.device, copy=True)
-                return memory[key][1].as_strided(value.shape, value.stride(), value.storage_offset())
+                    memory[key] = torch.empty(0, dtype=value.dtype).set_(storage).to(self.device, copy=True)
+                return memory[key].as_strided(value.shape, value.stride(), value.storage_offset())
 
-            result = getattr(self.operations, name)(*map(there, arguments))
-            for here, elsewhere in memory.values() if name.endswith("_") else ():
-                here.copy_(elsewhere)
-            return tree_map_only(Tensor, Tensor.cpu, result)
+            return tree_map_only(Tensor, Tensor.cpu, getattr(self.operations, name)(*map(there, arguments)))
 
         return call
 
@@ -185,7 +178,7 @@ PROJECTIONS = [  # rows, d, k
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_project_complement(cuda, dtype, layout, kind):
-    ours, in_place, cpu, same_dtype, exact = [], [], [], [], []
+    ours, cpu, same_dtype, exact = [], [], [], []
     for i, (rows, d, share) in enumerate(PROJECTIONS):
         factor = laid_out(torch.randn(rows, d).to(dtype), layout)
         basis = laid_out(random_basis(d, int(share * d), wide(dtype)), LAYOUTS[i % 6])
@@ -194,34 +187,18 @@ def test_project_complement(cuda, dtype, layout, kind):
         cpu.append(CPU.project_complement(*arguments))
         same_dtype.append(reference.project_complement(factor, basis, basis_kind=kind))
         exact.append(reference.project_complement(factor.double(), basis.double(), basis_kind=kind))
-        if layout != "broadcast":  # several elements of it are one
-            written = laid_out(factor.clone(), layout)
-            assert written.data_ptr() != factor.data_ptr() or layout == "contiguous"
-            written = written.clone() if layout == "contiguous" else written
-            cuda.ops.project_complement_(written, basis, kind == "complement")
-            in_place.append(written)
-            assert torch.equal(written, ours[-1])
     assert_as_accurate_as_reference(pool(ours), pool(same_dtype), pool(exact), "the projection")
     assert_as_accurate_as_reference(pool(ours), pool(cpu), pool(exact), "the projection, beside the CPU's,")
 
 
 def test_factors_of_any_number_of_dimensions(cuda):
     basis = random_basis(24, 7)
-    for shape in ((24,), (0, 24), (2, 3, 24), (3, 0, 24)):
-        factor = torch.randn(shape)
+    crossed = torch.randn(24, 3, 2).permute(2, 1, 0)[:, ::2]  # no view of it has rows
+    for factor in (*map(torch.randn, ((24,), (0, 24), (2, 3, 24), (3, 0, 24))), crossed):
         ours = cuda.ops.project_complement(factor, basis, False)
-        assert_as_accurate_as_reference(
-            ours,
-            reference.project_complement(factor, basis),
-            reference.project_complement(factor.double(), basis.double()),
-            "the projection",
-        )
-    crossed = torch.randn(3, 24, 2).transpose(0, 2)[..., ::2, :].transpose(1, 2)  # no view of it has rows
-    assert crossed.shape == (2, 3, 12)
-    basis = random_basis(12, 5)
-    expected = cuda.ops.project_complement(crossed, basis, True)
-    cuda.ops.project_complement_(crossed, basis, True)
-    assert torch.equal(crossed, expected)
+        expected = reference.project_complement(factor, basis)
+        exact = reference.project_complement(factor.double(), basis.double())
+        assert_as_accurate_as_reference(ours, expected, exact, "the projection")
 
 
 DTYPE_PAIRS = (
@@ -289,16 +266,8 @@ def test_factors_without_elements_beside_others(cuda):
     torch.testing.assert_close(folded, CPU.fold_factors(*arguments), rtol=0, atol=1e-5)  # sums of 64 products
 
 
-def test_a_basis_that_shares_its_memory_with_the_factor(cuda):
-    basis = random_basis(64, 8)
-    factor = basis.T.clone().T  # [d, k], whose transpose is projected
-    expected = reference.project_complement(factor.T.double(), factor.double(), basis_kind="complement")
-    cuda.ops.project_complement_(factor.T, factor, True)
-    torch.testing.assert_close(factor.T.double(), expected, rtol=0, atol=1e-6)  # float32, of elements below 1
-
-
 class Problem(NamedTuple):
-    """The arguments of `complora_factor_grads`, and what the exact result needs to know."""
+    """The arguments of `packed_lora_linear_factor_grads`, and the exact result."""
 
     dY: Tensor  # [M, N]
     x: Tensor  # [M, K]
@@ -306,35 +275,22 @@ class Problem(NamedTuple):
     g: Tensor  # [M, P r]
     starts: list[int]  # P
     height: int  # D
-    output_bases: list[Tensor | None]  # P, or none
-    input_bases: list[Tensor | None]
     dropout_p: float
-    dtype: torch.dtype  # of the gradients
 
     def arguments(self, needs: Sequence[bool] = (True, True)) -> tuple[Any, ...]:
-        seed = torch.tensor([SEED]) if self.dropout_p > 0 else None
-        kinds = [[p % 2 == 1 for p in range(len(bases))] for bases in (self.output_bases, self.input_bases)]
-        bases = (self.output_bases, self.input_bases)
-        factors = (self.dY, self.x, self.h, self.g, self.starts, self.height)
-        return (*factors, *bases, *kinds, 0.7, self.dropout_p, seed, list(needs), self.dtype)
+        return (*self, torch.tensor([SEED]) if self.dropout_p > 0 else None, list(needs))
 
     def by_formula(self, sums: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """dA_p = (g_p^T (m_p ∘ x)) P_in and dB_p = P_out (0.7 dY_p^T h_p), summed in `sums`."""
+        """dA_p = g_p^T (m_p ∘ x) and dB_p = dY_p^T h_p, summed in `sums`."""
         r = self.g.shape[1] // len(self.starts)
         dA, dB = [], []
         for p, start in enumerate(self.starts):
             x, columns = self.x.to(sums), slice(p * r, (p + 1) * r)
             if self.dropout_p > 0:
                 x = x * mask(p, x.shape, self.dropout_p).to(sums)
-            A = self.g[:, columns].to(sums).mT @ x  # [r, K]
-            B = self.dY[:, start : start + self.height].to(sums).mT @ self.h[:, columns].to(sums)  # [D, r]
-            if self.input_bases:
-                A = project(A, self.input_bases[p], p % 2 == 1)
-            if self.output_bases:
-                B = project(B.mT, self.output_bases[p], p % 2 == 1).mT
-            dA.append(A.to(dtype))
-            dB.append((0.7 * B).to(dtype))
-        return torch.stack(dA), torch.stack(dB)
+            dA.append(self.g[:, columns].to(sums).mT @ x)  # [r, K]
+            dB.append(self.dY[:, start : start + self.height].to(sums).mT @ self.h[:, columns].to(sums))  # [D, r]
+        return torch.stack(dA).to(dtype), torch.stack(dB).to(dtype)
 
 
 def mask(adapter: int, shape: Sequence[int], p: float) -> Tensor:
@@ -352,28 +308,21 @@ def make_problem(
     P: int = 1,
     dropout_p: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    out_dtype: torch.dtype | None = None,
     layouts: Sequence[str] = ("contiguous",) * 4,
-    bases: bool = True,
 ) -> Problem:
     dY, x, h, g = (
         laid_out(torch.randn(M, columns).to(dtype), layout)
         for columns, layout in zip((N, K, P * r, P * r), layouts, strict=True)
     )
     height = N // P
-    computed_in = wide(dtype, out_dtype or dtype)
-    output_bases = [None if p == 2 else random_basis(height, height // 2, computed_in) for p in range(P)]
-    input_bases = [None if p == 2 else random_basis(K, K // 3, computed_in) for p in range(P)]
-    starts = [height * (P - 1 - p) for p in range(P)]
-    projections = (output_bases, input_bases) if bases else ([], [])
-    return Problem(dY, x, h, g, starts, height, *projections, dropout_p, out_dtype or dtype)
+    return Problem(dY, x, h, g, [height * (P - 1 - p) for p in range(P)], height, dropout_p)
 
 
 def check_factor_grads(cuda: SimpleNamespace, problems: Sequence[Problem]) -> None:
-    ours = [cuda.ops.complora_factor_grads(*problem.arguments()) for problem in problems]
-    cpu = [CPU.complora_factor_grads(*problem.arguments()) for problem in problems]
-    same_dtype = [p.by_formula(wide(p.x.dtype, p.dtype), p.dtype) for p in problems]
-    exact = [p.by_formula(torch.float64, torch.float64) for p in problems]
+    ours = [cuda.ops.packed_lora_linear_factor_grads(*problem.arguments()) for problem in problems]
+    cpu = [CPU.packed_lora_linear_factor_grads(*problem.arguments()) for problem in problems]
+    same_dtype = [problem.by_formula(wide(problem.x.dtype), problem.x.dtype) for problem in problems]
+    exact = [problem.by_formula(torch.float64, torch.float64) for problem in problems]
     for i, name in enumerate(("dA", "dB")):
         results = [pool([result[i] for result in part]) for part in (ours, cpu, same_dtype, exact)]
         assert_as_accurate_as_reference(results[0], results[2], results[3], name)
@@ -403,10 +352,14 @@ def test_factor_grads_of_any_rank(cuda, dtype, rank):
     check_factor_grads(cuda, [*problems, make_problem(65, 21, 17, rank, 3, 0.25, dtype)])
 
 
-@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPE_PAIRS, ids=str)
-def test_factor_grads_are_rounded_once(cuda, dtype, out_dtype):
-    problems = [make_problem(300, 45, 63, 5, 3, p, dtype, out_dtype, bases=p > 0) for p in (0.0, 0.25)]
-    check_factor_grads(cuda, problems)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_factor_grads_are_rounded_once(cuda, dtype):
+    for M, p in itertools.product((137, 700), (0.0, 0.25)):  # rows that one block adds up, and several
+        problem = make_problem(M, 45, 63, 5, 3, p, dtype)
+        exact = problem.by_formula(torch.float64, torch.float64)
+        for ours, true in zip(cuda.ops.packed_lora_linear_factor_grads(*problem.arguments()), exact, strict=True):
+            # Half an ulp, and the roundings of float32, which may move a sum past the middle between two halves.
+            assert ((ours.double() - true).abs() <= torch.finfo(dtype).eps / 2 * true.abs() + 1e-4).all()
 
 
 def test_factor_grads_of_many_adapters(cuda):
@@ -418,15 +371,15 @@ def test_factor_grads_of_many_adapters(cuda):
 @pytest.mark.parametrize("M", [0, 1, 300])
 def test_factor_grads_that_are_needed(cuda, M, dtype):
     problem = make_problem(M, 33, 40, 3, 3, 0.25, dtype)
-    whole = cuda.ops.complora_factor_grads(*problem.arguments())
+    whole = cuda.ops.packed_lora_linear_factor_grads(*problem.arguments())
     unread = torch.empty(0, 0, dtype=dtype)
-    dA, dB = cuda.ops.complora_factor_grads(*problem._replace(h=unread).arguments((True, False)))
+    dA, dB = cuda.ops.packed_lora_linear_factor_grads(*problem._replace(h=unread).arguments((True, False)))
     assert (dA.shape, dB.shape) == ((3, 3, 40), (0, 11, 3))
     torch.testing.assert_close(dA, whole[0])  # another number of splits, and so another order of summation
-    dA, dB = cuda.ops.complora_factor_grads(*problem._replace(g=unread).arguments((False, True)))
+    dA, dB = cuda.ops.packed_lora_linear_factor_grads(*problem._replace(g=unread).arguments((False, True)))
     assert (dA.shape, dB.shape) == ((0, 3, 40), (3, 11, 3))
     torch.testing.assert_close(dB, whole[1])
-    dA, dB = cuda.ops.complora_factor_grads(*problem.arguments((False, False)))
+    dA, dB = cuda.ops.packed_lora_linear_factor_grads(*problem.arguments((False, False)))
     assert dA.numel() == dB.numel() == 0
     if M == 0:
         assert not whole[0].any()
@@ -457,10 +410,9 @@ def test_the_same_bits_in_any_order(cuda):
 
     def run() -> list[Tensor]:
         folded = cuda.ops.fold_factors(factors, bases, [False, True], [False, False], 1.0, torch.bfloat16)
-        projected = factors[0].clone()
-        cuda.ops.project_complement_(projected, bases[0], False)
+        projected = cuda.ops.project_complement(factors[0], bases[0], False)
         dropped = cuda.ops.drop(factors[0], torch.tensor([SEED]), 0, 0.25)
-        gradients = [cuda.ops.complora_factor_grads(*problem.arguments()) for problem in problems]
+        gradients = [cuda.ops.packed_lora_linear_factor_grads(*problem.arguments()) for problem in problems]
         return [folded, projected, dropped, *itertools.chain(*gradients)]
 
     assert_same_whatever_the_order(cuda, run)
@@ -484,23 +436,18 @@ def test_addresses_past_two_to_the_31(cuda, dtype):
         assert torch.equal(cuda.ops.project_complement(far(factor, along), basis, False), expected)
     assert torch.equal(cuda.ops.project_complement(factor, far(basis, 0), False), expected)
     assert torch.equal(cuda.ops.project_complement(factor, far(basis, 1), False), expected)
-    written = far(factor)
-    cuda.ops.project_complement_(written, basis, False)
-    assert torch.equal(written, expected)
     seed = torch.tensor([SEED])
     assert torch.equal(cuda.ops.drop(far(factor), seed, 1, 0.25), cuda.ops.drop(factor, seed, 1, 0.25))
     problem = make_problem(70, 24, 40, 2, 3, 0.25, dtype)
-    expected = cuda.ops.complora_factor_grads(*problem.arguments())
+    expected = cuda.ops.packed_lora_linear_factor_grads(*problem.arguments())
     for along in (0, 1):
         moved = problem._replace(**{name: far(getattr(problem, name), along) for name in ("dY", "x", "h", "g")})
-        for ours, near in zip(cuda.ops.complora_factor_grads(*moved.arguments()), expected, strict=True):
+        for ours, near in zip(cuda.ops.packed_lora_linear_factor_grads(*moved.arguments()), expected, strict=True):
             assert torch.equal(ours, near)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-@pytest.mark.parametrize(
-    "name", ["project_complement", "project_complement_", "fold_factors", "complora_factor_grads", "drop"]
-)
+@pytest.mark.parametrize("name", ["project_complement", "fold_factors", "packed_lora_linear_factor_grads", "drop"])
 def test_what_does_not_fit_is_refused(emulated, name):
     check_refused_or_right(getattr(emulated.ops, name), name, torch.device("cpu"), 300)
 

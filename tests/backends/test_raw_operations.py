@@ -9,17 +9,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from triton_device import DEVICE
 
-from complora_kernels.backends import (
-    build,
-    triton,  # noqa: F401  registers those of Triton
-)
+from complora_kernels.backends import build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numpy, which Triton's interpreter computes with
 ]
 
-EXTENSION = ("project_complement", "project_complement_", "fold_factors", "complora_factor_grads", "drop")
+EXTENSION = ("project_complement", "fold_factors", "packed_lora_linear_factor_grads", "drop")
 TRITON = ("fold_factors", "packed_lora_linear_fwd", "packed_lora_linear_bwd")
 
 

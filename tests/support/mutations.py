@@ -24,12 +24,10 @@ def arguments(name: str, device: torch.device) -> list[Any]:
     As, Bs = [torch.randn(r, K) for _ in range(P)], [torch.randn(D, r) for _ in range(P)]
     on_input, on_output = torch.eye(K, 3), torch.eye(D, 2)
     fold = [[*As, *Bs], [on_input, None, on_output, on_output], [False, True] * 2, [False] * 2 + [True] * 2, 0.5]
-    grads = [[on_output] * P, [on_input, None], [False, True], [False, False], 0.5, 0.25, seed, [True, True]]
     known: dict[str, list[Any]] = {
         "project_complement": [torch.randn(3, M, K), on_input, False],
-        "project_complement_": [torch.randn(3, M, K), on_input, True],
         "fold_factors": [*fold, torch.float32],
-        "complora_factor_grads": [dY, x, h, g, [D, 0], D, *grads, torch.float32],
+        "packed_lora_linear_factor_grads": [dY, x, h, g, [D, 0], D, 0.25, seed, [True, True]],
         "drop": [x, seed, 1, 0.25],
         "triton.fold_factors": [*fold, torch.float32],
         "triton.packed_lora_linear_fwd": [x, weight, torch.randn(N), As, Bs, [D, 0], 0.25, seed, True, "exact"],
@@ -111,8 +109,6 @@ def check_refused_or_right(operation: Callable[..., Any], name: str, device: tor
                 given[at] = mutated(given[at], draw)
             except REFUSALS:  # torch's own: there is no such tensor
                 break
-        if name.endswith("_") and isinstance(given[0], Tensor) and given[0].is_neg():
-            continue  # torch 2.11 itself corrupts memory where an operation writes to a negated view
         before = plain(given)
         result = called(operation, given)
         outcomes.append(isinstance(result, Exception))
@@ -131,12 +127,11 @@ def check_refused_or_right(operation: Callable[..., Any], name: str, device: tor
 
 
 def called(operation: Callable[..., Any], given: Sequence[Any]) -> Any:
-    """The result, of an operation in place what it wrote to, or the error."""
+    """The result, or the error."""
     try:
-        result = operation(*given)
+        return operation(*given)
     except REFUSALS as error:
         return error
-    return given[0] if result is None else result
 
 
 def plain(given: Any) -> Any:
