@@ -11,7 +11,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model, find_targets
+from complora_kernels.adapters.build import adapted_layers, adapted_model, find_targets, is_adapted
 from complora_kernels.adapters.files import (
     blaming,
     module_pattern,
@@ -30,7 +30,6 @@ from complora_kernels.adapters.save_load import (
     factor_tensors,
     fill_adapter,
     folded_factors,
-    is_adapted,
     warn_of_trained,
     weights_to_fill,
 )
@@ -38,7 +37,8 @@ from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
-from complora_kernels.modules import CompLoRAAttention, CompLoRAMultiheadAttention
+from complora_kernels.integrations.open_clip import CompLoRAAttention
+from complora_kernels.modules import CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import FLOATING, CompLoRALayer
 
 Model = TypeVar("Model", bound=nn.Module)

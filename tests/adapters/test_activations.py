@@ -33,7 +33,7 @@ from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.calibration import SecondMoments, Watched, second_moments
 from complora_kernels.adapters.files import BASES_FILES, CONFIG_FILE, WEIGHTS_FILE
 from complora_kernels.adapters.manage import load_raw_adapter_state, raw_adapter_state
-from complora_kernels.modules import CompLoRAAttention
+from complora_kernels.integrations.open_clip import CompLoRAAttention
 from complora_kernels.subspace import Basis, Side
 
 ALL = ("q", "k", "v", "o", "fc1", "fc2")
