@@ -12,7 +12,7 @@ import torch
 from triton_device import HOW
 
 from complora_kernels import subspace
-from complora_kernels.modules import extend, tower
+from complora_kernels.integrations import open_clip
 
 # Read when cuBLAS is first used: with it, products on a GPU are allowed in torch's deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -44,13 +44,6 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_running_tower() -> Iterator[None]:
-    """An interrupted forward pass leaves its tower running, and the number of them is a guard of compiled code."""
-    yield
-    tower._RUNNING.towers = ()
-
-
-@pytest.fixture(autouse=True)
 def empty_cache() -> None:
     subspace.clear_cache()
 
@@ -64,7 +57,7 @@ def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def stand_in_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in for open_clip 4 counts as open_clip's."""
-    monkeypatch.setattr(extend, "LIBRARIES", (*extend.LIBRARIES, "stand_in"))
+    monkeypatch.setattr(open_clip, "PACKAGES", (*open_clip.PACKAGES, "stand_in"))
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import functional, subspace
-from complora_kernels.adapters.build import adapt_targets, adapted_layers, find_targets, put_in_place
+from complora_kernels.adapters.build import adapt, adapted_layers, build_layers, find_targets, is_adapted
 from complora_kernels.adapters.configuration import peft_key
+from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.common.changes import Changes
-from complora_kernels.common.wrappers import named_modules, unwrap
+from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
 
@@ -176,9 +177,9 @@ def fill_adapter(
     if is_adapted(model):
         layers = adapted_layers(model)
     else:
-        adapted = adapt_targets(find_targets(model, config, factors), config, progress=progress)
-        put_in_place(unwrap(model), adapted, changes)
-        layers = _by_path(model, adapted)
+        replacements = build_layers(model, config, factors, progress=progress)
+        install(model, replacements, changes)
+        layers = _by_path(model, replacements)
     weights = adapted_weights(layers)
     for key, basis in (own_bases(weights) if bases is None else bases).items():
         path, side = key
@@ -187,11 +188,6 @@ def fill_adapter(
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
     changes.make()
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether `model` holds an adapted layer."""
-    return any(isinstance(module, CompLoRALayer) for module in model.modules())
 
 
 def own_bases(weights: dict[str, AdaptedWeight]) -> Bases:
@@ -241,13 +237,15 @@ def _smallest_layers(
     selection = ATTENTION_TARGETS if isinstance(config.target_modules, str) else config.target_modules
     smallest = dataclasses.replace(config, r=1, sides="none", target_modules=selection, **no_size)
     try:
-        return _by_path(model, adapt_targets(find_targets(model, config, paths), smallest, progress=False))
+        targets = find_targets(model, config, paths)
+        return _by_path(model, [Replacement(*target[:2], adapt(target, smallest)) for target in targets])
     except ValueError as error:
         raise ValueError(f"the adapter does not fit the model: {error}") from error
 
 
-def _by_path(model: nn.Module, adapted: dict[nn.Module, CompLoRALayer]) -> dict[str, CompLoRALayer]:
+def _by_path(model: nn.Module, replacements: list[Replacement]) -> dict[str, CompLoRALayer]:
     """The result of `adapted_layers` once these layers have taken the place of the modules that they adapt."""
+    adapted = {module: layer for _, module, layer in replacements}
     return {path: adapted[module] for path, module in named_modules(model) if module in adapted}
 
 

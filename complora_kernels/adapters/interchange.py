@@ -11,7 +11,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model, find_targets
+from complora_kernels.adapters.build import adapted_layers, adapted_model, find_targets, is_adapted
 from complora_kernels.adapters.configuration import module_pattern, peft_fields
 from complora_kernels.adapters.factors import (
     PROJECTIONS,
@@ -23,7 +23,6 @@ from complora_kernels.adapters.factors import (
     factor_tensors,
     file_factors,
     fill_adapter,
-    is_adapted,
     warn_of_trained,
     weights_to_fill,
 )
@@ -34,7 +33,8 @@ from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
-from complora_kernels.modules import CompLoRAAttention, CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
+from complora_kernels.modules import CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
+from complora_kernels.modules.attention import CompLoRAAttentionLayer
 from complora_kernels.modules.layer import FLOATING
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -95,19 +95,19 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def _check_exportable(path: str, layer: CompLoRALayer) -> None:
     """Raises ValueError where PEFT has no module that computes what the layer computes."""
-    if not isinstance(layer, (CompLoRALinear, CompLoRAMultiheadAttention, CompLoRAAttention)):
+    if not isinstance(layer, (CompLoRALinear, CompLoRAAttentionLayer)):
         raise ValueError(
-            f"{path} is a {type(layer).__name__}, expected a CompLoRALinear, CompLoRAMultiheadAttention or "
-            "CompLoRAAttention: for other layers the names of PEFT's modules are not known. merge_adapter gives plain "
-            "weights"
+            f"{path} is a {type(layer).__name__}, expected a CompLoRALinear or an attention of this package: for other "
+            "layers the names of PEFT's modules are not known. merge_adapter gives plain weights"
         )
-    if isinstance(layer, CompLoRAMultiheadAttention) and "o" in layer.weights:
+    is_torch = isinstance(layer, CompLoRAMultiheadAttention)
+    if is_torch and "o" in layer.weights:
         raise ValueError(
             f"{path} adapts o, expected q, k, v alone: PEFT adds the update of an nn.MultiheadAttention's output "
             "projection twice (https://github.com/huggingface/peft/pull/3774). merge_adapter gives plain weights"
         )
     inputs = sorted({"q", "k", "v"} & layer.weights.keys())
-    if isinstance(layer, CompLoRAAttention) and inputs:
+    if isinstance(layer, CompLoRAAttentionLayer) and not is_torch and inputs:
         raise ValueError(
             f"{path} adapts {', '.join(inputs)}, expected an nn.MultiheadAttention: this attention keeps q, k and v in "
             "one parameter, for which PEFT has no module. merge_adapter gives plain weights"

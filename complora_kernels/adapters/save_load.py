@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import subspace
-from complora_kernels.adapters.build import Target, adapted_layers, adapted_model, check_wrappers
+from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers, is_adapted
 from complora_kernels.adapters.configuration import FORMAT_VERSION, module_pattern, peft_fields, peft_key
 from complora_kernels.adapters.factors import (
     PROJECTIONS,
@@ -31,7 +31,6 @@ from complora_kernels.adapters.factors import (
     factor_tensors,
     file_factors,
     fill_adapter,
-    is_adapted,
     own_bases,
     warn_of_trained,
     weights_to_fill,
@@ -202,7 +201,7 @@ def _plain_model(model: nn.Module, paths: Collection[str]) -> nn.Module:
     if len(names) > 1:
         raise ValueError(f"the adapter fits {', '.join(names)} alike, expected one of these parts of the model")
     part = modules[names[0]]
-    check_wrappers(model, [Target(names[0] or "the model", part)])
+    check_wrappers(model, {names[0] or "the model": part})
     return part
 
 

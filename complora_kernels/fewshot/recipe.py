@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import complora_kernels as ck
+from complora_kernels.adapters.install import truncate_texts
 from complora_kernels.adapters.manage import load_raw_adapter_state, raw_adapter_state
 from complora_kernels.common.files import refuse_link
 from complora_kernels.fewshot import config as options
@@ -35,8 +36,6 @@ from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, 
 from complora_kernels.fewshot.sampler import batch_indices
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import ALONE, Team
-from complora_kernels.integrations import open_clip
-from complora_kernels.modules.prompts import cut_prompts
 
 CHECKPOINT = "checkpoint.safetensors"
 DRAW = "draw.json"
@@ -281,7 +280,7 @@ def adapted_model(config: TrainConfig, run: Run, setting: Setting, drawn: Draw) 
         return ck.apply_complora(model, adapter, progress=False)
 
     # What follows the end of a text is no part of what the weights see: nothing is read there.
-    cut_prompts(model, open_clip.text_tower)
+    truncate_texts(model)
 
     def calibrate(model: Any) -> None:  # on the shots, without their labels, and the prompts
         for pixels in setting.new.pixels(drawn.train):

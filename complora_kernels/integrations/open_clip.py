@@ -1,48 +1,207 @@
-"""Finds q, k, v, o, fc1 and fc2 in open_clip's models, by what the modules have and not by their version.
+"""The models of open_clip, and the towers of OpenAI's package: by what their modules have and not by their version.
 
 A residual block has `attn`, `mlp.c_fc` and `mlp.c_proj`; the image tower is what lies below `visual`, the text tower
-what lies in `transformer` or `text`. This covers ViT CLIP models (quickgelu or not), `CustomTextCLIP`, and the towers
-of OpenAI's package.
+what lies in `transformer` or `text`. This covers ViT CLIP models (quickgelu or not) and `CustomTextCLIP`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from complora_kernels.common.wrappers import named_modules, unwrap
-from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS
-from complora_kernels.modules.attention import CompLoRAAttention, CompLoRAMultiheadAttention
-from complora_kernels.modules.block import NORMS
-from complora_kernels.modules.extend import is_known, own_class
-from complora_kernels.modules.pooled import Pool
-from complora_kernels.modules.prompts import TextTower
+from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS, CompLoRAConfig
+from complora_kernels.integrations import Block, Target
+from complora_kernels.integrations.torch import linear_target, matching_linears, nothing_selected
+from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
+from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock
+from complora_kernels.modules.extend import Extension, own_class
+from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped
+from complora_kernels.modules.layer import CompLoRALayer, clone_as
+from complora_kernels.modules.linear import CompLoRALinear
+from complora_kernels.modules.masks import known_causal
+from complora_kernels.modules.truncation import TextTower, reading_texts
+
+PACKAGES = ("torch", "open_clip", "clip")  # those whose classes are known by their names
+NORMS = ("LayerNorm", "LayerNormFp32")  # torch's own and open_clip's, which compute in float32 and round
+ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
+LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, CompLoRALinear)
+PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
+TOWERS = {"visual": "image", "transformer": "text", "text": "text"}
 
 
-class Block(NamedTuple):
-    """A residual block of a tower."""
+def recognises(model: nn.Module) -> bool:
+    return any(True for _ in residual_blocks(model))
 
-    path: str
-    module: nn.Module
-    tower: str  # "image" or "text"
-    layer: int
+
+def _is_known(cls: type, names: Collection[str]) -> bool:
+    """Whether a class is torch's, open_clip's or OpenAI's of such a name: a namesake may compute something else."""
+    return cls.__name__ in names and cls.__module__.partition(".")[0] in PACKAGES
+
+
+# ---- what is adapted
 
 
 def residual_blocks(model: nn.Module) -> Iterator[Block]:
-    """The residual blocks of the image and the text tower."""
     for path, module in named_modules(model):
-        tower = _tower(path)
+        tower = TOWERS.get(_root(path))
         mlp = getattr(module, "mlp", None)
         if tower and hasattr(module, "attn") and hasattr(mlp, "c_fc") and hasattr(mlp, "c_proj"):
             yield Block(path, module, tower, int(path.rpartition(".")[2]))
 
 
-def tower_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that run a tower when they are called."""
+def targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Target]:
+    if isinstance(config.target_modules, str):
+        return matching_linears(model, config.target_modules, paths, readers=("AttentionPool2d",))
+    blocks = list(residual_blocks(model))
+    found = []
+    for tower in config.towers:
+        in_tower = [block for block in blocks if block.tower == tower]
+        if not in_tower:
+            raise ValueError(nothing_selected(config, tower, _without_blocks(model, tower)))
+        layers = {block.layer for block in in_tower}
+        missing = sorted(set(config.layers or ()) - layers)
+        if missing:
+            raise ValueError(
+                f"layers={config.layers!r}, expected indices of the {tower} tower's blocks, 0 to {max(layers)}: "
+                f"there is no {missing}"
+            )
+        for block in in_tower:
+            if config.layers is None or block.layer in config.layers:
+                found += _targets_in(block, config.target_modules)
+    return found
+
+
+def _targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
+    """The modules of a block that some of q, k, v, o, fc1, fc2 name."""
+    projections = [name for name in ATTENTION_TARGETS if name in names]
+    if projections:
+        path, attention = f"{block.path}.attn", unwrap(block.module.get_submodule("attn"))
+        if isinstance(attention, nn.MultiheadAttention):
+            adapt = CompLoRAMultiheadAttention.from_attention
+        elif CompLoRAAttention.recognises(attention):
+            adapt = CompLoRAAttention.from_attention
+        else:
+            raise ValueError(
+                f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: "
+                "expected nn.MultiheadAttention or the attention of open_clip 4"
+            )
+        yield Target(path, attention, projection_rows(attention, projections), adapt)
+    for target, name in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True):
+        if target in names:
+            yield linear_target(f"{block.path}.{name}", unwrap(block.module.get_submodule(name)))
+
+
+def _without_blocks(model: nn.Module, tower: str) -> str:
+    """Why a tower without residual blocks cannot be adapted, in words."""
+    visual = getattr(unwrap(model), "visual", None)
+    if tower == "text":
+        return "the model has no text tower `transformer` or `text` with residual blocks (attn, mlp.c_fc, mlp.c_proj)"
+    if visual is None:
+        return "the model has no image tower `visual`"
+    if hasattr(visual, "attnpool"):
+        return (
+            f"visual is a {type(visual).__name__} and its attention pool visual.attnpool "
+            f"({type(visual.attnpool).__name__}) uses q_proj, k_proj and v_proj without calling them, so an "
+            "adapter there would have no effect"
+        )
+    return f"visual is a {type(visual).__name__} without residual blocks (attn, mlp.c_fc, mlp.c_proj)"
+
+
+def _root(path: str) -> str:
+    return path.partition(".")[0]
+
+
+def activations(model: nn.Module) -> dict[str, str]:
+    return {
+        block.tower: type(activation).__name__
+        for block in residual_blocks(model)
+        if (activation := getattr(block.module.get_submodule("mlp"), "gelu", None)) is not None
+    }
+
+
+def peft_modules(path: str, layer: CompLoRALayer) -> dict[str, str] | str:
+    inputs = [name for name in ("q", "k", "v") if name in layer.weights]
+    if isinstance(layer, CompLoRAMultiheadAttention):
+        if "o" in layer.weights:
+            return (
+                "o is adapted, expected q, k, v alone: PEFT adds the update of an nn.MultiheadAttention's output "
+                "projection twice (https://github.com/huggingface/peft/pull/3774)"
+            )
+        return dict.fromkeys(inputs, path)  # one adapter for the whole module
+    if isinstance(layer, CompLoRAAttention):
+        if inputs:
+            return (
+                f"{', '.join(inputs)} are adapted, expected an nn.MultiheadAttention: this attention keeps q, k and v "
+                "in one parameter, for which PEFT has no module"
+            )
+        return {"o": f"{path}.out_proj"}
+    return {"": path}
+
+
+# ---- towers
+
+
+class ImageTower(Scoped):
+    """An image tower. Where it reads its feature at the class token, its last block computes no other position.
+
+    Features and gradients are the same up to rounding; with dropout the masks are drawn for other shapes, so that they
+    are equal in distribution only. All positions are computed under torch.compile, where the transformer's own
+    activation checkpointing is on, and where somebody hooked the last block, the transformer or the norm behind it.
+    """
+
+    def reading(self) -> Reading | None:
+        last = None if torch.compiler.is_compiling() else last_image_block(self)
+        return None if last is None else Reading(last.alone)
+
+
+class TextModel(Extension):
+    """`encode_text` without the positions after the longest text of the batch, in steps of 8.
+
+    The last block computes the position alone that the feature of a text is read at.
+
+    Features and gradients are those of the whole context, up to rounding; with dropout the masks are drawn for other
+    shapes, so that they are equal in distribution only. Hooks inside the tower see the shorter tensors. The whole
+    context is computed under torch.compile and wherever truncation is not known to be exact.
+    """
+
+    def encode_text(self, text: Tensor, *args: Any, **kwargs: Any) -> Any:  # [N, L] to [N, D]
+        plain: Any = super()
+        if torch.compiler.is_compiling():
+            return plain.encode_text(text, *args, **kwargs)
+        with reading_texts(text_tower(self), text):
+            return plain.encode_text(text, *args, **kwargs)
+
+
+class TextModel4(TextModel):
+    """For the models of open_clip 4, whose `forward` calls `_encode_text`."""
+
+    def _encode_text(self, text: Tensor, *args: Any, **kwargs: Any) -> Any:  # [N, L] to [N, D]
+        plain: Any = super()
+        if torch.compiler.is_compiling():
+            return plain._encode_text(text, *args, **kwargs)
+        with reading_texts(text_tower(self), text):
+            return plain._encode_text(text, *args, **kwargs)
+
+
+def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:
     modules = dict(named_modules(model))
-    return [modules[path] for path in dict.fromkeys(_root(block.path) for block in residual_blocks(model))]
+    roots = dict.fromkeys(_root(block.path) for block in residual_blocks(model))
+    return [(modules[root], ImageTower if root == "visual" else Scoped) for root in roots]
+
+
+def truncation(model: nn.Module) -> list[tuple[nn.Module, type[Extension]]]:
+    model = unwrap(model)
+    tower = text_tower(model)
+    if tower is None or not hasattr(model, "encode_text"):
+        return []
+    extension = TextModel4 if hasattr(model, "_encode_text") else TextModel
+    return [(model, extension), (unwrap(tower.transformer), Scoped)]
 
 
 def text_tower(model: nn.Module) -> TextTower | None:
@@ -51,110 +210,208 @@ def text_tower(model: nn.Module) -> TextTower | None:
     None where it is read elsewhere or every position is handed on (`pool_type`, CoCa's class token, `output_tokens`),
     and for classes that are not open_clip's own, where either may be.
     """
-    if not is_known(own_class(model), ("CLIP", "CustomTextCLIP")):
+    if not _is_known(own_class(model), ("CLIP", "CustomTextCLIP")):
         return None
     if hasattr(model, "text_pool_type"):
         holder, pool_type, eos_id = model, model.text_pool_type, getattr(model, "text_eos_id", None)
     else:
         holder = getattr(model, "text", None)
         pool_type, eos_id = getattr(holder, "pool_type", None), getattr(holder, "eos_id", None)
-    if holder is not model and not is_known(type(holder), ("TextTransformer",)):
-        return None
+        if not isinstance(holder, nn.Module) or not _is_known(own_class(holder), ("TextTransformer",)):
+            return None
     transformer, mask = getattr(holder, "transformer", None), getattr(holder, "attn_mask", None)
     if not isinstance(transformer, nn.Module) or not isinstance(mask, Tensor):
         return None
     if getattr(holder, "cls_emb", None) is not None or getattr(holder, "output_tokens", False):
         return None
-    pool = _pool(transformer, getattr(holder, "ln_final", None))
+    last = _last_block(transformer, getattr(holder, "ln_final", None))
     if pool_type == "argmax":
-        return TextTower(transformer, mask, None, pool)
-    return TextTower(transformer, mask, eos_id, pool) if pool_type == "eos" and isinstance(eos_id, int) else None
+        return TextTower(transformer, mask, None, last)
+    return TextTower(transformer, mask, eos_id, last) if pool_type == "eos" and isinstance(eos_id, int) else None
 
 
-def image_pool(visual: nn.Module) -> Pool | None:
-    """What lies between the last block and the feature of an image tower that reads it at the class token.
+def last_image_block(visual: nn.Module) -> LastBlock | None:
+    """The last block of an image tower that reads its feature at the class token.
 
     None where it reads other tokens too, or hands them on (`pool_type`, an attention pool, `output_tokens`), and for a
     class or methods that are not open_clip's own, where either may be.
     """
-    if (
-        not is_known(own_class(visual), ("VisionTransformer",))
-        or {"_embeds", "_pool", "_global_pool"} & vars(visual).keys()
-    ):
+    methods = {"_embeds", "_pool", "_global_pool"} & vars(visual).keys()
+    if methods or not _is_known(own_class(visual), ("VisionTransformer",)):
         return None
     if getattr(visual, "pool_type", None) != "tok" or getattr(visual, "attn_pool", None) is not None:
         return None
     if getattr(visual, "output_tokens", False):
         return None
-    return _pool(getattr(visual, "transformer", None), getattr(visual, "ln_post", None))
+    return _last_block(getattr(visual, "transformer", None), getattr(visual, "ln_post", None))
 
 
-def _pool(transformer: Any, norm: Any) -> Pool | None:
-    if not is_known(type(transformer), ("Transformer",)) or not is_known(type(norm), (*NORMS, "Identity")):
+def _last_block(transformer: Any, norm: Any) -> LastBlock | None:
+    """The last block between a known transformer and a known norm, where it is fused and run once."""
+    if not isinstance(transformer, nn.Module) or not _is_known(own_class(transformer), ("Transformer",)):
         return None
-    blocks = list(transformer.resblocks)
-    if sum(block is blocks[-1] for block in blocks) != 1:  # none, or one that is run several times
+    if not _is_known(type(norm), (*NORMS, "Identity")):
         return None
-    return Pool(blocks[-1], transformer, norm)
+    if getattr(transformer, "grad_checkpointing", False):  # the block would run again by itself, without a scope
+        return None
+    blocks: list[nn.Module] = list(transformer.get_submodule("resblocks"))  # pyright: ignore[reportArgumentType]
+    if sum(block is blocks[-1] for block in blocks) != 1 or not isinstance(blocks[-1], CompLoRABlock):
+        return None
+    return LastBlock(blocks[-1], transformer, norm)
 
 
-def parts(block: Block, targets: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a block that some of q, k, v, o, fc1, fc2 name, with their paths.
+# ---- residual blocks
 
-    Raises:
-        ValueError: the attention is of a kind that cannot be adapted.
+
+class FusedBlock(CompLoRABlock):
+    """A `ResidualAttentionBlock`; cross attention runs its own forward pass."""
+
+    def parts(self) -> BlockParts | str:
+        return parts_of_block(self)
+
+    def forward(
+        self,
+        q_x: Tensor,  # [N, L, d], or [L, N, d] as the attention takes it
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,  # [L, L] or [N · heads, L, L]
+    ) -> Tensor:  # as q_x; of the first position alone [N, 1, d], or [1, N, d]
+        if k_x is None and v_x is None:
+            mask = getattr(self, "attn_mask", None) if attn_mask is None else attn_mask  # OpenAI's block keeps its own
+            if mask is not None and not mask.is_floating_point():
+                mask = mask.to(q_x.dtype)  # this block adds truth values too
+            y = self.run_fused(q_x, mask)
+            if y is not None:
+                return y
+        others = (k_x, v_x, attn_mask)
+        return super().forward(q_x, *others) if any(other is not None for other in others) else super().forward(q_x)
+
+
+def parts_of_block(block: nn.Module) -> BlockParts | str:
+    cls = own_class(block)
+    if not _is_known(cls, ("ResidualAttentionBlock",)):
+        return f"it is a {cls.__module__}.{cls.__name__}, expected a ResidualAttentionBlock of open_clip"
+    if "attention" in vars(block):
+        return "it has an attention method of its own, expected that of its class"
+    parts: dict[str, Any] = {name: part for name, part in block._modules.items() if part is not None}
+    identities = {"ls_1", "ls_2"} - parts.keys()
+    if parts.keys() | identities != PARTS:
+        return f"it consists of {', '.join(parts)}, expected {', '.join(sorted(PARTS - identities))}"
+    for name in ("ls_1", "ls_2"):
+        if name in parts and not isinstance(parts[name], nn.Identity):
+            return f"{name} is a {type(parts[name]).__name__}, expected nn.Identity"
+    for name in ("ln_1", "ln_2"):
+        norm = parts[name]
+        if not isinstance(norm, nn.LayerNorm) or not _is_known(type(norm), NORMS) or norm.weight is None:
+            return f"{name} is a {type(norm).__name__}, expected a LayerNorm with weights"
+    mlp = parts["mlp"]
+    if not isinstance(mlp, nn.Sequential) or list(mlp._modules) != ["c_fc", "gelu", "c_proj"]:
+        return f"mlp consists of {', '.join(mlp._modules)}, expected a Sequential of c_fc, gelu, c_proj"
+    fc1, gelu, fc2 = mlp._modules.values()
+    if type(fc1) not in LINEARS or type(fc2) not in LINEARS:
+        return f"mlp has a {type(fc1).__name__} and a {type(fc2).__name__}, expected linear layers"
+    if not _is_known(type(gelu), ACTIVATIONS) or getattr(gelu, "approximate", "none") != "none":
+        return f"mlp.gelu is {gelu}, expected GELU or QuickGELU"
+    attention = _parts_of_attention(parts["attn"])
+    if isinstance(attention, str):
+        return attention
+    return BlockParts(parts["ln_1"], attention, parts["ln_2"], fc1, ACTIVATIONS[type(gelu).__name__], fc2)  # pyright: ignore[reportArgumentType]
+
+
+def _parts_of_attention(attn: Any) -> AttentionParts | str:
+    known = type(attn) in (nn.MultiheadAttention, CompLoRAMultiheadAttention, CompLoRAAttention)
+    if not known and not CompLoRAAttention.recognises(attn):
+        return f"attn is a {type(attn).__name__}, expected nn.MultiheadAttention or the attention of open_clip 4"
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    if weight is None or getattr(attn, "bias_k", None) is not None or getattr(attn, "add_zero_attn", False):
+        return "attn projects keys or values of other sizes, or adds some, expected plain self-attention"
+    if type(attn.out_proj) not in LINEARS:
+        return f"attn.out_proj is a {type(attn.out_proj).__name__}, expected a linear layer"
+    if isinstance(attn, nn.MultiheadAttention):
+        dropout_p = attn.dropout if attn.training else 0.0
+        first = not attn.batch_first
+        return AttentionParts(attn, weight, bias, attn.out_proj, attn.num_heads, first, None, dropout_p)
+    for name in ("ln_q", "ln_k", "ln_inner", "out_drop"):
+        part = getattr(attn, name)
+        if not isinstance(part, nn.Identity) and not (isinstance(part, nn.Dropout) and part.p == 0):
+            return f"attn.{name} is {part}, expected nn.Identity"
+    if attn.head_scale is not None or getattr(attn, "logit_scale", None) is not None:
+        return "attn scales its heads or its cosines, expected scaled dot-product attention"
+    dropout_p = attn.attn_drop.p if attn.training else 0.0
+    return AttentionParts(attn, weight, bias, attn.out_proj, attn.num_heads, False, attn.scale, dropout_p)
+
+
+class CompLoRAAttention(CompLoRAAttentionLayer):
+    """The attention of open_clip 4, which is called `attn(x, k_x, v_x, attn_mask)`, with adapters on q, k, v, o.
+
+    It is recognised by what it has: `in_proj_weight` [3d, d], `out_proj`, `num_heads`, optional norms of q and k
+    (`ln_q`, `ln_k`) and of the result (`ln_inner`), `head_scale`, `attn_drop`, `out_drop`. It returns a tensor. Make it
+    with `from_attention`.
     """
-    names = ["attn"] if any(target in ATTENTION_TARGETS for target in targets) else []
-    names += [name for target, name in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True) if target in targets]
-    for name in names:
-        module = unwrap(block.module.get_submodule(name))
-        if name == "attn":
-            check_attention(f"{block.path}.{name}", module)
-        yield f"{block.path}.{name}", module
 
+    scale: float
+    ln_q: nn.Module
+    ln_k: nn.Module
+    ln_inner: nn.Module
+    attn_drop: nn.Dropout
+    out_drop: nn.Module
+    head_scale: Tensor | None
 
-def activations(model: nn.Module) -> dict[str, str]:
-    """The class of each tower's MLP activation: weights trained with QuickGELU compute something else with GELU."""
-    return {
-        block.tower: type(activation).__name__
-        for block in residual_blocks(model)
-        if (activation := getattr(block.module.get_submodule("mlp"), "gelu", None)) is not None
-    }
+    _ATTRIBUTES = ("scale", "ln_q", "ln_k", "ln_inner", "attn_drop", "out_drop", "head_scale", "num_heads", "out_proj")
 
-
-def check_attention(path: str, attention: nn.Module) -> None:
-    """Raises ValueError unless the attention of a residual block is of a kind that can be adapted."""
-    known = isinstance(attention, (nn.MultiheadAttention, CompLoRAMultiheadAttention, CompLoRAAttention))
-    if not known and not CompLoRAAttention.recognises(attention):
-        raise ValueError(
-            f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: "
-            "expected nn.MultiheadAttention or the attention of open_clip 4"
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        """Whether `module` has the parts and the call that this class knows."""
+        return all(hasattr(module, name) for name in cls._ATTRIBUTES) and {"k_x", "v_x", "attn_mask"} <= set(
+            inspect.signature(module.forward).parameters
         )
 
+    @classmethod
+    def from_attention(cls, attention: nn.Module, config: CompLoRAConfig, *, path: str = "") -> CompLoRAAttention:
+        """Adapts `attention`: the result shares its parameters, submodules and hooks; `attention` stays as it was.
 
-def describe_tower(model: nn.Module, tower: str) -> str:
-    """Why a tower without residual blocks cannot be adapted, in words."""
-    visual = getattr(unwrap(model), "visual", None)
-    if visual is None:
-        inner = next((path for path, module in named_modules(model) if any(residual_blocks(module))), None)
-        if inner:
-            return f"the model has none, its part {inner} has towers: pass that"
-    if tower == "image":
-        if visual is None:
-            return "the model has no image tower `visual`"
-        if hasattr(visual, "attnpool"):
-            return (
-                f"visual is a {type(visual).__name__} and its attention pool visual.attnpool "
-                f"({type(visual.attnpool).__name__}) uses q_proj, k_proj and v_proj without calling them, so an "
-                "adapter there would have no effect"
-            )
-        return f"visual is a {type(visual).__name__} without residual blocks (attn, mlp.c_fc, mlp.c_proj)"
-    return "the model has no text tower `transformer` or `text` with residual blocks (attn, mlp.c_fc, mlp.c_proj)"
+        Raises:
+            ValueError: as `CompLoRAMultiheadAttention.from_attention`, and for scaled cosine attention.
+            TypeError: not such a module.
+        """
+        label = path or "attention"
+        if not cls.recognises(attention):
+            raise TypeError(f"{label} is a {type(attention).__name__}, expected the attention of open_clip 4")
+        if getattr(attention, "in_proj_weight", None) is None:
+            raise ValueError(f"{label} projects inputs of other sizes (kdim or vdim), expected kdim == vdim == dim")
+        if getattr(attention, "logit_scale", None) is not None:
+            raise ValueError(f"{label} uses scaled cosine attention, expected scaled dot-product attention")
+        layer = clone_as(attention, cls)
+        layer._adapt(config, path)
+        return layer
 
-
-def _tower(path: str) -> str | None:
-    return {"visual": "image", "transformer": "text", "text": "text"}.get(_root(path))
-
-
-def _root(path: str) -> str:
-    return path.partition(".")[0]
+    def forward(
+        self,
+        x: Tensor,  # [N, L, d]
+        k_x: Tensor | None = None,  # [N, S, d]
+        v_x: Tensor | None = None,  # [N, S, d]
+        attn_mask: Tensor | None = None,  # [L, S] or [N · heads, L, S]; False, or -inf, leaves a pair out
+    ) -> Tensor:  # [N, L, d]
+        key = x if k_x is None else k_x
+        value = x if v_x is None else v_x
+        projected = self._project_qkv(x, key, value)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in projected)
+        q, k = self.ln_q(q), self.ln_k(k)  # [N, heads, L or S, d / heads]
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.reshape(q.shape[0], self.num_heads, q.shape[-2], k.shape[-2])
+        causal = False
+        if attn_mask is not None and attn_mask.is_floating_point():
+            causal = known_causal(attn_mask, q.shape[-2], k.shape[-2])
+            attn_mask = attn_mask.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if causal else attn_mask,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            is_causal=causal,
+            scale=self.scale,
+        )
+        if self.head_scale is not None:
+            mixed = mixed * self.head_scale
+        return self.out_drop(self.project_out(self.ln_inner(mixed.transpose(1, 2).flatten(2))))

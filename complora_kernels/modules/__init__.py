@@ -1,7 +1,7 @@
 """Drop-in modules: torch's own layers with one method overridden."""
 
-from complora_kernels.modules.attention import CompLoRAAttention, CompLoRAMultiheadAttention
+from complora_kernels.modules.attention import CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.linear import CompLoRALinear
 
-__all__ = ["CompLoRAAttention", "CompLoRALayer", "CompLoRALinear", "CompLoRAMultiheadAttention"]
+__all__ = ["CompLoRALayer", "CompLoRALinear", "CompLoRAMultiheadAttention"]

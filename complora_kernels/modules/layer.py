@@ -178,7 +178,7 @@ class CompLoRALayer(Float32State):
         """
         self._set_bases(name, second_moment)
 
-    def folded_factors(
+    def fold_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, differentiable, cast to `dtype` at the end."""
@@ -200,7 +200,7 @@ class CompLoRALayer(Float32State):
     @torch.no_grad()
     def get_delta_weight(self, name: str = "") -> Tensor:  # [out, in]
         """`ΔW = scaling · B̃ Ã` in the factors' dtype, under autocast too."""
-        (A,), (B,) = self.folded_factors((name,))
+        (A,), (B,) = self.fold_factors((name,))
         with torch.autocast(B.device.type, enabled=False):
             return B @ A
 

@@ -8,8 +8,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.modules.forward_scope import factors_in_scope
 from complora_kernels.modules.layer import CompLoRALayer, WeightRows, clone_as, require_plain
-from complora_kernels.modules.tower import folded_factors
 
 
 class CompLoRALinear(CompLoRALayer, nn.Linear):
@@ -58,7 +58,7 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
             return F.linear(input, weight, bias)
         dtype = functional.compute_dtype(input)
         self._require_frozen(weight, bias)
-        (folded_A,), (scaled_B,) = folded_factors(self, ("",), dtype)
+        (folded_A,), (scaled_B,) = factors_in_scope(self, ("",), dtype)
         dropout_p = self.config.lora_dropout
         return functional.lora_linear(
             input, weight, bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training

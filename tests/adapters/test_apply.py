@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.modules import CompLoRAAttention
+from complora_kernels.integrations.open_clip import CompLoRAAttention
 
 TARGETS = [("q", "k", "v"), ("o",), ("fc1", "fc2"), ("q", "fc2"), ("q", "k", "v", "o", "fc1", "fc2")]
 ALL = TARGETS[-1]
@@ -463,8 +463,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {"target_modules": r".*\.linear1"},
         r"0\.linear1, which its parent, a TransformerEncoderLayer",
     ),
-    "no image tower": (Net, {}, "no image tower `visual`"),
-    "no text tower": (Net, {"towers": "text"}, "no text tower"),
+    "no image tower": (Net, {}, "the model has no image tower that is known, it is a Net"),
+    "no text tower": (Net, {"towers": "text"}, "the model has no text tower"),
     "no linear layers": (lambda: nn.Sequential(nn.ReLU()), {"target_modules": ".*"}, "none"),
 }
 

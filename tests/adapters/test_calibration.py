@@ -27,7 +27,7 @@ import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.calibration import SecondMoments, Watched, second_moments
 from complora_kernels.adapters.manage import raw_adapter_state
-from complora_kernels.modules import CompLoRAAttention
+from complora_kernels.integrations.open_clip import CompLoRAAttention
 from complora_kernels.subspace import Basis, Side
 
 every_layout = pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)

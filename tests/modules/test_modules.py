@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import complora_kernels as ck
-from complora_kernels.modules import CompLoRAAttention, CompLoRALayer
+from complora_kernels.integrations.open_clip import CompLoRAAttention
+from complora_kernels.modules import CompLoRALayer
 
 D, HEADS, L, S, N = 12, 3, 5, 7, 2
 SIDES = ("output", "input", "both", "none")

@@ -50,13 +50,14 @@ def plain_block(
 
 def fusing(patch: pytest.MonkeyPatch, fused: bool) -> None:
     """Lets blocks compute by fused operations, which must be possible, or by their own forward pass."""
-    original = CompLoRABlock._fuses
+    original = CompLoRABlock.run_fused
 
-    def fuses(block: CompLoRABlock, x: Tensor) -> bool:
-        assert not fused or original(block, x)
-        return fused
+    def run_fused(block: CompLoRABlock, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+        y = original(block, x, attn_mask) if fused else None
+        assert not fused or y is not None
+        return y
 
-    patch.setattr(CompLoRABlock, "_fuses", fuses)
+    patch.setattr(CompLoRABlock, "run_fused", run_fused)
 
 
 def results(

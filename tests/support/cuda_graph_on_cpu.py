@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from complora_kernels import graphs
-from complora_kernels.modules import prompts
+from complora_kernels.modules import truncation
 
 # `.item()`; the seed of the torch backend, made of numbers that a CUDA generator keeps on the host.
 ON_THE_HOST = ("aten::_local_scalar_dense", "complora::dropout_seed", "aten::equal", "aten::nonzero")
@@ -95,8 +95,8 @@ def cuda_graphs_on_cpu() -> Iterator[None]:
     """The CPU is the device that graphs are for, and its tensors count as a device's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "CUDAGraphs", CUDAGraphsOnCPU)
-        patch.setattr(prompts, "_is_on_device", lambda _text: True)
-        patch.setattr(prompts, "_is_capturing", lambda _text: CUDAGraphsOnCPU.capturing)
+        patch.setattr(truncation, "_is_on_device", lambda _text: True)
+        patch.setattr(truncation, "_is_capturing", lambda _text: CUDAGraphsOnCPU.capturing)
         yield
 
 

@@ -97,7 +97,7 @@ def saved(directory: Path, plain: nn.Module | None = None, **options: Any) -> An
 
 def compute_every_position(patch: pytest.MonkeyPatch) -> None:
     """Lets the last block of a tower compute those too that nobody reads, with dropout masks for all of them."""
-    patch.setattr(block, "pooled", lambda *_, **__: None)
+    patch.setattr(block, "reading_of", lambda *_, **__: None)
 
 
 @torch.no_grad()

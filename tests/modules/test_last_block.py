@@ -30,8 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import complora_kernels as ck
 from complora_kernels.integrations import open_clip
-from complora_kernels.modules import block, pooled
-from complora_kernels.modules.pooled import PooledImages
+from complora_kernels.modules import block, forward_scope
 
 ALL = ("q", "k", "v", "o", "fc1", "fc2")
 N, PATCHES, CONTEXT, D, EOT = 3, 4, 20, 32, 19  # EOT: the largest id of the small models
@@ -86,8 +85,7 @@ def positions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     yield
-    left, pooled._RUNNING.pooled = pooled._RUNNING.pooled, None
-    assert left is None
+    assert forward_scope.current_reading() is None
 
 
 # ---- the same features and gradients, from one position
@@ -258,7 +256,9 @@ def test_towers_that_read_other_positions(options, positions):
     plain = clip().double()
     for name, value in options.items():
         setattr(plain.visual, name, value)
-    assert not isinstance(adapted(plain).visual, PooledImages)
+    positions.clear()
+    adapted(plain, target_modules=ALL).visual(images())
+    assert positions == [PATCHES + 1, PATCHES + 1]
 
 
 def own_pool(model: Any) -> None:
@@ -393,7 +393,7 @@ def test_another_number_of_texts(positions):
 
 def test_other_threads_see_nothing(positions):
     model = adapted(clip().double(), target_modules=ALL)
-    with pooled.pooling(open_clip.image_pool(model.visual)):
+    with forward_scope.scope({}, model.visual.reading()):
         thread = threading.Thread(target=model.visual.transformer, args=(torch.randn(N, PATCHES + 1, D).double(),))
         thread.start()
         thread.join()
@@ -411,7 +411,7 @@ def test_a_failed_pass_leaves_nothing(monkeypatch):
         for run in (lambda: model.encode_image(images()), lambda: model.encode_text(texts(3, 3, 3))):
             with pytest.raises(KeyboardInterrupt):
                 run()
-            assert pooled._RUNNING.pooled is None
+            assert forward_scope.current_reading() is None
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -440,4 +440,4 @@ def test_modules_that_are_no_transformer():
         other = Other()
         for name, value in attributes.items():
             setattr(other, name, value)
-        assert open_clip.image_pool(other) is None
+        assert open_clip.last_image_block(other) is None

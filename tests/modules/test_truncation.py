@@ -1,4 +1,4 @@
-"""Prompts cut to the longest of their batch: the features and gradients of the whole context, from a shorter one."""
+"""Texts truncated to the longest of their batch: the features and gradients of the whole context, from less."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import complora_kernels as ck
-from complora_kernels.modules import prompts
-from complora_kernels.modules.prompts import CutPrompts
+from complora_kernels.modules import forward_scope, truncation
+from complora_kernels.modules.extend import own_class
 
 CONTEXT, EOT = 77, 19  # the largest id of the small models
 EXACT = 1e-12  # in float64: the same sums, in another order
@@ -45,9 +45,10 @@ def text_transformer(model: Any) -> nn.Module:
 
 
 def whole(model: Any) -> Any:
-    """A copy that computes the whole context."""
+    """A copy that computes the whole context: its text transformer has no scope."""
     model = copy.deepcopy(model)
-    text_transformer(model)._forward_pre_hooks.clear()
+    transformer: Any = text_transformer(model)
+    transformer.__class__ = own_class(transformer)
     return model
 
 
@@ -76,7 +77,7 @@ def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> N
         assert_close(a, b, EXACT)
 
 
-def assert_cut(model: Any, text: Tensor, length: int) -> None:
+def assert_truncated(model: Any, text: Tensor, length: int) -> None:
     """To this length, with the features of the whole context."""
     assert seen(model, lambda: model.encode_text(text)) == [length]
     assert_close(model.encode_text(text), whole(model).encode_text(text), EXACT)
@@ -85,8 +86,7 @@ def assert_cut(model: Any, text: Tensor, length: int) -> None:
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     yield
-    left, prompts._RUNNING.cut = prompts._RUNNING.cut, None
-    assert left is None
+    assert forward_scope.current_reading() is None
 
 
 # ---- equal features, equal gradients, fewer positions
@@ -110,7 +110,7 @@ def test_features_of_a_plain_model_that_holds_the_update(make):
     ours = model.encode_text(text)
     assert not torch.allclose(ours, plain.encode_text(text))
     ck.merge_adapter(model)
-    assert_cut(model, text, 16)
+    assert_truncated(model, text, 16)
     assert not plain.load_state_dict(model.state_dict(), strict=False).missing_keys
     assert_close(ours, plain.encode_text(text), EXACT)
 
@@ -126,7 +126,7 @@ def test_the_forward_pass_of_the_whole_model(make):
 
 @every_layout
 def test_a_frozen_text_tower(make):
-    assert_cut(adapted(make().double(), towers=("image",)), texts(3, 10), 16)
+    assert_truncated(adapted(make().double(), towers=("image",)), texts(3, 10), 16)
 
 
 def test_a_disabled_adapter():
@@ -139,15 +139,15 @@ def test_a_disabled_adapter():
 
 def test_int32_ids_and_texts_given_by_name():
     model, text = adapted(clip().double()), texts(3, 10)
-    assert_cut(model, text.int(), 16)
+    assert_truncated(model, text.int(), 16)
     assert seen(model, lambda: model.encode_text(text=text, normalize=True)) == [16]
 
 
 def test_texts_shorter_than_the_context():
     model = adapted(clip_4().double())
-    assert_cut(model, texts(3, 10, context=20), 16)
-    assert_cut(model, texts(3, 18, context=20), 20)
-    assert_cut(model, texts(3, context=5), 5)
+    assert_truncated(model, texts(3, 10, context=20), 16)
+    assert_truncated(model, texts(3, 18, context=20), 20)
+    assert_truncated(model, texts(3, context=5), 5)
 
 
 def test_no_texts():
@@ -161,7 +161,7 @@ def test_what_open_clip_makes_of_a_sentence():
     model.token_embedding = nn.Embedding(49408, 32, dtype=torch.float64)
     text = open_clip.tokenize(["a photo of a cat.", "a photo of a dog, a type of pet."])
     assert text.argmax(-1).tolist() == [7, 12]
-    assert_cut(model, text, 16)
+    assert_truncated(model, text, 16)
 
 
 # ---- where a text ends
@@ -170,7 +170,7 @@ def test_what_open_clip_makes_of_a_sentence():
 def test_the_first_of_several_largest_ids():
     text = texts(5)
     text[0, 40] = EOT
-    assert_cut(adapted(clip().double()), text, 8)
+    assert_truncated(adapted(clip().double()), text, 8)
 
 
 @pytest.mark.parametrize("make", [clip, clip_with_text_module])
@@ -183,25 +183,25 @@ def test_ends_by_their_own_id(make):
     model = adapted(model)
     text = torch.full((3, CONTEXT), EOT)
     text[:, 1::2] = 7
-    assert_cut(model, text, 8)  # no end at all: open_clip reads the first position
+    assert_truncated(model, text, 8)  # no end at all: open_clip reads the first position
     text[0, 11] = text[0, 60] = 3
-    assert_cut(model, text, 16)
+    assert_truncated(model, text, 16)
     text[1, 30] = 3
-    assert_cut(model, text, 32)
+    assert_truncated(model, text, 32)
 
 
 def test_a_write_to_the_texts_is_seen():
     model, text = adapted(clip().double()), texts(3, 10)
-    assert_cut(model, text, 16)
+    assert_truncated(model, text, 16)
     text[1, 9] = 0
     text[1, 20] = EOT
-    assert_cut(model, text, 24)
+    assert_truncated(model, text, 24)
 
 
 # ---- models and calls that are left alone
 
 
-WITHOUT_CUT: dict[str, dict[str, Any]] = {
+NOT_TRUNCATED: dict[str, dict[str, Any]] = {
     "first": {"pool_type": "first"},
     "last": {"pool_type": "last"},
     "class token": {"embed_cls": True},
@@ -214,7 +214,7 @@ def first(features: Any) -> Tensor:
     return features[0] if isinstance(features, tuple) else features
 
 
-@pytest.mark.parametrize("options", WITHOUT_CUT.values(), ids=WITHOUT_CUT.keys())
+@pytest.mark.parametrize("options", NOT_TRUNCATED.values(), ids=NOT_TRUNCATED.keys())
 def test_towers_that_read_other_positions(options):
     plain = clip_with_text_module(**options).double()
     kind, text = type(plain), texts(3, 10)
@@ -239,7 +239,6 @@ def test_tokens_that_were_asked_for_later():
     assert seen(model, lambda: model.text(text)) == [CONTEXT]
     with pytest.raises(AttributeError):  # open_clip's encode_text does not know what to do with them
         model.encode_text(text, normalize=True)
-    assert model.find_text_tower(model) is None
 
 
 @every_layout
@@ -252,7 +251,7 @@ def test_a_mask_with_one_changed_element(make):
     assert torch.equal(model.encode_text(text), whole(model).encode_text(text))
     assert not torch.allclose(model.encode_text(text), before)
     holder.attn_mask[3, 50] = float("-inf")
-    assert_cut(model, text, 16)
+    assert_truncated(model, text, 16)
 
 
 class OtherMask(nn.Module):
@@ -306,7 +305,7 @@ def test_other_calls_of_a_transformer_meanwhile(of_another_model, texts_given):
 
 def test_a_model_without_a_text_tower():
     model = adapted(nn.Sequential(nn.Linear(4, 4)), target_modules=".*", subspace_k=2)
-    assert type(model) is nn.Sequential
+    assert not hasattr(model, "encode_text")
 
 
 # ---- training
@@ -413,28 +412,28 @@ def test_traced_for_any_text():
 @pytest.fixture
 def reads(monkeypatch) -> list[Tensor]:
     """The texts whose ends were read, where all texts count as being on a device."""
-    read, original = [], prompts._read_longest
+    read, original = [], truncation._read_longest
 
     def observed(text: Tensor, eos_id: int | None) -> int:
         read.append(text)
         return original(text, eos_id)
 
-    monkeypatch.setattr(prompts, "_is_on_device", lambda _text: True)
-    monkeypatch.setattr(prompts, "_read_longest", observed)
+    monkeypatch.setattr(truncation, "_is_on_device", lambda _text: True)
+    monkeypatch.setattr(truncation, "_read_longest", observed)
     return read
 
 
 def test_read_once_for_each_tensor_and_version(reads):
     model, text = adapted(clip().double()), texts(3, 10)
     for _ in range(3):
-        assert_cut(model, text, 16)
+        assert_truncated(model, text, 16)
     assert len(reads) == 1
     text[1, 9] = 0
     text[1, 20] = EOT
     for _ in range(3):
-        assert_cut(model, text, 24)
+        assert_truncated(model, text, 24)
     assert len(reads) == 2
-    assert_cut(model, text.clone(), 24)
+    assert_truncated(model, text.clone(), 24)
     assert len(reads) == 3
 
 
@@ -445,8 +444,8 @@ def test_two_models_that_end_the_same_texts_differently(reads):
     text[text == 3] = 4
     text[0, 30] = 3
     for _ in range(2):
-        assert_cut(model, text, 16)
-        assert_cut(other, text, 32)
+        assert_truncated(model, text, 16)
+        assert_truncated(other, text, 32)
 
 
 def test_a_write_in_inference_mode_is_seen(reads):
@@ -461,17 +460,17 @@ def test_a_write_in_inference_mode_is_seen(reads):
 
 def test_a_cuda_graph_keeps_what_is_known(reads, monkeypatch):
     model, text = adapted(clip().double()), texts(3, 10)
-    monkeypatch.setattr(prompts, "_is_capturing", lambda _text: True)
-    assert_cut(model, text, CONTEXT)
+    monkeypatch.setattr(truncation, "_is_capturing", lambda _text: True)
+    assert_truncated(model, text, CONTEXT)
     moved = copy.deepcopy(model)  # whose mask was not seen yet
     assert not reads
     monkeypatch.undo()
-    monkeypatch.setattr(prompts, "_is_on_device", lambda _text: True)
-    assert_cut(model, text, 16)
-    monkeypatch.setattr(prompts, "_is_capturing", lambda _text: True)
-    assert_cut(model, text, 16)
-    assert_cut(model, text.clone(), CONTEXT)
-    assert prompts.find_cut(moved, text) is None
+    monkeypatch.setattr(truncation, "_is_on_device", lambda _text: True)
+    assert_truncated(model, text, 16)
+    monkeypatch.setattr(truncation, "_is_capturing", lambda _text: True)
+    assert_truncated(model, text, 16)
+    assert_truncated(model, text.clone(), CONTEXT)
+    assert seen(moved, lambda: moved.encode_text(text)) == [CONTEXT]
 
 
 # ---- copies, nesting, failures, threads
@@ -490,16 +489,15 @@ def by_torch_save(model: Any) -> Any:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
 @every_layout
-def test_copies_cut_their_own_texts(make, copied):
+def test_copies_truncate_their_own_texts(make, copied):
     model, text = adapted(make().double()), texts(3, 10)
     twin = copied(model)
     assert type(twin) is type(model)
-    assert isinstance(twin, CutPrompts)
     with torch.no_grad():
         for factor in ck.adapter_parameters(twin):
             factor.mul_(2)
-    assert_cut(twin, text, 16)
-    assert_cut(model, text, 16)
+    assert_truncated(twin, text, 16)
+    assert_truncated(model, text, 16)
     assert not torch.allclose(twin.encode_text(text), model.encode_text(text))
 
 
@@ -515,7 +513,7 @@ def test_a_copy_made_in_the_middle_is_not_in_the_middle():
     (twin,) = copies
     x = torch.randn(2, CONTEXT, 32).double()
     assert seen(twin, lambda: twin.transformer(x, attn_mask=twin.attn_mask)) == [CONTEXT]
-    assert_cut(twin, texts(3, 20), 24)
+    assert_truncated(twin, texts(3, 20), 24)
 
 
 def replica(module: nn.Module) -> Any:
@@ -564,8 +562,7 @@ def test_a_failure_leaves_nothing(error):
     with pytest.raises(error, match="in the middle"):
         model.encode_text(texts(3, 10))
     handle.remove()
-    assert prompts._RUNNING.cut is None
-    assert_cut(model, texts(3, 20), 24)
+    assert_truncated(model, texts(3, 20), 24)
 
 
 def test_threads_have_lengths_of_their_own():

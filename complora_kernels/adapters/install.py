@@ -1,0 +1,96 @@
+"""`install` puts adapted layers in the place of a model's own modules: all of them, or none when it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.wrappers import unwrap
+from complora_kernels.integrations import Integration, find
+from complora_kernels.modules.extend import extend
+from complora_kernels.modules.forward_scope import Scoped
+from complora_kernels.modules.layer import CompLoRALayer, check_before_load
+from complora_kernels.modules.masks import recognise_causal_mask
+
+logger = logging.getLogger("complora_kernels")
+
+
+class Replacement(NamedTuple):
+    """A plain module of a model, and the adapted layer that takes its place."""
+
+    path: str
+    module: nn.Module
+    layer: CompLoRALayer
+
+
+def install(model: nn.Module, replacements: Sequence[Replacement], changes: Changes | None = None) -> None:
+    """Makes `model`, in wrappers or not, an adapted one, and freezes everything but the new factors.
+
+    At once, or as a part of `changes`. The layers replace the modules wherever they are children, so that shared
+    modules stay shared. Towers fold the factors of all their layers at once, residual blocks of the adapted towers are
+    fused, texts are truncated, and the last block computes one position, where the integration knows how.
+    """
+    model, integration = unwrap(model), find(model)
+    layers = {module: layer for _, module, layer in replacements}
+    for mask in _square_masks(model):
+        recognise_causal_mask(mask)
+    with joined(changes) as pending:
+        for parent in model.modules():
+            for name, child in parent._modules.items():  # named_children() would leave out a module's second name
+                if child in layers:
+                    pending.draft(parent._modules)[name] = layers[child]
+        pending.add_hook(model, lambda module: module.register_load_state_dict_pre_hook(check_before_load))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                pending.set_attribute(parameter, "requires_grad", False)
+        truncate_texts(model, pending)
+        scoped = {module for module, _ in integration.truncation(model) if module is not model}
+        for tower, extension in (*integration.towers(model), (model, Scoped)):
+            if _folds(tower, layers, scoped):
+                extend(tower, extension, pending)
+                scoped.add(tower)
+        _fuse_blocks(model, integration, layers, pending)
+
+
+def truncate_texts(model: nn.Module, changes: Changes | None = None) -> None:
+    """Lets the text tower of `model`, adapted or plain, compute no positions after the longest text of a batch.
+
+    At once, or as a part of `changes`. A model whose integration knows of no such tower is left alone.
+    """
+    with joined(changes) as pending:
+        for module, extension in find(model).truncation(model):
+            extend(module, extension, pending)
+
+
+def _folds(module: nn.Module, layers: Collection[nn.Module], scoped: set[nn.Module]) -> bool:
+    """Whether a forward pass of `module` will fold factors: those of the layers that are below no other scope."""
+    below = (child for child in module.children() if child not in scoped)
+    return any(child in layers or _folds(child, layers, scoped) for child in below)
+
+
+def _fuse_blocks(model: nn.Module, integration: Integration, layers: Collection[nn.Module], changes: Changes) -> None:
+    """Fuses the residual blocks of the adapted towers, also those without an adapter: gradients pass through them."""
+    blocks = list(integration.residual_blocks(model))
+    for tower in sorted({block.tower for block in blocks if any(part in layers for part in block.module.modules())}):
+        refused: dict[str, str] = {}
+        for block in blocks:
+            if block.tower == tower:
+                parts = integration.parts_of_block(block.module)
+                if isinstance(parts, str):
+                    refused[block.path] = parts
+                else:
+                    extend(block.module, integration.FusedBlock, changes)
+        if refused:
+            path, reason = next(iter(refused.items()))
+            others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            logger.warning("%s%s keeps its own forward pass, with adapters in it: %s", path, others, reason)
+
+
+def _square_masks(model: nn.Module) -> Iterator[Tensor]:
+    for name, buffer in model.named_buffers():
+        if "mask" in name and buffer.dim() == 2 and buffer.shape[0] == buffer.shape[1] and not buffer.is_meta:
+            yield buffer
