@@ -182,7 +182,7 @@ def test_unknown_chips_are_an_error(machine):
 
 def run_setup(source: Path, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run setup.py's hook, without pip's isolated environment: needs no network."""
-    scripts = Path(sys.executable).parent  # of ninja
+    scripts = Path(sys.executable).parent  # ninja is there
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"} | variables
     return subprocess.run(
         [sys.executable, "-B", "-c", f"import setup; setup.{command}"],
@@ -248,7 +248,7 @@ def test_one_wheel_is_for_every_python_and_torch(tmp_path):
         built = {name for name in zipfile.ZipFile(wheel).namelist() if "/_" in name and "/__" not in name}
         assert built == {"complora_kernels/_C.abi3.so", "complora_kernels/_build.json"}
         (left_over,) = source.glob("build/lib*/complora_kernels")
-        (left_over / "_C_cuda.abi3.so").touch()  # as if this build had had nvcc: the next wheel is without it
+        (left_over / "_C_cuda.abi3.so").touch()  # this build seems to have had nvcc: the next wheel is without it
 
 
 def test_sdist_holds_the_sources_wherever_it_is_packed(tmp_path):

@@ -153,7 +153,7 @@ def pool(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def assert_same_whatever_the_order(cuda: SimpleNamespace, run: Callable[[], Sequence[Tensor]]) -> None:
-    """Of the threads between two barriers, and of the blocks of a launch."""
+    """The order is that of the threads between two barriers, and of the blocks of a launch."""
     expected = run()
     for seed in (1, 2, 3):
         cuda.emulation.set_seed(seed)
@@ -332,7 +332,7 @@ def check_factor_grads(cuda: SimpleNamespace, problems: Sequence[Problem]) -> No
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_factor_grads(cuda, dtype, dropout_p):
-    """Of rows that one block adds up and of rows that several do, of one adapter and of three."""
+    """For rows that one block adds up and rows that several do, for one adapter and for three."""
     sizes = [(1, 1, 1, 1, 1), (63, 33, 40, 3, 1), (137, 63, 137, 2, 3), (600, 66, 24, 6, 3), (700, 40, 137, 17, 1)]
     check_factor_grads(cuda, [make_problem(*size, dropout_p, dtype) for size in sizes])
 

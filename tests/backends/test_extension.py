@@ -293,7 +293,7 @@ def test_factor_grads_of_no_elements(sizes, dropout_p):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_factor_grads_are_rounded_once(dtype, dropout_p):
-    """The sums are float32, as of operands that were widened before; of two partial sums none is rounded."""
+    """Only the total is rounded to half precision, not the partial sums of some rows."""
     grads = Grads(1400, dtype, starts=(8, 0), dropout_p=dropout_p)
     for ours, exact in zip(grads.ours(), grads.plain(torch.float64, torch.float64), strict=True):
         # Half an ulp, and 1400 roundings of float32 which may move a sum past the middle of two halves.
@@ -651,7 +651,7 @@ def test_fold_factors_and_its_gradients(dtype):
         "input_basis_kinds": ["principal", "complement", "principal", "complement", "principal"],
     }
     wanted = [0, 2, 4, 5, 6, 8]
-    grads = [torch.randn(1).expand(factor.shape) for factor in (*As, *Bs)]  # as `sum` gives them
+    grads = [torch.randn(1).expand(factor.shape) for factor in (*As, *Bs)]  # `sum` gives such gradients
 
     def run(function: Callable[..., Any], wide: torch.dtype, cast: torch.dtype, **options: Any) -> dict[str, Tensor]:
         leaves = [factor.to(wide, copy=True) for factor in (*As, *Bs)]
@@ -862,7 +862,7 @@ def test_compiled_complora_linear(dtype, dropout_p):
 def test_compiled_with_another_number_of_tokens():
     """A dynamic dimension: one graph for both."""
     with compiled(ours) as call:
-        for tokens in (5, 8):  # of one bucket of the plans
+        for tokens in (5, 8):  # both in one bucket of the plans
             layer = make_layer(batch=(tokens,))
             expected = results(ours, layer)
             x = layer.x.clone()
@@ -940,7 +940,7 @@ def test_a_clip_trains_as_on_the_torch_backend(monkeypatch, make, targets):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equal_bits_on_two_runs_and_two_threads(dtype):
-    """Of work of one piece and of many, shared out in pieces and in strips."""
+    """For work of one piece and of many, shared out in pieces and in strips."""
     calls: list[Callable[[], list[Tensor]]] = []
     for r, d, k in ((16, 100, 50), (16, 768, 384)):
         factor, basis = torch.randn(r, d).to(dtype), random_basis(d, k, wide(dtype))

@@ -13,7 +13,7 @@ from complora_kernels.backends import build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numpy, which Triton's interpreter computes with
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, with which Triton's interpreter computes
 ]
 
 EXTENSION = ("project_complement", "fold_factors", "packed_lora_linear_factor_grads", "drop")

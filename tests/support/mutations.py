@@ -17,7 +17,7 @@ DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool,
 
 
 def arguments(name: str, device: torch.device) -> list[Any]:
-    """Those of an operation of the extension, or of Triton's ("triton." before its name), all new."""
+    """New arguments of an operation of the extension, or of Triton's ("triton." before its name)."""
     M, K, N, P, r, D = 5, 8, 24, 2, 2, 12
     x, dY, weight = torch.randn(M, K), torch.randn(M, N), torch.randn(N, K)
     h, g, seed = torch.randn(M, P * r), torch.randn(M, P * r), torch.tensor([3])
@@ -42,7 +42,7 @@ def negated(tensor: Tensor) -> Tensor:
 
 
 def shrunk(tensor: Tensor, bytes: int) -> Tensor:
-    """As after `storage.resize_`: a shape without memory for all of it."""
+    """A tensor after `storage.resize_`: a shape without memory for all of it."""
     copy = tensor.clone()
     copy.untyped_storage().resize_(bytes)
     return copy
