@@ -20,7 +20,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,14 +47,6 @@ class Basis(NamedTuple):
     kind: BasisKind
     k: int
     energy: float  # share that the protected directions hold: of Σσ², or of the trace of X^T X or Y^T Y
-
-
-class Spectrum(NamedTuple):
-    """A reduced singular value decomposition `W = U diag(S) V^T`, with m = min(out, in)."""
-
-    U: Tensor  # [out, m]
-    S: Tensor  # [m]
-    V: Tensor  # [in, m]
 
 
 class Directions(NamedTuple):
@@ -318,16 +310,17 @@ def _check_second_moment(second_moment: Tensor, weight: Tensor, name: str) -> No
 
 def _weight_directions(weight: Tensor, side: Side, *_: object) -> Directions:
     """The singular vectors of one side."""
-    U, S, V = _cached(fingerprint(weight), lambda: _spectrum(weight))
-    rounding = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps  # as in torch.linalg.matrix_rank
-    sigma = S.where(rounding < S, 0)  # a rank-deficient weight holds nothing beyond its rank
-    return Directions(U if side == "output" else V, sigma.double().square())
+    return _cached(fingerprint(weight), lambda: _singular_vectors(weight))[side == "input"]
 
 
-def _spectrum(weight: Tensor) -> Spectrum:
+def _singular_vectors(weight: Tensor) -> tuple[Directions, Directions]:
+    """The directions of the output side and of the input side, m = min(out, in) each."""
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Spectrum(U.cpu(), S.cpu(), Vh.mT.contiguous().cpu())
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)  # [out, m], [m], [m, in]
+    S = S.cpu()
+    rounding = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps  # the tolerance of torch.linalg.matrix_rank
+    energies = S.where(rounding < S, 0).double().square()  # a rank-deficient weight holds nothing beyond its rank
+    return Directions(U.cpu(), energies), Directions(Vh.mT.contiguous().cpu(), energies)
 
 
 def _energy_in_weight(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
@@ -353,7 +346,7 @@ def _activation_directions(weight: Tensor, side: Side, second_moment: Tensor | N
     assert second_moment is not None
     seen = (second_moment,) if side == "input" else (second_moment, weight)
     key = "/".join(fingerprint(matrix) for matrix in seen)
-    return _cached(f"{side} activations/{key}", lambda: _eigenvectors(weight, second_moment, side))
+    return _cached(f"{side} activations/{key}", lambda: (_eigenvectors(weight, second_moment, side),))[0]
 
 
 def _eigenvectors(weight: Tensor, second_moment: Tensor, side: Side) -> Directions:
@@ -392,9 +385,7 @@ def _source_of(second_moment: Tensor | None) -> Source:
 # ---- a cache of decompositions
 
 
-_DECOMPOSITIONS: OrderedDict[str, Spectrum | Directions] = OrderedDict()  # the least recently used one first
-
-Decomposition = TypeVar("Decomposition", Spectrum, Directions)
+_DECOMPOSITIONS: OrderedDict[str, tuple[Directions, ...]] = OrderedDict()  # the least recently used one first
 
 
 def clear_cache() -> None:
@@ -410,10 +401,10 @@ def fingerprint(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _cached(key: str, decompose: Callable[[], Decomposition]) -> Decomposition:
-    # Other threads read and write meanwhile. Each use of the dictionary is one step, and none expects that what an
-    # earlier one found is still there: no lock that an interrupt could leave held.
-    decomposed = cast("Decomposition", _DECOMPOSITIONS.get(key) or decompose())
+def _cached(key: str, decompose: Callable[[], tuple[Directions, ...]]) -> tuple[Directions, ...]:
+    # Other threads read and write meanwhile. Each use of the dictionary is one step, and none expects that an entry
+    # found earlier is still there: there is no lock that an interrupt could leave held.
+    decomposed = _DECOMPOSITIONS.get(key) or decompose()
     _DECOMPOSITIONS[key] = decomposed
     with contextlib.suppress(KeyError):
         _DECOMPOSITIONS.move_to_end(key)
@@ -423,4 +414,4 @@ def _cached(key: str, decompose: Callable[[], Decomposition]) -> Decomposition:
 
 
 def _bytes_kept() -> int:
-    return sum(part.nbytes for kept in list(_DECOMPOSITIONS.values()) for part in kept)
+    return sum(part.nbytes for kept in list(_DECOMPOSITIONS.values()) for side in kept for part in side)

@@ -377,7 +377,7 @@ def test_the_cache_is_bounded(monkeypatch, decompositions):
         principal_basis(weights[index], k=1)
         return len(decompositions) > known
 
-    one = (8 * 8 + 8 + 8 * 8) * 8  # bytes of U, S and V in float64
+    one = 2 * (8 * 8 + 8) * 8  # bytes of the vectors and the energies of either side in float64
     monkeypatch.setattr(subspace, "CACHE_BYTES", 2 * one)
     assert [decomposed(index) for index in (0, 1, 0, 2)] == [True, True, False, True]  # 2 displaces 1, last used
     assert [decomposed(index) for index in (0, 2, 1)] == [False, False, True]
