@@ -65,8 +65,8 @@ class Source:
         recomputable: whether the weight and the configuration give the same directions again, so that files need not
             hold bases.
         directions: a function of the weight [out, in], the side, the second moment `X^T X` [in, in] (None unless
-            `needs_data`) and a seed, which is another one for each side of each weight. The energies, which decide k
-            where `subspace_energy` is given, may be those of other directions.
+            `needs_data`) and a seed, which differs between weights and sides. The energies of the result decide k where
+            `subspace_energy` is given; random directions come with the energies of the weight's own.
         energy: a function of the weight, the side, these directions and k: the share that the first k hold.
     """
 
@@ -138,7 +138,7 @@ def projection_basis(
     """
     source, label = SOURCES[config.subspace_source], name or "weight"
     if source.needs_data != (second_moment is not None):
-        with_data = " or ".join(f'"{name}"' for name, source in SOURCES.items() if source.needs_data)
+        with_data = " or ".join(f'"{other}"' for other, record in SOURCES.items() if record.needs_data)
         raise ValueError(
             f"second_moment={'None' if second_moment is None else 'X^T X'} of {label} with "
             f"subspace_source={config.subspace_source!r}, expected X^T X with {with_data} and None otherwise"
@@ -323,7 +323,7 @@ def _singular_vectors(weight: Tensor) -> tuple[Directions, Directions]:
     return Directions(U.cpu(), energies), Directions(Vh.mT.contiguous().cpu(), energies)
 
 
-def _energy_in_weight(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
+def _weight_share(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
     """Share of |W|² inside the protected directions: |U_k^T W|² / |W|² or |W V_k|² / |W|²."""
     total = directions.energies.sum()
     if total == 0:
@@ -365,16 +365,16 @@ def _eigenvectors(weight: Tensor, second_moment: Tensor, side: Side) -> Directio
     return Directions(vectors.contiguous().cpu(), energies.where(energies > rounding, 0).cpu())
 
 
-def _energy_of_eigenvalues(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
+def _trace_share(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
     """Share of the trace that the first k eigenvalues hold."""
     energies = directions.energies
     return float(energies[:k].sum() / energies.sum()) if energies.any() else 0.0
 
 
 SOURCES: dict[SubspaceSource, Source] = {
-    "weight": Source(False, True, _weight_directions, _energy_in_weight),
-    "random": Source(False, True, _random_directions, _energy_in_weight),
-    "activations": Source(True, False, _activation_directions, _energy_of_eigenvalues),
+    "weight": Source(needs_data=False, recomputable=True, directions=_weight_directions, energy=_weight_share),
+    "random": Source(needs_data=False, recomputable=True, directions=_random_directions, energy=_weight_share),
+    "activations": Source(needs_data=True, recomputable=False, directions=_activation_directions, energy=_trace_share),
 }
 
 

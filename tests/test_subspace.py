@@ -265,7 +265,11 @@ def test_a_source_is_added_by_its_record_alone(monkeypatch):
     def share(weight: Tensor, side: subspace.Side, directions: subspace.Directions, k: int) -> float:
         return float(directions.energies[:k].sum() / directions.energies.sum())
 
-    monkeypatch.setitem(subspace.SOURCES, "weakest", subspace.Source(False, True, weakest, share))
+    monkeypatch.setitem(
+        subspace.SOURCES,
+        "weakest",
+        subspace.Source(needs_data=False, recomputable=True, directions=weakest, energy=share),
+    )
     config: Any = CompLoRAConfig(subspace_k=2, subspace_source="weakest", target_modules="0")  # type: ignore[arg-type]
     linear = nn.Linear(8, 6).double()
     linear.weight = nn.Parameter(weight)
