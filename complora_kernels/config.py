@@ -69,28 +69,17 @@ class CompLoRAConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require(is_int(self.r) and self.r >= 1, "r", self.r, "an integer of at least 1")
-        _require(
-            is_number(self.lora_alpha) and self.lora_alpha > 0,
-            "lora_alpha",
-            self.lora_alpha,
-            "a positive number",
-        )
-        _require(
-            is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
-            "lora_dropout",
-            self.lora_dropout,
-            "a probability in [0, 1)",
-        )
-        _require(isinstance(self.use_rslora, bool), "use_rslora", self.use_rslora, "True or False")
-        _require(self.sides in get_args(Sides), "sides", self.sides, f"one of {', '.join(get_args(Sides))}")
-        _require(
-            self.subspace_source in tuple(SOURCES),
-            "subspace_source",
-            self.subspace_source,
-            f"one of {', '.join(SOURCES)}",
-        )
-        _require(is_int(self.subspace_seed), "subspace_seed", self.subspace_seed, "an integer")
+        checks = {
+            "r": (is_int(self.r) and self.r >= 1, "an integer of at least 1"),
+            "lora_alpha": (is_number(self.lora_alpha) and self.lora_alpha > 0, "a positive number"),
+            "lora_dropout": (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, "a probability in [0, 1)"),
+            "use_rslora": (isinstance(self.use_rslora, bool), "True or False"),
+            "sides": (self.sides in get_args(Sides), f"one of {', '.join(get_args(Sides))}"),
+            "subspace_source": (self.subspace_source in tuple(SOURCES), f"one of {', '.join(SOURCES)}"),
+            "subspace_seed": (is_int(self.subspace_seed), "an integer"),
+        }
+        for name, (valid, expected) in checks.items():
+            _require(valid, name, getattr(self, name), expected)
         self._check_subspace_size()
         self._check_selection()
 

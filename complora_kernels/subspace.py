@@ -20,7 +20,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,14 +49,6 @@ class Basis(NamedTuple):
     energy: float  # share that the protected directions hold: of Σσ², or of the trace of X^T X or Y^T Y
 
 
-class Spectrum(NamedTuple):
-    """A reduced singular value decomposition `W = U diag(S) V^T`, with m = min(out, in)."""
-
-    U: Tensor  # [out, m]
-    S: Tensor  # [m]
-    V: Tensor  # [in, m]
-
-
 class Directions(NamedTuple):
     """The directions of one side in the order in which they are protected; m = min(out, in), or in for `X^T X`."""
 
@@ -73,8 +65,8 @@ class Source:
         recomputable: whether the weight and the configuration give the same directions again, so that files need not
             hold bases.
         directions: a function of the weight [out, in], the side, the second moment `X^T X` [in, in] (None unless
-            `needs_data`) and a seed, which is another one for each side of each weight. The energies, which decide k
-            where `subspace_energy` is given, may be those of other directions.
+            `needs_data`) and a seed, which differs between weights and sides. The energies of the result decide k where
+            `subspace_energy` is given; random directions come with the energies of the weight's own.
         energy: a function of the weight, the side, these directions and k: the share that the first k hold.
     """
 
@@ -146,7 +138,7 @@ def projection_basis(
     """
     source, label = SOURCES[config.subspace_source], name or "weight"
     if source.needs_data != (second_moment is not None):
-        with_data = " or ".join(f'"{name}"' for name, source in SOURCES.items() if source.needs_data)
+        with_data = " or ".join(f'"{other}"' for other, record in SOURCES.items() if record.needs_data)
         raise ValueError(
             f"second_moment={'None' if second_moment is None else 'X^T X'} of {label} with "
             f"subspace_source={config.subspace_source!r}, expected X^T X with {with_data} and None otherwise"
@@ -318,19 +310,20 @@ def _check_second_moment(second_moment: Tensor, weight: Tensor, name: str) -> No
 
 def _weight_directions(weight: Tensor, side: Side, *_: object) -> Directions:
     """The singular vectors of one side."""
-    U, S, V = _cached(fingerprint(weight), lambda: _spectrum(weight))
-    rounding = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps  # as in torch.linalg.matrix_rank
-    sigma = S.where(rounding < S, 0)  # a rank-deficient weight holds nothing beyond its rank
-    return Directions(U if side == "output" else V, sigma.double().square())
+    return _cached(fingerprint(weight), lambda: _singular_vectors(weight))[side == "input"]
 
 
-def _spectrum(weight: Tensor) -> Spectrum:
+def _singular_vectors(weight: Tensor) -> tuple[Directions, Directions]:
+    """The directions of the output side and of the input side, m = min(out, in) each."""
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Spectrum(U.cpu(), S.cpu(), Vh.mT.contiguous().cpu())
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)  # [out, m], [m], [m, in]
+    S = S.cpu()
+    rounding = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps  # the tolerance of torch.linalg.matrix_rank
+    energies = S.where(rounding < S, 0).double().square()  # a rank-deficient weight holds nothing beyond its rank
+    return Directions(U.cpu(), energies), Directions(Vh.mT.contiguous().cpu(), energies)
 
 
-def _energy_in_weight(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
+def _weight_share(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
     """Share of |W|² inside the protected directions: |U_k^T W|² / |W|² or |W V_k|² / |W|²."""
     total = directions.energies.sum()
     if total == 0:
@@ -353,7 +346,7 @@ def _activation_directions(weight: Tensor, side: Side, second_moment: Tensor | N
     assert second_moment is not None
     seen = (second_moment,) if side == "input" else (second_moment, weight)
     key = "/".join(fingerprint(matrix) for matrix in seen)
-    return _cached(f"{side} activations/{key}", lambda: _eigenvectors(weight, second_moment, side))
+    return _cached(f"{side} activations/{key}", lambda: (_eigenvectors(weight, second_moment, side),))[0]
 
 
 def _eigenvectors(weight: Tensor, second_moment: Tensor, side: Side) -> Directions:
@@ -372,16 +365,16 @@ def _eigenvectors(weight: Tensor, second_moment: Tensor, side: Side) -> Directio
     return Directions(vectors.contiguous().cpu(), energies.where(energies > rounding, 0).cpu())
 
 
-def _energy_of_eigenvalues(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
+def _trace_share(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
     """Share of the trace that the first k eigenvalues hold."""
     energies = directions.energies
     return float(energies[:k].sum() / energies.sum()) if energies.any() else 0.0
 
 
 SOURCES: dict[SubspaceSource, Source] = {
-    "weight": Source(False, True, _weight_directions, _energy_in_weight),
-    "random": Source(False, True, _random_directions, _energy_in_weight),
-    "activations": Source(True, False, _activation_directions, _energy_of_eigenvalues),
+    "weight": Source(needs_data=False, recomputable=True, directions=_weight_directions, energy=_weight_share),
+    "random": Source(needs_data=False, recomputable=True, directions=_random_directions, energy=_weight_share),
+    "activations": Source(needs_data=True, recomputable=False, directions=_activation_directions, energy=_trace_share),
 }
 
 
@@ -392,9 +385,7 @@ def _source_of(second_moment: Tensor | None) -> Source:
 # ---- a cache of decompositions
 
 
-_DECOMPOSITIONS: OrderedDict[str, Spectrum | Directions] = OrderedDict()  # the least recently used one first
-
-Decomposition = TypeVar("Decomposition", Spectrum, Directions)
+_DECOMPOSITIONS: OrderedDict[str, tuple[Directions, ...]] = OrderedDict()  # the least recently used one first
 
 
 def clear_cache() -> None:
@@ -410,10 +401,10 @@ def fingerprint(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _cached(key: str, decompose: Callable[[], Decomposition]) -> Decomposition:
-    # Other threads read and write meanwhile. Each use of the dictionary is one step, and none expects that what an
-    # earlier one found is still there: no lock that an interrupt could leave held.
-    decomposed = cast("Decomposition", _DECOMPOSITIONS.get(key) or decompose())
+def _cached(key: str, decompose: Callable[[], tuple[Directions, ...]]) -> tuple[Directions, ...]:
+    # Other threads read and write meanwhile. Each use of the dictionary is one step, and none expects that an entry
+    # found earlier is still there: there is no lock that an interrupt could leave held.
+    decomposed = _DECOMPOSITIONS.get(key) or decompose()
     _DECOMPOSITIONS[key] = decomposed
     with contextlib.suppress(KeyError):
         _DECOMPOSITIONS.move_to_end(key)
@@ -423,4 +414,4 @@ def _cached(key: str, decompose: Callable[[], Decomposition]) -> Decomposition:
 
 
 def _bytes_kept() -> int:
-    return sum(part.nbytes for kept in list(_DECOMPOSITIONS.values()) for part in kept)
+    return sum(part.nbytes for kept in list(_DECOMPOSITIONS.values()) for side in kept for part in side)

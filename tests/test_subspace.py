@@ -265,7 +265,11 @@ def test_a_source_is_added_by_its_record_alone(monkeypatch):
     def share(weight: Tensor, side: subspace.Side, directions: subspace.Directions, k: int) -> float:
         return float(directions.energies[:k].sum() / directions.energies.sum())
 
-    monkeypatch.setitem(subspace.SOURCES, "weakest", subspace.Source(False, True, weakest, share))
+    monkeypatch.setitem(
+        subspace.SOURCES,
+        "weakest",
+        subspace.Source(needs_data=False, recomputable=True, directions=weakest, energy=share),
+    )
     config: Any = CompLoRAConfig(subspace_k=2, subspace_source="weakest", target_modules="0")  # type: ignore[arg-type]
     linear = nn.Linear(8, 6).double()
     linear.weight = nn.Parameter(weight)
@@ -377,7 +381,7 @@ def test_the_cache_is_bounded(monkeypatch, decompositions):
         principal_basis(weights[index], k=1)
         return len(decompositions) > known
 
-    one = (8 * 8 + 8 + 8 * 8) * 8  # bytes of U, S and V in float64
+    one = 2 * (8 * 8 + 8) * 8  # bytes of the vectors and the energies of either side in float64
     monkeypatch.setattr(subspace, "CACHE_BYTES", 2 * one)
     assert [decomposed(index) for index in (0, 1, 0, 2)] == [True, True, False, True]  # 2 displaces 1, last used
     assert [decomposed(index) for index in (0, 2, 1)] == [False, False, True]

@@ -85,7 +85,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for path, layer in attentions.items():
             parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
             factors[path] = _stacked(layer, parts)
-        fields = _peft_fields(config, attentions, list(factors))
+        fields = _fields_with_attention(config, attentions, list(factors))
         for path in attentions:
             A, B = factors[path]  # [n·r, d], [3d, n·r]
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
@@ -124,7 +124,7 @@ def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def _peft_fields(
+def _fields_with_attention(
     config: CompLoRAConfig, attentions: dict[str, CompLoRAMultiheadAttention], modules: list[str]
 ) -> dict[str, Any]:
     """PEFT's configuration, with rank n·r and alpha · n (alpha · √n with rsLoRA) for attention."""

@@ -1,3 +1,7 @@
+"""Exchange with other programs: stock PEFT reads an exported adapter, and CLIP-LoRA's files are read."""
+
+from __future__ import annotations
+
 import json
 import math
 import os

@@ -1,3 +1,7 @@
+"""Saving and loading adapters: round trips, the saved form, and refusals."""
+
+from __future__ import annotations
+
 import copy
 import itertools
 import json
@@ -14,6 +18,7 @@ from torch import nn
 
 import complora_kernels as ck
 from complora_kernels import subspace
+from complora_kernels.adapters import files as adapter_files
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 
@@ -247,6 +252,12 @@ def test_truncated_file(tmp_path, name, share):
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: int(share * len(content))])
     assert_refused(tmp_path, f"{name}: expected .* as save_adapter wrote it")
+
+
+def test_an_error_of_the_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
+    saved(tmp_path)
+    failing(monkeypatch, adapter_files, "safe_open", {0}, OSError(5, "Input/output error"))
+    assert_refused(tmp_path, f"Input/output error: .*{WEIGHTS_FILE}", error=OSError)
 
 
 def test_every_flipped_bit_is_found(tmp_path):

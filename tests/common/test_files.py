@@ -45,7 +45,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"file": "two"}
 
 
-def test_a_new_file_takes_no_place(tmp_path):
+def test_a_new_file_replaces_nothing(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "file").write_text("mine")
     for name in ("link", "file"):

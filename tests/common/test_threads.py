@@ -34,7 +34,7 @@ def switching() -> Iterator[None]:
 
 
 def in_threads(work: Callable[[int], Any], threads: int = 6) -> list[Any]:
-    """What `work(i)` returns in each of some threads that begin together."""
+    """The results of `work(i)` in several threads that begin together."""
     ready = threading.Barrier(threads)
 
     def begin(i: int) -> Any:
@@ -112,7 +112,7 @@ def test_another_model_and_a_copy_stay_enabled():
 
 
 def test_a_replica_for_another_thread_is_disabled_as_the_layer_is():
-    """As `nn.DataParallel` makes them, for one forward pass."""
+    """Replicas for one forward pass, as `nn.DataParallel` makes them."""
     model, x = adapted_linears(), torch.randn(3, 6)
     layer, results = model[0], {}
     results["enabled"] = layer(x)

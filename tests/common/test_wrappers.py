@@ -51,7 +51,7 @@ every_wrapper = pytest.mark.parametrize("wrap", (AROUND | WITHIN).values(), ids=
 
 
 class Container(nn.Module):
-    """As a LightningModule holds the model that it trains."""
+    """A container that holds a model as a LightningModule does."""
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
