@@ -102,7 +102,7 @@ class TorchBackend:
     def unsupported_linear(self, x: Tensor, linear: AdaptedLinear) -> str | None:
         return None
 
-    def unsupported_norm(self, *tensors: Tensor | None) -> str | None:
+    def unsupported_norm(self, x: Tensor, *others: Tensor | None) -> str | None:
         return None
 
     def project_complement(

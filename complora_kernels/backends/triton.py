@@ -249,7 +249,7 @@ class TritonBackend:
 def _linear_fwd(
     x: Tensor,  # [M, K]
     linear: AdaptedLinear,
-    h: Tensor | None,  # [M, P r]
+    h: Any,  # [M, P r], or None
     residual: Tensor | None,  # [M, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
     k, weight, save_h = kernels(), linear.weight, linear.save_h
@@ -460,8 +460,8 @@ def _packed_lora_linear_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
 def _packed_lora_linear_bwd(
     dY: Tensor, x: Tensor, h: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *factors, needs, precision = arguments
-    linear = _record(weight, None, *factors, True, precision)
+    As, Bs, starts, dropout_p, seed, needs, precision = arguments
+    linear = _record(weight, None, As, Bs, starts, dropout_p, seed, True, precision)
     _check_linear(x, linear)
     check_device(x, dY, h)
     _check_memory(dY, h)
@@ -504,8 +504,8 @@ def _packed_lora_linear_fwd_shape(x: Tensor, *arguments: Any) -> tuple[Tensor, T
 def _packed_lora_linear_bwd_shape(
     dY: Tensor, x: Tensor, h: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *factors, needs, precision = arguments
-    linear = _record(weight, None, *factors, True, precision)
+    As, Bs, starts, dropout_p, seed, needs, precision = arguments
+    linear = _record(weight, None, As, Bs, starts, dropout_p, seed, True, precision)
     check_device(x, dY, h, *linear.tensors())
     shapes = (x.shape, (len(linear.As), *linear.As[0].shape), (len(linear.Bs), *linear.Bs[0].shape))
     dX, dA, dB = (x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
