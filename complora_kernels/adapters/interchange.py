@@ -33,8 +33,7 @@ from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
-from complora_kernels.modules import CompLoRALayer, CompLoRALinear, CompLoRAMultiheadAttention
-from complora_kernels.modules.attention import CompLoRAAttentionLayer
+from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import FLOATING
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,12 +71,15 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
-            q, k, v of open_clip 4's attention, which are no modules, or a layer of a class that is not one of this
-            package's. Also as `save_adapter`.
+            q, k, v of an attention that keeps them in one parameter of its own, or a layer of a class that is not one
+            of this package's. Also as `save_adapter`.
     """
-    layers = adapted_layers(adapted_model(model))
+    part = adapted_model(model)
+    layers, integration = adapted_layers(part), find(part)
     for path, layer in layers.items():
-        _check_exportable(path, layer)
+        modules = integration.peft_modules(path, layer)
+        if isinstance(modules, str):
+            raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
     config = common_config(layers)
     attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
     with replaced_adapter(directory) as staging:
@@ -91,27 +93,6 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
         write_files(staging, fields, factor_tensors(factors))
-
-
-def _check_exportable(path: str, layer: CompLoRALayer) -> None:
-    """Raises ValueError where PEFT has no module that computes what the layer computes."""
-    if not isinstance(layer, (CompLoRALinear, CompLoRAAttentionLayer)):
-        raise ValueError(
-            f"{path} is a {type(layer).__name__}, expected a CompLoRALinear or an attention of this package: for other "
-            "layers the names of PEFT's modules are not known. merge_adapter gives plain weights"
-        )
-    is_torch = isinstance(layer, CompLoRAMultiheadAttention)
-    if is_torch and "o" in layer.weights:
-        raise ValueError(
-            f"{path} adapts o, expected q, k, v alone: PEFT adds the update of an nn.MultiheadAttention's output "
-            "projection twice (https://github.com/huggingface/peft/pull/3774). merge_adapter gives plain weights"
-        )
-    inputs = sorted({"q", "k", "v"} & layer.weights.keys())
-    if isinstance(layer, CompLoRAAttentionLayer) and not is_torch and inputs:
-        raise ValueError(
-            f"{path} adapts {', '.join(inputs)}, expected an nn.MultiheadAttention: this attention keeps q, k and v in "
-            "one parameter, for which PEFT has no module. merge_adapter gives plain weights"
-        )
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
@@ -160,8 +141,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     CLIP that the adapter was trained on, for OpenAI's weights the variant with QuickGELU.
 
     Args:
-        model: an open_clip model, or one of OpenAI's package, without an adapter; in wrappers or not, as for
-            `apply_complora`.
+        model: a CLIP model of a library that `complora_kernels.integrations` knows, without an adapter; in wrappers
+            or not, as for `apply_complora`.
         path: the file; torch's weights-only reader reads it, which runs no code.
         progress: as `apply_complora`.
 

@@ -18,6 +18,7 @@ from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS, CompLoRAConfig
 from complora_kernels.integrations import Block, Target
 from complora_kernels.integrations.torch import linear_target, matching_linears, nothing_selected
+from complora_kernels.integrations.torch import peft_modules as peft_linear
 from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock
 from complora_kernels.modules.extend import Extension, own_class
@@ -141,7 +142,7 @@ def peft_modules(path: str, layer: CompLoRALayer) -> dict[str, str] | str:
                 "in one parameter, for which PEFT has no module"
             )
         return {"o": f"{path}.out_proj"}
-    return {"": path}
+    return peft_linear(path, layer)
 
 
 # ---- towers
