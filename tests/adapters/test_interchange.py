@@ -99,18 +99,14 @@ def test_export_of_a_merged_model(tmp_path):
 
 def test_export_refuses_what_peft_doubles(tmp_path):
     model = adapted(small_clip(), target_modules=("q", "o"))
-    with pytest.raises(
-        ValueError, match=r"visual\.transformer\.resblocks\.0\.attn cannot be exported: o is adapted, .*huggingface/peft/pull/3774"
-    ):
+    with pytest.raises(ValueError, match=r"attn cannot be exported: o is adapted, .*huggingface/peft/pull/3774"):
         ck.export_peft(model, tmp_path / "adapter")
     assert contents(tmp_path) == {}
 
 
 def test_export_refuses_the_attention_of_open_clip_4(tmp_path):
     model = adapted(small_clip_4(), target_modules=("q", "v", "fc1"))
-    with pytest.raises(
-        ValueError, match=r"visual\.transformer\.resblocks\.0\.attn cannot be exported: q, v are adapted, expected an nn.Multihead"
-    ):
+    with pytest.raises(ValueError, match=r"attn cannot be exported: q, v are adapted, expected an nn.Multihead"):
         ck.export_peft(model, tmp_path / "adapter")
     assert contents(tmp_path) == {}
 
