@@ -18,6 +18,7 @@ import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.adapters.files import BASES_FILES, CONFIG_FILE, WEIGHTS_FILE
 from complora_kernels.adapters.manage import load_raw_adapter_state, raw_adapter_state
+from complora_kernels.functional import project_complement
 
 every_layout = pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -230,9 +231,10 @@ def test_peft_gets_the_same_folded_factors(tmp_path):
     plain = ck.apply_complora(small(), config(sides="none", target_modules=("q", "v", "fc1")))
     with torch.no_grad():
         for (_, layer, name), (_, other, _) in zip(adapted_weights(model), adapted_weights(plain), strict=True):
-            (folded_A,), (scaled_B,) = layer.folded_factors((name,))
-            for parameter, factor in zip(other.factors(name), (folded_A, scaled_B / layer.config.scaling), strict=True):
-                parameter.copy_(factor)
+            (A, B), (plain_A, plain_B) = layer.factors(name), other.factors(name)
+            on_input, on_output = layer.basis(name, "input"), layer.basis(name, "output")
+            plain_A.copy_(project_complement(A, on_input.matrix, basis_kind=on_input.kind))
+            plain_B.copy_(project_complement(B.mT, on_output.matrix, basis_kind=on_output.kind).mT)
     ck.export_peft(plain, tmp_path / "none")
     exported = [safetensors.torch.load_file(tmp_path / name / WEIGHTS_FILE) for name in ("activations", "none")]
     torch.testing.assert_close(*exported)
