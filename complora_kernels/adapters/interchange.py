@@ -76,7 +76,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
-            q, k, v of open_clip 4's attention, which are no modules. Also as `save_adapter`.
+            q, k, v of an attention in which they are no modules. Also as `save_adapter`.
     """
     layers = adapted_layers(adapted_model(model))
     for path, layer in layers.items():
@@ -155,8 +155,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     that the adapter was trained on, for OpenAI's weights the variant with QuickGELU.
 
     Args:
-        model: an open_clip model, or one of OpenAI's package, without an adapter; in wrappers or not, as for
-            `apply_complora`.
+        model: a CLIP model of a library that `complora_kernels.integrations` knows, without an adapter; in
+            wrappers or not, as for `apply_complora`.
         path: the file; it is read by torch's weights-only reader, which runs no code.
         progress: as `apply_complora`.
 

@@ -752,7 +752,7 @@ def test_peft_gets_the_same_folded_factors(tmp_path):
     plain = ck.apply_complora(small(), config(sides="none", target_modules=("q", "v", "fc1")))
     with torch.no_grad():
         for (_, layer, name), (_, other, _) in zip(adapted_weights(model), adapted_weights(plain), strict=True):
-            (folded_A,), (scaled_B,) = layer.folded_factors((name,))
+            (folded_A,), (scaled_B,) = layer.fold_factors((name,))
             for parameter, factor in zip(other.factors(name), (folded_A, scaled_B / layer.config.scaling), strict=True):
                 parameter.copy_(factor)
     ck.export_peft(plain, tmp_path / "none")
