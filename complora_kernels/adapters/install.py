@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.integrations import Integration, find
-from complora_kernels.modules.extend import extend
+from complora_kernels.modules.extend import Extension, extend
 from complora_kernels.modules.forward_scope import Scoped
 from complora_kernels.modules.layer import CompLoRALayer, check_before_load
 from complora_kernels.modules.masks import recognise_causal_mask
@@ -34,7 +35,7 @@ def install(model: nn.Module, replacements: Sequence[Replacement], changes: Chan
     modules stay shared. Towers fold the factors of all their layers at once, residual blocks of the adapted towers are
     fused, texts are truncated, and the last block computes one position, where the integration knows how.
     """
-    model, integration = unwrap(model), find(model)
+    model = unwrap(model)
     layers = {module: layer for _, module, layer in replacements}
     for mask in _square_masks(model):
         recognise_causal_mask(mask)
@@ -47,13 +48,8 @@ def install(model: nn.Module, replacements: Sequence[Replacement], changes: Chan
         for parameter in model.parameters():
             if parameter.requires_grad:
                 pending.set_attribute(parameter, "requires_grad", False)
-        truncate_texts(model, pending)
-        scoped = {module for module, _ in integration.truncation(model) if module is not model}
-        for tower, extension in (*integration.towers(model), (model, Scoped)):
-            if _folds(tower, layers, scoped):
-                extend(tower, extension, pending)
-                scoped.add(tower)
-        _fuse_blocks(model, integration, layers, pending)
+        for module, added in _extensions(model, find(model), layers).items():
+            extend(module, added, pending)
 
 
 def truncate_texts(model: nn.Module, changes: Changes | None = None) -> None:
@@ -63,7 +59,24 @@ def truncate_texts(model: nn.Module, changes: Changes | None = None) -> None:
     """
     with joined(changes) as pending:
         for module, extension in find(model).truncation(model):
-            extend(module, extension, pending)
+            extend(module, [extension], pending)
+
+
+def _extensions(
+    model: nn.Module, integration: Integration, layers: Collection[nn.Module]
+) -> dict[nn.Module, list[type[Extension]]]:
+    """What the modules of `model` are extended by when `layers` are adapted."""
+    added: defaultdict[nn.Module, list[type[Extension]]] = defaultdict(list)
+    for module, extension in integration.truncation(model):
+        added[module].append(extension)
+    scoped = {module for module, extensions in added.items() if issubclass(extensions[-1], Scoped)}
+    for module, extension in (*integration.towers(model), (model, Scoped)):
+        if module not in scoped and _folds(module, layers, scoped):
+            added[module].append(extension)
+            scoped.add(module)
+    for module in _fusible_blocks(model, integration, layers):
+        added[module].append(integration.FusedBlock)
+    return added
 
 
 def _folds(module: nn.Module, layers: Collection[nn.Module], scoped: set[nn.Module]) -> bool:
@@ -72,21 +85,21 @@ def _folds(module: nn.Module, layers: Collection[nn.Module], scoped: set[nn.Modu
     return any(child in layers or _folds(child, layers, scoped) for child in below)
 
 
-def _fuse_blocks(model: nn.Module, integration: Integration, layers: Collection[nn.Module], changes: Changes) -> None:
-    """Fuses the residual blocks of the adapted towers, also those without an adapter: gradients pass through them."""
+def _fusible_blocks(model: nn.Module, integration: Integration, layers: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """The residual blocks of the adapted towers, also those without an adapter: gradients pass through them."""
     blocks = list(integration.residual_blocks(model))
     for tower in sorted({block.tower for block in blocks if any(part in layers for part in block.module.modules())}):
-        refused: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         for block in blocks:
             if block.tower == tower:
                 parts = integration.parts_of_block(block.module)
                 if isinstance(parts, str):
-                    refused[block.path] = parts
+                    reasons[block.path] = parts
                 else:
-                    extend(block.module, integration.FusedBlock, changes)
-        if refused:
-            path, reason = next(iter(refused.items()))
-            others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+                    yield block.module
+        if reasons:
+            path, reason = next(iter(reasons.items()))
+            others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             logger.warning("%s%s keeps its own forward pass, with adapters in it: %s", path, others, reason)
 
 

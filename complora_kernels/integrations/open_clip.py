@@ -20,7 +20,7 @@ from complora_kernels.integrations import Block, Target
 from complora_kernels.integrations.torch import linear_target, matching_linears, nothing_selected
 from complora_kernels.integrations.torch import peft_modules as peft_linear
 from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
-from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock
+from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection
 from complora_kernels.modules.extend import Extension, own_class
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped
 from complora_kernels.modules.layer import CompLoRALayer, clone_as
@@ -328,10 +328,11 @@ def _parts_of_attention(attn: Any) -> AttentionParts | str:
         return "attn projects keys or values of other sizes, or adds some, expected plain self-attention"
     if type(attn.out_proj) not in LINEARS:
         return f"attn.out_proj is a {type(attn.out_proj).__name__}, expected a linear layer"
+    projections = (Projection("qkv", attn, weight, bias),)
+    project_out = getattr(attn, "project_out", attn.out_proj)
     if isinstance(attn, nn.MultiheadAttention):
-        dropout_p = attn.dropout if attn.training else 0.0
-        first = not attn.batch_first
-        return AttentionParts(attn, weight, bias, attn.out_proj, attn.num_heads, first, None, dropout_p)
+        dropout_p, first = attn.dropout if attn.training else 0.0, not attn.batch_first
+        return AttentionParts(projections, attn.out_proj, project_out, attn.num_heads, first, None, dropout_p)
     for name in ("ln_q", "ln_k", "ln_inner", "out_drop"):
         part = getattr(attn, name)
         if not isinstance(part, nn.Identity) and not (isinstance(part, nn.Dropout) and part.p == 0):
@@ -339,7 +340,7 @@ def _parts_of_attention(attn: Any) -> AttentionParts | str:
     if attn.head_scale is not None or getattr(attn, "logit_scale", None) is not None:
         return "attn scales its heads or its cosines, expected scaled dot-product attention"
     dropout_p = attn.attn_drop.p if attn.training else 0.0
-    return AttentionParts(attn, weight, bias, attn.out_proj, attn.num_heads, False, attn.scale, dropout_p)
+    return AttentionParts(projections, attn.out_proj, project_out, attn.num_heads, False, attn.scale, dropout_p)
 
 
 class CompLoRAAttention(CompLoRAAttentionLayer):

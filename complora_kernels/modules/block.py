@@ -10,6 +10,7 @@ What the parts of a block are, and whether they are those of a plain pre-norm bl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.blocks import Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.tracing import is_checkpointed_selectively, is_followed
-from complora_kernels.modules.attention import CompLoRAAttentionLayer
 from complora_kernels.modules.extend import Extension, has_user_hooks
 from complora_kernels.modules.forward_scope import Reading, factors_in_scope, reading_of, take
 from complora_kernels.modules.layer import CompLoRALayer
@@ -32,13 +32,21 @@ from complora_kernels.modules.masks import additive_mask, known_causal
 RECOMPUTE = ("none", "mlp")
 
 
-class AttentionParts(NamedTuple):
-    """Self-attention of `heads` heads, with q, k and v in one packed weight."""
+class Projection(NamedTuple):
+    """A product with the normed input that gives some of q, k and v, in this order."""
 
-    layer: nn.Module  # a CompLoRAAttentionLayer where a projection has an adapter
-    weight: Tensor  # [3d, d]
-    bias: Tensor | None  # [3d]
-    out: nn.Linear  # the output projection, which `layer` computes where that is adapted
+    names: str  # "qkv" where they are packed in one weight, else one of them
+    layer: nn.Module  # a CompLoRALayer where one of them has an adapter
+    weight: Tensor  # [len(names) · d, d]
+    bias: Tensor | None  # [len(names) · d]
+
+
+class AttentionParts(NamedTuple):
+    """Self-attention of `heads` heads."""
+
+    projections: tuple[Projection, ...]  # of q, k and v: one where they are packed, else three
+    out: nn.Linear
+    project_out: Callable[[Tensor], Tensor]  # [..., d] to [..., d]: `out` with its adapter, where it has one
     heads: int
     sequence_first: bool  # x is [L, N, d]
     scale: float | None  # of the logits; None: 1 / sqrt(d / heads)
@@ -89,15 +97,12 @@ class CompLoRABlock(Extension):
         first = attention.sequence_first
         one = reading_of(self, x, sequence_first=first) if attn_mask is None or attn_mask.dim() == 2 else None
         if one is None:
-            stream, qkv = norm_lora_linear(x, None, norm1, _projections(attention, "qkv", dtype))
-            q, k, v = _heads(attention, qkv, 3)
+            stream, (q, k, v) = _project(x, norm1, attention, "qkv", dtype)
         else:
-            stream, kv = norm_lora_linear(x, None, norm1, _projections(attention, "kv", dtype))
+            stream, (k, v) = _project(x, norm1, attention, "kv", dtype)
             stream = take(stream, one.positions, sequence_first=first)  # [N, 1, d], or [1, N, d]
-            stream, q = norm_lora_linear(stream, None, norm1, _projections(attention, "q", dtype))
-            (q,), (k, v) = _heads(attention, q, 1), _heads(attention, kv, 2)
-        mixed, layer = _attend(attention, q, k, v, attn_mask, one), attention.layer
-        delta = layer.project_out(mixed) if isinstance(layer, CompLoRAAttentionLayer) else attention.out(mixed)
+            stream, (q,) = _project(stream, norm1, attention, "q", dtype)
+        delta = attention.project_out(_attend(attention, q, k, v, attn_mask, one))
         fc1, fc2 = _linear(parts.fc1, dtype), _linear(parts.fc2, dtype)
         recompute = self.recompute == "mlp"
         y = norm_lora_mlp(stream, delta, _norm(parts.norm2), fc1, fc2, parts.activation, recompute=recompute)
@@ -112,24 +117,35 @@ class CompLoRABlock(Extension):
         if isinstance(parts, str) or any(has_user_hooks(module) for module in self.modules() if module is not self):
             return None
         attention, fc1, fc2 = parts.attention, parts.fc1, parts.fc2
-        adapted = [layer for layer in (attention.layer, fc1, fc2) if isinstance(layer, CompLoRALayer)]
+        layers = (*(projection.layer for projection in attention.projections), attention.out, fc1, fc2)
+        adapted = [layer for layer in layers if isinstance(layer, CompLoRALayer)]
         if adapted and not any(layer.active for layer in adapted):
             return None  # merged or switched off: a plain model
         if not torch.is_grad_enabled():
             return parts
         modules = (parts.norm1, parts.norm2, fc1, fc2, attention.out)
-        frozen = [attention.weight, attention.bias, *(p for module in modules for p in (module.weight, module.bias))]
+        frozen = [tensor for module in (*attention.projections, *modules) for tensor in (module.weight, module.bias)]
         return None if any(p is not None and p.requires_grad for p in frozen) else parts
 
 
-def _heads(
+def _project(
+    x: Tensor,  # [N, L, d], or [L, N, d]
+    norm: Norm,
     attention: AttentionParts,
-    packed: Tensor,  # [N, L, P · d], or [L, N, P · d]
-    projections: int,  # P
-) -> list[Tensor]:  # each [N, heads, L, d / heads]
-    """Views of packed projections, unbound before they are permuted: their gradients are then packed by one copy."""
+    wanted: str,  # "qkv", "kv" or "q"
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor]]:  # as x; each [N, heads, L, d / heads]
+    """The stream, whose values are those of x, and the heads of some of q, k and v."""
     order = (1, 2, 0, 3) if attention.sequence_first else (0, 2, 1, 3)
-    return [part.permute(order) for part in packed.unflatten(-1, (projections, attention.heads, -1)).unbind(2)]
+    stream, heads = x, []
+    for projection in attention.projections:
+        names = [name for name in projection.names if name in wanted]
+        if names:
+            stream, packed = norm_lora_linear(stream, None, norm, _product(projection, names, dtype))
+            # Unbound before they are permuted: the gradients of the heads are then packed by one copy.
+            parts = packed.unflatten(-1, (len(names), attention.heads, -1)).unbind(2)
+            heads += [part.permute(order) for part in parts]
+    return stream, heads
 
 
 def _attend(
@@ -159,12 +175,14 @@ def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _projections(attention: AttentionParts, names: str, dtype: torch.dtype) -> AdaptedLinear:
-    """The packed product of "qkv", "q" or "kv"."""
-    layer, weight, bias, start = attention.layer, attention.weight, attention.bias, 0
-    if names != "qkv":
+def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> AdaptedLinear:
+    """The product of neighbouring rows of a projection."""
+    layer, weight, bias, start = projection.layer, projection.weight, projection.bias, 0
+    if isinstance(layer, CompLoRALinear):
+        return _linear(layer, dtype)
+    if len(names) < len(projection.names):
         d = weight.shape[1]
-        start = "qkv".index(names) * d
+        start = projection.names.index(names[0]) * d
         own = slice(start, start + len(names) * d)
         weight, bias = weight[own], None if bias is None else bias[own]
     adapted = layer.weights if isinstance(layer, CompLoRALayer) else {}

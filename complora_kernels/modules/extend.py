@@ -7,6 +7,7 @@ its answers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from types import FunctionType
 from typing import Any
 
@@ -24,10 +25,12 @@ class Extension(Unscriptable):
         return _rebuild, type(self).__bases__, self.__dict__
 
 
-def extend(module: nn.Module, extension: type[Extension], changes: Changes) -> None:
-    """Puts the methods of `extension` before those of `module`'s class; does nothing where they are there already."""
-    if not isinstance(module, extension):
-        changes.set_attribute(module, "__class__", extended_class(type(module), extension))
+def extend(module: nn.Module, extensions: Iterable[type[Extension]], changes: Changes) -> None:
+    """Puts the methods of `extensions` before those of `module`'s class, where they are not there already."""
+    cls = type(module)
+    for extension in extensions:
+        cls = cls if issubclass(cls, extension) else extended_class(cls, extension)
+    changes.set_attribute(module, "__class__", cls)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

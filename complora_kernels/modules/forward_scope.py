@@ -87,13 +87,30 @@ class Scoped(Extension):
     """A module whose forward pass is a scope. Which layers are folded is looked up each time that it begins."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _truncated(self, args, kwargs)
+        reading = current_reading()
+        if reading is not None and reading.transformer is self:
+            args, kwargs = self.truncate(reading, args, kwargs)
         with scope(fold_below(self), self.reading()):
             return super().forward(*args, **kwargs)
 
     def reading(self) -> Reading | None:
         """Where the forward pass that now begins is read: as the one around it."""
         return current_reading()
+
+    def truncate(self, reading: Reading, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments of a transformer that is called (x, attn_mask=mask), without the positions that nobody reads.
+
+        They are left as they are where it is called otherwise, or under a mask that is not known to be causal.
+        """
+        if len(args) != 1 or kwargs.keys() != {"attn_mask"}:
+            return args, kwargs
+        x, mask = args[0], kwargs["attn_mask"]  # [N, L, d], [L, L]
+        if x.dim() != 3 or x.shape[:2] != reading.shape or mask is None or not mask.is_floating_point():
+            return args, kwargs
+        if not known_causal(mask, x.shape[1], x.shape[1]):
+            return args, kwargs
+        x = x[:, : reading.length].contiguous()  # a view would keep the whole x alive until the backward pass
+        return (x,), {"attn_mask": mask[: reading.length, : reading.length]}
 
 
 @contextlib.contextmanager
@@ -187,20 +204,6 @@ def current_reading() -> Reading | None:
     if torch.compiler.is_compiling() or not _THREAD.scopes:
         return None
     return _THREAD.scopes[-1].reading
-
-
-def _truncated(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a transformer that is called (x, attn_mask=mask), without the positions that nobody reads."""
-    reading = current_reading()
-    if reading is None or reading.transformer is not module or len(args) != 1 or kwargs.keys() != {"attn_mask"}:
-        return args, kwargs
-    x, mask = args[0], kwargs["attn_mask"]  # [N, L, d], [L, L]
-    if x.dim() != 3 or x.shape[:2] != reading.shape or mask is None or not mask.is_floating_point():
-        return args, kwargs
-    if not known_causal(mask, x.shape[1], x.shape[1]):
-        return args, kwargs
-    x = x[:, : reading.length].contiguous()  # a view would keep the whole x alive until the backward pass
-    return (x,), {"attn_mask": mask[: reading.length, : reading.length]}
 
 
 def reading_of(

@@ -129,6 +129,12 @@ def test_a_frozen_text_tower(make):
     assert_truncated(adapted(make().double(), towers=("image",)), texts(3, 10), 16)
 
 
+def test_layers_outside_the_towers():
+    plain = clip()
+    plain.ln_final = nn.Linear(32, 32)
+    assert_truncated(adapted(plain.double(), target_modules=r".*c_fc|ln_final"), texts(3, 10), 16)
+
+
 def test_a_disabled_adapter():
     plain = clip().double()
     model, text = adapted(copy.deepcopy(plain)), texts(3, 10)
