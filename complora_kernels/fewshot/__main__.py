@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     command: Command | None = None
     ready: Any = None
-    has_begun = False  # to compute for long: what is wrong then is no bad input
+    has_begun = False  # True: a long computation has begun, so that an error is no bad input
     try:
         command = parse(arguments)
         ready = _prepare(command)
@@ -72,9 +72,9 @@ def _say(text: str) -> None:
 
 
 def _prepare(command: Command) -> Any:
-    """Find what would stop a long command before anything is computed."""
+    """Find every error that would stop a long command, before anything is computed."""
     if isinstance(command, (TrainConfig, SweepConfig)) and not leads():
-        return None  # the first process of a team looks, and fetches what is missing, for all
+        return None  # the first process of a team checks the options and fetches missing data for all
     if isinstance(command, TrainConfig):
         return prepare(command)
     if isinstance(command, SweepConfig):
@@ -122,7 +122,7 @@ def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[
         return
     try:
         done = {result["run"] for result in results_of(output)}
-    except (ValueError, OSError):  # this error ended the command, or will be reported when it is tried again
+    except (ValueError, OSError):  # this error ended the command, or the next call reports it
         return
     again = f"goes on from the last checkpoints: complora {shlex.join(arguments)}"
     if isinstance(ended, ArithmeticError) or isinstance(ended.__cause__, ArithmeticError):
@@ -135,11 +135,11 @@ def _tell_how_to_go_on(command: Command | None, ready: Any, arguments: Sequence[
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Read the command line; the preset that it asks for, or that suits its model, gives the defaults.
+    """Read the command line. Its preset, or else the preset of its model, gives the defaults.
 
     Raises:
-        SystemExit: for help (0) and for options that are unknown or cannot be read (2).
-        ValueError: an unknown preset.
+        SystemExit: help was asked for (0), or an option is unknown or cannot be read (2).
+        ValueError: the preset is unknown.
     """
     choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choice.add_argument("--preset", nargs="?")

@@ -1,6 +1,6 @@
-"""Cheap anchors to compare with, on features of the frozen model: Tip-Adapter and a linear probe.
+"""Two cheap baselines on features of the frozen model: Tip-Adapter and a linear probe.
 
-Both name the classes of the shots alone. The encoders stay as they are, and with them everything zero-shot.
+Both know the classes of the shots alone. They leave the encoders, and with them all zero-shot answers, unchanged.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def tip_adapter(
 
         scale · f W^T + alpha · exp(-beta (1 - f F^T)) L
 
-    with the shots' features F as keys and their one-hot labels L as values. `alpha` and `beta` are the defaults of the
-    paper; it searches them on validation images.
+    with the shots' features F as keys and their one-hot labels L as values. `alpha` and `beta` have the paper's
+    defaults; the paper searches them on validation images.
     """
     affinity = torch.exp(-beta * (1 - features @ train_features.T))  # [N, S]
     votes = affinity @ F.one_hot(train_labels, len(class_features)).to(affinity)  # [N, C]
@@ -33,8 +33,8 @@ def tip_adapter(
 
 
 def linear_probe(
-    features: Tensor,  # [N, D], as the model gives them
-    train_features: Tensor,  # [S, D], likewise
+    features: Tensor,  # [N, D], not normalised
+    train_features: Tensor,  # [S, D], not normalised
     train_labels: Tensor,  # int64 [S]
     classes: int,
     *,
@@ -42,9 +42,9 @@ def linear_probe(
 ) -> Tensor:
     """Logits [N, classes] of scikit-learn's logistic regression on the shots' features.
 
-    `C`, the inverse strength of its L2 penalty, is CLIP's (arXiv 2103.00020, the example in its README), which fits
-    what `encode_image` returns. Of features divided by their norm the weights would be that much larger, and their
-    penalty by its square. Classes without a shot get -inf.
+    `C`, the inverse strength of its L2 penalty, is CLIP's (arXiv 2103.00020, the example in its README), which suits
+    features that are not normalised: those of unit norm would need larger weights, which the penalty would shrink.
+    Classes without a shot get -inf.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -55,7 +55,7 @@ def linear_probe(
         return logits
     probe = LogisticRegression(C=C, max_iter=1000)
     probe.fit(train_features.cpu().numpy(), train_labels.cpu().numpy())
-    decision = torch.from_numpy(probe.decision_function(features.cpu().numpy())).double()  # [N, C], of two classes [N]
+    decision = torch.from_numpy(probe.decision_function(features.cpu().numpy())).double()  # [N, C]; for two classes [N]
     logits[:, torch.from_numpy(probe.classes_)] = (
         decision if decision.dim() == 2 else torch.stack([-decision, decision], 1)
     )

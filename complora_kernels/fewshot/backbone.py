@@ -1,4 +1,4 @@
-"""The pretrained CLIP that runs start from: the bundled one, or any of open_clip's with a file or a tag."""
+"""The pretrained CLIP that runs start from: the bundled model, or a model of open_clip with a file or a tag."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from complora_kernels.fewshot.torchscript import is_torchscript, read_torchscrip
 
 @dataclass(frozen=True)
 class Backbone:
-    """A CLIP with what turns texts and images into its inputs."""
+    """A CLIP with its tokenizer and its preprocessing of images."""
 
     model: Any  # open_clip.CLIP or another model of open_clip with encode_image and encode_text
     tokenize: Callable[[list[str]], Tensor]  # N texts -> int64 [N, L]
@@ -39,11 +39,13 @@ class Backbone:
     device: torch.device
     size: tuple[int, int]  # height and width of the model's images
     normalize: Callable[[Tensor], Tensor]  # float32 [N, 3, H, W] in [0, 1] -> the same, normalised
-    resize: Mapping[str, Any] = field(default_factory=dict)  # how files are brought to size, for `load_crops`
+    resize: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # arguments of `load_crops` that resize files as the model expects
     _copies: dict[torch.dtype, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def in_dtype(self, dtype: torch.dtype) -> Any:
-        """The model, or a copy of it in another dtype than float32, made once."""
+        """The model in a dtype; other dtypes than float32 are copies, each made once."""
         if dtype == torch.float32:
             return self.model
         if dtype not in self._copies:
@@ -57,8 +59,8 @@ def load_backbone(
     """Load a CLIP in eval mode and float32. The arguments are those of `check_backbone`, which is called first.
 
     Raises:
-        ValueError: the weights cannot be loaded, and what `check_backbone` raises.
-        OSError: a file cannot be read or, of a download, written.
+        ValueError: the weights cannot be loaded, or `check_backbone` refuses the arguments.
+        OSError: a file cannot be read, or a download cannot be written.
     """
     check_backbone(model, pretrained, activation)
     with _named(model, pretrained):
@@ -66,11 +68,11 @@ def load_backbone(
 
 
 def load_tokenizer(model: str, pretrained: str | None = None) -> Callable[[list[str]], Tensor]:
-    """`Backbone.tokenize` alone, without the weights.
+    """Load `Backbone.tokenize` without the weights.
 
     Raises:
-        ValueError: it cannot be loaded.
-        OSError: a file cannot be read or, of a download, written.
+        ValueError: the tokenizer cannot be loaded.
+        OSError: a file cannot be read, or a download cannot be written.
     """
     with _named(model, pretrained):
         if model == GLYPHS:
@@ -85,7 +87,7 @@ def _named(model: str, pretrained: str | None) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
         raise
-    except Exception as error:  # of whatever kind a reader meets damaged or foreign weights with
+    except Exception as error:  # readers of damaged or foreign weights raise errors of any kind
         if isinstance(error, OSError) and error.errno is not None:
             raise
         source = f"--pretrained {pretrained}" if pretrained else f"--model {model}"
@@ -108,7 +110,7 @@ def _load(model: str, pretrained: str | None, activation: str, device: torch.dev
             model,
             pretrained,
             device=device,
-            force_quick_gelu=quick_gelu,  # this one can only switch it on, the next one also off
+            force_quick_gelu=quick_gelu,  # this argument can switch it on, the next one also off
             quick_gelu=quick_gelu,
             require_pretrained=True,
         )
@@ -119,14 +121,14 @@ def _load(model: str, pretrained: str | None, activation: str, device: torch.dev
 
 
 def check_backbone(model: str, pretrained: str | None = None, activation: str = "auto") -> None:
-    """Find out what would fail in `load_backbone`, without loading anything.
+    """Find every error that `load_backbone` would raise for its arguments, without loading anything.
 
     Args:
         model: "glyphs" or a model name of open_clip.
         pretrained: a file with weights, whose code, if it has any, is not run, or a tag of open_clip; for "glyphs" a
             folder written by `pretrain-glyphs`, or None for the bundled weights; None for names that bring their
             weights (`hf-hub:`, `local-dir:`).
-        activation: "gelu", "quick-gelu", or "auto" for what the model's name says.
+        activation: "gelu", "quick-gelu", or "auto" for the activation that the model's name implies.
 
     Raises:
         FileNotFoundError: `pretrained` is neither a file nor a tag.
@@ -160,7 +162,7 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
 
 
 def is_listed(model: str, pretrained: str | None) -> bool:
-    """Whether both are names of open_clip's own tables, or the bundled model: no file, no folder, no hub."""
+    """Whether both names are in open_clip's own tables, or are the bundled model's; files, folders and hubs are not."""
     if model == GLYPHS:
         return pretrained is None
     schema, name = parse_model_name(model)
@@ -194,7 +196,7 @@ def _wants_quick_gelu(model: str, activation: str) -> bool:
 
 
 def _trained_with_quick_gelu(name: str, pretrained: str) -> tuple[bool | None, str]:
-    """Whether the weights were trained with QuickGELU, None when nothing tells, and what told it."""
+    """Whether the weights were trained with QuickGELU (None: unknown), and the source of this knowledge."""
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if tag:
         return bool(tag.get("quick_gelu", False)), "open_clip's table of pretrained weights"
@@ -216,7 +218,7 @@ def _trained_with_quick_gelu(name: str, pretrained: str) -> tuple[bool | None, s
 
 
 def _unpack_torchscript(path: Path, folder: Path) -> str:
-    """Write the weights of one of OpenAI's archives into a file of a format that open_clip's loader reads."""
+    """Write the weights of one of OpenAI's archives into a file that open_clip's loader reads."""
     not_weights = ("input_resolution", "context_length", "vocab_size")
     weights = {name: weight for name, weight in read_torchscript(path).items() if name not in not_weights}
     unpacked = folder / "weights.safetensors"
@@ -225,24 +227,24 @@ def _unpack_torchscript(path: Path, folder: Path) -> str:
 
 
 def _words_of(error: Exception, path: Path) -> str:
-    """Why the weights of a model, in a file perhaps, cannot be loaded."""
-    if isinstance(error, StopIteration):  # open_clip looks at the first weight
+    """The reason why a model's weights, in a file or elsewhere, cannot be loaded, in words."""
+    if isinstance(error, StopIteration):  # open_clip asks for the first weight
         return "there are no weights in it"
     if isinstance(error, pickle.UnpicklingError) and path.is_file():
-        with contextlib.suppress(Exception):  # a file that is no pickle at all
+        with contextlib.suppress(Exception):  # the file may be no pickle at all
             if found := torch.serialization.get_unsafe_globals_in_checkpoint(path):
                 return (
                     f"beside tensors it holds Python objects ({', '.join(sorted(found))}), and a pickle of these can "
                     "run code; expected a file of weights alone, such as safetensors"
                 )
-        return "it is damaged, or holds more than weights"  # torch's own words advise to run what it holds
+        return "it is damaged, or holds more than weights"  # torch's own message advises to run the code in the file
     return textwrap.shorten(words_of(error), 400)  # torch may name every key of a state dict
 
 
 def _preprocessing(
     clip: Any, device: torch.device
 ) -> tuple[Callable[[Tensor], Tensor], tuple[int, int], Callable[[Tensor], Tensor]]:
-    """How the weights expect images: `preprocess`, `size` and `normalize` of a `Backbone`."""
+    """`preprocess`, `size` and `normalize` of a `Backbone`, as its weights expect images."""
     expected = open_clip.get_model_preprocess_cfg(clip)
     size = expected["size"]
     height, width = size if isinstance(size, (tuple, list)) else (size, size)

@@ -1,4 +1,4 @@
-"""What the bundled CLIP is told about its pictures: captions, their words, and which picture each is true of."""
+"""The captions that the bundled CLIP is trained with, their vocabulary, and the pictures that each is true of."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPLATES = (
 
 
 def build_vocabulary() -> dict[str, int]:
-    """Every word that a caption can hold, between `<pad>`, `<unk>`, `<start>` and, with the largest id, `<end>`."""
+    """The ids of `<pad>`, `<unk>`, `<start>`, of every word that a caption can hold, and of `<end>`, the largest."""
     text = " ".join([*TEMPLATES, *glyphs.CLASS_NAMES, *FOREGROUNDS, *GROUNDS])
     words = {word for word in text.split() if "{" not in word} - {_UNKNOWN_WORD}
     return {word: i for i, word in enumerate([glyphs.PAD, glyphs.UNKNOWN, glyphs.START, *sorted(words), glyphs.END])}
@@ -39,7 +39,7 @@ def build_vocabulary() -> dict[str, int]:
 
 @dataclass
 class Batch:
-    """Pictures with one caption each, and which captions are true of which pictures."""
+    """Pictures with one caption each, and a table of the captions that are true of each picture."""
 
     images: Tensor  # uint8 [N, 3, 32, 32]
     captions: list[str]

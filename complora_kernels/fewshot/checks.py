@@ -1,4 +1,4 @@
-"""Options that cannot work, found before anything is computed."""
+"""Checks that find options that cannot work before anything is computed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from complora_kernels.fewshot.logs import check_loggers
 from complora_kernels.fewshot.setting import load
 from complora_kernels.fewshot.team import is_started_together
 from complora_kernels.fewshot.templates import templates_for, training_template
-from complora_kernels.fewshot.tokens import Tokenizer, check_told_apart, warn_of_cut
+from complora_kernels.fewshot.tokens import Tokenizer, check_told_apart, warn_of_truncation
 
 
 def check_options(config: TrainConfig) -> None:
-    """Raise a ValueError or a FileNotFoundError for options that cannot work, whatever the data."""
+    """Raise a ValueError or a FileNotFoundError for options that cannot work with any data."""
     options.check(config)
     check_backbone(config.model, config.pretrained, config.activation)
     check_device(config.device)
@@ -31,7 +31,7 @@ def check_options(config: TrainConfig) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise a ValueError for a device that is none, or not there."""
+    """Raise a ValueError for an unknown device, or one that this machine does not have."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: expected cpu, cuda or auto")
     if not device.startswith("cuda"):
@@ -50,14 +50,14 @@ def check_workers(workers: int | None) -> None:
 
 
 def check_data(config: TrainConfig, tokenize: Tokenizer | None = None) -> dict[tuple[int, int], str]:
-    """Find out whether the data sets are there, or fetch them, and draw what every run will draw.
+    """Find out whether the data sets are there, or fetch them, and choose the few-shot split of every run.
 
     Args:
         config: the options of the runs.
-        tokenize: the tokenizer of their model, which has to tell the classes apart; None: it is loaded.
+        tokenize: the tokenizer of their model, which has to tell the classes apart; None: load it.
 
     Returns:
-        The fingerprint of each draw's images, by shots and seed.
+        The fingerprint of each split's images, by shots and seed.
     """
     tokenize = load_tokenizer(config.model, config.pretrained) if tokenize is None else tokenize
     for name in config.kept():
@@ -69,18 +69,18 @@ def check_data(config: TrainConfig, tokenize: Tokenizer | None = None) -> dict[t
     learned = parts[0]
     is_file = config.draw.endswith((".json", ".pkl"))
     if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
-        raise ValueError(f"--draw {config.draw}: one draw for the seeds {config.seeds}, expected {{seed}} in the path")
-    drawn = {
-        (shots, seed): datasets.draw(learned, shots, seed, config.draw)
+        raise ValueError(f"--draw {config.draw}: one split for the seeds {config.seeds}, expected {{seed}} in the path")
+    splits = {
+        (shots, seed): datasets.choose_split(learned, shots, seed, config.draw)
         for seed in config.seeds
         for shots in config.shots
     }
-    if config.validation and not all(len(draw.val) for draw in drawn.values()):
+    if config.validation and not all(len(split.val) for split in splits.values()):
         raise ValueError(
-            f"--validation: --draw {config.draw} draws no validation images from {config.data}, expected a data set "
+            f"--validation: --draw {config.draw} chooses no validation images from {config.data}, expected a data set "
             "that has some"
         )
-    return {cell: fingerprint(learned, draw) for cell, draw in drawn.items()}
+    return {cell: fingerprint(learned, split) for cell, split in splits.items()}
 
 
 def check_classes(config: TrainConfig, name: str, tokenize: Tokenizer) -> None:
@@ -98,4 +98,4 @@ def _check_prompts(
 ) -> None:
     templates, for_steps = templates_for(config.template, name), training_template(config.template, name)
     check_told_apart(source, class_names, templates, for_steps, tokenize)
-    warn_of_cut(source, class_names, templates, for_steps, tokenize)
+    warn_of_truncation(source, class_names, templates, for_steps, tokenize)

@@ -1,4 +1,4 @@
-"""Every option of `complora train`, the presets, and what is wrong with values that cannot work."""
+"""Every option of `complora train`, the presets, and the checks of the options' values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Protocol = Literal["few-shot", "base-to-new", "transfer", "domain-shift", "reten
 GLYPHS = "glyphs"
 """The name of the bundled model among open_clip's."""
 
-# The data sets whose zero-shot accuracy each protocol measures before and after, beside those of --keep.
+# The data sets, beside those of --keep, whose zero-shot accuracy each protocol measures before and after training.
 PROTOCOLS: dict[Protocol, tuple[str, ...]] = {
     "few-shot": (),
     "base-to-new": (),  # the new classes of the data set itself
@@ -32,7 +32,7 @@ PROTOCOLS: dict[Protocol, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Adapt a CLIP to a few images a class, and measure what it learns and what it forgets.
+    """Adapt a CLIP to a few images per class, and measure what it learns and what it forgets.
 
     One run for each method, number of shots, learning rate and seed; every run starts from the same pretrained model.
     By default the new task is scikit-learn's scanned digits, the retained one the zero-shot naming of the 26 letters.
@@ -56,36 +56,36 @@ class TrainConfig:
     Weights that are known to be trained with the other one are refused."""
 
     data: str = "digits"
-    """What is learned: digits, which come with scikit-learn; one of the eleven data sets of CoOp, such as dtd;
+    """The data set to learn: digits, which come with scikit-learn; one of the eleven data sets of CoOp, such as dtd;
     folder:PATH, a folder of class folders; or csv:PATH, a table with the columns path, label and perhaps split."""
     data_root: Path | None = None
     """The folder that holds the named data sets, each in CoOp's or CLIP-LoRA's layout."""
     download: bool = False
     """Fetch a data set that is not there through torchvision, where it can."""
     protocol: Protocol = "few-shot"
-    """few-shot: all classes. base-to-new: learn the first half of the classes, and name the second half too.
-    transfer, retention: what is learned, and zero-shot accuracy before and after on those of the eleven data sets that
-    are not learned. domain-shift: the same on ImageNet's four variants. transfer and domain-shift are for imagenet."""
+    """few-shot: learn all classes. base-to-new: learn the first half of the classes, and measure on the second half
+    too. transfer, retention: learn all classes, and measure zero-shot accuracy before and after on the rest of the
+    eleven data sets. domain-shift: the same on ImageNet's four variants. transfer and domain-shift are for imagenet."""
     keep: tuple[str, ...] | None = None
     """More data sets whose zero-shot accuracy is measured before and after. None: letters for the digits, unless
     base-to-new."""
     draw: str = "own"
-    """Which images a seed draws. own: ours, the smaller part of the larger; coop: CoOp's, from its files beside the
-    data or, but for ImageNet, computed alike; clip-lora: CLIP-LoRA's; or a draw.json of an earlier run, or one of
-    CoOp's .pkl files, with {data}, {shots} and {seed} in its path filled in."""
+    """How a seed chooses the few-shot split. own: smaller splits are part of larger ones; coop: as CoOp does, from its
+    files beside the data or, except for ImageNet, computed alike; clip-lora: as CLIP-LoRA does; or the path of an
+    earlier run's draw.json or of one of CoOp's .pkl files, in which {data}, {shots} and {seed} are filled in."""
     validation: bool = False
-    """Measure on validation images too, as many as shots and at most four a class. They are never trained on."""
+    """Measure on validation images too, as many as shots and at most four per class. They are never trained on."""
 
     methods: tuple[Method, ...] = ("lora", "output", "both", "random")
     """LoRA, and Comp-LoRA with the output side of each weight protected, the input side, or both.
     random, random-input and random-both protect as many random directions: the controls for output, input and both.
-    activations (-input, -both) protect the principal directions of what the weights write and see on the shots.
+    activations (-input, -both) protect the principal directions of the weights' outputs and inputs on the shots.
     lora-wd: LoRA with --strong-weight-decay. tip-adapter and linear-probe train nothing inside the model.
     The zero-shot model is always measured."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Training images per class; smaller draws are part of the larger ones of the same seed."""
+    """Training images per class."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each seed draws other training images, first factors, batches and random subspaces."""
+    """Each seed chooses other training images, initial factors, batches and random subspaces."""
     learning_rates: tuple[float, ...] = (2e-4,)
     """Peak learning rates of AdamW."""
 
@@ -123,22 +123,22 @@ class TrainConfig:
     memory. Up to as much, the images that are measured stay decoded in host memory; beyond it they are decoded each
     time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What the frozen model computes in; factors, logits and the loss are float32, fp16 scales its loss.
+    """Precision of the frozen model; factors, logits and the loss are float32, and fp16 scales its loss.
     auto: bf16 on a GPU, fp32 on a CPU, where half precision is slow."""
     recompute: bool = False
-    """Compute the first product of each MLP again in the backward pass, to keep 6 instead of 10 activations a block."""
+    """Compute the first product of each MLP again in the backward pass, to save 6 activations per block, not 10."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """A step as one CUDA graph; auto: on a GPU, unless it cannot be captured."""
+    """Run each step as one CUDA graph; auto: on a GPU, unless it cannot be captured."""
     profile: bool = False
     """Write profile.txt and trace.json for each run, from eight of its steps, and print the first run's."""
     weight_decay: float = 1e-2
     """Weight decay of AdamW."""
     strong_weight_decay: float = 0.3
-    """That of the method lora-wd."""
+    """Weight decay of the method lora-wd."""
     interpolations: tuple[float, ...] = ()
     """Measure each trained model again with these shares of its update, between 0 and 1 (WiSE-FT)."""
     final_learning_rate: float = 1e-6
-    """Where the cosine schedule ends."""
+    """Learning rate at the end of the cosine schedule."""
 
     template: str = "a photo of a {}."
     """The prompt; {} stands for the class name, such as "digit seven" or "letter q". default: "a photo of a {}.";
@@ -169,7 +169,7 @@ class TrainConfig:
     """The project of Weights & Biases that each run is logged to (pip install wandb)."""
 
     def adapter(self, method: Method, seed: int) -> CompLoRAConfig:
-        """How `method` adapts the model, which is not one of those that do not; `seed` chooses random subspaces."""
+        """The adapter of a method that adapts the model; `seed` chooses random subspaces."""
         changes = METHODS[method]
         assert changes is not None
         sizes = {name: getattr(self, name) for name in ("subspace_k", "subspace_energy", "subspace_ratio")}
@@ -193,7 +193,7 @@ class TrainConfig:
         return self.steps_per_shot * shots if self.steps is None else self.steps
 
     def runs(self) -> list[Run]:
-        """The grid, in the order in which it is worked off: seed by seed, so that a stopped one is balanced."""
+        """The runs of the grid in their order: seed by seed, so that a grid that was stopped is balanced."""
         runs = [
             Run(method, shots, None if METHODS[method] is None else learning_rate, seed)
             for seed in self.seeds
@@ -201,7 +201,7 @@ class TrainConfig:
             for learning_rate in self.learning_rates
             for method in self.methods
         ]
-        return list(dict.fromkeys(runs))  # what is not trained has one run for all learning rates
+        return list(dict.fromkeys(runs))  # a method that trains nothing has one run for all learning rates
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ class Run:
     shots: int
     learning_rate: float | None  # None: nothing is trained
     seed: int
-    data: str = ""  # of a sweep, which may have several data sets
-    label: str = ""  # what a sweep calls its variant of the method
+    data: str = ""  # the data set, in a sweep, which may have several
+    label: str = ""  # the name of the method's variant, in a sweep
 
     @property
     def title(self) -> str:
@@ -228,7 +228,7 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """What all runs of one method on one data set share of their names, such as `dtd-lora_wd_0.3`."""
+        """The beginning of the names of all runs of one method on one data set, such as `dtd-lora_wd_0.3`."""
         return file_name("-".join(filter(None, [self.data, self.title])))
 
 
@@ -240,7 +240,7 @@ _GLYPH_RECIPE = {
     "use_rslora": False,
     "lora_dropout": 0.0,
     "steps": 100,
-    "augmentation": "none",  # a corner of a digit is no digit
+    "augmentation": "none",  # a crop may show a part of a digit alone
     "precision": "fp32",
 }
 
@@ -265,7 +265,7 @@ PRESETS: dict[Preset, TrainConfig] = {
     ),
 }
 
-# Options that change how a run is worked off, not what comes out.
+# Options that do not change the results.
 _LOGISTICS = (
     "output",
     "workers",
@@ -283,7 +283,7 @@ _LOGISTICS = (
 )
 
 
-# What the folder of a grid was made with where its config.json does not say.
+# The values of options that a folder of results was made with where its config.json lacks them.
 BEFORE = {
     "augmentation": "none",
     "precision": "fp32",
@@ -298,20 +298,20 @@ BEFORE = {
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The options that determine the results, as JSON knows them (tuples become lists)."""
+    """The options that determine the results, as JSON values (tuples become lists)."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _LOGISTICS}
     return json.loads(json.dumps(options))
 
 
 def changed(config: TrainConfig) -> dict[str, Any]:
-    """The preset, and the options that determine a run's result and are not its preset's or those of a grid's cells."""
+    """The preset, and the options whose values differ from it, without those of the grid's cells."""
     usual, cells = to_json(PRESETS[config.preset]), ("methods", "shots", "seeds", "learning_rates")
     options = {name: value for name, value in to_json(config).items() if value != usual[name] and name not in cells}
     return {"preset": config.preset, **options}
 
 
 def check(config: TrainConfig) -> None:
-    """Raise a ValueError that names the option, its value and what was expected, for values that cannot work."""
+    """Raise a ValueError that names the option, its value and the expected values, for a value that cannot work."""
     cells = ("methods", "shots", "seeds", "learning_rates")
     for name in (*cells, "keep"):
         values = getattr(config, name) or ()
@@ -350,7 +350,7 @@ def _require(holds: bool, option: str, value: object, expected: str) -> None:
 
 
 def preset_for(preset: str | None, model: str | None) -> Preset:
-    """The preset asked for, or the one that suits the model when none was."""
+    """The given preset, or the preset of the model where none is given."""
     if preset is None:
         return "glyphs" if model in (None, GLYPHS) else "clip-lora"
     if preset not in PRESETS:

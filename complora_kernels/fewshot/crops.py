@@ -16,9 +16,9 @@ from torch import Tensor
 
 from complora_kernels.fewshot.images import DeviceImages
 
-_TRIES = 10  # those of torchvision's RandomResizedCrop
-_CROPS = 1  # keeps the random numbers of a step apart from those of the epoch of the same number
-_MOST_BITS = 22  # torch's limit on the bits after the point of a weight
+_TRIES = 10  # tries of torchvision's RandomResizedCrop
+_CROPS = 1  # separates the random numbers of a step from those of the epoch with the same number
+_MOST_BITS = 22  # torch's limit on the fractional bits of a weight
 # Boxes are padded to the largest of their group: to at most so many times their own pixels, and to at most so many
 # values, 256 MiB in float32.
 _MOST_PADDING = 4
@@ -34,14 +34,15 @@ def draw_boxes(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a box in each image, as torchvision's RandomResizedCrop does, and whether to flip it.
+    """Draw a random box in each image, as torchvision's RandomResizedCrop does, and whether to flip it.
 
-    A function of its arguments, with no state to save; the box of an image does not depend on the others' sizes.
+    The results are a function of the arguments, without any state; the box of an image does not depend on the sizes of
+    the others.
 
     Args:
         sizes: int64 [B, 2], heights and widths, on the host: `images.sizes[indices]`.
-        seed: of the run, at least 0.
-        step: of the run, at least 0.
+        seed: seed of the run, at least 0.
+        step: number of the step, at least 0.
         scale: limits of a box's share of the image's area, drawn uniformly.
         ratio: limits of width / height, whose logarithm is drawn uniformly.
         flip: the probability of a flip.
@@ -50,7 +51,7 @@ def draw_boxes(
         Boxes int64 [B, 4], top, left, height and width in pixels; flips bool [B].
 
     Raises:
-        ValueError: limits that are not positive or not in ascending order.
+        ValueError: limits are not positive or not in ascending order.
     """
     for name, (low, high) in (("scale", scale), ("ratio", ratio)):
         if not 0 < low <= high:
@@ -60,7 +61,7 @@ def draw_boxes(
     image_heights, image_widths = sizes.numpy()[:, :, None].swapaxes(0, 1)  # [B, 1]
     areas = image_heights * image_widths * (scale[0] + (scale[1] - scale[0]) * areas)
     ratios = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * ratios)
-    # After the last try comes what always fits: the largest central box within the limits of the ratio.
+    # The last candidate always fits: the largest central box within the limits of the ratio.
     central_heights = np.rint(image_widths / ratio[0]).clip(1, image_heights)
     central_widths = np.rint(image_heights * ratio[1]).clip(1, image_widths)
     heights = np.concatenate([np.rint(np.sqrt(areas / ratios)), central_heights], 1)  # [B, tries + 1]
@@ -84,47 +85,47 @@ def resample(
 
     torchvision's `horizontal_flip(resized_crop(...))` of the uint8 images on the CPU, divided by 255: on the CPU to the
     same bits, elsewhere up to one 255th in the rare pixels whose weights lie at the edge of rounding. Results one pixel
-    wide, of which torch's kernel is wrong on processors without AVX2, are computed as elsewhere. Nothing waits for the
-    device.
+    wide, for which torch's kernel is wrong on processors without AVX2, are computed as on other devices. Nothing waits
+    for the device.
 
     Args:
         images: N images.
-        indices: int64 [B], which of them; on the host, like `boxes` and `flips`.
+        indices: int64 [B], on the host, like `boxes` and `flips`.
         boxes: int64 [B, 4], top, left, height and width in pixels.
         flips: bool [B].
-        size: S, or the height and the width of the results.
+        size: the side S of square results, or their height and width.
 
     Returns:
         float32 [B, 3, S, S] in [0, 1], on `images.target`.
 
     Raises:
-        ValueError: shapes that do not belong together, or a box that is empty or not inside its image.
-        IndexError: an index beyond the images.
+        ValueError: the shapes do not fit together, or a box is empty or not inside its image.
+        IndexError: an index is beyond the images.
     """
     height, width = (size, size) if isinstance(size, int) else size
     _check(images, indices, boxes, flips, height, width)
     if not len(indices):
         return torch.empty(0, 3, height, width, device=images.target)
-    if images.target.type == "cpu" and width > 1:  # torch's kernel is wrong without AVX2, and with it fails on some 1x1
-        return _resample_by_torch(images, indices, boxes, flips, height, width)
-    return _resample_by_products(images, indices, boxes, flips, height, width)
+    if images.target.type == "cpu" and width > 1:  # for width 1 torch's kernel is wrong without AVX2
+        return resample_by_torch(images, indices, boxes, flips, height, width)
+    return resample_by_products(images, indices, boxes, flips, height, width)
 
 
 def bicubic_taps(lengths: Tensor, longest: int, size: int) -> tuple[Tensor, Tensor]:
-    """The weights with which pixels make up resized ones, as in torch's antialiased `interpolate`.
+    """The weights of the pixels in each resized pixel, as in torch's antialiased `interpolate`.
 
-    The filter is Keys' with a = -0.5, as in Pillow, stretched where the pixels are more than the results.
+    The filter is Keys' with a = -0.5, as in Pillow; it is stretched where the image shrinks.
 
     Args:
         lengths: float64 [B], numbers of pixels.
-        longest: the largest of them, known to the host.
-        size: S, the number of results.
+        longest: the largest of the lengths, on the host.
+        size: the number S of resized pixels.
 
     Returns:
-        The first pixel of each result, int64 [B, S], and the weights of the T pixels from there on, float64 [B, S, T];
-        they sum to 1, and are 0 beyond the last pixel.
+        int64 [B, S], the first pixel of each resized one, and float64 [B, S, T], the weights of the T pixels from there
+        on; they sum to 1, and are 0 beyond the last pixel.
     """
-    scale = lengths[:, None] / size  # [B, 1] pixels for one result
+    scale = lengths[:, None] / size  # [B, 1], pixels for each resized pixel
     stretch = scale.clamp(min=1)
     centre = scale * (torch.arange(size, device=lengths.device) + 0.5)  # [B, S]
     first = (centre - 2 * stretch + 0.5).long().clamp(min=0)
@@ -138,9 +139,10 @@ def bicubic_taps(lengths: Tensor, longest: int, size: int) -> tuple[Tensor, Tens
     return first, weights / weights.sum(-1, keepdim=True)
 
 
-def _resample_by_torch(
+def resample_by_torch(
     images: DeviceImages, indices: Tensor, boxes: Tensor, flips: Tensor, height: int, width: int
 ) -> Tensor:  # [B, 3, height, width]
+    """`resample` by torch's kernel for uint8 images, on the CPU."""
     crops = torch.empty(len(indices), 3, height, width)
     for crop, index, (top, left, h, w), flip in zip(
         crops, indices.tolist(), boxes.tolist(), flips.tolist(), strict=True
@@ -151,9 +153,10 @@ def _resample_by_torch(
     return crops.div_(255)
 
 
-def _resample_by_products(
+def resample_by_products(
     images: DeviceImages, indices: Tensor, boxes: Tensor, flips: Tensor, height: int, width: int
 ) -> Tensor:  # [B, 3, height, width]
+    """`resample` by products with matrices of weights, on any device."""
     groups = _groups(boxes)
     crops = [_resample_group(images, indices[g], boxes[g], flips[g], height, width) for g in groups]
     back = torch.cat(groups).argsort().to(images.target, non_blocking=True)
@@ -164,7 +167,7 @@ def _resample_group(
     images: DeviceImages, indices: Tensor, boxes: Tensor, flips: Tensor, height: int, width: int
 ) -> Tensor:  # [B, 3, height, width]
     longest_height, longest_width = boxes[:, 2:].amax(0).tolist()
-    # What the padding holds does not count: its weights are 0, and every uint8 is finite.
+    # The padding may hold any values: its weights are 0, and every uint8 is finite.
     shape = (len(boxes), 3, longest_height, longest_width)
     pixels = torch.empty(shape, dtype=torch.uint8, device=images.device, pin_memory=images._is_pinned)
     for to, index, (top, left, h, w) in zip(pixels, indices.tolist(), boxes.tolist(), strict=True):
@@ -174,7 +177,7 @@ def _resample_group(
     heights, widths, flips = lengths.unbind(1)
     pixels = _resize(pixels.flatten(1, 2), widths, longest_width, width, flips)  # [B, width, 3 · longest_height]
     pixels = _resize(pixels.view(len(boxes), width * 3, -1), heights, longest_height, height)  # [B, height, width · 3]
-    white = torch.full((), 255.0, device=pixels.device)  # a tensor: CUDA multiplies with the inverse of a number
+    white = torch.full((), 255.0, device=pixels.device)  # a tensor, because CUDA multiplies by the inverse of a number
     return (pixels / white).view(-1, height, width, 3).permute(0, 3, 1, 2).contiguous()
 
 
@@ -189,7 +192,7 @@ def _resize(
     if flips is not None:
         flipped = flips[:, None, None] > 0
         first, weights = first.where(~flipped[:, 0], first.flip(1)), weights.where(~flipped, weights.flip(1))
-    # As in torch: of the bits after the point as many as keep the largest weight within 16 bits
+    # Like torch, use as many fractional bits as keep the largest weight within 16 bits.
     bits = torch.log2((2**15 - 0.5) / weights.amax((1, 2), keepdim=True)).floor().clamp(max=_MOST_BITS)  # [B, 1, 1]
     weights = (weights * 2**bits).round()
     # weights = 256 high + low. TF32 and bfloat16 hold these and the pixels exactly, and float32 their sums: these stay
@@ -210,7 +213,7 @@ def _resize(
 
 
 def _groups(boxes: Tensor) -> list[Tensor]:
-    """Which boxes are padded to one size: mostly all of them, but a huge one does not make the others as large."""
+    """Group the boxes that are padded to one size, so that a huge box does not make all others as large."""
     groups: list[list[int]] = []
     pixels = height = width = 0
     sizes = boxes[:, 2:].tolist()

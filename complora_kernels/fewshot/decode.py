@@ -1,4 +1,4 @@
-"""Image files, decoded, in RGB and upright: whole, or brought to a model's size as CLIP does it."""
+"""Decodes image files to RGB, upright: whole, or resized and cropped to a model's size as CLIP does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from complora_kernels.common.files import check_plain
 T = TypeVar("T")
 
 _MOST_PIXELS = 2**25
-"""The most pixels of a resized image before its middle is cut out; Pillow keeps them in 128 MiB."""
+"""The most pixels of a resized image before it is cropped to its middle; Pillow keeps them in 128 MiB."""
 
 
 def load_crops(
@@ -35,30 +35,30 @@ def load_crops(
     workers: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Decode image files and bring them to a model's size as CLIP does before it names them.
+    """Decode image files and bring them to a model's size as CLIP's preprocessing for evaluation does.
 
-    Of the image in RGB, turned upright as `DeviceImages.from_files` does it, the pixels are those of
-    `open_clip.image_transform(size, is_train=False)` before they become floats, bit for bit; of an image hundreds of
-    times as long as wide, which is cut before it is enlarged, up to one level. (CLIP's own evaluation ignores EXIF's
-    orientation and converts to RGB last, which tells in photos that lie on their side, transparent ones and CMYK.)
+    The pixels are bit for bit those of `open_clip.image_transform(size, is_train=False)` before they become floats, for
+    the image in RGB, turned upright as by `DeviceImages.from_files`. An image hundreds of times as long as wide is
+    cropped before it is enlarged, and differs by up to one level. (CLIP's own evaluation ignores EXIF's orientation and
+    converts to RGB last, which changes photos that lie on their side, transparent images and CMYK.)
 
     Args:
         paths: at least one file, as in `DeviceImages.from_files`.
         size: height and width of the results.
-        resize_mode: "shortest": the image covers the result, whose middle is cut out. "longest": it fits into it, with
-            black around. "squash": it is stretched to it.
+        resize_mode: "shortest": the image covers the result, which is its middle. "longest": it fits into the result,
+            with black around it. "squash": it is stretched to the result.
         interpolation: "bicubic" or "bilinear", antialiased. As in open_clip, "shortest" is always bicubic where the
             size is no square.
-        workers: threads; None: what Python takes for the number of cores.
+        workers: number of threads; None: Python's default.
         progress: show a progress bar on stderr once the work has taken two seconds.
 
     Returns:
         uint8 [N, 3, H, W].
 
     Raises:
-        ValueError: no paths, an unknown mode, or a file that cannot be decoded, is too large or finds no memory; the
-            first is named.
-        OSError: a file that cannot be read.
+        ValueError: there are no paths, a mode is unknown, or a file cannot be decoded, is too large or needs more
+            memory than there is; the message names the first such file.
+        OSError: a file cannot be read.
     """
     if resize_mode not in _FIT:
         raise ValueError(f"resize_mode={resize_mode!r}, expected {', '.join(_FIT)}")
@@ -82,7 +82,7 @@ def for_each_file(
     progress: bool,
     doing_what: str = "decoding images",
 ) -> list[T]:
-    """`work(i, path)` of every path, in threads. The first path's error is raised, whichever came first in time."""
+    """Call `work(i, path)` for every path, in threads; of several errors, that of the first path is raised."""
     if not paths:
         raise ValueError("paths is empty, expected at least one image file")
     register_plugins()
@@ -95,7 +95,7 @@ def for_each_file(
 
     pool = ThreadPoolExecutor(workers)
     with warnings.catch_warnings():
-        # They name no file: many pixels, which are decoded up to twice Pillow's limit, and damage in what is no pixel
+        # Pillow's warnings about large images, and about damage outside of the pixels, name no file
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Jpeg|Tiff)ImagePlugin")
         try:
@@ -103,16 +103,16 @@ def for_each_file(
             with tqdm(doing, doing_what, len(paths), unit="image", delay=2, leave=False, disable=not progress) as bar:
                 return list(bar)
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C nobody waits for the files still to come
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C the remaining files are not decoded
 
 
 def open_image(path: str | Path, shorter_side: int | None = None) -> Image.Image:
-    """An image in RGB, upright; reduced as `DeviceImages.from_files` says where a shorter side is enough.
+    """Decode an image to RGB, upright, and reduce it to a shorter side as `DeviceImages.from_files` describes.
 
     Raises:
-        ValueError: it cannot be decoded, or has more pixels than Pillow opens.
-        MemoryError: there is not enough memory for it.
-        OSError: it cannot be read.
+        ValueError: the file cannot be decoded, or has more pixels than Pillow opens.
+        MemoryError: there is not enough memory for the image.
+        OSError: the file cannot be read.
     """
     with _reading(path, shorter_side) as image:
         upright = _upright(image)
@@ -124,9 +124,9 @@ def open_image(path: str | Path, shorter_side: int | None = None) -> Image.Image
 
 
 def size_by_header(path: str | Path, shorter_side: int | None) -> tuple[int, int]:
-    """Height and width of what `open_image` will return, before EXIF turns it: its bytes, without decoding it.
+    """Height and width of the image that `open_image` will return, before EXIF turns it, from the file's header.
 
-    (0, 0) where that fails: a file before it may be damaged behind its header, and the first one is to be named.
+    Returns (0, 0) where the header cannot be read: decoding will raise the error, and names the first damaged file.
     """
     try:
         with _reading(path, shorter_side) as image:
@@ -137,27 +137,27 @@ def size_by_header(path: str | Path, shorter_side: int | None) -> tuple[int, int
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as by `ImageOps.exif_transpose`, which also writes the EXIF block anew, and can fail there."""
+    """Turn an image as `ImageOps.exif_transpose` does, which also rewrites the EXIF block and may fail at that."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
-    except Exception:  # a damaged block raises almost anything, and tells no orientation
+    except Exception:  # a damaged EXIF block raises errors of any kind, and tells no orientation
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 @contextmanager
 def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image]:
-    """An image that is not decoded yet; of a JPEG as many pixels will be decoded as are needed."""
+    """Open an image without decoding it; a JPEG is set to decode only as many pixels as are needed."""
     try:
         check_plain(path)
         with Image.open(path) as image:
             if image.mode in ("I", "F") or ";" in image.mode:
                 raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
             factor = _reduction(image, shorter_side)
-            if factor > 1:  # a JPEG: by 2, 4 or 8 while decoding
+            if factor > 1:  # a JPEG is reduced by 2, 4 or 8 while it is decoded
                 image.draft(None, (-(-image.width // factor), -(-image.height // factor)))
             yield image
     except Image.DecompressionBombError as error:
@@ -168,20 +168,20 @@ def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # of whatever kind a decoder meets damaged bytes with
-        if isinstance(error, OSError) and error.errno is not None:  # the file system's, which names the file
+    except Exception as error:  # decoders raise errors of any kind for damaged bytes
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the file system names the file
             raise
         raise ValueError(f"{path} cannot be decoded: {error}") from error
 
 
 def _pixels(error: Exception) -> str:
-    """How many pixels an image has that Pillow refuses."""
+    """The number of pixels of an image that Pillow refuses, from its message."""
     found = re.search(r"\((\d+) pixels\)", str(error))
     return found[1] if found else "too many"
 
 
 def _reduction(image: Image.Image, shorter_side: int | None) -> int:
-    """How many pixels of a length become one."""
+    """The factor by which both sides of an image are reduced."""
     return 1 if shorter_side is None else max(1, min(image.size) // shorter_side)
 
 
@@ -214,7 +214,7 @@ def _squash(image: Image.Image, size: tuple[int, int], resample: Image.Resamplin
 
 
 def _scaled(image: Image.Image, size: tuple[int, int], which: Callable[..., float]) -> tuple[int, int]:
-    """Width and height with one side as long as the result's, the other at least or, with `max`, at most as long."""
+    """Width and height of the image scaled to cover the result (`min`) or to fit into it (`max`)."""
     height, width = size
     ratio = which(image.height / height, image.width / width)
     return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
@@ -223,21 +223,21 @@ def _scaled(image: Image.Image, size: tuple[int, int], which: Callable[..., floa
 def _middle(
     image: Image.Image, covering: tuple[int, int], resample: Image.Resampling, size: tuple[int, int]
 ) -> Image.Image:
-    """The middle of an image that is resized so as to cover height and width."""
+    """The middle of an image that is resized so that it covers height and width."""
     height, width = size
     left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
     if covering[0] * covering[1] <= max(_MOST_PIXELS, image.width * image.height):
         return image.resize(covering, resample).crop((left, top, left + width, top + height))
-    # A thin image would take gigabytes: it is cut before it is enlarged, rows before columns as Pillow enlarges
-    image, (x0, x1), (y0, y1) = _cut(image, covering, (left, top, left + width, top + height))
+    # A thin image would take gigabytes: it is cropped before it is enlarged, columns first as in Pillow
+    image, (x0, x1), (y0, y1) = _crop_for(image, covering, (left, top, left + width, top + height))
     image = image.resize((width, image.height), resample, (x0, 0, x1, image.height))
     return image.resize((width, height), resample, (0, y0, width, y1))
 
 
-def _cut(
+def _crop_for(
     image: Image.Image, covering: tuple[int, int], part: tuple[int, int, int, int]
 ) -> tuple[Image.Image, tuple[float, float], tuple[float, float]]:
-    """The pixels that a part of the enlarged image depends on, and from where to where in them it reaches."""
+    """The pixels that a part of the enlarged image depends on, and the part's limits within them."""
     box, ends = [], []
     for first, end, pixels, enlarged in zip(part[:2], part[2:], image.size, covering, strict=True):
         begins, stops = first * pixels / enlarged, end * pixels / enlarged
@@ -248,7 +248,7 @@ def _cut(
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """The suffixes, in lower case, of files that are taken for images: those of `_SUFFIXES` and of Pillow's plugins."""
+    """The lower-case suffixes of the files that are read as images: `_SUFFIXES` and those of Pillow's plugins."""
     register_plugins()
     return _SUFFIXES + tuple(
         suffix
@@ -259,8 +259,8 @@ def image_suffixes() -> tuple[str, ...]:
 
 @cache
 def register_plugins() -> None:
-    """Let Pillow know all its formats, and HEIF, in which phones take photos, where pillow-heif is installed."""
-    Image.preinit()  # in the order in which `Image.open` would try them
+    """Register all of Pillow's formats and, where pillow-heif is installed, HEIF, in which phones take photos."""
+    Image.preinit()  # keeps the order in which `Image.open` tries the formats
     Image.init()
     try:
         from pillow_heif import register_heif_opener  # type: ignore[reportMissingImports]
@@ -269,7 +269,7 @@ def register_plugins() -> None:
     register_heif_opener()
 
 
-# The formats of photos among those of Pillow: no icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
+# Pillow's formats for photos, without those for icons, drawings or data, such as .ico, .eps, .psd, .pfm or .h5
 _SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     *(".png", ".apng", ".gif", ".webp", ".avif", ".avifs", ".tif", ".tiff", ".bmp", ".dib"),

@@ -1,4 +1,4 @@
-"""Text from outside (names of classes, files and methods, errors) as it may stand in what the program writes.
+"""Escapes text from outside (names of classes, files and methods, errors) for each format that the program writes.
 
 Every escape leaves ordinary text as it is.
 """
@@ -18,7 +18,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    "[": "{[}",  # after the end of a row it would begin the row's options
+    "[": "{[}",  # a bracket after the end of a row would begin the row's options
     "*": "{*}",
     "±": r"$\pm$",
     "Δ": r"$\Delta$",
@@ -31,8 +31,8 @@ def visible(text: str, keep: str = "") -> str:
     r"""The text with its control and invisible characters as Python writes them: \x1b, \u202e, \udcff.
 
     Args:
-        text: any.
-        keep: characters to leave alone, such as the ends of lines.
+        text: any text.
+        keep: characters that stay unchanged, such as line ends.
     """
     if text.isprintable():
         return text
@@ -45,7 +45,7 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def say(console: Console, text: str, *, soft_wrap: bool = False) -> None:
-    """Print a line of text on a console as it is: without markup, rich's colours or control characters."""
+    """Print a line of plain text on a console: without markup, rich's colours or control characters."""
     console.print(visible(text), highlight=False, markup=False, soft_wrap=soft_wrap)
 
 
@@ -56,17 +56,17 @@ def for_markdown(text: str) -> str:
 
 
 def for_latex(text: str) -> str:
-    """The text as LaTeX prints it; a minus before a number becomes one."""
+    """The text with LaTeX's special characters escaped; a hyphen before a number becomes a minus sign."""
     escaped = "".join(_LATEX.get(character, character) for character in visible(text))
     return re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
 
 
 def for_csv(text: str) -> str:
-    """A cell that a spreadsheet takes for text: an apostrophe stands before one that begins like a formula."""
+    """The text as a cell that no spreadsheet takes for a formula: an apostrophe is put before a formula's beginning."""
     text = visible(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def for_figure(text: str) -> str:
-    """The text for matplotlib, which would read a formula between two dollars."""
+    """The text for matplotlib, which would typeset a formula between two dollars."""
     return visible(text).replace("$", r"\$")

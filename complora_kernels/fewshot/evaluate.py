@@ -1,4 +1,4 @@
-"""How well a CLIP names images, before it is adapted and after."""
+"""Measures how well a CLIP classifies the images of a data set by their prompts."""
 
 from __future__ import annotations
 
@@ -18,37 +18,36 @@ from complora_kernels.fewshot.tokens import check_told_apart
 
 
 class MemoryBudget:
-    """Bytes that several users share, first come, first served; None sets no limit."""
+    """A number of bytes that several tasks share, first come, first served; None sets no limit."""
 
     def __init__(self, total: int | None = None):
         self.free = float("inf") if total is None else total
 
     def take(self, size: int) -> bool:
-        """Take so many bytes, if they are there."""
+        """Take `size` bytes if they are free; returns whether they were."""
         if size > self.free:
             return False
         self.free -= size
         return True
 
     def give_back(self, size: int) -> None:
-        """Those that are no longer used."""
+        """Return `size` bytes that are no longer used."""
         self.free += size
 
 
 class Task:
-    """A data set on one backbone: its prompts, its images as the model takes them, what the pretrained model answers.
+    """A data set on one backbone: its prompts, its images as inputs of the model, and the pretrained model's answers.
 
     Args:
         dataset: the images and the names of their classes.
         backbone: the pretrained model.
         templates: the prompts, each with {} for the class name; the features of several are averaged.
         batch_size: images per forward pass.
-        budget: what decoded images of files may take; None: as much as they need. Those beyond it are decoded at each
-            use.
-        training_template: that of `training_features`; None: the first of `templates`.
+        budget: the memory for decoded images of files; None: no limit. Images beyond it are decoded at each use.
+        training_template: the prompt of `training_features`; None: the first of `templates`.
 
     Raises:
-        ValueError: two classes whose prompts are the same tokens to the model.
+        ValueError: the prompts of two classes are the same tokens.
     """
 
     def __init__(
@@ -68,12 +67,12 @@ class Task:
         check_told_apart(source, dataset.class_names, templates, training_template, backbone.tokenize)
         self.tokens = self._tokenize(templates)  # [T · C, L]
         self.training_tokens = self._tokenize([training_template])  # [C, L]
-        self._zero_shot: dict[torch.dtype, Tensor] = {}  # [N]: 1 correct, 0 wrong, -1 not asked yet
-        self._crops: dict[int, Tensor] = {}  # uint8 [3, S, S], by image
+        self._zero_shot: dict[torch.dtype, Tensor] = {}  # int64 [N]: 1 correct, 0 wrong, -1 not yet known
+        self._crops: dict[int, Tensor] = {}  # by index of the image: uint8 [3, S, S]
         self._budget = MemoryBudget() if budget is None else budget
 
     def class_features(self, model: Any, team: Team = ALONE) -> Tensor:  # float32 [C, D]
-        """The normalised features by which images are named: of several templates the normalised mean.
+        """The normalised features by which images are classified; for several templates their normalised mean.
 
         Every process of a team encodes its part of the prompts.
         """
@@ -83,11 +82,10 @@ class Task:
         return F.normalize(features.unflatten(0, (-1, len(self.dataset.class_names))).mean(0), dim=-1)
 
     def training_features(self, model: Any, team: Team = ALONE) -> Tensor:  # float32 [C, D]
-        """The normalised features that a training step compares images with, differentiable: of one template.
+        """The normalised features of one template, differentiable, that a training step compares images with.
 
-        A step keeps what every layer of the text tower computed of every prompt, and computes all of them again: with
-        ImageNet's ensemble 80 prompts a class, 80,000 a step. An ensemble averages over the words around a name when
-        images are named; the weights need not see them all.
+        A step encodes every prompt, and keeps the activations of every layer: ImageNet's ensemble would be 80 prompts
+        per class, 80,000 per step. An ensemble improves the classification of images; training does not need it.
         """
         return self._text_features(model, self.training_tokens, team)
 
@@ -98,22 +96,22 @@ class Task:
         """The features [N, D] of the images `indices` [N], float32 on the backbone's device.
 
         Args:
-            model: the backbone's or an adapted copy of it, in eval mode.
-            indices: which images.
-            dtype: that of the model.
-            normalize: divide each by its norm, as the cosine with the classes' features wants it.
+            model: the backbone's model or an adapted copy of it, in eval mode.
+            indices: indices of the images.
+            dtype: dtype of the model.
+            normalize: divide each feature by its norm, as the cosine with the classes' features requires.
         """
         features = [model.encode_image(x.to(dtype), normalize=normalize).float() for x in self.pixels(indices)]
         return torch.cat(features) if features else self.class_features(model)[:0]
 
     @torch.no_grad()
     def is_correct(self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> Tensor:
-        """Whether the class nearest to each image, by the cosine of their features, is its own: bool [N], on the CPU.
+        """Whether the class with the highest cosine to each image is its own: bool [N], on the CPU.
 
-        Every process of a team encodes a part of the prompts, and asks about its own images.
+        Every process of a team encodes a part of the prompts, and classifies its own images.
 
         Raises:
-            SharedError: in every process of a team, what went wrong in one.
+            SharedError: in every process of a team, the error of one of them.
         """
         class_features = self.class_features(model, team)
         with team.together():
@@ -128,16 +126,16 @@ class Task:
         return answers.cpu() == self.dataset.labels[indices]
 
     def accuracy(self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> float:
-        """Share of the images `indices` [N] that `model` names correctly; the processes of a team share them."""
+        """The share of the images `indices` [N] that `model` classifies correctly; a team's processes divide them."""
         return self.mean(self.is_correct(model, team.share(indices), dtype, team), team)
 
     def zero_shot_accuracy(self, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> float:
-        """`accuracy` of the pretrained model, which is asked about every image once only."""
+        """`accuracy` of the pretrained model, whose answers are kept, so that it sees every image once."""
         answers = self._zero_shot.setdefault(dtype, torch.full([len(self.dataset.labels)], -1))
         indices = team.share(indices)
         unknown = indices[answers[indices] < 0]
         with team.together():
-            if len(unknown):  # in some of the processes only: each encodes all prompts for itself
+            if len(unknown):  # true in some processes only, so that each encodes all prompts by itself
                 answers[unknown] = self.is_correct(self.backbone.in_dtype(dtype), unknown, dtype).long()
         return self.mean(answers[indices] > 0, team)
 
@@ -148,7 +146,7 @@ class Task:
         return right / asked if asked else float("nan")
 
     def pixels(self, indices: Tensor) -> Iterator[Tensor]:
-        """The images as the model takes them when it is measured, float32 [B, 3, S, S], on its device."""
+        """The images in batches, as inputs of the model in a measurement: float32 [B, 3, S, S], on its device."""
         for batch in indices.split(self.batch_size):
             if isinstance(self.dataset.images, Tensor):
                 yield self.backbone.preprocess(self.dataset.images[batch].to(self.backbone.device))
@@ -157,7 +155,7 @@ class Task:
                 yield self.backbone.normalize(crops.float() / 255)
 
     def forget(self) -> None:
-        """Let go of the decoded images."""
+        """Free the decoded images."""
         self._budget.give_back(sum(crop.numel() for crop in self._crops.values()))
         self._crops = {}
 
@@ -167,10 +165,10 @@ class Task:
 
     def _text_features(self, model: Any, tokens: Tensor, team: Team) -> Tensor:  # [N, L] to normalised float32 [N, D]
         own = team.rows_of(tokens)
-        if torch.is_grad_enabled():  # in a step, which a CUDA graph may hold: nobody asks the others how they are
+        if torch.is_grad_enabled():  # a training step may be in a CUDA graph, where processes cannot exchange errors
             features = model.encode_text(own, normalize=True).float()
         else:
-            parts = own.split(max(self.batch_size, 1))  # memory for one part
+            parts = own.split(max(self.batch_size, 1))  # only one part at a time takes memory
             with team.together():
                 features = torch.cat([model.encode_text(part, normalize=True).float() for part in parts])
         return team.gather(features, len(tokens))

@@ -1,4 +1,4 @@
-"""The program's files of JSON: objects, and lines of objects, that tell when they are damaged; names of files."""
+"""The program's JSON files, which are objects or lines of objects with a digest; and the names of its files."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from complora_kernels.common.files import (
 
 
 def file_name(text: str) -> str:
-    """The text with each run of characters that file names had better not have as one underscore."""
+    """The text as a file name: each run of characters that are unsafe in file names becomes an underscore."""
     return re.sub(r"[^\w.-]+", "_", text)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write an object, sealed, into a file that is whole or absent. An OSError leaves what was there before."""
+    """Write an object with its digest to a file, as a whole. An OSError leaves the old file."""
     write_atomically(path, json.dumps(sealed(record), indent=2) + "\n")
 
 
 def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
-    """The object in a file of JSON, as `sealed` knows it.
+    """Read the object in a JSON file, and check its digest where it has one.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged or holds something else; it is named.
+        ValueError: the file, which the message names, is damaged or holds something else.
     """
     with reading(path, expected):
         return unsealed(json.loads(read_plain(path)))
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one line, sealed, and force it to the disk. A line that a crash cut short is removed first.
+    """Append one line with its digest, and force it to the disk. An incomplete last line is removed first.
 
     Raises:
         OSError: the file cannot be written, or is a link.
@@ -61,15 +61,15 @@ def read_json_lines(path: Path, check: Callable[[dict[str, Any]], object] | None
 
     Args:
         path: the file.
-        check: called with each line's object; what it raises names the line.
+        check: called with each line's object; the message of an error that it raises gets the line.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is damaged; the file and the line are named.
+        ValueError: a line is damaged; the message names the file and the line.
     """
     if not path.exists():
         return []
-    lines = read_plain(path).split(b"\n")[:-1]  # what follows the last newline was cut short, or is empty
+    lines = read_plain(path).split(b"\n")[:-1]  # behind the last newline is an incomplete line, or nothing
     records = []
     for number, line in enumerate(lines, 1):
         with reading(f"{path}, line {number}", "a line as `complora` writes it"):

@@ -1,4 +1,4 @@
-"""The bundled small CLIP and what it knows: digits and capital letters, bright on a dark ground.
+"""The bundled small CLIP and its classes: digits and capital letters, bright on a dark ground.
 
 `load_glyph_clip` returns a standard open_clip model with its tokenizer and its preprocessing. `render.py` beside this
 file draws the pictures, and `pretrain.py` trained the weights, from random ones, on those pictures alone.
@@ -61,7 +61,7 @@ class GlyphTokenizer:
         return [self.vocabulary[START], *words, self.vocabulary[END]]
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that become `<unk>`, in their order."""
+        """The words of a text that become `<unk>`, in the order of the text."""
         return [word for word in _words(text) if word not in self.vocabulary]
 
     def __call__(self, texts: str | list[str]) -> Tensor:
@@ -71,7 +71,7 @@ class GlyphTokenizer:
             int64 [N, context_length], padded with zeros.
 
         Raises:
-            ValueError: a text has more words than fit. It is not cut: the class name often comes last.
+            ValueError: a text has more words than fit. It is not truncated, because the class name often comes last.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
@@ -107,13 +107,13 @@ def preprocess(images: Tensor) -> Tensor:
 
 def normalize(
     pixels: Tensor,  # float32 [N, 3, 32, 32], in [0, 1]
-) -> Tensor:  # of the same shape
+) -> Tensor:  # float32 [N, 3, 32, 32]
     """Subtract the mean of the model's pictures and divide by their deviation."""
     return (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
 
 
 def build_clip(model_config: Mapping[str, Any], seed: int = 0) -> CLIP:
-    """An open_clip CLIP with random weights; torch's global random state is left as it was."""
+    """Make an open_clip CLIP with random weights; torch's global random state stays unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIP(**model_config)
@@ -122,7 +122,7 @@ def build_clip(model_config: Mapping[str, Any], seed: int = 0) -> CLIP:
 def load_glyph_clip(
     device: str | torch.device = "cpu", folder: Path = ASSETS
 ) -> tuple[CLIP, GlyphTokenizer, Callable[[Tensor], Tensor]]:
-    """The bundled model, or one that `pretrain` wrote into another folder.
+    """Load the bundled model, or a model that `pretrain` wrote into another folder.
 
     Returns:
         The model in eval mode and float32, its tokenizer, and its preprocessing, `preprocess`.
@@ -135,16 +135,16 @@ def load_glyph_clip(
 
 
 def load_glyph_tokenizer(folder: Path = ASSETS) -> GlyphTokenizer:
-    """The tokenizer of the model in a folder."""
+    """Load the tokenizer of the model in a folder."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     vocabulary = json.loads((folder / VOCABULARY_FILE).read_text())
     return GlyphTokenizer(vocabulary, config["model_cfg"]["text_cfg"]["context_length"])
 
 
 def held_out_test_set() -> tuple[Tensor, Tensor]:
-    """All 36 classes in fonts the model has never seen, with half the variation of the pretraining.
+    """Render all 36 classes in fonts that the model has never seen, with half the variation of the pretraining.
 
-    The pictures are always the same.
+    The pictures are the same at every call.
 
     Returns:
         images uint8 [720, 3, 32, 32] and labels int64 [720], indices into `CLASS_NAMES`, 20 a class.
@@ -174,7 +174,7 @@ def zero_shot_accuracy(
     class_names: tuple[str, ...],
     template: str = "a drawing of {}.",
 ) -> float:
-    """Share of the pictures whose nearest caption is their own, with `template` filled in for each class name."""
+    """The share of the pictures whose nearest caption is their own; `template` gives the caption of a class name."""
     device = model.logit_scale.device
     captions = model.encode_text(tokenizer([template.format(name) for name in class_names]).to(device), normalize=True)
     chunks = [model.encode_image(preprocess(chunk).to(device), normalize=True) for chunk in images.split(256)]

@@ -1,4 +1,4 @@
-"""Grids of runs: worked off by several processes, or by all together, and resumable after any kill."""
+"""Runs a grid: in several processes, or in all of a team together; a killed grid can be continued."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from complora_kernels.fewshot.jobs import RUNS, Job, is_full
 from complora_kernels.fewshot.outcomes import FAILURES, RESULTS, failures_of, results_of
 from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
-from complora_kernels.fewshot.recipe import CHECKPOINT
 from complora_kernels.fewshot.team import ALONE, Team
+from complora_kernels.fewshot.training import CHECKPOINT
 from complora_kernels.fewshot.workers import work_off
 
 DESCRIPTION = "config.json"
 FIGURES = "figures"
 SLURM = "slurm"
-"""Below the folder of a sweep: where submitit keeps what is queued."""
+"""The folder of submitit's files, below the folder of a sweep."""
 
 
 def prepare(config: TrainConfig) -> None:
-    """Find everything that would stop the grid, and open its folder, before anything is computed.
+    """Find every error that would stop the grid, and open its folder, before anything is computed.
 
     Raises:
         ValueError: an option cannot work, or the folder holds the results of other options.
-        FileNotFoundError: `pretrained` is neither a file nor a tag; a data set is not there.
+        FileNotFoundError: `pretrained` is neither a file nor a tag, or a data set is missing.
         OSError: the folder cannot be written to.
     """
     check_options(config)
@@ -47,7 +47,7 @@ def prepare(config: TrainConfig) -> None:
 
 
 def description(folder: Path) -> dict[str, Any]:
-    """The description of a folder that holds results or unfinished runs; an empty one for any other folder.
+    """Read the options of a folder that holds results or unfinished runs; they are empty for any other folder.
 
     Raises:
         ValueError: its config.json is damaged.
@@ -59,8 +59,8 @@ def description(folder: Path) -> dict[str, Any]:
 
 
 def open_folder(folder: Path, described: dict[str, Any]) -> None:
-    """Make the folder of a grid, and note what it is of. A damaged line of failures.jsonl is a ValueError."""
-    failures_of(folder)  # the report at the end will read them
+    """Make the folder of a grid, and write its options. Raises a ValueError for a damaged line of failures.jsonl."""
+    failures_of(folder)  # the report at the end will read this file
     parts = folder / RUNS, folder / FIGURES
     for part in parts:
         refuse_link(part)
@@ -71,10 +71,10 @@ def open_folder(folder: Path, described: dict[str, Any]) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """The folder of a grid, while nobody else works in it. The system lets go of it when this process dies.
+    """Lock the folder of a grid for this process. The system unlocks it when the process dies.
 
     Raises:
-        ValueError: somebody does.
+        ValueError: another process works in the folder.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -88,23 +88,23 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def check_images(images: Mapping[str, str], folder: Path) -> None:
-    """Raise a ValueError for a result in a folder that is of other images than those that its run would see now.
+    """Raise a ValueError for a result in a folder whose run would see other images now.
 
     Args:
-        images: the fingerprint of each run's, by its name.
-        folder: of the grid.
+        images: the fingerprint of each run's images, by its name.
+        folder: the folder of the grid.
     """
     for result in results_of(folder):
         found, asked = result.get("images"), images.get(result["run"])
         if None not in (found, asked) and found != asked:
             raise ValueError(
-                f"--output {folder}: the result of {result['run']} is of other images ({found}) than are drawn now "
-                f"({asked}); expected the same data, or another folder"
+                f"--output {folder}: the result of {result['run']} is of other images ({found}) than its run would see "
+                f"now ({asked}); expected the same data, or another folder"
             )
 
 
 def check_same(found: Any, asked: dict[str, Any], folder: Path) -> None:
-    """Raise a ValueError with the options of a folder that are asked for with other values now."""
+    """Raise a ValueError that names the options whose values differ from those of the folder."""
     if not isinstance(found, dict):
         raise ValueError(f"{folder / DESCRIPTION}: expected the options of each variant, not {str(found)[:80]}")
     found = {**options.BEFORE, **found}
@@ -123,11 +123,11 @@ def check_same(found: Any, asked: dict[str, Any], folder: Path) -> None:
 def run_grid(config: TrainConfig, console: Console, team: Team = ALONE) -> list[dict[str, Any]]:
     """Do every run of the grid that results.jsonl does not hold yet, and return all results.
 
-    A KeyboardInterrupt stops the workers and is raised again; the next call goes on from the last checkpoints.
+    A KeyboardInterrupt stops the workers and is raised again; the next call continues from the last checkpoints.
 
     Args:
         config: the grid, whose folder `prepare` has opened.
-        console: where progress is shown.
+        console: shows the progress.
         team: processes that train each run together, each of which calls this.
     """
     jobs = [Job(config, run) for run in config.runs()]
@@ -146,12 +146,12 @@ def run_jobs(
     """Do every job that the folder's results do not hold yet, and return all results.
 
     Args:
-        jobs: of one folder.
-        output: the folder, which is open.
-        console: where progress is shown.
-        workers: processes that share the jobs; None: one per core for the bundled model, otherwise one.
+        jobs: the jobs of one folder.
+        output: the folder, opened by `open_folder`.
+        console: shows the progress.
+        workers: number of processes that share the jobs; None: one per core for the bundled model, otherwise one.
         team: as in `run_grid`.
-        keep_going: a run that fails is noted in failures.jsonl and does not stop the others.
+        keep_going: write a run that fails to failures.jsonl and continue with the others.
     """
     finished = team.agree({result["run"] for result in results_of(output)})
     remaining = [job for job in jobs if job.run.name not in finished]
@@ -179,10 +179,10 @@ def run_jobs(
 
 
 def record(job: Job, result: Any, output: Path) -> None:
-    """Note the result of a job, or the exception that it ended with.
+    """Append the result of a job to the results, or the exception that it ended with to the failures.
 
     Raises:
-        OSError: the disk is full; `result` itself, where it says so.
+        OSError: the disk is full; the exception `result` is raised itself where it tells so.
     """
     if not isinstance(result, Exception):
         append_json_line(output / RESULTS, result)
@@ -194,7 +194,7 @@ def record(job: Job, result: Any, output: Path) -> None:
 
 
 class _Silent:
-    """The progress of processes that do not lead."""
+    """Shows no progress, in processes that do not lead."""
 
     def step(self, job: Job, done: int, loss: float) -> None:
         pass

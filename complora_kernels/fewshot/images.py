@@ -1,4 +1,4 @@
-"""Training images in the device's memory, decoded once."""
+"""Keeps decoded training images in the memory of the device."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class DeviceImages:
 
     Attributes:
         pixels: uint8 [bytes], the buffer.
-        sizes: int64 [N, 2], heights and widths, on the host: nothing waits for the device to know them.
-        target: the device on which batches are computed.
+        sizes: int64 [N, 2], heights and widths, on the host, where reading them does not wait for the device.
+        target: the device that computes batches.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], device: str | torch.device, budget_bytes: int | None = None):
@@ -41,12 +41,12 @@ class DeviceImages:
 
         Args:
             images: [N, 3, H, W], or N images [3, H, W] of any sizes; N at least 1.
-            device: where batches are computed and, if they fit, the images kept.
-            budget_bytes: more bytes than this are kept in host memory, pinned for a GPU, as are those for which the
-                device has no memory; a warning is logged. None sets no limit.
+            device: the device that computes batches and, if they fit, keeps the images.
+            budget_bytes: images of more bytes than this, or than the device has free, are kept in host memory, pinned
+                for a GPU, and a warning is logged. None sets no limit.
 
         Raises:
-            ValueError: no images, or one of another dtype or shape.
+            ValueError: there are no images, or one has another dtype or shape.
         """
         images = list(images)
         if not images:
@@ -69,29 +69,30 @@ class DeviceImages:
         shorter_side: int | None = None,
         progress: bool = True,
     ) -> DeviceImages:
-        """Decode image files, each once and on all cores, straight into the buffer, whose size their headers tell.
+        """Decode image files, each once and on all cores, into the buffer, whose size is known from their headers.
 
-        Beside the buffer the memory holds the images that are just being decoded, one a thread.
+        Beside the buffer, each thread needs memory for the image that it decodes.
 
-        They become RGB: alpha is dropped, grey repeated. They are turned upright as EXIF says, which torchvision's own
-        loaders leave undone: pixels should be as people see them, and as captions describe them. `load_crops` does the
+        Images become RGB: alpha is dropped, grey is repeated. EXIF's orientation is applied, which torchvision's own
+        loaders ignore, because pixels should be as people see them and as captions describe them. `load_crops` does the
         same.
 
         Args:
             paths: at least one file of a format that Pillow reads, with 8 bits a channel.
             device: as in `from_tensors`.
             budget_bytes: as in `from_tensors`.
-            shorter_side: pixels that are enough of an image's shorter side, at least 1. Where it has twice as many or
-                more, n by n pixels become one, their mean, with the largest n that leaves enough; of a JPEG partly
-                while it is decoded, which then takes less memory too. With four times the model's size crops of a
-                quarter of an image's length still need no enlarging. None: all images are kept as they are.
+            shorter_side: the number of pixels that the shorter side needs, at least 1. A shorter side with twice as
+                many or more is reduced: n by n pixels become their mean, with the largest n that leaves enough. A JPEG
+                is partly reduced while it is decoded, which takes less memory. With four times the model's size, crops
+                of a quarter of an image's length still need no enlarging. None: images keep their size.
             progress: show a progress bar on stderr once the work has taken two seconds.
 
         Raises:
-            ValueError: no paths, or a file that cannot be decoded, is not of the size that its header says, finds no
-                memory, or has more pixels than Pillow opens (179 million, twice `PIL.Image.MAX_IMAGE_PIXELS`, against
-                files that are made to fill the memory); the first is named.
-            OSError: a file that cannot be read.
+            ValueError: there are no paths, or a file cannot be decoded, has another size than its header says, needs
+                more memory than there is, or has more pixels than Pillow opens (179 million, twice
+                `PIL.Image.MAX_IMAGE_PIXELS`, a limit against files that are made to fill the memory); the message names
+                the first such file.
+            OSError: a file cannot be read.
         """
         if shorter_side is not None and shorter_side < 1:
             raise ValueError(f"shorter_side={shorter_side}, expected at least 1")
@@ -119,7 +120,7 @@ class DeviceImages:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are kept."""
+        """The device that keeps the images."""
         return self.pixels.device
 
     def __len__(self) -> int:
@@ -130,7 +131,7 @@ class DeviceImages:
         return self.pixels[self._starts[index] : self._starts[index + 1]].view(3, *self.sizes[index].tolist())
 
     def _put(self, index: int, image: Tensor) -> None:
-        """Fill the place of an image, which may have been turned on its side: it takes as many bytes."""
+        """Copy an image into its place; an image that was turned on its side takes as many bytes."""
         self.sizes[index] = torch.tensor(image.shape[1:])
         self[index].copy_(image)
 
@@ -139,13 +140,14 @@ def _allocate(size: int, device: torch.device, budget_bytes: int | None) -> Tens
     if device.type != "cpu":
         try:
             if budget_bytes is None or size <= budget_bytes:
-                return _empty(size, device)
+                return empty_buffer(size, device)
             reason = f"the budget is {budget_bytes:,} bytes"
         except torch.OutOfMemoryError:
             reason = f"{device} has no memory left for them"
         logger.warning(f"the images stay in host memory: they are {size:,} bytes and {reason}")
-    return _empty(size, torch.device("cpu"), pin_memory=device.type == "cuda")
+    return empty_buffer(size, torch.device("cpu"), pin_memory=device.type == "cuda")
 
 
-def _empty(size: int, device: torch.device, *, pin_memory: bool = False) -> Tensor:
+def empty_buffer(size: int, device: torch.device, *, pin_memory: bool = False) -> Tensor:
+    """An uninitialised buffer of `size` bytes."""
     return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pin_memory)

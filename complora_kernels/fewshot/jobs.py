@@ -1,4 +1,4 @@
-"""One run of a grid as a job: what it is done with, and what comes out of it, an error included."""
+"""One run of a grid as a job, and its outcome: a result or an error."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ import torch
 
 from complora_kernels.common.files import words_of
 from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
-from complora_kernels.fewshot.recipe import CHECKPOINT, train
+from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.team import ALONE, SharedError, Team
+from complora_kernels.fewshot.training import CHECKPOINT
 
 RUNS = "runs"
-"""Below the folder of a grid: where each run has a folder of its own."""
+"""The folder, below the folder of a grid, that holds a folder for each run."""
 
 
 class Job(NamedTuple):
-    """One run and the options it is done with."""
+    """One run and the options of its grid."""
 
     config: TrainConfig
     run: Run
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """The number of optimizer steps."""
         return 0 if self.run.learning_rate is None else self.config.steps_for(self.run.shots)
 
     @property
     def folder(self) -> Path:
-        """Where its files go."""
+        """The folder of the run's files."""
         return self.config.output / RUNS / self.run.name
 
     @property
     def threads(self) -> int | None:
-        """CPU threads that it is computed with; None: torch's own number."""
+        """The number of CPU threads; None: torch's default."""
         return self.config.threads or (1 if self.config.model == GLYPHS else None)
 
     def end(self) -> None:
-        """Remove what an unfinished run needs, once its result is safe."""
+        """Remove the checkpoint, once the result is safe."""
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-Outcome = tuple[Job, Any]  # with its result, or the exception that it ended with
+Outcome = tuple[Job, Any]  # a job and its result, or the exception that it ended with
 
 
 def result_of(
@@ -55,14 +56,14 @@ def result_of(
     team: Team = ALONE,
     device: str | None = None,
 ) -> Any:
-    """The result of a job, or the exception that it ended with; what no run can be blamed for is raised.
+    """Run a job, and return its result or the exception that it ended with.
 
     Args:
-        job: what is done.
-        settings: of this process.
+        job: the job.
+        settings: the settings of this process.
         on_step: as in `train`.
         team: as in `train`.
-        device: what it is computed on; None: what the job's options say.
+        device: the device; None: that of the job's options.
     """
     config = job.config
     before = torch.get_num_threads()
@@ -71,13 +72,13 @@ def result_of(
         with team.together():
             setting = settings.load(config, device or team.device(config.device))
         return train(config, job.run, setting, job.folder, on_step, team)
-    except (ArithmeticError, SharedError) as error:  # which all processes of a team meet
-        return error.with_traceback(None)  # whose frames would keep the model
+    except (ArithmeticError, SharedError) as error:  # all processes of a team get these errors
+        return error.with_traceback(None)  # the frames of a traceback would keep the model in memory
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if team.size > 1:
-            raise  # the others wait for this one: all have to end
+            raise  # the other processes of the team wait for this one, so that all have to end
         return error.with_traceback(None)
-    except Exception as error:  # of a kind that nobody foresaw; other runs may do better
+    except Exception as error:  # an unforeseen error of this run need not concern other runs
         if team.size > 1:
             raise
         return RuntimeError(f"{type(error).__name__}: {error}")
@@ -86,12 +87,12 @@ def result_of(
 
 
 def run_alone(job: Job) -> dict[str, Any] | Exception:
-    """The result of one job in a process of its own, or the error that it ended with."""
+    """Run one job in a process of its own, and return its result or the error that it ended with."""
     return sendable(result_of(job, Settings(), lambda done, loss: None))
 
 
 def sendable(result: Any) -> Any:
-    """An exception as one that can be sent to another process, which not every one can."""
+    """The result in a form that can be sent to another process, which not every exception can."""
     if not isinstance(result, Exception):
         return result
     if isinstance(result, OSError) and is_full(result):
@@ -101,5 +102,5 @@ def sendable(result: Any) -> Any:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether there is no room for the results of other runs either."""
+    """Whether an error says that the disk is full or read-only, so that no run can save its result."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

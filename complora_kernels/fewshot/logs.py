@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: its log, and TensorBoard's and Weights & Biases' when asked; then a figure."""
+"""The log of a run: a file, TensorBoard and Weights & Biases where asked for, and a figure at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIGURE = "loss.png"
 
 
 def check_loggers(config: TrainConfig) -> None:
-    """Raise a ValueError for a logger that is asked for and not installed."""
+    """Raise a ValueError for a logger that is asked for but not installed."""
     asked = {"tensorboard": ("--tensorboard", config.tensorboard), "wandb": ("--wandb", config.wandb is not None)}
     for package, (option, is_asked) in asked.items():
         if is_asked and importlib.util.find_spec(package) is None:
@@ -27,16 +27,16 @@ def check_loggers(config: TrainConfig) -> None:
 
 
 class RunLog:
-    """The lines of one run, in a file of its folder as they come, and a figure when it ends, well or not.
+    """Writes the log lines of a run to a file as they come, and a figure when the run ends or fails.
 
-    The file starts with the lines of the part of the run that went before: what a killed one logged after its
-    checkpoint, perhaps half a line, is logged again.
+    The file starts with the lines that the checkpoint holds. Lines that a killed run logged after its checkpoint are
+    removed, because they are logged again.
 
     Args:
-        config: which other loggers are asked for.
-        name: the run's.
-        folder: where everything goes; None writes nothing, as in all processes of a team but the first.
-        lines: those of the part of the run that went before.
+        config: tells which other loggers are asked for.
+        name: the run's name.
+        folder: the folder of the files; None writes nothing, as in all processes of a team but the first.
+        lines: the lines from the checkpoint.
 
     Raises:
         OSError: the file cannot be written; from `add`, and from the end of a run that ends well, too.
@@ -53,7 +53,7 @@ class RunLog:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What was logged after the checkpoint that the run goes on from is logged again.
+            # Steps after the checkpoint are logged again, and replace the earlier ones.
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=self._last_step() + 1)
         if config.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
@@ -70,9 +70,9 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The error that ends the run is the news: after a full disk nothing else can be written either.
+        # Errors of the log are suppressed where another error ends the run: after a full disk, writing fails again.
         quietly = contextlib.nullcontext() if error is None else contextlib.suppress(OSError)
-        with quietly, contextlib.ExitStack() as endings:  # all of them, the last one first
+        with quietly, contextlib.ExitStack() as endings:  # calls all endings, the last one first
             endings.callback(self._draw)
             if self._wandb is not None:
                 endings.callback(self._wandb.finish, exit_code=0 if error is None else 1)
@@ -82,17 +82,17 @@ class RunLog:
                 endings.callback(self._file.close)
 
     def add(self, step: int, loss: float, learning_rate: float) -> None:
-        """After `step` steps."""
+        """Log a line after `step` steps."""
         line = {"step": step, "loss": loss, "learning_rate": learning_rate}
         self.lines.append(line)
         if self._file is not None and self.folder is not None:
             with writing(self.folder / LOG):
                 self._file.write(_encoded(line))
-                self._file.flush()  # to the system, which keeps it when the process is killed
+                self._file.flush()  # hands the line to the operating system, which keeps it when the process is killed
         self._tell({"loss": loss, "learning_rate": learning_rate}, step)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Tell what came out: the run's line in results.jsonl."""
+        """Log the numbers of the run's line in results.jsonl."""
         numbers = {name: value for name, value in result.items() if isinstance(value, (int, float))}
         self._tell({f"result/{name}": value for name, value in numbers.items()}, result["steps"])
 

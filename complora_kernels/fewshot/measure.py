@@ -1,4 +1,4 @@
-"""What a run has learned and what it has kept: the accuracies of its line in results.jsonl."""
+"""Measures what a run has learned and retained: the accuracies of its line in results.jsonl."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torch import Tensor
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
 from complora_kernels.fewshot.config import TrainConfig
-from complora_kernels.fewshot.datasets import Dataset, Draw
+from complora_kernels.fewshot.datasets import Dataset, FewShotSplit
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.setting import NEW_CLASSES, Setting
 from complora_kernels.fewshot.team import Team
 
-Accuracy = Callable[[Task, Tensor], float]  # of the images [N] of a task
+Accuracy = Callable[[Task, Tensor], float]  # (task, indices of images [N]) -> accuracy
 
 
 class Measurement:
-    """Which images the runs of one draw are measured on, and what the pretrained model answers to them.
+    """The images that the runs of one few-shot split are measured on, and the pretrained model's answers to them.
 
     Args:
-        config: how many images, and whether validation images too.
+        config: tells how many images, and whether validation images too.
         setting: the model and the tasks.
-        draw: the images of the new task that may be measured on.
-        dtype: of the models, the pretrained one too: rounding is no forgetting.
-        team: the processes that share the work, each of which calls every method. What goes wrong in one of them is
-            raised as a SharedError in all.
+        split: the few-shot split of the new task.
+        dtype: dtype of the models, also of the pretrained one, so that rounding does not look like forgetting.
+        team: the processes that share the work, each of which calls every method. An error in one of them is raised as
+            a SharedError in all.
     """
 
-    def __init__(self, config: TrainConfig, setting: Setting, draw: Draw, dtype: torch.dtype, team: Team):
-        self.config, self.setting, self.draw, self.dtype, self.team = config, setting, draw, dtype, team
-        self.test = at_most(config.max_test_images, draw.test)
+    def __init__(self, config: TrainConfig, setting: Setting, split: FewShotSplit, dtype: torch.dtype, team: Team):
+        self.config, self.setting, self.split, self.dtype, self.team = config, setting, split, dtype, team
+        self.test = at_most(config.max_test_images, split.test)
         if not len(self.test):
-            raise ValueError(f"{setting.new.dataset.name}: the draw leaves no image to measure on")
+            raise ValueError(f"{setting.new.dataset.name}: the split leaves no image to measure on")
         self.kept = {
             name: at_most(config.max_test_images, test_images(task.dataset)) for name, task in setting.kept.items()
         }
@@ -48,7 +48,7 @@ class Measurement:
         return {"zero_shot_new": before["new"], "zero_shot_kept": before["kept"]}
 
     def trained(self, model: Any) -> dict[str, Any]:
-        """Accuracies of an adapted model in eval mode, with shares of its update too where they are asked for."""
+        """Accuracies of an adapted model in eval mode and, with `interpolations`, of shares of its update."""
         accuracy = lambda task, indices: task.accuracy(model, indices, self.dtype, self.team)
         found = self._all(accuracy)
         interpolated = []
@@ -64,15 +64,15 @@ class Measurement:
         """
         new, team = self.setting.new, self.team
         model, dtype = self.setting.backbone.in_dtype(self.dtype), self.dtype
-        train_labels = new.dataset.labels[self.draw.train]
+        train_labels = new.dataset.labels[self.split.train]
         with torch.no_grad():
             class_features = new.class_features(model, team).cpu()
 
-        def features_of(task: Task, indices: Tensor) -> Tensor:  # [N, D]; the probe's penalty depends on their norm
+        def features_of(task: Task, indices: Tensor) -> Tensor:  # [N, D], for the probe not normalised
             return task.image_features(model, indices, dtype, normalize=method == "tip-adapter").cpu()
 
         with team.together():
-            train_features = features_of(new, self.draw.train)
+            train_features = features_of(new, self.split.train)
 
         def accuracy(task: Task, indices: Tensor) -> float:
             columns = columns_of(task.dataset.class_names, new.dataset.class_names)
@@ -103,21 +103,21 @@ class Measurement:
         found = {"new": new, "kept": _kept({name: after for name, (_, after) in tasks.items()}), "tasks": tasks}
         if not self.config.validation:
             return found
-        return {**found, "val": accuracy(self.setting.new, self.draw.val) if len(self.draw.val) else None}
+        return {**found, "val": accuracy(self.setting.new, self.split.val) if len(self.split.val) else None}
 
 
 def _kept(accuracies: dict[str, float]) -> float | None:
-    """That of the new classes, or the mean of all that should be kept."""
+    """The retained accuracy: on the new classes, or the mean over all tasks that are kept."""
     if NEW_CLASSES in accuracies:
         return accuracies[NEW_CLASSES]
     return sum(accuracies.values()) / len(accuracies) if accuracies else None
 
 
 def columns_of(names: Sequence[str], known: Sequence[str]) -> list[list[int]] | None:
-    """Where each of the names is among the known ones; None where some are not.
+    """The places of each name among the known names; None where a name is unknown.
 
-    ImageNet has two classes of one name: where all of a name are asked for they keep their order, and where fewer are
-    it is not known which, so that each of them is any.
+    ImageNet has classes with the same name. Where `names` has all of them, each gets one place, in their order; where
+    it has fewer, it is unknown which, so that each gets the places of all.
     """
     places: dict[str, list[int]] = {}
     for place, name in enumerate(known):
@@ -135,7 +135,7 @@ def columns_of(names: Sequence[str], known: Sequence[str]) -> list[list[int]] | 
 
 @contextmanager
 def scaled_update(model: Any, share: float) -> Iterator[None]:
-    """The adapted model with `share` of its update: weights between the pretrained and the trained ones (WiSE-FT)."""
+    """Scale the update of an adapted model: its weights lie between the pretrained and the trained ones (WiSE-FT)."""
     layers = adapted_layers(model).values()
     factors = [layer.factors(name)[1] for layer in layers for name in layer.weights]
     trained = [B.detach().clone() for B in factors]
@@ -151,12 +151,12 @@ def scaled_update(model: Any, share: float) -> Iterator[None]:
 
 
 def test_images(dataset: Dataset) -> Tensor:
-    """The images [N] that a task which is not trained on is measured on: its test set, or all where it has none."""
+    """The images [N] that measure a task without training: its test set or, where it has none, all images."""
     return dataset.train if dataset.test is None else dataset.test
 
 
 def at_most(n: int | None, indices: Tensor) -> Tensor:
-    """All indices, or `n` of them chosen at random, always the same ones."""
+    """The indices, or `n` of them chosen at random, the same at every call."""
     if n is None or n >= len(indices):
         return indices
     chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:n]

@@ -1,4 +1,4 @@
-"""The vocabulary of methods: what each name adapts and protects, or what it does instead."""
+"""The names of the methods, and the adapter that each stands for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Method = Literal[
     "linear-probe",
 ]
 
-# What each name means to `CompLoRAConfig`; None: the model stays as it is, see `anchors`. The order is that of tables.
+# The arguments of `CompLoRAConfig` by method, in the order of tables; None: a baseline without adapter, see `anchors`.
 METHODS: dict[Method, dict[str, Any] | None] = {
     "lora": {"sides": "none"},
     "lora-wd": {"sides": "none"},

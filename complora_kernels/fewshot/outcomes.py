@@ -1,4 +1,4 @@
-"""The outcomes of the runs of a folder: the lines of results.jsonl and failures.jsonl, checked as they are read."""
+"""Reads and checks the outcomes of a folder's runs: the lines of results.jsonl and failures.jsonl."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ FAILURES = "failures.jsonl"
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a folder's results.jsonl; none where there is none.
+    """Read the lines of a folder's results.jsonl; there are none where the file is missing.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is damaged, or no result; with the file and the line.
+        ValueError: a line is damaged, or is no result; the message names the file and the line.
     """
     return read_json_lines(folder / RESULTS, _check_result)
 
 
 def failures_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a folder's failures.jsonl; none where there is none. Errors are those of `results_of`."""
+    """Read the lines of a folder's failures.jsonl, with the errors of `results_of`."""
     return read_json_lines(folder / FAILURES, lambda line: _check(line, {"run": _is_text, "error": _is_text}))
 
 
 def _check_result(line: Mapping[str, Any]) -> None:
-    """Checks every field that is read later: a person may have written the line."""
+    """Check every field that is read later, because a person may have written the line."""
     _check(line, _RESULT, _OPTIONAL)
     parts = [line, *(line.get("interpolated") or [])]
     for part in parts:
@@ -66,7 +66,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_tasks(value: Any) -> bool:  # accuracies before and after, by task
+def _is_tasks(value: Any) -> bool:  # by task: the accuracies before and after training
     return isinstance(value, dict) and all(
         isinstance(pair, list) and len(pair) == 2 and all(map(_is_share, pair)) for pair in value.values()
     )

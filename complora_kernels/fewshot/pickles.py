@@ -1,4 +1,4 @@
-"""Pickles of other programs, read without running what they may hold."""
+"""Reads pickles of other programs, without running any code that they may hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTAINERS = (
 )
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 _CALLS = (*_TUPLES, "REDUCE", "BINPERSID")
-_MOST_MARKS = 100  # one inside the other
+_MOST_MARKS = 100  # the deepest nesting
 
 
 class _Unpickler(pickle.Unpickler):
@@ -36,20 +36,21 @@ class _Unpickler(pickle.Unpickler):
 def read_pickle(
     content: bytes, find: Callable[[str, str], Any], load: Callable[[Any], Any] | None = None, *, calls: bool = False
 ) -> Any:
-    """Reads a pickle in time and memory that are linear in its length.
+    """Read a pickle in time and memory that are linear in its length.
 
     Args:
-        content: all of its bytes.
-        find: what stands for a module's class or function; it raises for those that are not known. Nothing is imported.
-        load: what stands for a persistent id.
-        calls: allow tuples, and that what `find` returns is called.
+        content: the bytes of the pickle.
+        find: returns the substitute for a module's class or function, and raises for unknown ones. Nothing is imported.
+        load: returns the object of a persistent id.
+        calls: whether the pickle may hold tuples and call the objects that `find` returns.
 
     Raises:
-        Exception: of almost any kind, where the pickle is damaged or asks for more; catch it with `files.reading`.
+        Exception: the pickle is damaged or asks for more; the error may be of almost any kind, and is to be caught with
+            `files.reading`.
     """
     allowed = {*_CONTAINERS, *(_CALLS if calls else ())}
     marks = 0
-    kinds: dict[int, str] = {}  # by the index of a remembered object: the instruction that made it
+    kinds: dict[int, str] = {}  # the instruction that made each remembered object, by its index
     last = ""
     for instruction, argument, _ in pickletools.genops(content):
         name = instruction.name
@@ -60,11 +61,11 @@ def read_pickle(
             raise pickle.UnpicklingError(f"it is nested more than {_MOST_MARKS} times")
         if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = len(kinds) if name == "MEMOIZE" else int(argument or 0)
-            if index > len(kinds) + 1:  # the unpickler would make room for as many
+            if index > len(kinds) + 1:  # the unpickler would allocate memory for as many
                 raise pickle.UnpicklingError(f"it remembers something as the {index}th after {len(kinds)}")
             kinds[index] = last
         elif name in ("BINGET", "LONG_BINGET") and kinds.get(int(argument or 0)) in _TUPLES:
-            # Each tuple that holds another one twice doubles the time that hashing takes.
+            # Each tuple that holds another tuple twice doubles the time of hashing.
             raise pickle.UnpicklingError("it uses a tuple twice")
         else:
             last = name

@@ -36,7 +36,7 @@ _COUNTS = (
 
 @dataclass
 class PretrainConfig:
-    """Settings of the pretraining; the defaults made the bundled weights."""
+    """Train the bundled small CLIP from random weights; the defaults made the weights of the package."""
 
     output: Path = Path("runs/glyph-clip")
     """Folder for the weights, the model's configuration, the vocabulary and the log."""
@@ -92,16 +92,16 @@ def model_config(config: PretrainConfig, vocab_size: int) -> dict[str, object]:
 def contrastive_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, is_true: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """CLIP's symmetric loss, where a caption that happens to be true of another picture is not that picture's negative.
+    """CLIP's symmetric loss, without the pairs of a picture and another caption that is true of it.
 
-    Each picture should pick its own caption out of it and those that are false of the picture, and each caption its own
-    picture likewise: "the letter q" is true of every q in the batch, "a red drawing of the letter q" of every red one.
+    Each picture should pick its own caption among those that are false of it, and each caption its own picture
+    likewise: "the letter q" is true of every q in the batch, "a red drawing of the letter q" of every red one.
 
     Args:
         image_features: [N, D], unit length.
         text_features: [N, D], unit length.
         logit_scale: scalar factor on the cosines.
-        is_true: bool [N, N], whether caption j is true of picture i.
+        is_true: bool [N, N], [i, j]: whether caption j is true of picture i.
 
     Returns:
         The loss, and the share of pictures that picked their own caption.
@@ -133,7 +133,7 @@ def _optimizer(model: CLIP, config: PretrainConfig) -> torch.optim.AdamW:
 
 
 class _Log:
-    """The lines of the log: means since the line before, and zero-shot accuracy in fonts that are not trained on."""
+    """Collects the lines of the log: means since the last line, and zero-shot accuracy in held-out fonts."""
 
     def __init__(self, model: CLIP, tokenizer: glyphs.GlyphTokenizer) -> None:
         self.lines: list[dict[str, float]] = []
@@ -192,7 +192,7 @@ def _train(model: CLIP, tokenizer: glyphs.GlyphTokenizer, config: PretrainConfig
 
 
 def _write(model: CLIP, vocabulary: dict[str, int], log: list[dict[str, float]], config: PretrainConfig) -> None:
-    """Write everything into a temporary folder beside the files, then move each into its place."""
+    """Write all files into a temporary folder beside them, then move each into its place."""
     description = {
         "model_cfg": model_config(config, len(vocabulary)),
         "preprocess_cfg": {"size": IMAGE_SIZE, "mean": glyphs.MEAN, "std": glyphs.STD},
@@ -212,10 +212,10 @@ def _write(model: CLIP, vocabulary: dict[str, int], log: list[dict[str, float]],
 def pretrain(config: PretrainConfig) -> None:
     """Train the small CLIP and write its weights, configuration, vocabulary and log into `config.output`.
 
-    Nothing is written before the training has ended, so an interrupted run leaves the folder as it was.
+    Nothing is written before the training has ended, so that an interrupted run leaves the folder unchanged.
 
     Raises:
-        OSError: the folder cannot be made or written to; said before the training begins.
+        OSError: the folder cannot be made or written to; it is raised before the training begins.
     """
     check_writable(config.output)
     vocabulary = build_vocabulary()

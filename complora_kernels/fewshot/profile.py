@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a few steps under torch's profiler, as a table and as a trace."""
+"""Profiles a few training steps with torch's profiler, and writes a table and a trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from complora_kernels.common.files import write_atomically
 
-FIRST_STEP, STEPS = 4, 8  # after what happens once only
+FIRST_STEP, STEPS = 4, 8  # the first steps do work that later ones do not
 PROFILE, TRACE = "profile.txt", "trace.json"
 PHASES = ("data", "forward", "backward", "optimizer", "replay")
 _ROWS = 12
@@ -26,8 +26,8 @@ class StepProfile:
     """Profiles `STEPS` steps of a run and writes profile.txt and trace.json (for ui.perfetto.dev) into its folder.
 
     Args:
-        folder: where the files go; None: nothing is profiled.
-        steps: of the run.
+        folder: the folder of the files; None: nothing is profiled.
+        steps: the number of steps of the run.
     """
 
     def __init__(self, folder: Path | None, steps: int) -> None:
@@ -42,27 +42,27 @@ class StepProfile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.profiler is not None:  # an error in between
+        if self.profiler is not None:  # an error ended the run while it was profiled
             self.profiler.stop()
             self.profiler = None
 
     def before_step(self, step: int) -> None:
-        """Begins with the first step to be profiled."""
+        """Start the profiler before the first profiled step."""
         if self.folder is not None and step == self.first:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            # acc_events: without it torch 2.11 warns of a second cycle, which there never is.
+            # Without acc_events torch 2.11 warns of a second cycle, which never happens here.
             self.profiler = profile(activities=activities, acc_events=True)
             self.profiler.start()
 
     def after_step(self, step: int) -> None:
-        """Ends with the last one, and writes the files."""
+        """Stop the profiler after the last profiled step, and write the files."""
         if self.profiler is None or step != self.last - 1 or self.folder is None:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         profiler, self.profiler = self.profiler, None
         profiler.stop()
-        # Into a folder of its own, because the profiler would follow a link in the place of its file.
+        # The trace is written to a temporary folder, because the profiler would follow a link in the place of its file.
         with tempfile.TemporaryDirectory(prefix=".profile-", dir=self.folder) as temporary:
             profiler.export_chrome_trace(str(Path(temporary, TRACE)))
             Path(temporary, TRACE).replace(self.folder / TRACE)
@@ -70,7 +70,7 @@ class StepProfile:
 
 
 def describe(averages: Any, steps: int) -> str:
-    """The phases of a step, and below them the operations that took the most time, in milliseconds a step."""
+    """A table of a step's phases, and of the operations that took the most time, in milliseconds per step."""
     on_device = any(event.self_device_time_total > 0 for event in averages)
 
     def time_of(event: Any) -> float:  # microseconds

@@ -1,4 +1,4 @@
-"""What a person sees while a grid is worked off: bars on a terminal, plain lines in a file or a pipe."""
+"""Shows the progress of a grid: bars on a terminal, plain lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class GridProgress:
-    """Shows the whole grid and the runs that are under way, with their losses and the time left.
+    """Shows the progress of the grid and of the current runs, with their losses and the time left.
 
     Args:
-        jobs: those that are still to be done.
-        finished: how many were done before.
-        console: where to show it.
+        jobs: the jobs that remain.
+        finished: the number of jobs that were done before.
+        console: the console to write to.
     """
 
     def __init__(self, jobs: Sequence[Job], finished: int, console: Console):
@@ -61,7 +61,7 @@ class GridProgress:
         self.bars.stop()
 
     def step(self, job: Job, done: int, loss: float) -> None:
-        """The run has done so many steps."""
+        """Show that a run has done `done` steps."""
         name = job.run.name
         if name not in self.bar_of:
             self.bar_of[name] = self.bars.add_task(_shown(name), total=job.steps)
@@ -72,7 +72,7 @@ class GridProgress:
             self.say(f"{name}: step {done} of {job.steps}, loss {loss:.3f}")
 
     def finish(self, job: Job, result: dict[str, Any]) -> None:
-        """The run has ended."""
+        """Show the result of a run that has ended."""
         self.finished += 1
         self._end(job)
         names = words_of(job.config.protocol)
@@ -84,7 +84,7 @@ class GridProgress:
         self.say(f"{self.finished}/{self.total} {job.run.name}: {', '.join(words)}")
 
     def fail(self, job: Job, error: str) -> None:
-        """The run has failed, and the others go on."""
+        """Show the error of a run that has failed; the others continue."""
         self.failed += 1
         self._end(job)
         self.say(f"failed: {job.run.name}: {' '.join(error.split())}")
@@ -99,7 +99,7 @@ class GridProgress:
         return f"{self.finished} of {self.total} runs" + (f", {self.failed} failed" if self.failed else "")
 
     def say(self, line: str) -> None:
-        """Print a line, with the time left where there is no bar."""
+        """Print a line; where there are no bars, it ends with the time left."""
         self.last_line = time.monotonic()
         left = "" if self.console.is_terminal else f"; {self._time_left()} left"
         say(self.console, line + left, soft_wrap=True)

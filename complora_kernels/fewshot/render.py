@@ -1,7 +1,7 @@
-"""Pictures of characters: matplotlib's fonts, turned into distance fields, drawn in batches by torch.
+"""Renders pictures of characters: matplotlib's fonts become distance fields, which torch draws in batches.
 
-A distance field holds at every point how deep inside the stroke it lies. Adding to it thickens the stroke, dividing it
-softens the edge, and sampling it on a bent grid bends the character: one lookup draws every variation.
+A distance field holds at every point its depth inside the stroke. Adding to it thickens the stroke, dividing it softens
+the edge, and sampling it on a bent grid bends the character: one lookup draws every variation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRAINING_FONTS = (
 )  # fmt: skip
 HELD_OUT_FONTS = ("DejaVuSansMono-BoldOblique", "DejaVuSerif-Italic", "STIXGeneralBol", "cmss10", "cmtt10")
 
-# matplotlib ships this one from 3.11 on, which Python 3.10 does not have: there its fields come from the package.
+# Only matplotlib 3.11 or later, which needs Python 3.11, has this font: elsewhere its fields come from the package.
 LATE_FONT = "cmti10"
 LATE_FONT_FIELDS = Path(__file__).parents[1] / "assets" / f"{LATE_FONT}.safetensors"
 
@@ -50,8 +50,8 @@ GROUNDS = {
     "maroon": (75, 10, 25),
 }
 
-_RENDER_SIZE = 128  # pixels of the picture a distance field is measured on
-_FIELD_SIZE = 64  # the field covers [-1, 1]²; the character's longer side covers [-0.5, 0.5]
+_RENDER_SIZE = 128  # side of the picture from which a distance field is computed, in pixels
+_FIELD_SIZE = 64  # side of a distance field; it covers [-1, 1]², and the character's longer side [-0.5, 0.5]
 
 
 @cache
@@ -99,10 +99,10 @@ def _uniform(low: float, high: float, size: int | tuple[int, ...], generator: to
 
 
 def _bent_grid(n: int, jitter: float, generator: torch.Generator) -> Tensor:
-    """Where each output pixel looks into its field: a random affine map, smoothly displaced. [n, 32, 32, 2]"""
+    """The point of the field that each output pixel shows: a random affine map, smoothly displaced. [n, 32, 32, 2]"""
     angle = _uniform(-0.3, 0.3, n, generator) * jitter
     shear = _uniform(-0.35, 0.35, n, generator) * jitter
-    height = 0.85 + _uniform(-0.2, 0.2, n, generator) * jitter  # of the frame
+    height = 0.85 + _uniform(-0.2, 0.2, n, generator) * jitter  # the character's height as a share of the frame's
     width = height * (1 + _uniform(-0.25, 0.3, n, generator) * jitter)
     shift = _uniform(-0.12, 0.12, (n, 2), generator) * jitter
     cos, sin = angle.cos(), angle.sin()
@@ -117,18 +117,18 @@ def _bent_grid(n: int, jitter: float, generator: torch.Generator) -> Tensor:
 
 
 def _coarsen(coverage: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Replace a share of the pictures [N, 1, 32, 32] by what an 8x8 or a 16x16 scanner would have kept of them."""
-    draw = torch.rand(len(coverage), generator=generator)[:, None, None, None]
+    """Reduce a share of the pictures [N, 1, 32, 32] to the resolution of an 8x8 or a 16x16 scanner."""
+    chance = torch.rand(len(coverage), generator=generator)[:, None, None, None]
     for factor, above in ((2, 1 - share), (4, 1 - share / 2)):
         coarse = F.interpolate(F.avg_pool2d(coverage, factor), size=IMAGE_SIZE, mode="bilinear", align_corners=False)
-        coverage = torch.where(draw > above, coarse, coverage)
+        coverage = torch.where(chance > above, coarse, coverage)
     return coverage
 
 
 def _shades(
     palette: dict[str, tuple[int, int, int]], index: Tensor, jitter: float, generator: torch.Generator
 ) -> Tensor:
-    """A shade of each colour asked for. [n, 3]"""
+    """A random shade of the colour of each index. [n, 3]"""
     return torch.tensor(list(palette.values()))[index] + _uniform(-15, 15, (len(index), 3), generator) * jitter
 
 
@@ -141,7 +141,7 @@ def render_glyphs(
     grounds: Tensor | None = None,  # [N]
     jitter: float = 1.0,
 ) -> Tensor:
-    """Draw one character per entry of `classes`, each with a font, shape, stroke width, blur and noise of its own.
+    """Render one character per entry of `classes`, each with its own font, shape, stroke width, blur and noise.
 
     Args:
         classes: integers [N], indices into `CHARACTERS`.
@@ -149,7 +149,7 @@ def render_glyphs(
         generator: the only source of randomness; the same state gives the same pictures.
         foregrounds: integers [N], indices into `FOREGROUNDS`; drawn at random when absent.
         grounds: integers [N], indices into `GROUNDS`; drawn at random when absent.
-        jitter: 0 draws the characters as their fonts have them, 1 is the full variation of the pretraining.
+        jitter: 0 renders the characters as their fonts have them, 1 with the full variation of the pretraining.
 
     Returns:
         uint8 [N, 3, 32, 32].

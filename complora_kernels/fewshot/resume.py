@@ -1,6 +1,6 @@
-"""The state of an unfinished run: what is trained, the optimizer's moments, the random generators and the log.
+"""The checkpoint of an unfinished run: trained factors, the optimizer's moments, random states and the log.
 
-One safetensors file, replaced as a whole, with a digest of everything in it. The batches need no state: they are a
+It is one safetensors file, replaced as a whole, with a digest of its content. The batches need no state: they are a
 function of the seed and the step.
 """
 
@@ -43,10 +43,10 @@ def save_checkpoint(
     """Write the state of a run.
 
     Args:
-        path: the file, replaced when it exists.
+        path: the file, which is replaced where it exists.
         model: an adapted model; its raw factors and its bases are written.
-        optimizer: over the model's factors.
-        progress: whatever else the run needs to go on, as JSON.
+        optimizer: the optimizer of the model's factors.
+        progress: all other values that the run needs to continue, as JSON.
         random_states: `random_state` of every process that trains the model.
     """
     tensors = {f"adapter.{name}": tensor for name, tensor in raw_adapter_state(model).items()}
@@ -61,16 +61,16 @@ def save_checkpoint(
 
 
 def put_damaged_aside(path: Path, steps: int) -> None:
-    """Rename a checkpoint that is damaged, with a warning: its run starts again, and ends with the same numbers.
+    """Rename a damaged checkpoint, with a warning: its run starts again, and ends with the same numbers.
 
-    So is one of an earlier version, which wrote no digest: nothing tells whether it is whole.
+    A checkpoint of an earlier version, which wrote no digest, is renamed too: nothing tells whether it is whole.
 
     Args:
-        path: the file, if it is there.
-        steps: those of the whole run.
+        path: the file, which need not exist.
+        steps: the number of steps of the whole run.
 
     Raises:
-        OSError: it cannot be read or renamed.
+        OSError: the file cannot be read or renamed.
     """
     if not path.exists():
         return
@@ -85,11 +85,11 @@ def put_damaged_aside(path: Path, steps: int) -> None:
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote into an adapted model and a new optimizer, and return `progress`.
 
-    The random state is that of the process `rank`; it stays as it is where the file has none for it.
+    The random state becomes that of the process `rank`; it stays unchanged where the file has none for it.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged or of another adapter; the model is then as it was.
+        ValueError: the file is damaged or of another adapter; the model stays unchanged.
     """
     progress, tensors = _read(path)
     with reading(path, f"{_EXPECTED} of this adapter"):
@@ -109,7 +109,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The progress and every tensor by its name in the file, verified."""
+    """Read the progress and the tensors by their names in the file, and verify the digest."""
     with reading(path, _EXPECTED):
         check_plain(path)
         with safe_open(path, framework="pt") as file:
@@ -124,7 +124,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_progress(progress: dict[str, Any], steps: int) -> None:
-    """Raise for what `train` cannot go on from."""
+    """Raise an error for a progress that `train` cannot continue from."""
     if type(progress["step"]) is not int or not 0 <= progress["step"] < steps:
         raise ValueError(f"step is {str(progress['step'])[:80]}, expected one of {steps}")
     if type(progress["seconds"]) not in (int, float):
@@ -137,7 +137,7 @@ def _check_progress(progress: dict[str, Any], steps: int) -> None:
 
 
 def _check_moments(moments: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
-    """Raise unless there are AdamW's moments of each parameter, or none of any."""
+    """Raise an error unless there are AdamW's moments of all parameters, or of none."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if moments and moments.keys() != set(range(len(parameters))):
         raise ValueError(f"it has moments of {len(moments)} factors, expected {len(parameters)}")

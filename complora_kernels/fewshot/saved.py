@@ -1,4 +1,4 @@
-"""`complora eval` and `complora export`: what becomes of an adapter that a run has saved."""
+"""`complora eval` and `complora export`: measures a saved adapter, or converts it to PEFT's format."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from complora_kernels.fewshot.backbone import check_backbone, is_listed, load_to
 from complora_kernels.fewshot.checks import check_classes, check_device
 from complora_kernels.fewshot.config import GLYPHS, PRESETS, TrainConfig, preset_for
 from complora_kernels.fewshot.config import check as check_values
-from complora_kernels.fewshot.datasets import Dataset, read_draw
+from complora_kernels.fewshot.datasets import Dataset, read_split
 from complora_kernels.fewshot.datasets.dataset import MOST_NAMED
 from complora_kernels.fewshot.escapes import say, visible
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import check_writable, read_json
 from complora_kernels.fewshot.grid import DESCRIPTION
 from complora_kernels.fewshot.measure import at_most, test_images
-from complora_kernels.fewshot.recipe import DRAW, precision_for
+from complora_kernels.fewshot.recipe import SPLIT_FILE, precision_for
 from complora_kernels.fewshot.setting import Settings
 
 _OF_A_RUN = (
@@ -47,14 +47,14 @@ _OF_A_RUN = (
 class EvalConfig:
     """Measure a saved adapter: the accuracy of the pretrained and of the adapted model on the test images of data sets.
 
-    Options that are not given are those of the run that trained the adapter, where its config.json lies beside it; but
-    for a model or weights outside of open_clip's tables, which have to be named here too.
+    Options that are not given are those of the run that trained the adapter, where its config.json lies beside it. Only
+    a model or weights outside of open_clip's tables have to be named here too.
     """
 
     adapter: tyro.conf.Positional[Path]
     """The adapter's folder, such as runs/glyphs/runs/both-1shot-lr0.01-seed0/adapter."""
     data: tuple[str, ...] = ()
-    """Data sets, named as for complora train; none: those of the run."""
+    """Data sets, named as for complora train; none given: those of the run."""
     model: str | None = None
     """As for complora train."""
     pretrained: str | None = None
@@ -102,8 +102,8 @@ def evaluate(config: EvalConfig, console: Console) -> dict[str, list[float]]:
     """Print and return each data set's accuracy before and after.
 
     Raises:
-        FileNotFoundError: no adapter, weights or data set there.
-        ValueError: an option that cannot work, or an adapter of other weights.
+        FileNotFoundError: the adapter, the weights or a data set is missing.
+        ValueError: an option cannot work, or the adapter is of other weights.
     """
     options = _of_run(config)
     with _of_another_model(config):
@@ -138,8 +138,8 @@ def export(config: ExportConfig, console: Console) -> None:
     """Write the adapter in PEFT's format.
 
     Raises:
-        FileNotFoundError: no adapter or weights there.
-        ValueError: an adapter of other weights, or one that PEFT cannot hold.
+        FileNotFoundError: the adapter or the weights are missing.
+        ValueError: the adapter is of other weights, or PEFT's format cannot hold it.
     """
     options = _of_run(config)
     with _of_another_model(config):
@@ -153,7 +153,7 @@ def export(config: ExportConfig, console: Console) -> None:
 
 
 def _measured(config: EvalConfig, options: TrainConfig, settings: Settings) -> Iterator[tuple[str, Task, Tensor]]:
-    """The data sets with their test images: those that are asked for, or the run's; never those of the run's shots."""
+    """Yield the given data sets, or those of the run, with their test images, which exclude the run's shots."""
     if not config.data:
         setting = settings.load(options, config.device)
         yield options.data, setting.new, _test_images(config, setting.new.dataset)
@@ -167,13 +167,13 @@ def _measured(config: EvalConfig, options: TrainConfig, settings: Settings) -> I
 
 
 def _test_images(config: EvalConfig, dataset: Dataset) -> Tensor:
-    """The images [N] that the draw of the run leaves, where it is known."""
-    drawn = config.adapter.parent / DRAW
-    return read_draw(drawn, dataset).test if drawn.exists() else test_images(dataset)
+    """The test images [N] of the run's few-shot split, where its file is there, otherwise those of the data set."""
+    split = config.adapter.parent / SPLIT_FILE
+    return read_split(split, dataset).test if split.exists() else test_images(dataset)
 
 
 def _of_run(config: EvalConfig | ExportConfig) -> TrainConfig:
-    """The options of the run that made an adapter, and what the command line says instead."""
+    """The options of the run that made an adapter, replaced by those of the command line."""
     _check_is_adapter(config.adapter)
     known = _described(config.adapter.parent / DESCRIPTION)
     asked = {name: value for name, value in vars(config).items() if value is not None}
@@ -196,10 +196,10 @@ def _named(found: dict[str, Any], name: str) -> tuple[str, str | None]:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """The options of a run that a measurement needs, of the types that they have in a `TrainConfig`.
+    """Read the options of a run that a measurement needs, in the types of `TrainConfig`.
 
-    The folder may be somebody else's. What is taken from it names data, whose images and lists are read and nothing
-    more, and a model, which `_of_run` does not take for granted.
+    The folder may come from somebody else. Its options name data, of which only images and lists are read, and a model,
+    which `_of_run` does not trust.
     """
     if not path.exists():
         return {}
@@ -211,7 +211,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _as_option(name: str, value: Any, kind: Any) -> Any:
-    """An option of that type from its value in JSON, which has lists for tuples and strings for paths."""
+    """An option in its type from its value in JSON, which has lists for tuples and strings for paths."""
     for choice in get_args(kind) if get_origin(kind) is UnionType else (kind,):
         if get_origin(choice) is Literal and value in get_args(choice):
             return value
@@ -225,7 +225,7 @@ def _as_option(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check_is_adapter(folder: Path) -> None:
-    """Raise a FileNotFoundError for a folder that holds no adapter, with those that lie below it."""
+    """Raise a FileNotFoundError for a folder that holds no adapter; its message names adapters below the folder."""
     if any((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         return
     below = [path.parent for depth in range(1, 5) for path in sorted(folder.glob("*/" * depth + WEIGHTS_FILE))]
@@ -236,7 +236,7 @@ def _check_is_adapter(folder: Path) -> None:
 
 @contextmanager
 def _of_another_model(config: EvalConfig | ExportConfig) -> Iterator[None]:
-    """A block that loads the adapter: its errors say where it was asked for on another model than it was trained on."""
+    """Wrap the loading of an adapter, so that errors tell where it was trained on another model than is asked for."""
     try:
         yield
     except ValueError as error:

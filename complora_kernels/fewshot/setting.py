@@ -1,4 +1,4 @@
-"""What runs share: the pretrained model, what it learns and what it should keep."""
+"""The setting that runs share: the pretrained model, the task to learn and the tasks to retain."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from complora_kernels.fewshot.evaluate import MemoryBudget, Task
 from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.templates import templates_for, training_template
 
-NEW_CLASSES = "new classes"  # what base-to-new keeps
+NEW_CLASSES = "new classes"  # the name of the task that base-to-new retains
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a grid share."""
+    """The model and the tasks of all runs of a grid."""
 
     backbone: Backbone
-    new: Task  # what is learned
-    kept: dict[str, Task]  # where zero-shot accuracy should be kept
-    # The training images of the last draw, decoded, by what they are of: other methods learn from the same ones.
+    new: Task  # the task to learn
+    kept: dict[str, Task]  # the tasks whose zero-shot accuracy should be retained
+    # The decoded training images of the last few-shot split: other methods learn from the same ones.
     decoded: dict[tuple[object, ...], DeviceImages] = field(default_factory=dict)
 
 
 class Settings:
-    """Loads settings, and keeps of the last one what the next one needs too."""
+    """Loads settings, and keeps those parts of the last one that the next one shares."""
 
     def __init__(self) -> None:
         self._backbones: dict[tuple[str, str | None, str, str], Backbone] = {}
         self._tasks: dict[tuple[object, ...], Task] = {}
         self._decoded: dict[tuple[object, ...], DeviceImages] = {}
-        self._budgets: dict[float, MemoryBudget] = {}  # of decoded images, by --image-memory-gib: the last one
+        self._budgets: dict[float, MemoryBudget] = {}  # the budget of decoded images, by the last --image-memory-gib
 
     def backbone(self, config: TrainConfig, device: str) -> Backbone:
         """The pretrained model that `config` asks for."""
@@ -82,5 +82,5 @@ def _task(config: TrainConfig, name: str, half: str, backbone: Backbone, budget:
 
 
 def load(config: TrainConfig, name: str) -> Dataset:
-    """One of the data sets of `config`."""
+    """Load one of the data sets of `config`."""
     return load_dataset(name, config.data_root, download=config.download)

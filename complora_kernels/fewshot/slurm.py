@@ -1,4 +1,4 @@
-"""Runs on a Slurm cluster, through submitit."""
+"""Hands runs to a Slurm cluster, through submitit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from complora_kernels.fewshot.grid import SLURM, record
 from complora_kernels.fewshot.jobs import Job, run_alone
 from complora_kernels.fewshot.outcomes import results_of
 
-_SUBMITTED = "_submitted.pkl"  # how submitit's files of tasks end
-_MOST_TASKS = 1000  # of one array: Slurm's default limit
+_SUBMITTED = "_submitted.pkl"  # the end of the names of submitit's files of tasks
+_MOST_TASKS = 1000  # Slurm's default limit on the tasks of an array
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -28,14 +28,14 @@ def check_submitit() -> None:
 
 
 class ClusterRun:
-    """`run_alone` on a node of a cluster; what is preempted or runs out of time is queued again, and goes on."""
+    """Calls `run_alone` on a node; a run that is preempted or runs out of time is queued again, and continues."""
 
     def __call__(self, job: Job) -> dict[str, Any] | Exception:
-        """The result of the job, or the error that it ended with."""
+        """Run the job, and return its result or the error that it ended with."""
         return run_alone(job)
 
     def checkpoint(self, job: Job) -> Any:
-        """What submitit queues instead: the same, since a run finds its own checkpoint."""
+        """The submission that replaces an interrupted one: the same job, because a run finds its own checkpoint."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, job)
@@ -52,15 +52,15 @@ def run_on_slurm(
 ) -> None:
     """Submit every job that has no result and is not under way, and collect results until all have ended.
 
-    Ctrl-C leaves what is submitted alone; the next call finds it again and goes on to collect.
+    Ctrl-C leaves the submitted runs alone; the next call finds them again and collects their results.
 
     Args:
-        jobs: of one folder.
+        jobs: the jobs of one folder.
         output: the folder, which every node sees. submitit's own files go to its folder slurm.
-        parameters: of submitit's AutoExecutor; `slurm_array_parallelism` limits how many run at once.
-        console: where progress is shown.
+        parameters: parameters of submitit's AutoExecutor; `slurm_array_parallelism` limits how many run at once.
+        console: shows the progress.
         cluster: "slurm", or "local" for processes of this machine.
-        seconds_between_looks: how long to wait before asking the cluster again.
+        seconds_between_looks: seconds between two questions to the cluster.
     """
     import submitit
 
@@ -72,7 +72,7 @@ def run_on_slurm(
         raise ValueError(f"slurm: {parameters}: {error}") from error
     finished = {result["run"] for result in results_of(output)}
     remaining = {job.run.name: job for job in jobs if job.run.name not in finished}
-    under_way = _under_way(folder, type(executor._executor).job_class)
+    under_way = tasks_under_way(folder, type(executor._executor).job_class)
     submitted = {name: task for name, task in under_way.items() if name in remaining}
     fresh = [job for name, job in remaining.items() if name not in submitted]
     console.print(f"{len(submitted)} runs were under way, {len(fresh)} are submitted", highlight=False)
@@ -83,17 +83,17 @@ def run_on_slurm(
     while submitted:
         ended = [name for name, task in submitted.items() if task.done()]
         for name in ended:
-            _collect(remaining[name], submitted.pop(name), output, console)
+            collect(remaining[name], submitted.pop(name), output, console)
         if submitted and not ended:
             time.sleep(seconds_between_looks)
 
 
-def _under_way(folder: Path, kind: Any) -> dict[str, Any]:
-    """What earlier calls have submitted and not collected, by the names of the runs: a file of submitit's tells each.
+def tasks_under_way(folder: Path, kind: Any) -> dict[str, Any]:
+    """The tasks that earlier calls have submitted but not collected, by their runs' names, from submitit's files.
 
-    A task that ended without an outcome is lost: its run is submitted again, and goes on.
+    A task that ended without an outcome is lost: its run is submitted again, and continues.
     """
-    # All tasks before the first question: the cluster is then asked once about all of them.
+    # All tasks are made before the first question, so that the cluster is asked about all of them at once.
     tasks = [kind(folder, path.name.removesuffix(_SUBMITTED)) for path in folder.glob(f"*{_SUBMITTED}")]
     found = {}
     for task in tasks:
@@ -106,14 +106,15 @@ def _under_way(folder: Path, kind: Any) -> dict[str, Any]:
     return found
 
 
-def _collect(job: Job, task: Any, output: Path, console: Console) -> None:
-    lost = task.exception()  # of the cluster: the process was killed, or never began
+def collect(job: Job, task: Any, output: Path, console: Console) -> None:
+    """Record the outcome of a task that has ended, and print it."""
+    lost = task.exception()  # an error of the cluster: the process was killed, or never began
     try:
         with reading(task.paths.result_pickle, "what submitit wrote of a run"):
             result = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
     except ValueError as error:
         result = error
     record(job, result, output)
-    task.paths.submitted_pickle.unlink(missing_ok=True)  # it is no longer under way
+    task.paths.submitted_pickle.unlink(missing_ok=True)  # the task is collected
     line = f"failed: {job.run.name}: {result}" if isinstance(result, Exception) else f"{job.run.name}: done"
     say(console, line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`complora sweep`: data sets, shots, seeds, rates and named variants of methods in a YAML file, as one grid."""
+"""`complora sweep`: one grid over the data sets, shots, seeds, rates and named methods of a YAML file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from complora_kernels.fewshot.team import ALONE, Team, is_started_together
 from complora_kernels.fewshot.tokens import Tokenizer
 
 _CELLS = ("shots", "seeds", "learning_rates")
-_OUTSIDE = ("methods", "output", "workers")  # of the file itself, or of the command line
+_OUTSIDE = ("methods", "output", "workers")  # options that belong to the file itself, or to the command line
 _KEYS = ("data", *_CELLS, "methods", "options", "slurm")
 _EXPECTED = f"a mapping with any of {', '.join(_KEYS)}"
 _MOST_VALUES = 10**5
@@ -37,7 +37,7 @@ _MOST_VALUES = 10**5
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Do every run of a YAML file, and report them together. The same command goes on where it was stopped.
+    """Do every run of a YAML file, and report them together. The same command continues where it was stopped.
 
     The file holds data, shots, seeds and learning_rates, each a value or a list; methods, a list of names or a mapping
     of the names in the tables to options of complora train, `method` among them; options, those that all runs share.
@@ -51,8 +51,8 @@ class SweepConfig:
     workers: int | None = None
     """Processes that share the runs; None: one per core for the bundled model, otherwise one."""
     slurm: bool = False
-    """Hand the runs to a Slurm cluster (pip install submitit), with what the file says under slurm: the parameters of
-    submitit's executor, such as timeout_min, gpus_per_node and slurm_partition."""
+    """Hand the runs to a Slurm cluster (pip install submitit). The file has the parameters of submitit's executor under
+    slurm, such as timeout_min, gpus_per_node and slurm_partition."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Sweep:
     """The runs of a file.
 
     Attributes:
-        jobs: all of them, in the order in which they are done.
+        jobs: all jobs, in the order in which they run.
         output: the folder of the results.
         slurm: parameters of submitit's executor.
-        images: the fingerprint of the images of each run, by its name.
+        images: the fingerprint of each run's images, by the run's name.
     """
 
     jobs: list[Job]
@@ -76,8 +76,8 @@ def read_sweep(config: SweepConfig) -> Sweep:
     """Read the file and check every option in it.
 
     Raises:
-        FileNotFoundError: no such file, or a data set is not there.
-        ValueError: the file is no YAML, or holds an option that is unknown or cannot work.
+        FileNotFoundError: the file or a data set is missing.
+        ValueError: the file is no YAML, or an option in it is unknown or cannot work.
     """
     file = config.file
     jobs: list[Job] = []
@@ -97,16 +97,16 @@ def read_sweep(config: SweepConfig) -> Sweep:
                 jobs += [Job(variant, dataclasses.replace(run, data=data, label=label)) for run in variant.runs()]
         slurm = _mapping(file, content, "slurm")
     images = _check(file, variants, jobs)
-    # By seed, so that a stopped sweep is balanced; then by draw, whose images are decoded once for all that see them.
+    # Sorted by seed, so that a stopped sweep is balanced; then by split, so that its images are decoded once.
     jobs.sort(key=lambda job: (job.run.seed, names.index(job.run.data), job.run.shots))
     return Sweep(jobs, output, slurm, images)
 
 
 def prepare_sweep(config: SweepConfig) -> Sweep:
-    """`read_sweep`, and open the folder. A folder that was begun may get more variants, shots, seeds and rates.
+    """Read the sweep and open its folder. A folder with results may get more variants, shots, seeds and rates.
 
     Raises:
-        ValueError: it holds results of the same variant with other options or images.
+        ValueError: the folder holds results of the same variant with other options or images.
         OSError: the folder cannot be written to.
     """
     check_workers(config.workers)
@@ -119,7 +119,7 @@ def prepare_sweep(config: SweepConfig) -> Sweep:
     for variant in known.keys() & asked.keys():
         check_same(known[variant], asked[variant], sweep.output)
     check_images(sweep.images, sweep.output)
-    open_folder(sweep.output, {**asked, **known, **asked})  # in the order of the file
+    open_folder(sweep.output, {**asked, **known, **asked})  # keeps the order of the file
     return sweep
 
 
@@ -142,9 +142,9 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _check_plain(file: Path, content: Any) -> None:
-    """Raise a ValueError for names that are no plain values, and for what holds, by references, more than it shows."""
+    """Raise a ValueError for names that are no plain values, and for too many or too deeply nested values."""
     level = [content]
-    for _ in range(6):  # the values of an option in a list, in a mapping of options, in one of methods, in the file
+    for _ in range(6):  # levels: file, methods, options of a method, an option, its list, a value
         mappings = [part for part in level if isinstance(part, dict)]
         if wrong := [key for part in mappings for key in part if not isinstance(key, (str, int, float))]:
             raise ValueError(f"{file}: {str(wrong[0])[:80]}: expected a name")
@@ -175,7 +175,7 @@ def _names(file: Path, key: str, value: Any) -> list[str]:
 
 
 def _variants(file: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each method by its name in tables."""
+    """The options of each method, by its name in tables."""
     methods = content.get("methods", ["lora", "output"])
     if not isinstance(methods, dict):
         methods = {name: {} for name in _names(file, "methods", methods)}
@@ -195,7 +195,7 @@ def _variants(file: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _train_config(file: Path, label: str, asked: dict[str, Any], shared: Collection[str]) -> TrainConfig:
-    """The options as `complora train` would read them."""
+    """Read the options as `complora train` reads its command line."""
     types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
     unknown = sorted(asked.keys() - types.keys())
     if unknown:
@@ -206,7 +206,7 @@ def _train_config(file: Path, label: str, asked: dict[str, Any], shared: Collect
     for name, value in asked.items():
         option = name.replace("_", "-")
         if isinstance(value, bool) and types[name] != "bool":
-            value = "on" if value else "off"  # which YAML takes for a truth value
+            value = "on" if value else "off"  # YAML reads the words on and off as truth values
         if isinstance(value, bool):
             arguments.append(f"--{option}" if value else f"--no-{option}")
         else:
@@ -220,20 +220,20 @@ def _train_config(file: Path, label: str, asked: dict[str, Any], shared: Collect
 
 
 def _essence(said: str) -> str:
-    """What tyro says is wrong, on one line: without its frame, and without the help that follows."""
+    """The error in tyro's output, on one line, without its frame and without the help that follows."""
     words = re.split("Argument helptext:|For full helptext", said)[0].split()
     return " ".join(word for word in words if not set(word) <= set("─│╭╮╰╯-"))
 
 
 def _refuse(file: Path, where: str, asked: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise a ValueError for an option that would have no effect there."""
+    """Raise a ValueError for an option that would have no effect in that place."""
     for name in names:
         if name in asked:
             raise ValueError(f"{file}: {where}: {name}: expected outside of {where}, for all runs")
 
 
 def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> dict[str, str]:
-    """Every option, and each draw of each data set once; the fingerprints of the images of every run."""
+    """Check every option, and each split of each data set once; return the fingerprint of every run's images."""
     seen: dict[Any, dict[tuple[int, int], str]] = {}
     tokenizers: dict[Any, Tokenizer] = {}
     images: dict[str, str] = {}
@@ -242,15 +242,15 @@ def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> dict[str
             check_options(variant)
             data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw)
             model = (variant.model, variant.pretrained)
-            draws = (*data, *model, variant.template, variant.shots, variant.seeds)
-            if draws not in seen:
+            key = (*data, *model, variant.template, variant.shots, variant.seeds)
+            if key not in seen:
                 tokenizers[model] = tokenizers.get(model) or load_tokenizer(*model)
-                seen[draws] = check_data(variant, tokenizers[model])
+                seen[key] = check_data(variant, tokenizers[model])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{file}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        images |= {job.run.name: seen[draws][job.run.shots, job.run.seed] for job in jobs if job.config is variant}
+        images |= {job.run.name: seen[key][job.run.shots, job.run.seed] for job in jobs if job.config is variant}
     counts = Counter(job.run.name for job in jobs)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(
@@ -261,7 +261,7 @@ def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> dict[str
 
 
 def _described(sweep: Sweep) -> dict[str, Any]:
-    """The options of each variant that determine its results, but which of its runs there are."""
+    """The options that determine the results of each variant, without those that only select its runs."""
     described = {}
     for job in sweep.jobs:
         config = to_json(job.config)
@@ -273,13 +273,13 @@ def run_sweep(config: SweepConfig, sweep: Sweep, console: Console, team: Team = 
     """Do the runs that have no result yet.
 
     Args:
-        config: where and how they run.
-        sweep: that of `prepare_sweep`.
-        console: where progress is shown.
+        config: tells how the jobs are run.
+        sweep: the sweep from `prepare_sweep`.
+        console: shows the progress.
         team: processes that train each run together, each of which calls this.
 
     Returns:
-        How many runs have no result because they failed.
+        The number of runs without a result.
     """
     if config.slurm:
         run_on_slurm(sweep.jobs, sweep.output, sweep.slurm, console)

@@ -1,4 +1,4 @@
-"""The processes that train one model together, started by torchrun: what each does, and what they tell each other."""
+"""The team of processes that torchrun starts to train one model: their shares of the work, and their communication."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 
 class SharedError(RuntimeError):
-    """An error that all processes of a team know of, so that all can go on to something else."""
+    """An error that is raised in all processes of a team, so that all can continue with the next run."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Team:
         return self.rank == 0
 
     def device(self, asked: str) -> str:
-        """The device of this process where "auto", "cpu", "cuda" or "cuda:N" is asked for; of several its own GPU."""
+        """The device of this process for "auto", "cpu", "cuda" or "cuda:N"; in a team, each process has its own GPU."""
         if self.size == 1 or asked == "cpu" or not torch.cuda.is_available():
             return asked
         return f"cuda:{torch.cuda.current_device()}"
 
     @property
     def group(self) -> Any:
-        """The process group; None of a process alone."""
+        """The process group; None for a single process."""
         return distributed.group.WORLD if self.size > 1 else None
 
     def share(self, items: Tensor) -> Tensor:
@@ -70,11 +70,11 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What each process does by itself, without a word to the others: an error of one is raised in all.
+        """Wrap work that each process does without communication, so that an error of one is raised in all.
 
         Raises:
-            SharedError: in every process of a team, with what the first of those that failed says. Alone, the error
-                itself.
+            SharedError: in every process of a team, with the message of the first that failed. A single process raises
+                the error itself.
         """
         if self.size == 1:
             yield
@@ -86,11 +86,11 @@ class Team:
             failure, words = error, str(error) or type(error).__name__
         first = next((found for found in self.collect(words) if found is not None), None)
         if first is not None:
-            # Without its traceback, whose frames would keep the model
+            # The frames of a traceback would keep the model in memory
             raise SharedError(first) from (failure and failure.with_traceback(None))
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             distributed.barrier()
 
@@ -104,7 +104,7 @@ class Team:
         return _Gather.apply(rows, self, total) if self.size > 1 else rows
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """This process's part of the rows [total, ...], one after the other; the last row again where they run out."""
+        """This process's contiguous part of the rows [total, ...]; the last row is repeated where they run out."""
         if self.size == 1:
             return tensor
         rows = _rows(len(tensor), self.size)
@@ -113,7 +113,7 @@ class Team:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes one after the other; backward, the sum over all of each row's gradient."""
+    """Concatenates the rows of all processes; the backward pass sums each row's gradient over all processes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, team: Team, total: int) -> Tensor:  # [n, D] to [total, D]
@@ -159,8 +159,8 @@ def assemble() -> Iterator[Team]:
     if size == 1:
         yield ALONE
         return
-    # Its functions have the default group at the time of its import among their defaults, and torch's compiler imports
-    # it: from now on it would hold the group, whose threads must end before Python does.
+    # This module keeps the default group at the time of its import in its functions' defaults, and torch's compiler
+    # imports it. Imported later, it would keep the group alive, whose threads must end before Python does.
     import torch.distributed.nn.functional
 
     if torch.cuda.is_available():

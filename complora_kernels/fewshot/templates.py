@@ -1,15 +1,15 @@
-"""From class names to the prompts that a CLIP compares an image with."""
+"""Makes the prompts that a CLIP compares an image with, from class names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 CHOICES = ("default", "clip", "ensemble")
-"""What `templates_for` knows by name."""
+"""The names that `templates_for` accepts."""
 
 DEFAULT = "a photo of a {}."
 
-# One template a data set, as CoOp and its successors use them, after those that CLIP was published with.
+# The template of each data set in CoOp and its successors, chosen among those that CLIP was published with.
 _CLIP = {
     "oxford_pets": "a photo of a {}, a type of pet.",
     "oxford_flowers": "a photo of a {}, a type of flower.",
@@ -21,14 +21,14 @@ _CLIP = {
 }
 
 # The templates that CLIP was published with: data/prompts.md of github.com/openai/CLIP. ImageNet's are open_clip's.
-_DRAWN = ("painting", "sculpture", "sketch", "tattoo", "rendition", "drawing", "doodle")
+_PICTURES = ("painting", "sculpture", "sketch", "tattoo", "rendition", "drawing", "doodle")
 _ENSEMBLES = {
     "caltech101": tuple(
         template
         for article in ("a", "the")
         for template in (
             f"a photo of {article} {{}}.",
-            *(f"a {picture} of {article} {{}}." for picture in _DRAWN),
+            *(f"a {picture} of {article} {{}}." for picture in _PICTURES),
             *(
                 f"{article} {thing} {{}}."
                 for thing in ("plastic", "toy", "embroidered", "cartoon", "plushie", "origami")
@@ -69,14 +69,14 @@ def templates_for(choice: str | Sequence[str], dataset_name: str) -> tuple[str, 
     """The templates of a data set's prompts; of several, the mean of their features names a class.
 
     Args:
-        choice: "default" for "a photo of a {}."; "clip" for the one of CLIP's templates that CoOp takes for the data
-            set; "ensemble" for all those that CLIP was published with for it; a template with one {} for the class
+        choice: "default" for "a photo of a {}."; "clip" for the one of CLIP's templates that CoOp uses for the data
+            set; "ensemble" for all templates that CLIP was published with for it; a template with one {} for the class
             name; or several of these.
         dataset_name: one of the names of `load_dataset`, or of a half of it. For any other data set "clip" is the
-            default template, and "ensemble" ImageNet's 80.
+            default template, and "ensemble" are ImageNet's 80.
 
     Raises:
-        ValueError: none, or a template without exactly one {}.
+        ValueError: there is no template, or a template without exactly one {}.
     """
     if not isinstance(choice, str):
         templates = tuple(template for one in choice for template in templates_for(one, dataset_name))
@@ -99,8 +99,8 @@ def training_template(choice: str | Sequence[str], dataset_name: str) -> str:
     """The one template whose prompts a training step puts through the text tower.
 
     Args:
-        choice: as in `templates_for`. For "ensemble" it is the data set's template of "clip"; of several choices that
-            of the first.
+        choice: as in `templates_for`. The result for "ensemble" is that for "clip", and for several choices that for
+            the first.
         dataset_name: as in `templates_for`.
 
     Raises:

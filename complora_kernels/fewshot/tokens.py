@@ -22,15 +22,15 @@ def check_told_apart(
 ) -> None:
     """Raise a ValueError where the prompts of two classes are the same tokens.
 
-    They have to differ in `training_template`, because a step compares images with the features of that one alone, and
-    in one of `templates` at least, because the mean of their features names a class. Classes of the same name, as
+    They have to differ in `training_template`, because a step compares images with its features alone, and in at least
+    one of `templates`, because images are classified by the mean of their features. Classes with the same name, as
     ImageNet has them, are no error.
 
     Args:
         source: the data set, for the message.
-        class_names: of its classes.
-        templates: those that images are named with.
-        training_template: the one that is trained with.
+        class_names: names of the classes.
+        templates: the templates for classification.
+        training_template: the template for training.
         tokenize: the tokenizer of the model.
     """
     for used in ([training_template], templates):
@@ -42,26 +42,26 @@ def check_told_apart(
             )
 
 
-def warn_of_cut(
+def warn_of_truncation(
     source: str, class_names: Sequence[str], templates: Sequence[str], training_template: str, tokenize: Tokenizer
 ) -> None:
-    """Log one warning that names the classes whose prompts are longer than the model reads.
+    """Log one warning that names the classes whose prompts are truncated because they are longer than the model reads.
 
-    Of several templates the longest is looked at. The arguments are those of `check_told_apart`.
+    Among several templates, only the longest is checked. The arguments are those of `check_told_apart`.
     """
     used = dict.fromkeys([training_template, max(templates, key=len)])
-    are_cut = [_are_cut(prompts(template, class_names), tokenize) for template in used]
-    cut = [name for name, *is_cut in zip(class_names, *are_cut, strict=True) if any(is_cut)]
-    if cut:
+    by_template = [_are_truncated(prompts(template, class_names), tokenize) for template in used]
+    truncated = [name for name, *of_name in zip(class_names, *by_template, strict=True) if any(of_name)]
+    if truncated:
         length = tokenize([""]).shape[1]
         logger.warning(
-            f"{visible(source)}: the prompts of {enumerated(cut)} are longer than the {length} tokens that "
-            "the model reads; the rest is cut off"
+            f"{visible(source)}: the prompts of {enumerated(truncated)} are longer than the {length} tokens that "
+            "the model reads; they are truncated"
         )
 
 
 def _alike(class_names: Sequence[str], templates: Sequence[str], tokenize: Tokenizer) -> list[str]:
-    """The names of the first classes that are the same tokens in every template; none where all can be told apart."""
+    """The names of the first group of classes that are the same tokens in every template, if there is one."""
     groups = [list(dict.fromkeys(class_names))]
     for template in templates:
         finer: list[list[str]] = []
@@ -82,16 +82,16 @@ def _reason(names: Sequence[str], templates: Sequence[str], tokenize: Tokenizer)
             f"it does not know {enumerated(unknown)}, expected a model that does, such as "
             "--model ViT-B-16-quickgelu --pretrained openai"
         )
-    if all(_are_cut([text for template in templates for text in prompts(template, names)], tokenize)):
+    if all(_are_truncated([text for template in templates for text in prompts(template, names)], tokenize)):
         return (
-            f"they are cut after {tokenize(['']).shape[1]} tokens, before they differ; expected shorter names, or a "
-            "shorter template"
+            f"they are truncated after {tokenize(['']).shape[1]} tokens, before they differ; expected shorter names, "
+            "or a shorter template"
         )
-    return "expected names that differ in more than what it makes alike, such as case, blanks and forms of a character"
+    return "expected names that differ in more than it ignores, such as case, blanks and forms of a character"
 
 
-def _are_cut(texts: list[str], tokenize: Tokenizer) -> list[bool]:
-    """Which texts are longer than the context of the tokenizer, if it is one that cuts them, as open_clip's do."""
+def _are_truncated(texts: list[str], tokenize: Tokenizer) -> list[bool]:
+    """Whether each text is longer than the context of a tokenizer that truncates, as open_clip's do."""
     if "context_length" not in inspect.signature(tokenize).parameters:
         return [False] * len(texts)
     tokens = tokenize(texts)  # [N, L]

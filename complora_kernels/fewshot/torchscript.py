@@ -1,7 +1,7 @@
-"""The weights in a TorchScript archive, as OpenAI published its models: read as data, without running its code.
+"""Reads the weights of a TorchScript archive, the format of OpenAI's models, as data, without running its code.
 
-`torch.jit.load` runs what an archive asks for, and TorchScript can write files. Here the tensors come out of
-`data.pkl` and the records of the folder `data`; of the code only the lists of parameters and buffers are read.
+`torch.jit.load` runs the code of an archive, and TorchScript can write files. Here the tensors are read from `data.pkl`
+and the records of the folder `data`, and from the code only the lists of parameters and buffers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MOST_CODE = 2**26  # bytes: CLIP has less than a hundredth
 _MOST_MODULES = 10**5
 _CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:^  .*\n?)*)", re.MULTILINE)
 _NAMES = re.compile(r"^  __(?:parameters|buffers)__ = (.*)$", re.MULTILINE)
-_LIST = re.compile(r"\[(?:\"[^\"\\]*\", )*\]")  # as TorchScript writes lists of names
+_LIST = re.compile(r"\[(?:\"[^\"\\]*\", )*\]")  # the form of TorchScript's lists of names
 
 
 class _Object:
@@ -55,29 +55,29 @@ class _Object:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive of TorchScript, as this program or torch tells it.
+    """Whether this program or torch would read a file as an archive of TorchScript.
 
     Raises:
-        Exception: of almost any kind, where the archive is damaged, or many times larger once it is read; catch it
-            with `files.reading`.
+        Exception: the archive is damaged, or would grow to many times its size; the error may be of almost any kind,
+            and is to be caught with `files.reading`.
     """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if sum(entry.file_size for entry in entries) > _most_bytes(path):  # torch would make room for them
+    if sum(entry.file_size for entry in entries) > _most_bytes(path):  # torch would allocate memory for them
         raise ValueError("its records are compressed to a small part of their size, which torch does not do")
     return any("/code/" in entry.filename or entry.filename.endswith("/constants.pkl") for entry in entries)
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The parameters and buffers of a module that `torch.jit.save` wrote, by their names in its state dict, on the CPU.
+    """Read the parameters and buffers that `torch.jit.save` wrote, by their names in the state dict, on the CPU.
 
-    Tensors that share memory there share it here.
+    Tensors that share memory in the archive share it here.
 
     Raises:
-        Exception: of almost any kind, where the archive is damaged, or its module is more than attributes; catch it
-            with `files.reading`.
+        Exception: the archive is damaged, or its module is more than attributes; the error may be of almost any kind,
+            and is to be caught with `files.reading`.
     """
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -85,7 +85,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         storages: dict[str, Tensor] = {}
 
         def stored(name: str) -> bytes:
-            # torch compresses code alone; a compressed record may expand to any size
+            # torch compresses only code; a compressed record may expand to any size
             if entries[name].compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed, which torch does not do")
             return archive.read(name)
@@ -126,10 +126,10 @@ def _most_bytes(path: Path) -> int:
 def _tensors(
     module: _Object, prefix: str, kept: dict[str, set[str]], count: Iterator[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    if next(count) > _MOST_MODULES:  # few that hold each other can be as many
+    if next(count) > _MOST_MODULES:  # a few modules that hold each other are visited again and again
         raise ValueError(f"it has more than {_MOST_MODULES} modules")
     for name, value in module.attributes.items():
-        if isinstance(value, _Object) and value.type_name in kept:  # a module: others have no such lists
+        if isinstance(value, _Object) and value.type_name in kept:  # a module, because other classes have no such lists
             yield from _tensors(value, f"{prefix}{name}.", kept, count)
         elif isinstance(value, Tensor) and name in kept[module.type_name]:
             yield f"{prefix}{name}", value

@@ -1,4 +1,4 @@
-"""Who works a grid off: this process, those of a team together, or several that share the jobs."""
+"""Runs the jobs of a grid: in this process, in all processes of a team together, or in several worker processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from complora_kernels.fewshot.team import Team
 
 
 def work_off(jobs: Sequence[Job], progress: Any, workers: int | None, team: Team) -> Generator[Outcome, None, None]:
-    """Do the jobs, at least one, and yield what comes out of each as it ends.
+    """Run the jobs, at least one, and yield the outcome of each as it ends.
 
     Args:
-        jobs: in the order in which they are begun.
-        progress: told of every step, and of workers that were killed.
-        workers: processes that share the jobs; None: one per core for the bundled model, otherwise one.
-        team: processes that do each job together, each of which calls this; then `workers` is no matter.
+        jobs: the jobs in the order in which they begin.
+        progress: shows every step, and workers that were killed.
+        workers: number of processes that share the jobs; None: one per core for the bundled model, otherwise one.
+        team: processes that run each job together, each of which calls this; `workers` is ignored then.
     """
     bundled = all(job.config.model == GLYPHS for job in jobs)
     workers = min(workers or (_cores() if bundled else 1), len(jobs))
@@ -47,10 +47,10 @@ def _cores() -> int:
 
 
 def in_processes(jobs: Sequence[Job], progress: Any, workers: int) -> Iterator[Outcome]:
-    """Do the jobs in several processes.
+    """Run the jobs in several processes.
 
-    A job whose process is killed, for want of memory mostly, goes on from its checkpoint after all others, alone; if
-    that process is killed too it has failed.
+    A job whose process is killed, mostly for lack of memory, continues from its checkpoint after all others, alone; if
+    that process is killed too, the job has failed.
     """
     killed: list[Job] = []
     for job, result in _in_pool(jobs, progress, workers):
@@ -66,7 +66,7 @@ def in_processes(jobs: Sequence[Job], progress: Any, workers: int) -> Iterator[O
 
 
 def _in_pool(jobs: Sequence[Job], progress: Any, workers: int) -> Iterator[Outcome]:
-    """Do the jobs. Where a process is killed, its job comes out with a BrokenProcessPool, and a new one takes over."""
+    """Run the jobs. The outcome of a job whose process is killed is a BrokenProcessPool; a new process replaces it."""
     # Spawned, not forked: a forked process would inherit torch's thread pools in an unknown state.
     context = multiprocessing.get_context("spawn")
     stop = context.Value("b", 0, lock=False)  # without a lock, which a process that is killed would keep
@@ -97,19 +97,21 @@ def _in_pool(jobs: Sequence[Job], progress: Any, workers: int) -> Iterator[Outco
 
 
 class _Process:
-    """A process that does one job after the other, as its parent sees it: alone in a pool, which tells when it dies."""
+    """The parent's side of a worker process: the only process of a pool, which tells when it dies."""
 
     def __init__(self, number: int, context: Any, stop: Any):
         self._number, self._context, self._stop = number, context, stop
         self._start()
 
     def _start(self) -> None:
-        self._steps = self._context.Queue()  # of its own: one that is killed may leave it locked
+        self._steps = (
+            self._context.Queue()
+        )  # each process has its own queue, because one that is killed may leave it locked
         arguments = (self._number, self._steps, self._stop)
         self._executor = ProcessPoolExecutor(1, self._context, _start_worker, arguments)
 
     def submit(self, job: Job) -> Future[Any]:
-        """Begin a job, in a new process where the last one was killed."""
+        """Start a job, in a new process where the last one was killed."""
         try:
             return self._executor.submit(run_in_worker, job)
         except BrokenProcessPool:
@@ -123,17 +125,17 @@ class _Process:
                 name, step, loss = self._steps.get_nowait()
             except queue.Empty:
                 return
-            if name == job.run.name:  # the last words of a run may come after its result
+            if name == job.run.name:  # the last steps of a run may arrive after its result
                 yield step, loss
 
     def end(self) -> None:
-        """Wait until it has ended."""
+        """Wait until the process has ended."""
         self._executor.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Deliver Ctrl-C afterwards. Processes started here never see it: their parent tells them to stop."""
+    """Delay Ctrl-C. Processes started meanwhile never receive it: their parent tells them to stop."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -145,12 +147,12 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 class _Worker:
-    """What a worker process keeps between its runs."""
+    """The state of a worker process between its runs."""
 
-    number: int  # among those of the pool, from 0 on
-    settings: Settings  # loaded with the first run, whose error it then is
+    number: int  # the worker's number, from 0
+    settings: Settings  # loaded by the first run, so that errors are errors of that run
     steps: Any  # a multiprocessing queue of (name of the run, steps done, loss)
-    stop: Any  # shared: 1 where the parent wants the run to end
+    stop: Any  # shared memory: 1 tells the run to end
 
 
 def _start_worker(number: int, steps: Any, stop: Any) -> None:
@@ -168,11 +170,11 @@ def _end_with_parent() -> None:
 
 
 class Stopped(BaseException):
-    """The parent process asked a run to stop: no error that a run could end with."""
+    """The parent process asked a run to stop; this is no outcome of the run."""
 
 
 def run_in_worker(job: Job) -> Any:
-    """What comes out of a job, in a process of the pool."""
+    """Run a job in a worker process, and return its outcome."""
 
     def on_step(done: int, loss: float) -> None:
         if _Worker.stop.value:
@@ -182,10 +184,10 @@ def run_in_worker(job: Job) -> Any:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = device_of(_Worker.number, job.config.device, gpus)
     if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # what is not told where to go would go to the first one
+        torch.cuda.set_device(device)  # otherwise calls without a device would use the first GPU
     return sendable(result_of(job, _Worker.settings, on_step, device=device))
 
 
 def device_of(worker: int, asked: str, gpus: int) -> str:
-    """The device of a worker where "auto", "cpu", "cuda" or "cuda:N" is asked for: workers take the GPUs in turns."""
+    """The device of a worker for "auto", "cpu", "cuda" or "cuda:N": workers take the GPUs in turns."""
     return f"cuda:{worker % gpus}" if gpus and asked in ("auto", "cuda") else asked

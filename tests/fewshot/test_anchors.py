@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
-from complora_kernels.fewshot.datasets import Draw
+from complora_kernels.fewshot.datasets import FewShotSplit
 from complora_kernels.fewshot.measure import Measurement
 from complora_kernels.fewshot.team import ALONE
 
@@ -20,7 +20,7 @@ def features(n, seed, classes=None):
     return F.normalize(noise if classes is None else noise + 3 * F.one_hot(classes, 6), dim=-1)
 
 
-def test_tip_adapter_is_the_papers_sum_over_the_shots():
+def test_tip_adapter_computes_equation_3_of_the_paper():
     images, shots, texts = features(4, 0), features(5, 1), features(3, 2)
     labels = torch.tensor([2, 0, 1, 1, 2])
     found = tip_adapter(images, shots, labels, texts, scale=50.0, alpha=2.0, beta=3.0)
@@ -34,7 +34,7 @@ def test_tip_adapter_is_the_papers_sum_over_the_shots():
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_linear_probe_is_where_the_penalised_loss_is_flat(classes):
+def test_linear_probe_minimises_the_penalised_loss(classes):
     labels = torch.arange(40) % classes
     shots = features(40, 3, labels).double()
     logits = linear_probe(
@@ -52,8 +52,8 @@ def test_linear_probe_is_where_the_penalised_loss_is_flat(classes):
     assert logits.shape == (7, classes)
 
 
-def test_the_probe_of_a_run_is_scikit_learns_on_what_encode_image_returns(tmp_path):
-    """As in the example of CLIP's README: how strong the penalty is depends on the norm of the features."""
+def test_a_run_fits_scikit_learns_probe_to_features_that_are_not_normalised(tmp_path):
+    """The strength of the penalty depends on the norm of the features; CLIP's README does not normalise them either."""
     setting = standin.setting()
     labels = torch.randperm(30, generator=torch.Generator().manual_seed(2)) % 3  # nothing is easy
     for task in (setting.new, setting.kept["dark"]):
@@ -68,15 +68,15 @@ def test_the_probe_of_a_run_is_scikit_learns_on_what_encode_image_returns(tmp_pa
         correct = {name: torch.from_numpy(probe.predict(features[name].numpy())) == labels for name in tests}
         return {name: correct[name][test].double().mean().item() for name, test in tests.items()}
 
-    draw = Draw(torch.arange(9), torch.arange(0), tests["new"])
-    found = Measurement(standin.config(tmp_path), setting, draw, torch.float32, ALONE).anchor("linear-probe")
+    split = FewShotSplit(torch.arange(9), torch.arange(0), tests["new"])
+    found = Measurement(standin.config(tmp_path), setting, split, torch.float32, ALONE).anchor("linear-probe")
     expected = accuracies(features)
     assert {"new": found["new"], "dark": found["tasks"]["dark"][1]} == pytest.approx(expected)
     normalised = accuracies({name: F.normalize(value, dim=-1) for name, value in features.items()})
     assert all(normalised[name] != expected[name] for name in tests)
 
 
-def test_both_name_what_is_easy():
+def test_both_anchors_classify_separated_features():
     labels = torch.arange(18) % 3
     train, test = features(18, 4, labels), features(18, 5, labels)
     texts = F.normalize(torch.eye(3, 6), dim=-1)
@@ -84,7 +84,7 @@ def test_both_name_what_is_easy():
         assert (logits.argmax(1) == labels).double().mean() > 0.8
 
 
-def test_classes_without_a_shot_are_never_named():
+def test_linear_probe_never_predicts_a_class_without_a_shot():
     labels = torch.tensor([2, 0, 2, 0])
     logits = linear_probe(features(5, 6), features(4, 7), labels, 4)
     assert logits[:, [1, 3]].isneginf().all()

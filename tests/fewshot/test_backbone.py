@@ -169,13 +169,13 @@ def test_train_command_runs_on_a_model_of_open_clip(tiny, capsys):
     assert "retained (letters)" in capsys.readouterr().out
 
 
-def test_a_model_that_brings_its_weights_brings_its_activation():
+def test_a_model_with_its_own_weights_accepts_no_activation():
     with pytest.raises(ValueError, match="--activation gelu: expected auto with --model local-dir:somewhere"):
         check_backbone("local-dir:somewhere", None, "gelu")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
-def test_damaged_weights_end_with_their_name(tiny, name):
+def test_errors_of_damaged_weights_name_the_file(tiny, name):
     content = (tiny / name).read_bytes()
     for damaged in (content[: len(content) // 2], b"\0" * 100, b""):
         (tiny / name).write_bytes(damaged)
@@ -183,14 +183,14 @@ def test_damaged_weights_end_with_their_name(tiny, name):
             load_backbone("tiny", str(tiny / name))
 
 
-def test_weights_of_another_model_end_with_their_name(tiny):
+def test_errors_of_another_models_weights_name_the_file(tiny):
     save_file({"visual.conv1.weight": torch.zeros(3)}, tiny / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors: cannot be loaded as tiny: .*Missing key"):
         load_backbone("tiny", str(tiny / "other.safetensors"))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("too large")])
-def test_what_is_not_the_weights_fault_stays_what_it_is(tiny, monkeypatch, error):
+def test_errors_that_the_weights_do_not_cause_are_not_wrapped(tiny, monkeypatch, error):
     def fail(*arguments, **options):
         raise error
 

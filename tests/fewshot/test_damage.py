@@ -25,15 +25,16 @@ from complora_kernels.common.files import open_to_append, reading, unsealed, wri
 from complora_kernels.fewshot import jobs
 from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.config import Run
-from complora_kernels.fewshot.datasets import draw, read_draw, write_draw
+from complora_kernels.fewshot.datasets import choose_split, read_split, write_split
 from complora_kernels.fewshot.decode import open_image
 from complora_kernels.fewshot.files import append_json_line, read_json, write_json
 from complora_kernels.fewshot.grid import open_folder
 from complora_kernels.fewshot.outcomes import failures_of, results_of
-from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, train
+from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, random_state, save_checkpoint
 from complora_kernels.fewshot.setting import Settings
+from complora_kernels.fewshot.training import CHECKPOINT
 
 PROBLEM = plans.Problem("torch", "cpu", 64, 16, 16, 2, 1, "float32", "float32", False)
 
@@ -54,12 +55,12 @@ def description(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return folder / "config.json", lambda: read_json(folder / "config.json")
 
 
-def drawn(folder: Path) -> tuple[Path, Callable[[], Any]]:
+def few_shot_split(folder: Path) -> tuple[Path, Callable[[], Any]]:
     dataset = standin.setting().new.dataset
-    write_draw(folder / "draw.json", dataset, draw(dataset, 2, 0))
+    write_split(folder / "draw.json", dataset, choose_split(dataset, 2, 0))
 
     def read() -> Any:
-        found = read_draw(folder / "draw.json", dataset)
+        found = read_split(folder / "draw.json", dataset)
         return found.train.tolist(), found.val.tolist(), found.test.tolist(), found.shots, found.seed, found.kind
 
     return folder / "draw.json", read
@@ -105,7 +106,7 @@ def checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return path, read
 
 
-FILES = (results, failures, description, drawn, measured_plans, checkpoint)
+FILES = (results, failures, description, few_shot_split, measured_plans, checkpoint)
 
 
 def damages(whole: bytes) -> Iterator[bytes]:
@@ -122,7 +123,7 @@ def damages(whole: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("make", FILES)
-def test_a_damaged_file_is_refused_by_name_or_says_what_it_said(tmp_path, make):
+def test_a_damaged_file_is_refused_by_name_or_reads_as_before(tmp_path, make):
     path, read = make(tmp_path)
     whole, expected = path.read_bytes(), read()
     is_lines = path.suffix == ".jsonl"
@@ -133,7 +134,7 @@ def test_a_damaged_file_is_refused_by_name_or_says_what_it_said(tmp_path, make):
         if error:
             assert str(path) in error
             refused += 1
-        elif is_lines:  # those that a crash cut short are left out
+        elif is_lines:  # incomplete last lines are dropped
             assert [known(*pair) for pair in zip(found, expected, strict=False)] == expected[: len(found)]
         else:
             assert known(found, expected) == expected
@@ -162,7 +163,7 @@ def swaps(value: Any) -> Iterator[Any]:
         yield changed
 
 
-def test_values_of_other_types_are_no_results(tmp_path, capsys, monkeypatch):
+def test_results_with_values_of_other_types_are_refused(tmp_path, capsys, monkeypatch):
     """The report ends well, where nobody reads what was exchanged, or names file and line."""
     monkeypatch.setattr("complora_kernels.fewshot.report.folder.write_figures", lambda *_: [])
     path = tmp_path / "results.jsonl"
@@ -180,7 +181,7 @@ def test_values_of_other_types_are_no_results(tmp_path, capsys, monkeypatch):
     assert refused > 20
 
 
-@pytest.mark.parametrize("make", [failures, description, drawn, measured_plans])
+@pytest.mark.parametrize("make", [failures, description, few_shot_split, measured_plans])
 def test_values_of_other_types_are_refused_by_name(tmp_path, make):
     path, read = make(tmp_path)
     written = unsealed(json.loads(path.read_text()))
@@ -193,7 +194,7 @@ def test_values_of_other_types_are_refused_by_name(tmp_path, make):
 
 @pytest.mark.parametrize("name", ["results.jsonl", "failures.jsonl", "config.json"])
 @pytest.mark.parametrize("command", ["report", "train", "sweep"])
-def test_commands_end_with_one_line_and_2(tmp_path, capsys, name, command):
+def test_commands_on_damaged_files_print_one_line_and_return_2(tmp_path, capsys, name, command):
     output, sweep = tmp_path / "out", tmp_path / "sweep.yaml"
     output.mkdir()
     sweep.write_text("{shots: 1, seeds: 0, methods: [lora], learning_rates: 0.01}")
@@ -233,7 +234,7 @@ def test_a_run_with_a_damaged_checkpoint_starts_again(tmp_path, caplog):
     content[-9] ^= 4
     path.write_bytes(content)
     result = train(config, run, standin.setting(), tmp_path / "run")
-    measured = ("run", *MEASURED)
+    measured = ("run", *standin.VARYING)
     assert [(k, v) for k, v in result.items() if k not in measured] == [
         (k, v) for k, v in expected.items() if k not in measured
     ]
@@ -253,7 +254,7 @@ def test_a_checkpoint_without_a_digest_is_put_aside(tmp_path, caplog):
     assert "there is no 'digest'" in caplog.text
 
 
-def test_what_a_parser_raises_names_the_file():
+def test_errors_of_parsers_name_the_file():
     for error in (KeyError("a"), RecursionError("deep"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), EOFError()):
         with pytest.raises(ValueError, match=r"^/a/b: expected a file \(.+\)$"), reading("/a/b", "a file"):
             raise error
@@ -282,7 +283,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert not list(folder.glob(".config.json.*[!l]"))
 
 
-def test_a_full_disk_and_missing_memory_name_what_they_stop(tmp_path, monkeypatch):
+def test_errors_of_a_full_disk_and_of_missing_memory_name_the_file(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -294,7 +295,7 @@ def test_a_full_disk_and_missing_memory_name_what_they_stop(tmp_path, monkeypatc
     assert jobs.sendable(OSError(28, "No space left on device", "/a/b")).filename == "/a/b"
 
 
-def test_a_run_without_memory_fails_by_name_and_alone(tmp_path, trained, monkeypatch, capsys):
+def test_a_run_without_memory_fails_alone_and_is_named(tmp_path, trained, monkeypatch, capsys):
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("{shots: 1, seeds: 0, methods: [lora, output], learning_rates: 0.01, options: {steps: 2, r: 2}}")
 
@@ -309,7 +310,7 @@ def test_a_run_without_memory_fails_by_name_and_alone(tmp_path, trained, monkeyp
     assert [result["method"] for result in results_of(tmp_path / "out")] == ["output"]
 
 
-def test_the_same_command_is_said_to_go_on_only_where_it_would(tmp_path, trained, monkeypatch, capsys):
+def test_advice_to_repeat_the_command_is_given_only_where_it_helps(tmp_path, trained, monkeypatch, capsys):
     def fail(error: Exception) -> str:
         monkeypatch.setattr(jobs, "train", lambda *_: (_ for _ in ()).throw(error))
         command = ["train", "--methods", "lora", "--shots", "1", "--seeds", "0", "--learning-rates", "0.01"]
@@ -336,7 +337,7 @@ LIES = (
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_checkpoint_that_says_what_no_run_says_is_put_aside(tmp_path, caplog, lie):
+def test_a_checkpoint_with_impossible_progress_is_put_aside(tmp_path, caplog, lie):
     """Though it has the digest of what it says."""
     model, optimizer = adapted()
     save_checkpoint(tmp_path / CHECKPOINT, model, optimizer, progress_of(), [])
@@ -364,8 +365,8 @@ def test_moments_that_fit_no_factor_are_refused(tmp_path, moment):
     assert all(map(torch.equal, ck.adapter_parameters(other), before))
 
 
-@pytest.mark.parametrize("make", [results, failures, description, drawn, measured_plans, checkpoint])
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, make):
+@pytest.mark.parametrize("make", [results, failures, description, few_shot_split, measured_plans, checkpoint])
+def test_reading_a_pipe_in_place_of_a_file_does_not_wait(tmp_path, make):
     path, read = make(tmp_path)
     path.unlink()
     os.mkfifo(path)
@@ -373,7 +374,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, make):
         read()
 
 
-def test_an_image_is_no_device(tmp_path):
+def test_a_device_in_place_of_an_image_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "zero.png"):
@@ -381,7 +382,7 @@ def test_an_image_is_no_device(tmp_path):
             open_image(tmp_path / name)
 
 
-def test_an_error_of_any_kind_is_that_of_its_run_alone(tmp_path, monkeypatch):
+def test_an_unforeseen_error_fails_its_run_alone(tmp_path, monkeypatch):
     """A sweep goes on with the next one."""
 
     def train(*_: Any) -> None:

@@ -48,13 +48,13 @@ FIRST_FOUR = ("red", "green", "dark_blue", "yellow")
 
 
 def colours(dataset: Dataset, indices: Tensor) -> list[str]:
-    """What the images of these indices show."""
+    """The colours of the images of these indices."""
     assert isinstance(dataset.images, tuple)
     return [colour_of(dataset.images[i]) for i in indices.tolist()]
 
 
 def names(dataset: Dataset, indices: Tensor) -> list[str]:
-    """What the data set calls the classes of these images."""
+    """The class names of the images of these indices."""
     return [dataset.class_names[label].replace(" ", "_") for label in dataset.labels[indices].tolist()]
 
 
@@ -77,7 +77,7 @@ def pets(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("spelling", [0, 1])
 @pytest.mark.parametrize("name", ELEVEN)
-def test_images_have_the_names_of_what_they_show(tmp_path, name, spelling):
+def test_labels_and_class_names_match_the_images(tmp_path, name, spelling):
     folder = make_miniature(tmp_path, name, spelling=spelling)
     dataset = load_dataset(name, tmp_path)
     assert (dataset.name, dataset.root, dataset.can_be_mirrored) == (name, folder, True)
@@ -103,7 +103,7 @@ def test_shifted_domains_are_for_testing_only(tmp_path, name):
 
 
 def test_labels_of_files_are_those_of_the_split(tmp_path):
-    """In whatever order they stand there."""
+    """The order of the lists does not matter."""
     folder = make_miniature(tmp_path, "dtd")
     edit(folder / "split_zhou_DescribableTextures.json", lambda split: [part.reverse() for part in split.values()])
     dataset = load_dataset("dtd", tmp_path)
@@ -156,7 +156,7 @@ def test_two_classes_of_imagenet_may_have_one_name(tmp_path):
     assert load_dataset("imagenet", tmp_path).class_names == ("missile",) * 4
 
 
-def test_no_image_is_read(tmp_path):
+def test_loading_a_data_set_reads_no_image(tmp_path):
     for name in MINIATURES:
         make_miniature(tmp_path, name)
     for path in tmp_path.rglob("*"):
@@ -167,7 +167,7 @@ def test_no_image_is_read(tmp_path):
         load_dataset(name, tmp_path)
 
 
-def test_names_are_all_that_is_known():
+def test_names_list_every_known_data_set():
     assert len(NAMES) == len({"digits", "letters", *ELEVEN, *DOMAIN_SHIFTS} & set(NAMES)) == 17
 
 
@@ -176,7 +176,7 @@ def test_names_are_all_that_is_known():
 
 @pytest.mark.parametrize("name", [*ELEVEN, *DOMAIN_SHIFTS])
 def test_a_missing_data_set_is_described(tmp_path, name):
-    """By a tree in which every name is one that the miniature has."""
+    """The message has a tree, whose names are all in the miniature."""
     with pytest.raises(FileNotFoundError, match=rf"{name}: there is no folder {tmp_path}.*; expected in") as raised:
         load_dataset(name, tmp_path)
     with pytest.raises(FileNotFoundError) as checked:
@@ -260,7 +260,7 @@ def test_unknown_names_and_no_folder_are_refused(check, tmp_path):
         (lambda s: s["train"][2].__setitem__(2, " "), r"train\[2\] is \['Red_3.jpg', 0, ' '\], expected \[file, label"),
     ],
 )
-def test_what_is_wrong_with_a_split_is_named(pets, change, message):
+def test_the_message_about_a_wrong_split_names_the_entry(pets, change, message):
     edit(pets, change)
     with pytest.raises((ValueError, FileNotFoundError), match=rf"{pets}: {message}"):
         load_dataset("oxford_pets", pets.parents[1])
@@ -273,7 +273,7 @@ def test_a_split_that_is_no_json_is_named(pets):
             load_dataset("oxford_pets", pets.parents[1])
 
 
-def test_lines_of_aircraft_are_named(tmp_path):
+def test_errors_in_the_files_of_aircraft_name_the_line(tmp_path):
     folder = make_miniature(tmp_path, "fgvc_aircraft")
     lines = folder / "images_variant_val.txt"
     (folder / "images" / "0000014.jpg").unlink()
@@ -291,7 +291,7 @@ def test_lines_of_aircraft_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("check", [load_dataset, check_dataset])
-def test_a_class_in_one_half_of_imagenet_is_named(tmp_path, check):
+def test_a_class_in_only_one_of_train_and_val_is_named(tmp_path, check):
     folder = make_miniature(tmp_path, "imagenet")
     shutil.rmtree(folder / "images" / "val" / WNIDS[2])
     with pytest.raises(ValueError, match=rf"the class '{WNIDS[2]}' is in train/ and not in val/, expected it in both"):
@@ -303,7 +303,7 @@ def test_a_class_in_one_half_of_imagenet_is_named(tmp_path, check):
     ("split", "advice"), [("val", r"run, in that folder, .*/valprep\.sh"), ("train", r"as .*/extract_ILSVRC\.sh does")]
 )
 def test_images_of_imagenet_must_be_sorted(tmp_path, check, split, advice):
-    """As they do not come out of the archives."""
+    """The archives have the images without folders of classes."""
     images = make_miniature(tmp_path, "imagenet") / "images" / split
     for path in images.rglob("*.JPEG"):
         path.rename(images / path.name)
@@ -334,7 +334,7 @@ def test_empty_and_unknown_classes_of_shifted_domains_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("check", [load_dataset, check_dataset])
-def test_lines_of_class_names_are_named(tmp_path, check):
+def test_errors_in_classnames_txt_name_the_line(tmp_path, check):
     folder = make_miniature(tmp_path, "imagenet")
     for lines, message in (
         ("n01440764", "expected a folder name, a"),
@@ -349,7 +349,7 @@ def test_lines_of_class_names_are_named(tmp_path, check):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_may_end_as_on_any_system(tmp_path, end):
+def test_text_files_may_have_the_line_ends_of_any_system(tmp_path, end):
     folder = make_miniature(tmp_path, "imagenet")
     path = folder / "classnames.txt"
     path.write_bytes(path.read_bytes().replace(b"\n", end.encode()))
@@ -363,7 +363,7 @@ def test_lines_may_end_as_on_any_system(tmp_path, end):
 # ---- one's own
 
 
-def test_a_folder_of_classes_is_split_by_name(tmp_path):
+def test_a_folder_of_classes_is_split_by_the_names_of_its_files(tmp_path):
     folder = make_miniature(tmp_path, "folder", per_class=(5, 2, 3))
     (folder / "red" / "notes.txt").write_text("no image")
     (folder / "red" / ".hidden.png").write_bytes(b"")
@@ -397,7 +397,7 @@ def test_the_split_does_not_depend_on_order_or_other_images():
     assert without_b["test"] == [entry for entry in split["test"] if entry[1] == 0]
 
 
-def test_both_unicode_forms_of_a_name_are_split_alike():
+def test_the_split_does_not_depend_on_the_unicode_form_of_a_name():
     tested = []
     for form in ("caf\u00e9", "cafe\u0301"):
         files = [f"{form} {i}.jpg" for i in range(20)]
@@ -423,7 +423,7 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [("train", "val", "test"), ("train", "test")])
-def test_a_folder_with_a_split_is_taken_as_it_is(tmp_path, parts):
+def test_a_folder_with_a_split_keeps_it(tmp_path, parts):
     for part in parts:
         for colour in FIRST_FOUR:
             for number in range(len(part)):
@@ -492,14 +492,14 @@ def test_classes_without_a_test_image_are_named_once(tmp_path, caplog, kind, tes
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv"])
-def test_nothing_is_said_where_all_classes_have_test_images(tmp_path, caplog, kind):
+def test_no_warning_where_all_classes_have_test_images(tmp_path, caplog, kind):
     load_dataset(lay_split(tmp_path / "given", kind, 9))
     load_dataset(f"{kind}:{make_miniature(tmp_path, kind)}")
     assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv", "oxford_pets"])
-def test_a_single_class_is_no_data_set(tmp_path, kind):
+def test_a_single_class_is_refused(tmp_path, kind):
     path = make_miniature(tmp_path, kind, classes=1)
     name = kind if kind == "oxford_pets" else f"{kind}:{path}"
     with pytest.raises(ValueError, match=rf"{path}.*: there is 1 class, 'red', expected at least 2"):
@@ -531,8 +531,8 @@ def plugins(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("plugins")
-def test_every_photo_is_read_or_counted_once(tmp_path, caplog):
-    """In a format by whatever name, below other folders too; what systems leave behind is nobody's photo."""
+def test_every_file_is_read_or_counted_once(tmp_path, caplog):
+    """Images may have any suffix and lie in folders below; files of operating systems do not count."""
     photos = ["0.JPG", "1.jfif", "2.jpe", "3.jpeg", "album/4.jpg", "album/of 2020/5.PNG", "album 2/4.jpg", "6.Jfif"]
     data = tmp_path / "data"
     for colour in ("red", "green"):
@@ -564,7 +564,7 @@ def test_every_photo_is_read_or_counted_once(tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("plugins")
-def test_photos_of_plugins_are_read(tmp_path, monkeypatch):
+def test_formats_of_pillows_plugins_are_read(tmp_path, monkeypatch):
     """Here PNG files by another suffix, as a plugin of Pillow's would have them; pillow-heif registers itself so."""
 
     class Plugin(PngImagePlugin.PngImageFile):
@@ -610,7 +610,7 @@ def test_links_are_followed_once(tmp_path):
     ("train", "val", "test"),
     [("Train", "valid", "TEST"), ("training", "Validation", "testing"), ("train", "VAL", "Test")],
 )
-def test_splits_have_many_names(tmp_path, train, val, test):
+def test_folders_of_splits_have_several_names(tmp_path, train, val, test):
     for part, n in ((train, 2), (val, 1), (test, 3)):
         for colour in FIRST_FOUR:
             for number in range(n):
@@ -622,7 +622,7 @@ def test_splits_have_many_names(tmp_path, train, val, test):
         assert {str(name).partition("/")[0] for name in dataset.image_names(indices)} == {part}
 
 
-def test_what_lies_beside_a_split_is_counted(tmp_path, caplog):
+def test_images_outside_of_the_folders_of_classes_are_counted(tmp_path, caplog):
     for path in ("train/red", "train/green", "test/red", "test/green", "extra/red", "extra/blue"):
         draw_image(tmp_path / path / "0.png", "red", 0)
     draw_image(tmp_path / "train" / "overview.png", "red", 0)
@@ -638,8 +638,8 @@ def test_what_lies_beside_a_split_is_counted(tmp_path, caplog):
     ]
 
 
-def test_a_folder_that_is_alone_is_the_data_set(tmp_path, caplog):
-    """As an archive leaves it that is unpacked into a folder of its name."""
+def test_a_folder_alone_in_the_given_one_is_the_data_set(tmp_path, caplog):
+    """Unpacking an archive into a folder of its name gives such a layout."""
     inner = make_miniature(tmp_path / "my folder" / "my folder", "folder")
     write(tmp_path / "my folder" / "__MACOSX" / "0.jpg", "")
     plain = load_dataset(f"folder:{inner}")
@@ -653,7 +653,7 @@ def test_a_folder_that_is_alone_is_the_data_set(tmp_path, caplog):
     ]
 
 
-def test_classes_that_hold_folders_alone_are_named(tmp_path, caplog):
+def test_a_warning_names_classes_that_hold_only_folders(tmp_path, caplog):
     """They may be parts of something else: a/red, b/red."""
     for path in ("a/red/0", "a/red/1", "b/red/0", "b/green/0"):
         draw_image(tmp_path / f"{path}.png", "red", 0)
@@ -661,7 +661,7 @@ def test_classes_that_hold_folders_alone_are_named(tmp_path, caplog):
     assert caplog.messages == [f"{tmp_path}: 'a', 'b' hold images in folders below alone, and are taken for classes"]
 
 
-def test_a_class_of_no_image_or_of_anothers_name_is_named(tmp_path):
+def test_a_class_without_images_or_with_anothers_name_is_refused(tmp_path):
     folder = make_miniature(tmp_path, "folder")
     (folder / "white").mkdir()
     with pytest.raises(ValueError, match=r"my folder: class 'white' \(label 3\) has no train image"):
@@ -678,7 +678,7 @@ def test_a_class_of_no_image_or_of_anothers_name_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["train", "val", "test"])
 @pytest.mark.parametrize("other", ["", "@eaDir"])
-def test_a_class_may_be_called_like_a_split(tmp_path, name, other):
+def test_a_class_may_have_the_name_of_a_split(tmp_path, name, other):
     folder = make_miniature(tmp_path, "folder")
     (folder / "red").rename(folder / name)
     if other:
@@ -689,7 +689,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path, name, other):
     assert len(dataset.images) == 24
 
 
-def test_two_classes_may_be_called_like_splits(tmp_path):
+def test_two_classes_may_have_names_of_splits(tmp_path):
     folder = make_miniature(tmp_path, "folder")
     (folder / "red").rename(folder / "train")
     (folder / "green").rename(folder / "test")
@@ -716,7 +716,7 @@ def test_images_beside_the_folders_of_a_split_are_no_class(tmp_path):
         ("Ma\u00dfe", "Masse"),
     ],
 )
-def test_names_are_distinct_if_clips_tokens_are(one, other):
+def test_class_names_must_differ_in_clips_tokens(one, other):
     tokens = open_clip.tokenize(prompts("a photo of a {}.", [one, other]))
     if torch.equal(tokens[0], tokens[1]):
         with pytest.raises(
@@ -727,7 +727,7 @@ def test_names_are_distinct_if_clips_tokens_are(one, other):
         check_distinct([one, "dog", other], Path("x"))
 
 
-def test_names_of_other_encodings(tmp_path):
+def test_class_names_that_are_not_utf8_are_refused(tmp_path):
     """Files may have them; of a class it makes no prompt."""
     folder = make_miniature(tmp_path, "folder")
     (folder / "red" / "0 é.png").rename(folder / "red" / os.fsdecode(b"\xe9.png"))
@@ -737,7 +737,7 @@ def test_names_of_other_encodings(tmp_path):
         load_dataset(f"folder:{folder}")
 
 
-def test_folders_that_are_no_data_set_are_refused(tmp_path):
+def test_folders_of_another_layout_are_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=rf"folder:{tmp_path}/none: there is no such folder, expected\n  train/CLASS"
     ):
@@ -747,7 +747,7 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
     draw_image(tmp_path / "train" / "red" / "0.png", "red", 0)
     with pytest.raises(FileNotFoundError, match=r"there is train/CLASS/ and no test/CLASS/, expected\n  train/CLASS"):
         load_dataset(f"folder:{tmp_path}")
-    draw_image(tmp_path / "test" / "0.png", "red", 0)  # of what class?
+    draw_image(tmp_path / "test" / "0.png", "red", 0)  # an image without a class
     with pytest.raises(FileNotFoundError, match=r"there is train/CLASS/ and no test/CLASS/, expected\n  train/CLASS"):
         load_dataset(f"folder:{tmp_path}")
     (tmp_path / "test" / "0.png").unlink()
@@ -766,7 +766,7 @@ def table(folder: Path, *rows: str) -> Path:
     return folder / "table.csv"
 
 
-def test_a_table_is_split_as_the_folder_would_be(tmp_path):
+def test_a_table_is_split_like_the_folder_of_its_images(tmp_path):
     by_table = load_dataset(f"csv:{make_miniature(tmp_path, 'csv', per_class=(5, 2, 3))}")
     by_folder = load_dataset(f"folder:{make_miniature(tmp_path, 'folder', per_class=(5, 2, 3))}")
     assert by_table.name == "table"
@@ -782,7 +782,7 @@ def test_a_table_is_split_as_the_folder_would_be(tmp_path):
         assert names(by_table, ours) == colours(by_table, ours)
 
 
-def test_a_table_with_a_split_is_taken_as_it_is(tmp_path):
+def test_a_table_with_a_split_keeps_it(tmp_path):
     (tmp_path / "lists").mkdir()
     rows = ["split,note,label,path"]
     for i, (colour, part) in enumerate((c, p) for c in FIRST_FOUR for p in ("train", "test", "val")):
@@ -837,7 +837,7 @@ def test_a_table_with_a_split_is_taken_as_it_is(tmp_path):
         (("path,label",), r": there are no images to test on"),
     ],
 )
-def test_rows_that_cannot_work_are_named(tmp_path, rows, message):
+def test_errors_in_a_table_name_the_line(tmp_path, rows, message):
     for name in ("a", "b"):
         draw_image(tmp_path / f"{name}.png", "red", 0)
     (tmp_path / "folder").mkdir()
@@ -847,7 +847,7 @@ def test_rows_that_cannot_work_are_named(tmp_path, rows, message):
         check_dataset(f"csv:{path}")
 
 
-def test_absolute_paths_in_a_table_are_those_of_relative_ones(tmp_path, monkeypatch):
+def test_absolute_and_relative_paths_of_a_table_name_the_same_image(tmp_path, monkeypatch):
     draw_image(tmp_path / "a.png", "red", 0)
     table(tmp_path, "path,label,split", "a.png,x,train", f"{tmp_path}/a.png,x,test")
     monkeypatch.chdir(tmp_path)
@@ -855,7 +855,7 @@ def test_absolute_paths_in_a_table_are_those_of_relative_ones(tmp_path, monkeypa
         load_dataset("csv:table.csv")
 
 
-def test_a_table_of_another_encoding_is_named(tmp_path):
+def test_a_table_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "table.csv").write_bytes("path,label\na.png,x\né.png,x\n".encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{tmp_path}/table.csv, line 3: .*0xe9.*, expected text in UTF-8"):
         check_dataset(f"csv:{tmp_path}/table.csv")
@@ -879,7 +879,7 @@ def test_a_missing_table_is_named(tmp_path):
 
 
 def lay_download(root: Path, name: str) -> None:
-    """What torchvision finds on the disk after a download, and takes as it is."""
+    """Write the files that torchvision finds after a download, and accepts."""
     from scipy.io import savemat
 
     folder = root / "torchvision" / name
@@ -955,13 +955,13 @@ def small(monkeypatch) -> None:
     for name in ("caltech101", "eurosat", "sun397"):
         monkeypatch.setitem(SIZES, name, Size((40,), 4))
     monkeypatch.setitem(SIZES, "caltech101", Size((41,), 5))  # the face is left out later
-    monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda *_: True)  # of its files' sums
+    monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda *_: True)  # accepts the checksums
     monkeypatch.setattr(torchvision.datasets.Flowers102, "classes", list(COLOURS)[:4])
 
 
 @pytest.mark.parametrize("name", SHARES)
 @pytest.mark.usefixtures("small")
-def test_downloads_are_split_and_named(tmp_path, name, monkeypatch):
+def test_downloads_have_splits_and_class_names(tmp_path, name, monkeypatch):
     lay_download(tmp_path, name)
     check_dataset(name, tmp_path, download=True)
     dataset = load_dataset(name, tmp_path, download=True)
@@ -987,8 +987,8 @@ def test_downloads_are_split_and_named(tmp_path, name, monkeypatch):
     assert torch.equal(again.labels, dataset.labels)
 
 
-def test_the_sizes_of_all_downloads_are_known():
-    """As published: of Caltech101 without its 467 images of background, of FGVC-Aircraft a third in each split."""
+def test_sizes_list_every_data_set_with_a_download():
+    """The published sizes: Caltech101 without its 467 background images, FGVC-Aircraft with a third in each split."""
     assert {name: (sum(size.images), size.classes) for name, size in SIZES.items()} == {
         "caltech101": (9144 - 467, 102 - 1),
         "oxford_pets": (7349, 37),
@@ -1004,12 +1004,12 @@ def test_the_sizes_of_all_downloads_are_known():
 
 @pytest.mark.parametrize("name", SHARES)
 @pytest.mark.usefixtures("small")
-def test_an_interrupted_download_is_no_data_set(tmp_path, name):
+def test_an_interrupted_download_is_refused(tmp_path, name):
     """Torchvision lists what an archive's unpacking left behind."""
     lay_download(tmp_path, name)
     folder = tmp_path / "torchvision" / name
     kept = [path for path in sorted(folder.rglob("*.jpg")) if "Faces_easy" not in path.parts]
-    kept[-1].unlink()  # of the last class, and for testing
+    kept[-1].unlink()  # the only test image of the last class
     for _ in range(2):
         with pytest.raises(
             OSError,
@@ -1042,7 +1042,7 @@ def test_classes_that_a_download_lacks_are_counted(tmp_path, monkeypatch):
         ("sun397", "SUN397/ClassName.txt", b"/r/red\n"),
     ],
 )
-def test_lists_that_an_interrupted_download_lacks_do_not_end_in_a_traceback(tmp_path, name, lost, instead):
+def test_missing_lists_of_an_interrupted_download_are_an_error_with_advice(tmp_path, name, lost, instead):
     lay_download(tmp_path, name)
     folder = tmp_path / "torchvision" / name
     path = folder / lost
@@ -1058,7 +1058,7 @@ def test_lists_that_an_interrupted_download_lacks_do_not_end_in_a_traceback(tmp_
         load_dataset(name, tmp_path, download=True)
 
 
-def test_poor_names_of_classes_are_coops(tmp_path, monkeypatch):
+def test_downloads_have_coops_class_names_where_their_own_are_poor(tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "eurosat", Size((12,), 3))
     monkeypatch.setitem(SIZES, "sun397", Size((8,), 2))
     data = tmp_path / "torchvision" / "eurosat" / "eurosat" / "2750"
@@ -1074,13 +1074,13 @@ def test_poor_names_of_classes_are_coops(tmp_path, monkeypatch):
     assert load_dataset("sun397", tmp_path, download=True).class_names == ("abbey", "outdoor church")
 
 
-def test_coops_layout_comes_before_a_download(tmp_path, monkeypatch):
+def test_coops_layout_takes_precedence_over_a_download(tmp_path, monkeypatch):
     make_miniature(tmp_path, "dtd")
     monkeypatch.delattr(torchvision.datasets, "DTD")
     assert load_dataset("dtd", tmp_path, download=True).root == tmp_path / "dtd"
 
 
-def test_a_download_that_fails_says_what_else_can_be_done(tmp_path, monkeypatch):
+def test_a_failed_download_gives_advice(tmp_path, monkeypatch):
     def no_network(self: Any) -> None:
         raise URLError("no route to host")
 
@@ -1100,7 +1100,7 @@ def test_a_download_that_fails_says_what_else_can_be_done(tmp_path, monkeypatch)
         ("ucf101", "torchvision does not have it"),
     ],
 )
-def test_what_cannot_be_downloaded_is_said(tmp_path, check, name, reason):
+def test_the_message_tells_that_a_data_set_has_no_download(tmp_path, check, name, reason):
     with pytest.raises(FileNotFoundError, match=rf"(?s){name}: there is no folder .*There is no download: {reason}"):
         check(name, tmp_path, download=True)
 
@@ -1109,7 +1109,7 @@ def test_what_cannot_be_downloaded_is_said(tmp_path, check, name, reason):
 
 
 @pytest.mark.parametrize("name", ["digits", "oxford_pets", "imagenet_v2"])
-def test_halves_share_the_classes_out(tmp_path, name):
+def test_halves_divide_the_classes(tmp_path, name):
     if name != "digits":
         make_miniature(tmp_path, name, classes=5)
     whole = load_dataset(name, tmp_path)

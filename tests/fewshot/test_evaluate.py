@@ -18,13 +18,13 @@ from torch import Tensor
 
 from complora_kernels.fewshot import evaluate
 from complora_kernels.fewshot.backbone import Backbone
-from complora_kernels.fewshot.datasets import Draw
+from complora_kernels.fewshot.datasets import FewShotSplit
 from complora_kernels.fewshot.evaluate import MemoryBudget, Task
 from complora_kernels.fewshot.measure import Measurement
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import SharedError, Team
 
-DRAW = Draw(train=torch.arange(6), val=torch.arange(6, 12), test=torch.arange(12, 30))
+SPLIT = FewShotSplit(train=torch.arange(6), val=torch.arange(6, 12), test=torch.arange(12, 30))
 
 
 def save(image: Tensor, path: Path) -> Path:
@@ -45,7 +45,7 @@ def setting_of_files(folder: Path) -> Setting:
 
 
 class Meeting:
-    """Where two threads exchange values, in the same order of kinds: one that waits in vain ends the test."""
+    """Lets two threads exchange values, in the same order of kinds; a thread that waits in vain ends the test."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(2, timeout=60)
@@ -79,7 +79,7 @@ class Pair(Team):
 
 
 def in_two(work: Callable[[Team, Setting], Any], settings: Sequence[Setting]) -> list[Any]:
-    """What `work` returns or raises in each of two threads."""
+    """The results or errors of `work` in each of two threads."""
     meeting = Meeting()
     found: list[Any] = [None, None]
 
@@ -101,19 +101,19 @@ def in_two(work: Callable[[Team, Setting], Any], settings: Sequence[Setting]) ->
 
 
 def measurement(team: Team, setting: Setting, **options: Any) -> Measurement:
-    return Measurement(standin.config(Path(), **options), setting, DRAW, torch.float32, team)
+    return Measurement(standin.config(Path(), **options), setting, SPLIT, torch.float32, team)
 
 
 def zero_shot_of_some(team: Team, setting: Setting) -> Any:
-    """Where the first process knows its answers, and the second one none."""
+    """Zero-shot accuracy where the first process knows its answers, and the second one does not."""
     if team.leads:
-        setting.new.zero_shot_accuracy(DRAW.test[::2])
-    return setting.new.zero_shot_accuracy(DRAW.test, team=team)
+        setting.new.zero_shot_accuracy(SPLIT.test[::2])
+    return setting.new.zero_shot_accuracy(SPLIT.test, team=team)
 
 
 MEASURED: dict[str, Callable[[Team, Setting], Any]] = {
-    "accuracy": lambda team, setting: setting.new.accuracy(setting.backbone.model, DRAW.test, team=team),
-    "zero-shot": lambda team, setting: setting.new.zero_shot_accuracy(DRAW.test, team=team),
+    "accuracy": lambda team, setting: setting.new.accuracy(setting.backbone.model, SPLIT.test, team=team),
+    "zero-shot": lambda team, setting: setting.new.zero_shot_accuracy(SPLIT.test, team=team),
     "some known": zero_shot_of_some,
     "trained": lambda team, setting: measurement(team, setting, validation=True).trained(setting.backbone.model),
     "tip-adapter": lambda team, setting: measurement(team, setting).anchor("tip-adapter"),
@@ -135,7 +135,7 @@ def and_then(work: Callable[[Team, Setting], Any]) -> Callable[[Team, Setting], 
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_two_measure_what_one_does(tmp_path, name):
+def test_two_processes_measure_the_same_as_one(tmp_path, name):
     settings = [setting_of_files(tmp_path) for _ in range(3)]
     alone = and_then(MEASURED[name])(Team(), settings[2])
     assert in_two(and_then(MEASURED[name]), settings) == [alone, alone]
@@ -173,7 +173,7 @@ FAULTS = {  # the images are in the share of the second process; all training im
         *((name, "training image") for name in ("tip-adapter", "linear-probe")),
     ],
 )
-def test_an_error_of_one_is_raised_in_both_which_go_on(tmp_path, name, fault):
+def test_an_error_of_one_process_is_raised_in_both_and_both_continue(tmp_path, name, fault):
     break_, words = FAULTS[fault]
     settings = []
     for rank in range(2):
@@ -242,7 +242,7 @@ def test_images_that_are_not_measured_take_no_memory(photos):
     assert budget.free == 5 * CROP
 
 
-def test_two_tasks_share_a_budget_and_give_it_back(photos, monkeypatch):
+def test_two_tasks_share_a_budget_and_return_it(photos, monkeypatch):
     decoded: list[Path] = []
     load = evaluate.load_crops
     monkeypatch.setattr(
@@ -277,7 +277,7 @@ def test_two_tasks_share_a_budget_and_give_it_back(photos, monkeypatch):
 
 
 @pytest.mark.parametrize("crops", [0, 1, 3, 10, None])
-def test_a_budget_changes_no_answer(photos, crops):
+def test_the_budget_changes_no_answer(photos, crops):
     labels = torch.arange(10) % 3
     task = task_of_photos(photos, labels, MemoryBudget(None if crops is None else crops * CROP))
     for indices in (torch.arange(10), torch.arange(10), torch.tensor([3, 9, 1, 4, 0])):
@@ -292,7 +292,7 @@ def encoded(setting: Setting, template: str) -> Tensor:  # [C, D]
     return F.normalize(setting.backbone.model.encode_text(standin.tokenize(texts)), dim=-1)
 
 
-def test_a_step_compares_with_one_template_and_measuring_with_their_mean():
+def test_steps_use_one_template_and_measurements_the_mean_of_all():
     setting = standin.setting()
     templates = ("a {}", "the {}", "{} x")
     task = Task(setting.new.dataset, setting.backbone, templates, training_template="my {}")
@@ -325,7 +325,7 @@ def test_features_of_a_step_have_the_gradients_of_their_template(templates):
     assert found.abs().max() > 1e-3
 
 
-def test_one_template_is_the_same_for_both():
+def test_with_one_template_steps_and_measurements_use_the_same_features():
     setting = standin.setting()
     model = setting.backbone.model
     assert torch.equal(setting.new.training_features(model), setting.new.class_features(model))

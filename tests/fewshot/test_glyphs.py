@@ -39,7 +39,7 @@ def tiny_config(output: Path, **changes: int) -> pretrain.PretrainConfig:
     return pretrain.PretrainConfig(output=output, **(settings | changes))
 
 
-def test_class_names():
+def test_class_names_are_ten_digits_and_26_letters():
     assert (len(glyphs.DIGITS), len(glyphs.LETTERS)) == (10, 26)
     for name, character in zip(glyphs.CLASS_NAMES, render.CHARACTERS, strict=True):
         expected = f"digit {glyphs.DIGITS[int(character)]}" if character.isdigit() else f"letter {character.lower()}"
@@ -75,7 +75,7 @@ def test_tokenizer_maps_unknown_words(tokenizer):
     assert tokenizer.encode("<end>")[1:-1] == [unknown]
 
 
-def test_tokenizer_refuses_what_does_not_fit(tokenizer):
+def test_tokenizer_refuses_texts_with_too_many_words(tokenizer):
     assert tokenizer("a " * 14)[0, -1] == tokenizer.vocabulary["<end>"]
     with pytest.raises(ValueError, match="has 15 words, expected at most 14"):
         tokenizer(["the letter a", "a " * 15])
@@ -99,7 +99,7 @@ def test_held_out_fonts_are_not_trained_on():
         assert ((render.distance_fields(font) - trained).abs().amax((1, 2, 3)) > 0.05).all()
 
 
-def test_render_glyphs_follows_its_generator_alone():
+def test_render_glyphs_depends_on_its_generator_alone():
     classes = torch.arange(36)
 
     def draw(seed: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_render_glyphs_follows_its_generator_alone():
     assert first.dtype == torch.uint8
 
 
-def test_render_glyphs_draws_what_it_is_asked_for():
+def test_render_glyphs_uses_the_given_classes_and_colours():
     """Without jitter, the brightest and the darkest pixel have the colours asked for."""
     front, back = list(render.FOREGROUNDS), list(render.GROUNDS)
     images = render.render_glyphs(
@@ -176,7 +176,7 @@ def test_loading_leaves_the_random_state():
 
 
 @pytest.mark.parametrize("template", ["a drawing of {}.", "a photo of {}.", "{}", "a sketch of {}"])
-def test_bundled_model_names_held_out_fonts(glyph_clip, template):
+def test_bundled_model_classifies_characters_in_held_out_fonts(glyph_clip, template):
     model, tokenizer, preprocess = glyph_clip
     images, labels = glyphs.held_out_test_set()
     texts = tokenizer([template.format(name) for name in glyphs.CLASS_NAMES])
@@ -187,7 +187,7 @@ def test_bundled_model_names_held_out_fonts(glyph_clip, template):
     assert accuracy == share_named_right(logits_per_image / model.logit_scale.detach().exp(), labels)
 
 
-def test_bundled_model_names_held_out_letters(glyph_clip):
+def test_bundled_model_classifies_letters_in_held_out_fonts(glyph_clip):
     model, tokenizer, _ = glyph_clip
     assert glyphs.zero_shot_accuracy(model, tokenizer, *glyphs.letter_test_set(), glyphs.LETTERS) >= 0.95
 
@@ -207,7 +207,7 @@ def test_assets_fit_in_five_megabytes():
 
 
 def stated(caption: str) -> dict[str, str]:
-    """What a caption says, read from its words."""
+    """The facts that a caption states, read from its words."""
     words = caption.split()
     subject = words.index("digit" if "digit" in words else "letter")
     said = {"class": " ".join(words[subject : subject + 2])}
@@ -238,7 +238,7 @@ def test_sample_batch_knows_which_captions_are_true(monkeypatch):
         assert is_true == [stated(caption).items() <= picture.items() for caption in batch.captions]
 
 
-def test_contrastive_loss_against_a_loop():
+def test_contrastive_loss_matches_a_loop():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
     images, texts = features / features.norm(dim=-1, keepdim=True)
@@ -277,7 +277,7 @@ def test_pretrained_files_load(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_interrupted_pretrain_leaves_the_folder_as_it_was(tmp_path, monkeypatch, error):
+def test_interrupted_pretrain_leaves_the_folder_unchanged(tmp_path, monkeypatch, error):
     pretrain.pretrain(tiny_config(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -296,7 +296,7 @@ def test_interrupted_pretrain_leaves_the_folder_as_it_was(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "setting", [{"steps": 0}, {"batch_size": 0}, {"width": 48}, {"learning_rate": 0.0}, {"threads": -1}]
 )
-def test_pretrain_config_names_what_is_wrong(setting):
+def test_pretrain_config_names_the_wrong_value(setting):
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         pretrain.PretrainConfig(**setting)

@@ -23,12 +23,13 @@ from complora_kernels.fewshot import grid, jobs
 from complora_kernels.fewshot.__main__ import main, parse
 from complora_kernels.fewshot.checks import check_device
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
+from complora_kernels.fewshot.datasets import choose_split
 from complora_kernels.fewshot.files import append_json_line, read_json_lines
 from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
-from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, train
+from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.report import report
-from complora_kernels.fewshot.sampler import draw_shots
+from complora_kernels.fewshot.training import CHECKPOINT
 
 CONSOLE = Console(file=io.StringIO())
 
@@ -58,7 +59,7 @@ def test_every_cell_of_the_grid_is_trained_once(tmp_path, trained):
     assert all((tmp_path / "out" / "runs" / name / "log.jsonl").exists() for name in trained)
 
 
-def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, trained, monkeypatch):
+def test_finished_runs_are_not_repeated_and_the_stopped_one_continues(tmp_path, trained, monkeypatch):
     config = standin.config(tmp_path / "out", methods=("lora", "output", "both"), lora_dropout=0.2)
     whole = standin.config(tmp_path / "whole", methods=config.methods, lora_dropout=0.2)
     expected = run(whole)
@@ -80,7 +81,7 @@ def test_finished_runs_are_not_repeated_and_the_stopped_one_goes_on(tmp_path, tr
     found = run(config)
     assert [name.split("-")[0] for name in trained] == ["output", "both"]
     for result in expected + found:
-        assert all(result.pop(name) > 0 for name in MEASURED)
+        assert all(result.pop(name) > 0 for name in standin.VARYING)
     assert found == expected
     trained.clear()
     assert len(run(config)) == 3
@@ -93,7 +94,7 @@ def test_trained_adapter_is_saved_and_computes_the_measured_accuracy(tmp_path, t
     setting = standin.setting()
     model = ck.load_adapter(setting.backbone.model, tmp_path / "out" / "runs" / result["run"] / "adapter").eval()
     assert setting.kept["dark"].accuracy(model, torch.arange(30)) == result["kept"]
-    assert setting.new.accuracy(model, draw_shots(setting.new.dataset.labels, 2, 0)[1]) == result["new"]
+    assert setting.new.accuracy(model, choose_split(setting.new.dataset, 2, 0).test) == result["new"]
 
 
 def test_folder_with_results_of_other_options_is_refused(tmp_path, trained):
@@ -191,7 +192,7 @@ def test_options_of_the_command_line(tmp_path):
         ([], "train"),
     ],
 )
-def test_unreadable_command_lines_end_with_2(arguments, message, capsys):
+def test_unreadable_command_lines_return_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
@@ -206,7 +207,7 @@ def test_unreadable_command_lines_end_with_2(arguments, message, capsys):
         (["report", "nowhere"], "nowhere: expected a folder"),
     ],
 )
-def test_bad_input_ends_with_2_and_one_line(arguments, message, capsys):
+def test_bad_input_prints_one_line_and_returns_2(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -217,13 +218,13 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])
     assert exit_.value.code == 0
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())  # as if no line were broken
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())  # joins the wrapped lines
     for name in PRESETS["glyphs"].__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in shown
     assert "The paper's choice is not known" in shown
 
 
-def test_lines_cut_short_by_a_crash_are_dropped(tmp_path):
+def test_incomplete_last_lines_are_dropped(tmp_path):
     path = tmp_path / "results.jsonl"
     assert read_json_lines(path) == []
     append_json_line(path, {"a": 1})
@@ -268,7 +269,7 @@ def test_progress_tells_runs_loss_and_time_left(tmp_path, terminal, monkeypatch)
         assert "\x1b" not in text
 
 
-def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
+def test_the_grid_continues_after_killed_and_interrupted_workers(tmp_path):
     # Two worker processes on the bundled model: a kill, then Ctrl-C, then to the end in this process.
     arguments = "--shots 1 --seeds 0 --learning-rates 0.003 --methods lora output both --max-test-images 20 --steps 60"
     options = [*arguments.split(), "--towers", "image", "--lora-dropout", "0.1"]
@@ -302,7 +303,7 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
     assert isinstance(whole, TrainConfig)
     found, expected = run(stopped), run(dataclasses.replace(whole, workers=1))
     for result in found + expected:
-        assert all(result.pop(name) > 0 for name in MEASURED)
+        assert all(result.pop(name) > 0 for name in standin.VARYING)
     assert sorted(found, key=lambda result: result["run"]) == sorted(expected, key=lambda result: result["run"])
     assert len(found) == 3
     for output in (folder, tmp_path / "whole"):
@@ -311,7 +312,7 @@ def test_killed_and_interrupted_workers_end_and_the_grid_goes_on(tmp_path):
         assert (folder / table).read_text() == (tmp_path / "whole" / table).read_text()
 
 
-def test_a_size_that_fits_no_weight_ends_with_1_and_does_not_occupy_the_folder(tmp_path, capsys):
+def test_a_failed_first_run_does_not_bind_the_folder_to_its_options(tmp_path, capsys):
     command = ["train", "--shots", "1", "--seeds", "0", "--methods", "output", "--learning-rates", "0.01"]
     command += ["--steps", "1", "--max-test-images", "8", "--workers", "1", "--output", str(tmp_path / "out")]
     assert main([*command, "--subspace-k", "999"]) == 1
@@ -322,7 +323,7 @@ def test_a_size_that_fits_no_weight_ends_with_1_and_does_not_occupy_the_folder(t
     assert main([*command, "--subspace-k", "64"]) == 0
 
 
-def test_checkpoints_of_other_options_occupy_the_folder(tmp_path):
+def test_checkpoints_bind_the_folder_to_their_options(tmp_path):
     config = standin.config(tmp_path)
     grid.prepare(config)
     checkpoint = tmp_path / "runs" / config.runs()[0].name / CHECKPOINT
@@ -332,7 +333,7 @@ def test_checkpoints_of_other_options_occupy_the_folder(tmp_path):
         grid.prepare(dataclasses.replace(config, r=3))
 
 
-def test_pretraining_into_an_unwritable_folder_ends_with_2(tmp_path, capsys):
+def test_pretraining_into_an_unwritable_folder_returns_2(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["pretrain-glyphs", "--output", str(tmp_path / "file" / "below")]) == 2
     assert "expected a folder that can be written to" in capsys.readouterr().err
@@ -370,13 +371,13 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path, trained, monkeypatch)
     other = standin.setting()
     swapped = dataclasses.replace(other.new.dataset, train=other.new.dataset.train.flip(0)[:24])
     other.new.dataset = swapped
-    with pytest.raises(ValueError, match=r"checkpoint.safetensors: it has seen other images .* expected the same data"):
+    with pytest.raises(ValueError, match=r"its run has seen other images .* expected the same data"):
         train(config, run_, other, folder)
     assert train(config, run_, standin.setting(), folder)["steps"] == config.steps
 
 
 @pytest.mark.parametrize(("interrupted", "code"), [(KeyboardInterrupt, 130), (RuntimeError("CUDA out of memory"), 1)])
-def test_commands_of_a_moment_end_without_a_traceback(tmp_path, capsys, monkeypatch, interrupted, code):
+def test_interrupted_short_commands_end_without_a_traceback(tmp_path, capsys, monkeypatch, interrupted, code):
     def stop(*arguments):
         raise interrupted
 
@@ -412,7 +413,7 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["runs", "figures"])
-def test_a_file_in_the_way_is_found_before_anything_is_computed(tmp_path, capsys, name):
+def test_a_file_in_place_of_a_folder_is_found_before_anything_is_computed(tmp_path, capsys, name):
     (tmp_path / name).touch()
     assert main(["train", "--output", str(tmp_path)]) == 2
     assert f"--output {tmp_path / name}: expected a folder that can be written to" in capsys.readouterr().err
@@ -420,11 +421,11 @@ def test_a_file_in_the_way_is_found_before_anything_is_computed(tmp_path, capsys
 
 def test_validation_without_validation_images_is_refused(tmp_path, capsys):
     assert main(["train", "--validation", "--output", str(tmp_path / "out")]) == 2
-    assert "--validation: --draw own draws no validation images from digits" in capsys.readouterr().err
+    assert "--validation: --draw own chooses no validation images from digits" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_of_a_run_tells_how_to_go_on(tmp_path, capsys, trained, monkeypatch):
+def test_an_error_of_a_run_tells_how_to_continue(tmp_path, capsys, trained, monkeypatch):
     def fail(config, run, *rest):
         if run.method == "both":
             raise OSError(errno.ENOSPC, "No space left on device")

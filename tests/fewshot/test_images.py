@@ -44,9 +44,9 @@ def images() -> list[Tensor]:
 
 @pytest.fixture(params=["by torch", "by products"])
 def way(request, monkeypatch) -> None:
-    """What the CPU uses, and on the CPU what the other devices use."""
+    """The way of the CPU, and that of other devices run on the CPU."""
     if request.param == "by products":
-        monkeypatch.setattr(crops_module, "_resample_by_torch", crops_module._resample_by_products)
+        monkeypatch.setattr(crops_module, "resample_by_torch", crops_module.resample_by_products)
 
 
 def crop(image: Tensor, box: Any, flip: Any, size: tuple[int, int]) -> Tensor:
@@ -65,8 +65,8 @@ def all_of(images: DeviceImages, **options: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 @pytest.mark.parametrize("size", [(224, 224), (32, 32), (24, 16), (7, 7)])
-def test_crops_are_those_of_torchvision(images, size):
-    """Of the uint8 images, as torchvision's transforms meet them after decoding."""
+def test_crops_match_torchvision(images, size):
+    """The reference are torchvision's transforms of uint8 images, as they come from decoding."""
     stored = DeviceImages.from_tensors(images, "cpu")
     draws = [(torch.arange(len(images)), torch.tensor(BOXES), torch.tensor(FLIPS))]
     draws += [all_of(stored, step=step) for step in range(5)]
@@ -78,7 +78,7 @@ def test_crops_are_those_of_torchvision(images, size):
         assert ours.dtype == torch.float32
         assert ours.is_contiguous()
         assert torch.equal(ours, theirs.float() / 255)
-        by_products = crops_module._resample_by_products(stored, indices, boxes, flips, *size)
+        by_products = crops_module.resample_by_products(stored, indices, boxes, flips, *size)
         levels = (by_products - ours).abs() * 255
         # Weights that lie halfway between two 16-bit numbers are rounded by the last bit of float64
         assert levels.max() < 1.5
@@ -86,7 +86,7 @@ def test_crops_are_those_of_torchvision(images, size):
 
 
 @pytest.mark.parametrize("height", [1, 2, 7])
-def test_crops_one_pixel_wide_are_those_of_pillow(images, height):
+def test_crops_one_pixel_wide_match_pillow(images, height):
     """torchvision's are wrong where the processor has no AVX2."""
     stored = DeviceImages.from_tensors(images, "cpu")
     indices, boxes, flips = torch.arange(len(images)), torch.tensor(BOXES), torch.tensor(FLIPS)
@@ -98,7 +98,7 @@ def test_crops_one_pixel_wide_are_those_of_pillow(images, height):
 
 
 @pytest.mark.usefixtures("way")
-def test_many_pixels_for_one_result_overflow_nothing():
+def test_many_pixels_for_one_resized_pixel_do_not_overflow():
     """128 in each direction, to which sums are exact."""
     image = torch.randint(0, 2, (3, 256, 896), dtype=torch.uint8) * 255
     white = torch.full_like(image, 255)
@@ -111,8 +111,8 @@ def test_many_pixels_for_one_result_overflow_nothing():
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [224, 32])
-def test_crops_are_those_of_float_images_up_to_the_rounding(size):
-    """Float images are not cut off at black and white between the passes: here nothing overshoots so far."""
+def test_crops_match_those_of_float_images_up_to_rounding(size):
+    """Float images are not clamped between the passes, which makes no difference for these images."""
     for image in (torch.randint(64, 192, (3, *shape), dtype=torch.uint8) for shape in SIZES):
         stored = DeviceImages.from_tensors(image[None], "cpu")
         indices, boxes, flips = all_of(stored)
@@ -126,7 +126,7 @@ def test_crops_are_those_of_float_images_up_to_the_rounding(size):
 
 
 @pytest.mark.usefixtures("way")
-def test_size_of_one(images):
+def test_an_image_can_be_resized_to_one_pixel(images):
     stored = DeviceImages.from_tensors(images[:1], "cpu")
     ours = resample(stored, torch.tensor([0]), torch.tensor([BOXES[0]]), torch.tensor([False]), 1)
     exact = F.interpolate(images[0][None].double() / 255, (1, 1), mode="bicubic", antialias=True)
@@ -134,7 +134,7 @@ def test_size_of_one(images):
 
 
 @pytest.mark.usefixtures("way")
-def test_a_batch_is_its_samples_one_by_one(images):
+def test_a_crop_has_the_same_bits_in_any_batch(images):
     stored = DeviceImages.from_tensors(images, "cpu")
     indices = torch.tensor([6, 0, 3, 6, 1, 6, 2])  # some twice
     boxes, flips = draw_boxes(stored.sizes[indices], 0, 0)
@@ -145,7 +145,7 @@ def test_a_batch_is_its_samples_one_by_one(images):
 
 
 @pytest.mark.usefixtures("way")
-def test_boxes_without_resizing_are_the_pixels(images):
+def test_boxes_of_the_result_size_are_copied(images):
     stored = DeviceImages.from_tensors([images[5]], "cpu")
     box = torch.tensor([[3, 5, 30, 20]])
     (ours,) = resample(stored, torch.tensor([0]), box, torch.tensor([True]), (30, 20))
@@ -153,7 +153,7 @@ def test_boxes_without_resizing_are_the_pixels(images):
 
 
 @pytest.mark.usefixtures("way")
-def test_empty_batch():
+def test_an_empty_batch_gives_an_empty_result():
     stored = DeviceImages.from_tensors(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), "cpu")
     none = torch.zeros(0, dtype=torch.long)
     assert resample(stored, none, torch.zeros(0, 4).long(), none.bool(), 5).shape == (0, 3, 5, 5)
@@ -168,15 +168,15 @@ def test_operands_of_the_products_are_exact_in_tf32_and_bfloat16(images, monkeyp
         return bmm(*factors, out=out)
 
     monkeypatch.setattr(torch, "bmm", observed)
-    plain = crops_module._resample_by_products(stored, *all_of(stored), 24, 24)
+    plain = crops_module.resample_by_products(stored, *all_of(stored), 24, 24)
     assert operands
     for factor in operands:
         assert torch.equal(factor, factor.bfloat16().float())  # 8 bits; TF32 has 11
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(crops_module._resample_by_products(stored, *all_of(stored), 24, 24), plain)
+        assert torch.equal(crops_module.resample_by_products(stored, *all_of(stored), 24, 24), plain)
 
 
-def test_products_are_of_the_boxes_not_of_the_images(images, monkeypatch):
+def test_products_have_the_size_of_the_boxes_not_of_the_images(images, monkeypatch):
     stored = DeviceImages.from_tensors(images, "cpu")
     shapes, bmm = [], torch.bmm
 
@@ -186,7 +186,7 @@ def test_products_are_of_the_boxes_not_of_the_images(images, monkeypatch):
 
     monkeypatch.setattr(torch, "bmm", observed)
     box = torch.tensor([[100, 7, 30, 20]])
-    crops_module._resample_by_products(stored, torch.tensor([6]), box, torch.tensor([True]), 24, 16)
+    crops_module.resample_by_products(stored, torch.tensor([6]), box, torch.tensor([True]), 24, 16)
     assert shapes == [((1, 32, 20), (1, 20, 90)), ((1, 48, 30), (1, 30, 48))]
 
 
@@ -198,7 +198,7 @@ def test_nothing_waits_for_the_device(images):
         assert (crops.device.type, crops.shape) == ("meta", (len(images), 3, 24, 24))
 
 
-def test_a_huge_box_does_not_make_the_others_as_large():
+def test_a_huge_box_does_not_pad_the_others_to_its_size():
     boxes = torch.tensor([[0, 0, 30, 40]] * 20 + [[0, 0, 300, 400]] + [[0, 0, 40, 25]] * 10)
     groups = [group.tolist() for group in crops_module._groups(boxes)]
     assert [len(group) for group in groups] == [30, 1]
@@ -206,7 +206,7 @@ def test_a_huge_box_does_not_make_the_others_as_large():
     assert sorted(groups[0]) == [i for i in range(31) if i != 20]
 
 
-def test_a_group_has_at_most_so_many_pixels():
+def test_a_group_has_a_limited_number_of_pixels():
     assert [len(group) for group in crops_module._groups(torch.tensor([[0, 0, 2048, 2048]] * 12))] == [5, 5, 2]
 
 
@@ -214,7 +214,7 @@ def test_a_group_has_at_most_so_many_pixels():
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, 224])
-def test_weights_are_those_of_torch(size):
+def test_weights_match_torch(size):
     lengths = [1, 2, 3, 31, 32, 33, 64, 137, 500]
     first, weights = bicubic_taps(torch.tensor(lengths).double(), max(lengths), size)
     # A sum of T positive and negative numbers of at most 1, rounded T times
@@ -245,7 +245,7 @@ def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (37, 53), (100, 30), (20, 90), (3, 2)])
-def test_boxes_are_distributed_as_torchvisions(height, width):
+def test_boxes_have_torchvisions_distribution(height, width):
     n = 3000
     ours = draw_boxes(torch.tensor([[height, width]] * n), 0, 0)[0].numpy()
     theirs = torchvisions_boxes(n, height, width)
@@ -278,7 +278,7 @@ def test_boxes_keep_their_limits():
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (999, 20), (50, 51), (1, 1), (1, 40)])
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.1, 1.4), (0.5, 0.7)])
-def test_where_no_try_fits_the_box_is_torchvisions_central_one(height, width, ratio):
+def test_the_box_is_torchvisions_central_one_where_no_try_fits(height, width, ratio):
     options = {"scale": (30.0, 40.0), "ratio": ratio}
     ours, _ = draw_boxes(torch.tensor([[height, width]]), 0, 0, **options)
     theirs = torchvisions_boxes(1, height, width, **options)
@@ -324,7 +324,7 @@ def test_limits_are_checked(name, limits):
 # ---- storage
 
 
-def test_images_are_kept_as_they_are(images):
+def test_images_are_kept_unchanged(images):
     stored = DeviceImages.from_tensors(images, "cpu")
     assert len(stored) == len(images)
     assert stored.bytes == sum(image.numel() for image in images)
@@ -337,7 +337,7 @@ def test_images_are_kept_as_they_are(images):
         stored[len(images)]
 
 
-def test_over_the_budget_images_stay_on_the_host(caplog):
+def test_images_over_the_budget_stay_in_host_memory(caplog):
     caplog.set_level(logging.WARNING, "complora_kernels")
     images = torch.zeros(1000, 3, 2, 2, dtype=torch.uint8)
     assert DeviceImages.from_tensors(images, "meta", budget_bytes=12_000).device.type == "meta"
@@ -349,7 +349,7 @@ def test_over_the_budget_images_stay_on_the_host(caplog):
     ]
 
 
-def test_out_of_memory_images_stay_in_pinned_host_memory(monkeypatch, caplog):
+def test_images_without_room_on_the_device_stay_in_pinned_host_memory(monkeypatch, caplog):
     caplog.set_level(logging.WARNING, "complora_kernels")
     pinned = []
 
@@ -359,7 +359,7 @@ def test_out_of_memory_images_stay_in_pinned_host_memory(monkeypatch, caplog):
         pinned.append(pin_memory)
         return torch.empty(size, dtype=torch.uint8)  # there may be no GPU to pin memory for
 
-    monkeypatch.setattr(images_module, "_empty", full_device)
+    monkeypatch.setattr(images_module, "empty_buffer", full_device)
     images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
     stored = DeviceImages.from_tensors(images, "cuda:1", budget_bytes=10_000)
     assert pinned == [True]
@@ -381,7 +381,7 @@ def picture() -> Image.Image:
     return Image.fromarray(torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8).numpy())
 
 
-def test_files_become_rgb_whatever_their_mode(tmp_path, picture, capfd):
+def test_files_of_every_mode_become_rgb(tmp_path, picture, capfd):
     grey, palette, bits = picture.convert("L"), picture.quantize(8), picture.convert("1")
     alpha = picture.convert("RGBA")
     alpha.putalpha(grey)
@@ -412,7 +412,7 @@ def test_files_become_rgb_whatever_their_mode(tmp_path, picture, capfd):
     assert len(stored) == len(expected)
     for i, (name, image) in enumerate(expected.items()):
         assert torch.equal(stored[i], pixels(image)), name
-    assert capfd.readouterr().err == ""  # so short a work shows no bar
+    assert capfd.readouterr().err == ""  # fast work shows no bar
 
 
 def test_photos_are_upright(tmp_path, picture):
@@ -450,19 +450,19 @@ DAMAGED = {  # EXIF blocks, and whether they say how the picture is turned
     "two orientations": (block(tag(0x112, SHORT, 2, b"\6\0\3")), True),  # the first
     "no orientation": (block(tag(0x10F, 2, 2, b"x")), False),
     "no TIFF": (b"Exif\0\0" + b"\xff" * 40, False),
-    "cut": (b"Exif\0\0II", False),
+    "truncated": (b"Exif\0\0II", False),
 }
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_of_exif_only_the_orientation_counts(tmp_path, picture, damage, suffix):
-    """What else stands there, and cannot be read or written, is no reason to refuse a picture."""
+def test_only_the_orientation_of_exif_changes_pixels(tmp_path, picture, damage, suffix):
+    """Other entries of the EXIF block that cannot be read or written are ignored."""
     exif, is_turned = DAMAGED[damage]
     path = tmp_path / f"photo.{suffix}"
     picture.save(path, exif=exif)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow says of the block
+        warnings.simplefilter("ignore")  # Pillow warns of the block
         with Image.open(path) as image:
             expected = pixels(image.convert("RGB"))
     expected = expected.rot90(-1, (1, 2)) if is_turned else expected
@@ -475,7 +475,7 @@ def test_of_exif_only_the_orientation_counts(tmp_path, picture, damage, suffix):
 
 @pytest.mark.parametrize("form", ['tiff:Orientation="8"', "<tiff:Orientation>8</tiff:Orientation>"])
 def test_an_orientation_in_xmp_counts_where_exif_has_none(tmp_path, picture, form):
-    """As in Pillow. In a PNG, whose XMP every supported Pillow reads."""
+    """Pillow does the same. The file is a PNG, whose XMP every supported Pillow reads."""
     turned, notes = Image.Exif(), PngInfo()
     turned[0x0112] = 6
     notes.add_itxt("XML:com.adobe.xmp", form)
@@ -494,12 +494,14 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
-def test_a_file_whose_notes_are_made_to_fill_the_memory_is_named(tmp_path, picture, name):
+def test_a_file_with_text_that_would_fill_the_memory_is_named(tmp_path, picture, name):
     picture.save(tmp_path / "whole.png")
     data = (tmp_path / "whole.png").read_bytes()
     notes = zlib.compress(bytes(100 << 20), 1)
     head = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[name]
-    (tmp_path / "notes.png").write_bytes(data[:33] + chunk(name, head + notes) + data[33:])  # behind the header
+    (tmp_path / "notes.png").write_bytes(
+        data[:33] + chunk(name, head + notes) + data[33:]
+    )  # inserted behind the header
     with pytest.raises(ValueError, match=r"notes.png cannot be decoded: (?i:Decompressed data too large)"):
         load_crops([tmp_path / "whole.png", tmp_path / "notes.png"], (4, 4))
 
@@ -525,11 +527,11 @@ def test_a_file_for_which_there_is_no_memory_is_named(tmp_path, picture, monkeyp
         load_crops(paths, (4, 4)) if load == "load_crops" else DeviceImages.from_files(paths, "cpu")
 
 
-@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "text.jpg", "empty.png"])
+@pytest.mark.parametrize("name", ["truncated.jpg", "truncated.png", "text.jpg", "empty.png"])
 def test_a_file_that_cannot_be_decoded_is_named(tmp_path, picture, name):
     big = picture.resize((300, 200))
     big.save(tmp_path / "whole.png")
-    if name.startswith("cut"):
+    if name.startswith("truncated"):
         big.save(tmp_path / name)
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 2])
@@ -574,13 +576,13 @@ def test_too_large_an_image_is_named_with_the_limit(tmp_path, picture, monkeypat
     assert len(decode([fitting, too_large, huge])) == 3
 
 
-def test_of_two_damaged_files_the_first_is_named_wherever_it_is_damaged(tmp_path, picture):
-    """Behind its header the first one, which is found later than a header that is none."""
+def test_the_first_of_two_damaged_files_is_named(tmp_path, picture):
+    """The first file is damaged behind its header, and is found later than the second, whose header is damaged."""
     picture.resize((300, 200)).save(tmp_path / "whole.png")
     data = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "truncated.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("no image")
-    names = ["whole.png", "cut.png", "text.png", "missing.png"]
+    names = ["whole.png", "truncated.png", "text.png", "missing.png"]
     for first in range(1, 4):
         with pytest.raises((ValueError, FileNotFoundError), match=names[first]):
             DeviceImages.from_files([tmp_path / name for name in ("whole.png", *names[first:])], "cpu")
@@ -601,24 +603,26 @@ def test_headers_tell_the_sizes_of_turned_files(tmp_path, picture, suffix, orien
             image.draft(None, (-(-67 // factor), -(-33 // factor)))
         upright = ImageOps.exif_transpose(image).convert("RGB")
     assert (upright.height > upright.width) == (orientation > 4)
-    left = min(upright.size) // (shorter_side or 10_000)  # for Pillow to do where the decoder has halved the image
+    left = min(upright.size) // (
+        shorter_side or 10_000
+    )  # the factor left to Pillow after the decoder has halved the image
     assert torch.equal(stored, pixels(upright.reduce(left) if left > 1 else upright))
 
 
-def test_exif_that_follows_the_pixels_turns_them_too(tmp_path, picture):
+def test_exif_behind_the_pixels_turns_them_too(tmp_path, picture):
     """A PNG tells it only when it is decoded."""
     picture.save(tmp_path / "photo.png")
     exif = Image.Exif()
     exif[0x0112] = 6
     content = exif.tobytes().removeprefix(b"Exif\0\0")
     data = (tmp_path / "photo.png").read_bytes()
-    (tmp_path / "photo.png").write_bytes(data[:-12] + chunk(b"eXIf", content) + data[-12:])  # before IEND
+    (tmp_path / "photo.png").write_bytes(data[:-12] + chunk(b"eXIf", content) + data[-12:])  # inserted before IEND
     stored = DeviceImages.from_files([tmp_path / "photo.png"] * 2, "cpu")
     assert stored.sizes.tolist() == [[7, 5]] * 2
     assert torch.equal(stored[1], pixels(picture).rot90(-1, (1, 2)))
 
 
-def test_an_image_that_is_not_of_its_headers_size_is_named(tmp_path, picture, monkeypatch):
+def test_an_image_of_another_size_than_its_headers_is_named(tmp_path, picture, monkeypatch):
     for name in ("a.png", "b.png"):
         picture.save(tmp_path / name)
     decoded = images_module.pixels_of
@@ -628,7 +632,7 @@ def test_an_image_that_is_not_of_its_headers_size_is_named(tmp_path, picture, mo
 
 
 def test_no_second_copy_of_the_images_is_made(tmp_path, picture, monkeypatch):
-    """Beside the buffer only what the threads are just decoding is alive."""
+    """Beside the buffer, only the images that threads are decoding are alive."""
     paths = [tmp_path / f"{i}.png" for i in range(150)]
     for path in paths:
         picture.save(path)
@@ -658,7 +662,7 @@ def test_no_second_copy_of_the_images_is_made(tmp_path, picture, monkeypatch):
         assert threading.get_ident() not in idents
 
 
-def test_large_images_are_reduced_to_what_is_enough(tmp_path):
+def test_large_images_are_reduced_to_the_shorter_side(tmp_path):
     noise = torch.randint(0, 256, (3, 41, 60), dtype=torch.uint8)
     image = Image.fromarray(noise.permute(1, 2, 0).numpy())
     image.save(tmp_path / "a.png")
@@ -700,7 +704,7 @@ def test_large_photos_are_reduced_while_they_are_decoded(tmp_path, monkeypatch, 
         assert min(reduced.shape[1:]) >= enough
         rough = F.avg_pool2d(plain[None].float(), 4)[0]
         near = F.interpolate(reduced[None].float(), rough.shape[1:], mode="bilinear")[0]
-        assert (near - rough).abs().mean() < 8, n  # of 250
+        assert (near - rough).abs().mean() < 8, n  # pixel values reach 250
 
 
 # ---- crops of files
@@ -710,7 +714,7 @@ RESIZE_MODES = ["shortest", "longest", "squash"]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[Any]:
-    """Of odd sizes, larger and smaller than what is asked for."""
+    """Photos of odd sizes, larger and smaller than the results."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     paths = []
@@ -725,11 +729,13 @@ def photos(tmp_path_factory) -> list[Any]:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize_mode", RESIZE_MODES)
 @pytest.mark.parametrize("size", [(32, 32), (24, 16), (15, 31), (7, 7), (1, 1), (224, 224)])
-def test_crops_of_files_are_those_of_open_clip_bit_for_bit(photos, size, resize_mode, interpolation):
+def test_crops_of_files_match_open_clip_bit_for_bit(photos, size, resize_mode, interpolation):
     transform: Any = open_clip.image_transform(
         size, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode, interpolation=interpolation
     )
-    thin = [path for path in photos if path.stem in ("3", "4")]  # of whose shorter side "longest" leaves no pixel
+    thin = [
+        path for path in photos if path.stem in ("3", "4")
+    ]  # "longest" shrinks their shorter side to less than a pixel
     photos = [path for path in photos if resize_mode != "longest" or max(size) > 7 or path not in thin]
     ours = load_crops(photos, size, resize_mode=resize_mode, interpolation=interpolation)
     assert (ours.dtype, ours.shape, ours.is_contiguous()) == (torch.uint8, (len(photos), 3, *size), True)
@@ -741,8 +747,8 @@ def test_crops_of_files_are_those_of_open_clip_bit_for_bit(photos, size, resize_
 @pytest.mark.parametrize(
     "name", [("ViT-B-16", "openai"), ("ViT-B-16-SigLIP", "webli"), ("EVA02-B-16", "merged2b_s8b_b131k")]
 )
-def test_crops_are_what_a_model_sees(photos, name):
-    """With what open_clip knows of the weights' images, and then their mean and standard deviation."""
+def test_normalised_crops_match_open_clips_transform(photos, name):
+    """Crops use open_clip's settings for the weights, and are then normalised by its transform."""
     known = {
         key: value for key, value in open_clip.get_pretrained_cfg(*name).items() if key in PreprocessCfg.__annotations__
     }
@@ -756,7 +762,7 @@ def test_crops_are_what_a_model_sees(photos, name):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(32, 32), (24, 16), (7, 7)])
-def test_an_image_that_is_cut_before_it_is_enlarged_is_the_same(photos, monkeypatch, size, interpolation):
+def test_cropping_before_enlarging_gives_the_same_image(photos, monkeypatch, size, interpolation):
     """Up to one level: Pillow keeps the place of a box in float32, which changes a weight in its last bits."""
     whole = load_crops(photos, size, interpolation=interpolation)
     monkeypatch.setattr(decode_module, "_MOST_PIXELS", 0)
@@ -767,7 +773,7 @@ def test_an_image_that_is_cut_before_it_is_enlarged_is_the_same(photos, monkeypa
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_line_costs_no_more_than_its_middle(tmp_path, monkeypatch, turned):
+def test_the_crop_of_an_image_one_pixel_high_is_that_of_its_middle(tmp_path, monkeypatch, turned):
     """Enlarged until it is high enough, this one of a million pixels would take a terabyte."""
     line = np.random.default_rng(0).integers(0, 256, (1, 1_000_000, 3), np.uint8)
     middle = Image.fromarray(line[:, 499_000:501_000])
@@ -781,8 +787,8 @@ def test_a_line_costs_no_more_than_its_middle(tmp_path, monkeypatch, turned):
         assert torch.equal(ours, theirs)
 
 
-def test_hardly_anything_is_left_of_a_thin_image(tmp_path):
-    """Where open_clip fails."""
+def test_a_thin_image_keeps_a_height_of_one_pixel(tmp_path):
+    """open_clip fails on such an image."""
     Image.new("RGB", (100, 2), "white").save(tmp_path / "thin.png")
     crop = load_crops([tmp_path / "thin.png"], (7, 7), resize_mode="longest")[0]
     assert crop.amax((0, 2)).tolist() == [0, 0, 0, 255, 0, 0, 0]
@@ -831,7 +837,7 @@ def test_the_first_file_that_cannot_be_cropped_is_named(tmp_path, photos):
         load_crops([tmp_path / "depth.png"], (8, 8))
 
 
-def test_what_cannot_be_cropped_is_refused(photos):
+def test_wrong_arguments_of_load_crops_are_refused(photos):
     with pytest.raises(ValueError, match=r"paths is empty, expected at least one image file"):
         load_crops([], (8, 8))
     with pytest.raises(ValueError, match=r"resize_mode='fit', expected shortest, longest, squash"):
@@ -845,7 +851,7 @@ def test_what_cannot_be_cropped_is_refused(photos):
 # ---- refused
 
 
-def test_no_images_are_refused():
+def test_empty_lists_of_images_are_refused():
     with pytest.raises(ValueError, match=r"paths is empty, expected at least one image file"):
         DeviceImages.from_files([], "cpu")
     with pytest.raises(ValueError, match=r"images is empty, expected at least one"):
@@ -853,20 +859,20 @@ def test_no_images_are_refused():
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4).byte(), torch.zeros(3, 0, 4).byte()])
-def test_other_tensors_are_refused(wrong):
+def test_tensors_that_are_no_uint8_images_are_refused(wrong):
     with pytest.raises(ValueError, match=r"images\[1\] is torch.* expected uint8 \[3, H, W\]"):
         DeviceImages.from_tensors([torch.zeros(3, 4, 4).byte(), wrong], "cpu")
 
 
 @pytest.mark.parametrize("box", [[-1, 0, 3, 3], [0, -1, 3, 3], [0, 0, 0, 3], [0, 0, 3, 0], [3, 0, 3, 3], [0, 6, 3, 3]])
-def test_boxes_that_are_not_inside_are_refused(box):
+def test_boxes_that_are_not_inside_their_image_are_refused(box):
     stored = DeviceImages.from_tensors(torch.zeros(2, 3, 5, 8, dtype=torch.uint8), "cpu")
     boxes = torch.tensor([[0, 0, 5, 8], box])
     with pytest.raises(ValueError, match=r"boxes\[1\] is \[.*inside image 1, which is \[5, 8\]"):
         resample(stored, torch.arange(2), boxes, torch.zeros(2).bool(), 4)
 
 
-def test_arguments_that_do_not_belong_together_are_refused():
+def test_wrong_arguments_of_resample_are_refused():
     stored = DeviceImages.from_tensors(torch.zeros(2, 3, 5, 8, dtype=torch.uint8), "cpu")
     indices, boxes, flips = all_of(stored)
     with pytest.raises(ValueError, match=r"boxes is \[1, 4\] on cpu, expected \[2, 4\] on the host"):

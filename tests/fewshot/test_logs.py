@@ -18,7 +18,7 @@ from complora_kernels.fewshot.recipe import train
 RUN = Run("both", 2, 1e-2, 0)
 
 
-def test_tensorboard_gets_what_the_log_gets(tmp_path):
+def test_tensorboard_gets_the_values_of_the_log(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     result = train(standin.config(tmp_path, tensorboard=True, log_every=1), RUN, standin.setting(), tmp_path / "run")
@@ -31,7 +31,7 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path):
     assert events.Scalars("result/new")[0].value == pytest.approx(result["new"])
 
 
-def test_weights_and_biases_gets_them_and_learns_how_it_ended(tmp_path, monkeypatch):
+def test_weights_and_biases_gets_the_values_and_the_exit_code(tmp_path, monkeypatch):
     said = []
     started = SimpleNamespace(
         log=lambda values, step: said.append((step, values)), finish=lambda exit_code: said.append(exit_code)
@@ -54,7 +54,7 @@ def test_weights_and_biases_gets_them_and_learns_how_it_ended(tmp_path, monkeypa
     assert first != second  # the same name in another folder
 
 
-def test_a_run_that_ends_badly_leaves_its_log(tmp_path):
+def test_a_failed_run_leaves_its_log(tmp_path):
     def stop(done: int, loss: float) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -65,7 +65,7 @@ def test_a_run_that_ends_badly_leaves_its_log(tmp_path):
     assert (tmp_path / "run" / "loss.png").exists()
 
 
-def test_each_line_is_there_as_soon_as_it_is_told(tmp_path):
+def test_each_line_is_in_the_file_at_once(tmp_path):
     seen = []
 
     def look(done: int, loss: float) -> None:
@@ -76,11 +76,11 @@ def test_each_line_is_there_as_soon_as_it_is_told(tmp_path):
     assert seen == [[], [(2, True)], [(2, False)], [(4, True)], [(4, False)], [(6, True)]]
 
 
-def test_a_run_that_was_killed_goes_on_with_the_lines_of_its_checkpoint(tmp_path):
+def test_a_killed_run_continues_with_the_lines_of_its_checkpoint(tmp_path):
     """And not with those that it wrote after it, or the one of which it wrote a part."""
     config = standin.config(tmp_path, log_every=1, checkpoint_every=2)
 
-    def copy(done: int, loss: float) -> None:  # what a kill would leave
+    def copy(done: int, loss: float) -> None:  # keeps the file as a kill would leave it
         if done == 3:
             shutil.copytree(tmp_path / "whole", tmp_path / "killed")
 
@@ -118,7 +118,7 @@ class Full(io.RawIOBase):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_is_full_ends_the_run_with_what_it_says(tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_with_its_error(tmp_path, monkeypatch):
     """Once: neither the file, whose rest cannot be written when it is closed, nor the figure says it again."""
     written = logs.write_atomically
 
@@ -153,19 +153,19 @@ def test_a_process_that_does_not_lead_writes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "x"}, "wandb")])
-def test_a_logger_that_is_not_installed_says_so(tmp_path, monkeypatch, options, package):
+def test_a_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch, options, package):
     monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"--{package}: {package} is not installed, expected `pip install {package}`"):
         logs.check_loggers(standin.config(tmp_path, **options))
 
 
-def test_every_run_describes_itself(tmp_path):
+def test_every_run_writes_its_options_and_its_split(tmp_path):
     train(standin.config(tmp_path, save_adapters=True), RUN, standin.setting(), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"config.json", "draw.json", "log.jsonl", "loss.png", "adapter", "checkpoint.safetensors"}
     described = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (described["run"], described["r"]) == ("both-2shot-lr0.01-seed0", 2)
     assert "torch" in described["versions"]
-    drawn = json.loads((tmp_path / "run" / "draw.json").read_text())
-    assert (len(drawn["train"]), drawn["shots"], drawn["seed"]) == (6, 2, 0)
+    split = json.loads((tmp_path / "run" / "draw.json").read_text())
+    assert (len(split["train"]), split["shots"], split["seed"]) == (6, 2, 0)
     assert matplotlib.image.imread(tmp_path / "run" / "loss.png").shape[:2] == (300, 500)

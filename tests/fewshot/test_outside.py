@@ -1,4 +1,4 @@
-"""What comes from outside is read and shown, and does nothing: weights, pickles, folders of others, names."""
+"""Input from outside (weights, pickles, other people's folders, names) is read and shown, and runs no code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import complora_kernels as ck
 from complora_kernels.common.files import reading
-from complora_kernels.fewshot import backbone as backbones
 from complora_kernels.fewshot import glyphs
 from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.backbone import is_listed, load_backbone
@@ -34,6 +33,7 @@ from complora_kernels.fewshot.datasets.coop_pickles import read_coop_pickle
 from complora_kernels.fewshot.escapes import for_csv, for_figure, for_latex, for_markdown, visible
 from complora_kernels.fewshot.files import append_json_line, write_json
 from complora_kernels.fewshot.report import report
+from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.torchscript import is_torchscript, read_torchscript
 
 # Archives of TorchScript are deprecated, and tracing warns of what depends on shapes.
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit
 
 
 class Part(nn.Module):
-    """What a module of TorchScript can hold beside weights."""
+    """A part of a TorchScript module that holds more than weights."""
 
     def __init__(self, weight: nn.Parameter):
         super().__init__()
@@ -85,7 +85,7 @@ def same_weights(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.zeros(3))])
-def test_an_archive_is_read_as_torch_reads_it(tmp_path, make):
+def test_weights_of_an_archive_match_torch(tmp_path, make):
     make(Whole()).save(tmp_path / "whole.pt")
     same_weights(tmp_path / "whole.pt")
     found = read_torchscript(tmp_path / "whole.pt")
@@ -100,7 +100,7 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_an_archive_of_open_clip_is_read_as_torch_reads_it(tmp_path, tiny, half):
+def test_weights_of_an_open_clip_archive_match_torch(tmp_path, tiny, half):
     model: Any = open_clip.create_model(tiny, require_pretrained=False).eval()
     traced: Any = torch.jit.trace_module(
         model, {"encode_text": torch.zeros(1, 16, dtype=torch.long)}, check_trace=False
@@ -166,7 +166,7 @@ def rezipped(path: Path, data: bytes, compression: int = zipfile.ZIP_STORED) -> 
     return changed
 
 
-def test_an_archive_asks_for_tensors_alone(tmp_path):
+def test_an_archive_that_asks_for_more_than_tensors_is_refused(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "linear.pt")
     for data, asked in (
         (b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00x\x85R.", "os.system"),
@@ -214,7 +214,7 @@ def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
         ({}, "there are no weights in it"),
     ],
 )
-def test_what_is_beside_weights_is_named_in_our_words(tmp_path, tiny, content, words):
+def test_objects_beside_weights_are_named_without_torchs_advice(tmp_path, tiny, content, words):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=words) as error:
         load_backbone(tiny, str(tmp_path / "weights.pt"))
@@ -226,7 +226,7 @@ def datum(state: bytes) -> bytes:
     return b"\x80\x02}X\x05\x00\x00\x00train]cdassl.data.datasets.base_dataset\nDatum\n)\x81" + state + b"bas."
 
 
-def test_coops_pickles_take_no_more_than_they_are_long(tmp_path):
+def test_reading_coops_pickles_takes_linear_time_and_memory(tmp_path):
     path = tmp_path / "shot_1-seed_1.pkl"
     doubled = b"".join(b"]q" + bytes([i]) + b"h" + bytes([i - 1]) + b"ah" + bytes([i - 1]) + b"a" for i in range(1, 60))
     for content in (
@@ -254,8 +254,8 @@ def shared_run(tmp_path):
     return tmp_path / "out" / "runs" / "a"
 
 
-def test_a_folder_names_no_files_and_no_hub_to_load_weights_from(shared_run, capsys, monkeypatch):
-    monkeypatch.setattr(backbones, "_load", lambda *_: pytest.fail("weights were loaded"))
+def test_options_of_a_folder_cannot_name_files_or_hubs_of_weights(shared_run, capsys, monkeypatch):
+    monkeypatch.setattr(Settings, "backbone", lambda *_: pytest.fail("weights were loaded"))
     for known, option in (
         ({"model": "ViT-B-32", "pretrained": "x/weights.pt"}, "--pretrained x/weights.pt"),
         ({"model": "glyphs", "pretrained": "x"}, "--pretrained x"),
@@ -278,7 +278,7 @@ def test_a_folder_names_no_files_and_no_hub_to_load_weights_from(shared_run, cap
 @pytest.mark.parametrize(
     "known", [{"template": 5}, {"model": ["glyphs"]}, {"keep": "letters"}, {"test_batch_size": 0}, {"protocol": "x"}]
 )
-def test_options_of_a_folder_have_their_types(shared_run, capsys, known):
+def test_options_of_a_folder_are_checked_for_their_types(shared_run, capsys, known):
     write_json(shared_run / "config.json", {"model": "glyphs", "data": "digits", **known})
     assert main(["eval", str(shared_run / "adapter")]) == 2
     said = capsys.readouterr().err
@@ -286,7 +286,7 @@ def test_options_of_a_folder_have_their_types(shared_run, capsys, known):
     assert next(iter(known)).replace("_", "-") in said.replace("_", "-")
 
 
-def test_eval_lists_adapters_and_says_what_one_was_trained_on(shared_run, tmp_path, capsys):
+def test_eval_lists_adapters_and_tells_the_model_that_one_was_trained_on(shared_run, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "out")]) == 2
     assert f"expected the folder of an adapter that `complora train` has saved; below it are {shared_run}" in (
         capsys.readouterr().err
@@ -299,7 +299,7 @@ def test_eval_lists_adapters_and_says_what_one_was_trained_on(shared_run, tmp_pa
 HOSTILE = "a|b`c<img src=x>*d*[e](http://f)\x1b[31m\u202e[red]$x_$ \ud800\n=1"
 
 
-def test_text_is_escaped_for_where_it_goes():
+def test_text_is_escaped_for_each_format():
     plain = "oxford_pets: 63.1 ± 0.4 / 99.2 [-0.4, +0.1], both, wd 0.3"
     assert visible(plain) == for_markdown(plain) == for_csv(plain) == for_figure(plain) == plain
     assert visible("\x1b[31m\u202e\ud800\x07é\n") == "\\x1b[31m\\u202e\\ud800\\x07é\\n"
@@ -315,7 +315,7 @@ def test_text_is_escaped_for_where_it_goes():
     assert for_latex("a\n\nb%") == r"a\textbackslash{}n\textbackslash{}nb\%"
 
 
-def test_names_from_outside_do_no_harm_in_a_report(tmp_path):
+def test_names_from_outside_are_escaped_in_a_report(tmp_path):
     """Not on a terminal, in Markdown, LaTeX and a spreadsheet, and figures do not take them for formulas."""
     for seed in range(2):
         for label in ("lora", HOSTILE, "=cmd|'/C calc'!A0"):
@@ -327,7 +327,7 @@ def test_names_from_outside_do_no_harm_in_a_report(tmp_path):
     append_json_line(tmp_path / "failures.jsonl", {"run": "x", "error": HOSTILE})
     shown = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # that fonts lack
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks glyphs
         report(tmp_path, Console(file=shown, width=200))
     for text in (shown.getvalue(), *((tmp_path / f"table.{suffix}").read_text() for suffix in ("md", "tex", "csv"))):
         assert all(character.isprintable() or character == "\n" for character in text)
@@ -340,12 +340,12 @@ def test_names_from_outside_do_no_harm_in_a_report(tmp_path):
     assert (tmp_path / "figures" / "differences.png").exists()
 
 
-def test_errors_on_stderr_hold_nothing_to_obey(tmp_path, capsys):
+def test_errors_on_stderr_hold_no_control_characters(tmp_path, capsys):
     assert main(["report", str(tmp_path / "\x1b[31mred")]) == 2
     assert "\\x1b[31mred: expected a folder" in capsys.readouterr().err
 
 
-def test_a_report_deletes_its_own_figures_alone(tmp_path):
+def test_a_report_deletes_only_figures_that_a_report_wrote(tmp_path):
     """A figure that suits the results no longer goes; pictures of the user stay, whatever they are called."""
     lines = [{**RESULT, "run": str(rate), "learning_rate": rate} for rate in (0.01, 0.02)]
     for line in lines:
@@ -367,7 +367,7 @@ def test_a_report_deletes_its_own_figures_alone(tmp_path):
 
 
 def test_an_archive_many_times_its_size_is_refused_before_it_is_read(tmp_path):
-    """Which `torch.load` would read too."""
+    """`torch.load` would read it too."""
     path, changed = tmp_path / "weights.pt", tmp_path / "changed.pt"
     torch.save({"weight": torch.zeros(3)}, path)
     for size, is_refused in ((2**27, True), (2**20, False)):
@@ -379,7 +379,7 @@ def test_an_archive_many_times_its_size_is_refused_before_it_is_read(tmp_path):
             assert not is_torchscript(changed)
 
 
-def test_lists_of_names_in_code_are_no_expressions(tmp_path):
+def test_lists_of_names_in_code_must_be_literals(tmp_path):
     """Python's own parser runs out of memory over some."""
     path, changed = tmp_path / "linear.pt", tmp_path / "changed.pt"
     torch.jit.script(nn.Linear(2, 2)).save(path)

@@ -18,11 +18,11 @@ import complora_kernels as ck
 from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.backbone import load_backbone
 from complora_kernels.fewshot.config import GLYPHS
-from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN, Dataset, base_and_new, draw, load_dataset
+from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN, Dataset, base_and_new, choose_split, load_dataset
 from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.measure import columns_of
-from complora_kernels.fewshot.recipe import DRAW
+from complora_kernels.fewshot.recipe import SPLIT_FILE
 from complora_kernels.fewshot.setting import NEW_CLASSES
 
 FEW = [
@@ -46,7 +46,7 @@ FEW += ["--template", "a photo of a {}."]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """So many classes that nothing is all right, before and after."""
+    """Data sets with so many classes that no accuracy is 100%, before or after training."""
     folder = tmp_path_factory.mktemp("data sets with a spáce")
     for name in (*ELEVEN, *DOMAIN_SHIFTS):
         make_miniature(folder, name, classes=11)
@@ -92,7 +92,7 @@ def test_few_shot_on_each_data_set(root, tmp_path, name):
     assert (result["zero_shot_new"], result["new"]) == by_hand(tmp_path, result, load_dataset(name, root))
     assert 0 < result["zero_shot_new"] < result["new"] - 0.3  # three of ten images more
     folder = tmp_path / "out" / "runs" / result["run"]
-    assert {path.name for path in folder.iterdir()} == {"config.json", DRAW, "log.jsonl", "loss.png", "adapter"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", SPLIT_FILE, "log.jsonl", "loss.png", "adapter"}
     assert json.loads((folder / "config.json").read_text())["versions"]["torch"] == torch.__version__
 
 
@@ -108,7 +108,7 @@ def test_transfer_and_domain_shift_from_imagenet(root, tmp_path, protocol, kept)
 
 
 @pytest.mark.parametrize("name", ELEVEN)
-def test_retention_is_zero_shot_elsewhere_before_and_after(root, tmp_path, name):
+def test_retention_measures_the_other_data_sets_before_and_after(root, tmp_path, name):
     (result,) = train(tmp_path, root, "--data", name, "--protocol", "retention")
     others = [other for other in ELEVEN if other != name]
     assert list(result["tasks"]) == others
@@ -131,7 +131,7 @@ def row_of(table: Path, method: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ELEVEN)
-def test_base_to_new_learns_base_classes_and_names_new_ones(root, tmp_path, name):
+def test_base_to_new_learns_base_classes_and_measures_new_ones(root, tmp_path, name):
     options = ("--data", name, "--protocol", "base-to-new")
     (result,) = train(tmp_path, root, *options)
     whole = load_dataset(name, root)
@@ -151,7 +151,7 @@ def test_base_to_new_learns_base_classes_and_names_new_ones(root, tmp_path, name
         assert cell == " / ".join(f"{100 * number:.1f}" for number in numbers)
 
 
-def test_base_to_new_of_the_bundled_digits_keeps_the_new_ones_alone(tmp_path):
+def test_base_to_new_of_the_digits_does_not_measure_letters(tmp_path):
     (result,) = train(tmp_path, tmp_path, "--protocol", "base-to-new", "--max-test-images", "20")
     assert list(result["tasks"]) == [NEW_CLASSES]
     (result,) = train(
@@ -162,18 +162,18 @@ def test_base_to_new_of_the_bundled_digits_keeps_the_new_ones_alone(tmp_path):
     assert result["zero_shot_kept"] == result["tasks"][NEW_CLASSES][0]
 
 
-def test_anchors_name_the_same_classes_elsewhere(root, tmp_path):
+def test_anchors_classify_the_same_classes_in_other_data_sets(root, tmp_path):
     methods = ("--methods", "tip-adapter", "linear-probe", "--keep", "eurosat")
     for result in train(tmp_path, root, "--data", "imagenet", "--protocol", "domain-shift", *methods):
         same = [before == after for before, after in result["tasks"].values()]
         assert same[-1]  # EuroSAT has other classes
-        assert not all(same[:-1])  # with random images the answers differ somewhere
+        assert not all(same[:-1])  # the answers to random images differ in some places
     assert columns_of(("b", "a"), ("a", "b", "c")) == [[1], [0]]
     assert columns_of(("a", "d"), ("a", "b", "c")) is None
     twins = ("a", "missile", "b", "missile")
     assert columns_of(twins, twins) == [[0], [1], [2], [3]]
     assert columns_of(("missile", "b", "missile"), twins) == [[1], [2], [3]]
-    assert columns_of(("a", "missile"), twins) == [[0], [1, 3]]  # which of the two it is nobody tells
+    assert columns_of(("a", "missile"), twins) == [[0], [1, 3]]  # it is unknown which of the two is meant
 
 
 def test_anchors_interpolation_validation_and_ensembles(root, tmp_path):
@@ -202,14 +202,14 @@ def test_anchors_interpolation_validation_and_ensembles(root, tmp_path):
     assert (ensemble["zero_shot_new"], ensemble["new"]) == by_hand(tmp_path, ensemble, eurosat, templates)
 
 
-def test_a_draw_is_used_again(root, tmp_path):
+def test_the_split_of_an_earlier_run_is_used_again(root, tmp_path):
     (first,) = train(tmp_path, root, "--data", "dtd", "--draw", "clip-lora")
-    drawn = tmp_path / "out" / "runs" / first["run"] / DRAW
-    (second,) = train(tmp_path / "again", root, "--data", "dtd", "--draw", str(drawn), "--seeds", "1")
+    written = tmp_path / "out" / "runs" / first["run"] / SPLIT_FILE
+    (second,) = train(tmp_path / "again", root, "--data", "dtd", "--draw", str(written), "--seeds", "1")
     assert (first["loss"], first["new"]) == (second["loss"], second["new"])
 
 
-def test_own_images_in_class_folders(tmp_path):
+def test_a_run_learns_from_images_in_class_folders(tmp_path):
     folder = make_miniature(tmp_path, "folder")
     (result,) = train(tmp_path, tmp_path, "--data", f"folder:{folder}", "--augmentation", "crop-flip")
     assert result["data"] == f"folder:{folder}"
@@ -229,7 +229,7 @@ def test_an_adapter_is_measured_again_and_exported(root, tmp_path, capsys):
         main(["eval", adapter, "--data", "dtd", "--max-test-images", "3", "--output", str(saved)]) == 0
     )  # its root too
     assert json.loads(saved.read_text())["dtd"][1] * 3 % 1 == pytest.approx(0)
-    for name in ("cat", "dog"):  # which the bundled model does not know
+    for name in ("cat", "dog"):  # words that the bundled model does not know
         for number in range(2):
             draw_image(tmp_path / "pets" / name / f"{number}.png", "red", number)
     capsys.readouterr()
@@ -284,9 +284,9 @@ def test_sweep_over_data_sets_and_its_report(root, tmp_path, capsys):
         (["--data", "dtd", "--wandb", "clip"], "pip install wandb"),
     ],
 )
-def test_bad_options_name_themselves(root, tmp_path, options, message, capsys):
+def test_bad_options_are_named(root, tmp_path, options, message, capsys):
     arguments = ["train", *FEW, "--data-root", str(root), "--output", str(tmp_path / "out"), *options]
-    with contextlib.suppress(SystemExit):  # of what the parser finds
+    with contextlib.suppress(SystemExit):  # raised for errors that the parser finds
         assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -303,19 +303,19 @@ def test_a_full_disk_stops_the_grid_and_keeps_what_is_finished(root, tmp_path, m
     from complora_kernels.common import files
 
     output = tmp_path / "out"
-    written = files.write_atomically
-    drawn = []
+    write = files.write_atomically
+    splits = []
 
     def full(path, content):
-        if path.name == DRAW:
-            drawn.append(path)
-        if len(drawn) > 1:
+        if path.name == SPLIT_FILE:
+            splits.append(path)
+        if len(splits) > 1:
             raise OSError(28, "No space left on device", str(path))
-        written(path, content)
+        write(path, content)
 
     monkeypatch.setattr("complora_kernels.fewshot.files.write_atomically", full)
     monkeypatch.setattr("complora_kernels.fewshot.logs.write_atomically", full)
-    monkeypatch.setattr("complora_kernels.fewshot.datasets.draw_files.write_atomically", full)
+    monkeypatch.setattr("complora_kernels.fewshot.datasets.saved_splits.write_atomically", full)
     arguments = ["train", *FEW, "--data", "dtd", "--data-root", str(root), "--output", str(output), "--seeds", "1", "2"]
     assert main(arguments) == 1
     assert "No space left on device" in capsys.readouterr().err
@@ -330,7 +330,7 @@ def test_a_corrupted_image_is_named(root, tmp_path, capsys):
     shutil.copytree(root / "dtd", copy / "dtd")
     dataset = load_dataset("dtd", copy)
     files: Any = dataset.images
-    broken = files[draw(dataset, 2, 1).train[0]]
+    broken = files[choose_split(dataset, 2, 1).train[0]]
     broken.write_bytes(broken.read_bytes()[:40])
     arguments = ["train", *FEW, "--data", "dtd", "--data-root", str(copy), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--augmentation", "crop-flip"]) == 1

@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from complora_kernels.fewshot import images
+from complora_kernels.fewshot.batches import batch_indices, training_pixels
 from complora_kernels.fewshot.config import Run
+from complora_kernels.fewshot.datasets import choose_split
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.measure import at_most
 from complora_kernels.fewshot.methods import Method
 from complora_kernels.fewshot.profile import PROFILE, TRACE
-from complora_kernels.fewshot.recipe import CHECKPOINT, MEASURED, cosine, train, training_pixels
-from complora_kernels.fewshot.sampler import batch_indices, draw_shots
+from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.setting import Settings
+from complora_kernels.fewshot.training import CHECKPOINT, cosine
 
 RUN = Run("both", 2, 1e-2, 0)
 
@@ -31,7 +33,7 @@ class Killed(Exception):
     pass
 
 
-def test_measured_accuracy_is_that_of_a_plain_recomputation():
+def test_measured_accuracy_matches_a_plain_recomputation():
     setting = standin.setting()
     model, data = setting.backbone.model, setting.new.dataset
     images: Any = data.images
@@ -50,7 +52,7 @@ def test_measured_accuracy_is_that_of_a_plain_recomputation():
     assert setting.new.zero_shot_accuracy(torch.arange(30)) == pytest.approx(sum(expected) / 30)
 
 
-def test_zero_shot_answers_are_asked_once(monkeypatch):
+def test_zero_shot_answers_are_computed_once(monkeypatch):
     setting = standin.setting()
     asked = []
     encode = setting.backbone.model.encode_image
@@ -64,7 +66,7 @@ def test_zero_shot_answers_are_asked_once(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["lora", "output", "input", "both", "random", "random-both"])
-def test_a_run_learns_and_leaves_the_pretrained_model_alone(tmp_path, method):
+def test_a_run_learns_and_leaves_the_pretrained_model_unchanged(tmp_path, method):
     setting = standin.setting()
     before = copy.deepcopy(setting.backbone.model.state_dict())
     config = standin.config(tmp_path, steps=40, log_every=1)
@@ -81,10 +83,10 @@ def test_a_run_learns_and_leaves_the_pretrained_model_alone(tmp_path, method):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_result_measures_what_was_not_trained_on(tmp_path):
+def test_result_measures_images_that_were_not_trained_on(tmp_path):
     setting = standin.setting()
     result = train(standin.config(tmp_path, max_test_images=9), RUN, setting, tmp_path / "run")
-    _, rest = draw_shots(setting.new.dataset.labels, 2, 0)
+    rest = choose_split(setting.new.dataset, 2, 0).test
     assert result["zero_shot_new"] == standin.setting().new.zero_shot_accuracy(at_most(9, rest))
     assert result["zero_shot_kept"] == standin.setting().kept["dark"].zero_shot_accuracy(at_most(9, torch.arange(30)))
     assert {"method": "both", "shots": 2, "learning_rate": 1e-2, "seed": 0}.items() <= result.items()
@@ -100,7 +102,7 @@ def factors(folder):
     [(("image",), "fp32"), (("text",), "fp32"), (("image", "text"), "fp32"), (("image",), "fp16")],
 )
 @pytest.mark.parametrize("killed_at", [3, 4])
-def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, killed_at, towers, precision, monkeypatch):
+def test_a_killed_and_resumed_run_matches_an_uninterrupted_one(tmp_path, killed_at, towers, precision, monkeypatch):
     # A scale that overflows in the first steps: it is halved, and goes on from there.
     monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2.0**26, 2.0, 0.5, 2000, True))
     options = {"lora_dropout": 0.3, "steps": 7, "checkpoint_every": 2}
@@ -125,11 +127,11 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, killed_at, to
     logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "resumed")]
     assert logs[0] == logs[1]
     for result in (whole, resumed):
-        assert all(result.pop(name) > 0 for name in MEASURED)
+        assert all(result.pop(name) > 0 for name in standin.VARYING)
     assert whole == resumed
 
 
-def test_runs_of_one_seed_start_from_the_same_factors_and_see_the_same_batches(tmp_path):
+def test_runs_of_one_seed_share_initial_factors_and_batches(tmp_path):
     # At this learning rate nothing moves: the same losses are the same batches.
     def start(method: Method) -> tuple[dict[str, torch.Tensor], list[float]]:
         losses = []
@@ -147,7 +149,7 @@ def test_runs_of_one_seed_start_from_the_same_factors_and_see_the_same_batches(t
         assert found_losses == pytest.approx(expected_losses, rel=1e-5)
 
 
-def test_run_that_diverges_says_where(tmp_path):
+def test_a_run_that_diverges_names_the_step(tmp_path):
     setting = standin.setting()
     setting.backbone.model.logit_scale.data.fill_(1e9)  # exp overflows
     with pytest.raises(
@@ -186,7 +188,7 @@ def test_half_precision_learns_what_float32_learns(tmp_path, precision, towers):
 def test_the_pretrained_model_is_measured_in_the_dtype_of_the_run(tmp_path):
     setting = standin.setting()
     result = train(standin.config(tmp_path, steps=1, precision="bf16"), RUN, setting, tmp_path / "run")
-    _, rest = draw_shots(setting.new.dataset.labels, 2, 0)
+    rest = choose_split(setting.new.dataset, 2, 0).test
     plain = copy.deepcopy(setting.backbone.model).bfloat16()
     assert result["zero_shot_new"] == standin.setting().new.accuracy(plain, rest, torch.bfloat16)
     assert next(setting.backbone.model.parameters()).dtype == torch.float32
@@ -210,7 +212,7 @@ def test_recomputing_changes_nothing_but_memory(tmp_path):
     assert results[0]["new"] == results[1]["new"]
 
 
-def test_crops_are_those_of_the_seed_and_the_step(tmp_path):
+def test_crops_depend_on_seed_and_step(tmp_path):
     setting = standin.setting()
     pictures: Any = setting.new.dataset.images
     images = DeviceImages.from_tensors(pictures[:6], "cpu")
@@ -228,7 +230,7 @@ def test_crops_are_those_of_the_seed_and_the_step(tmp_path):
 
 
 @pytest.mark.parametrize("can_be_mirrored", [False, True])
-def test_only_what_looks_the_same_in_a_mirror_is_mirrored(can_be_mirrored):
+def test_characters_are_not_mirrored(can_be_mirrored):
     setting = standin.setting()
     setting.new.dataset = dataclasses.replace(setting.new.dataset, can_be_mirrored=can_be_mirrored)
     ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(1, 3, 16, 16)  # brighter to the right
@@ -240,7 +242,7 @@ def test_only_what_looks_the_same_in_a_mirror_is_mirrored(can_be_mirrored):
     assert slopes == ({True, False} if can_be_mirrored else {True})
 
 
-def test_a_profile_tells_phases_and_operations(tmp_path):
+def test_a_profile_lists_phases_and_operations(tmp_path):
     train(standin.config(tmp_path, steps=14, profile=True), RUN, standin.setting(), tmp_path / "run")
     text = (tmp_path / "run" / PROFILE).read_text()
     assert "mean of 8" in text
@@ -250,7 +252,7 @@ def test_a_profile_tells_phases_and_operations(tmp_path):
     assert sum(event.get("name") == "data" for event in events) == 8
 
 
-def test_a_profile_of_a_run_that_is_stopped_in_between(tmp_path):
+def test_a_stopped_run_ends_its_profiler(tmp_path):
     def stop(done: int, loss: float) -> None:
         if done == 6:
             raise Killed
@@ -270,7 +272,7 @@ def test_learning_rate_follows_torchs_cosine():
         optimizer.step()
         schedule.step()
     assert cosine(17, 17, 3e-3, 1e-6) == pytest.approx(1e-6)
-    counted = torch.tensor(5.0, dtype=torch.float64)  # as a graph counts
+    counted = torch.tensor(5.0, dtype=torch.float64)  # a graph's counter is a tensor
     assert cosine(counted, 17, 3e-3, 1e-6).item() == pytest.approx(cosine(5, 17, 3e-3, 1e-6), rel=1e-14)
 
 
@@ -289,11 +291,11 @@ def test_logit_scale_multiplies_the_cosines(tmp_path):
     losses = []
     config = standin.config(tmp_path, steps=1)
     train(config, RUN, setting, tmp_path / "run", lambda done, loss: losses.append(loss))
-    drawn, _ = draw_shots(setting.new.dataset.labels, 2, 0)
+    shots = choose_split(setting.new.dataset, 2, 0).train
     model = setting.backbone.model
     assert math.exp(model.logit_scale.item()) == pytest.approx(1 / 0.07)
     # B is zero, so that the first loss is the pretrained model's
-    batch = drawn[batch_indices(6, 4, 0, 0)]
+    batch = shots[batch_indices(6, 4, 0, 0)]
     images: Any = setting.new.dataset.images
     image = model.encode_image(images[batch].float() / 255 - 0.5)
     text = model.encode_text(setting.new.tokens)
@@ -302,7 +304,7 @@ def test_logit_scale_multiplies_the_cosines(tmp_path):
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_images_are_decoded_once_for_all_that_learn_from_them(tmp_path, monkeypatch):
+def test_images_are_decoded_once_for_all_runs_of_a_split(tmp_path, monkeypatch):
     make_miniature(tmp_path, "dtd")
     decoded = []
     open_image = images.open_image
@@ -312,9 +314,9 @@ def test_images_are_decoded_once_for_all_that_learn_from_them(tmp_path, monkeypa
     config = standin.config(tmp_path / "out", **few, methods=("lora", "both"), max_test_images=1)
     for each in config.runs():
         train(config, each, settings.load(config, "cpu"), tmp_path / each.name)
-    drawn = set(json.loads((tmp_path / config.runs()[0].name / "draw.json").read_text())["train"])
-    assert len(drawn) == 8
-    assert sum(str(path).endswith(tuple(drawn)) for path in decoded) == len(drawn)
+    shots = set(json.loads((tmp_path / config.runs()[0].name / "draw.json").read_text())["train"])
+    assert len(shots) == 8
+    assert sum(str(path).endswith(tuple(shots)) for path in decoded) == len(shots)
     seeds = standin.config(tmp_path / "out", **few, seeds=(1,), max_test_images=1)
     other = train(seeds, seeds.runs()[0], settings.load(seeds, "cpu"), tmp_path / "other")
     assert len(settings.load(seeds, "cpu").decoded) == 1
@@ -324,7 +326,7 @@ def test_images_are_decoded_once_for_all_that_learn_from_them(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("towers", [("image",), ("image", "text")])
-def test_steps_see_one_template_and_measuring_all(tmp_path, towers):
+def test_runs_train_with_one_template_and_measure_with_all(tmp_path, towers):
     setting = standin.setting()
     bright = setting.new
     tasks = [

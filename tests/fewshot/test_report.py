@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from fewshot_standin import result_line
 from PIL import Image
 from rich.console import Console
 
@@ -28,29 +29,18 @@ from complora_kernels.fewshot.report.wording import sentences
 
 GLYPHS_FULL = Path(__file__).parents[2] / "benchmarks/results/glyphs-full"
 
-# Points (new, kept) at rising learning rates. From the zero-shot model at (0.1, 0.95), the rival's front falls to 0.1
-# below ours at 0.3 and stays 0.1 below.
+# Points (new, kept) at rising learning rates. From the zero-shot model at (0.1, 0.95), the baseline's front falls to
+# 0.1 below ours at 0.3 and stays 0.1 below.
 OURS = ((0.2, 0.9), (0.4, 0.8), (0.6, 0.5))
 THEIRS = ((0.3, 0.75), (0.4, 0.7), (0.5, 0.55))
 
 
 def line(method, shots, seed, rate, new, kept):
-    return {
-        "run": f"{method}-{shots}shot-lr{rate}-seed{seed}",
-        "method": method,
-        "shots": shots,
-        "seed": seed,
-        "learning_rate": rate,
-        "new": new,
-        "kept": kept,
-        "zero_shot_new": 0.1,
-        "zero_shot_kept": 0.95 + 0.02 * seed,
-        "relative_update": rate,
-    }
+    return result_line(method, shots, seed, rate, new, kept, (0.1, 0.95 + 0.02 * seed), relative_update=rate)
 
 
 def grid(seeds=3, shots=(1, 4), shift=0.04):
-    """Seeds move both fronts together, and the rival's away from ours by `shift` each."""
+    """Seeds move both fronts together, and the baseline's away from ours by `shift` each."""
     return [
         line(method, n, seed, rate, new, kept + 0.02 * seed - (shift * seed if method == "lora" else 0))
         for n in shots
@@ -60,19 +50,19 @@ def grid(seeds=3, shots=(1, 4), shift=0.04):
     ]
 
 
-def test_front_is_read_between_its_points():
+def test_front_is_interpolated_between_its_points():
     new, kept = np.array(OURS).T
     found = kept_at(new, kept, np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]))
     np.testing.assert_allclose(found, [np.nan, 0.9, 0.85, 0.8, 0.65, 0.5, np.nan], rtol=1e-12)
 
 
-def test_front_that_turns_back_counts_with_its_best_part():
+def test_front_that_turns_back_has_its_best_point_at_each_level():
     # Up to 0.8 and back to 0.4: at 0.6 the way up keeps 0.8, the way back 0.3.
     found = kept_at(np.array([0.4, 0.8, 0.4]), np.array([0.9, 0.7, -0.1]), np.array([0.4, 0.6, 0.8]))
     np.testing.assert_allclose(found, [0.9, 0.8, 0.7], rtol=1e-12)
 
 
-def test_front_with_two_points_at_the_same_accuracy():
+def test_front_with_two_points_at_one_accuracy_has_the_better_one():
     found = kept_at(np.array([0.5, 0.5]), np.array([0.7, 0.6]), np.array([0.5, 0.6]))
     np.testing.assert_allclose(found, [0.7, np.nan])
 
@@ -86,15 +76,15 @@ def front_of(lines, method, seed, shots=4):
     return [r for r in read_results(lines) if (r.method, r.seed, r.shots) == (method, seed, shots)]
 
 
-def test_difference_at_equal_new_accuracy_is_averaged_from_zero_shot_to_what_both_reach():
-    # From 0.1 to 0.3 the distance grows from 0 to 0.1 + shift · seed, then it stays until 0.5: on average 3/4 of it.
+def test_fronts_are_compared_from_zero_shot_to_the_highest_that_both_reach():
+    # The distance grows from 0 to 0.1 + shift · seed between 0.1 and 0.3, and stays until 0.5: its mean is 3/4 of that.
     for seed, expected in enumerate((0.075, 0.105, 0.135)):
         ours, theirs = (front_of(grid(), method, seed) for method in ("output", "lora"))
         assert retention_difference(ours, theirs) == pytest.approx(expected)
         assert retention_difference(theirs, ours) == pytest.approx(-expected)
 
 
-def test_no_difference_where_nothing_is_learned_or_kept_or_one_rate_is_there():
+def test_fronts_without_two_rates_or_any_gain_have_no_difference():
     ours, theirs = (front_of(grid(), method, 1) for method in ("output", "lora"))
     assert retention_difference(ours[:1], theirs) is None
     backwards = front_of([line("lora", 4, 1, rate, 0.1 - rate, 0.5) for rate in (1e-3, 1e-2)], "lora", 1)
@@ -113,7 +103,7 @@ def test_seeds_without_a_front_are_left_out():
     assert (comparison.by_shots, comparison.overall) == ({}, None)
 
 
-def test_shots_that_another_method_has_do_not_matter():
+def test_shots_of_other_methods_do_not_change_a_comparison():
     pair = grid(shots=(1, 4))
     expected = compare(read_results(pair), "output", "lora", ["new"])
     assert expected.overall is not None
@@ -122,14 +112,16 @@ def test_shots_that_another_method_has_do_not_matter():
     found = compare(read_results([*pair, *more, *alone]), "output", "lora", ["new"])
     assert found == expected
     assert found.shots == [1, 4]
-    with_lora, with_output = (f"keeps 10.5 points more than {rival} (95% interval" for rival in ("lora", "output"))
+    with_lora, with_output = (
+        f"keeps 10.5 points more than {baseline} (95% interval" for baseline in ("lora", "output")
+    )
     assert any(with_lora in text for text in sentences(summary([*pair, *more, *alone])))
     assert "All shots are those that both methods have." in markdown([summary([*pair, *more, *alone])])
     assert "All shots are" not in markdown([summary(pair)])
     assert with_output not in markdown([summary(pair)])
 
 
-def test_sentence_without_a_comparison_says_why():
+def test_sentence_without_a_comparison_tells_the_reason():
     one_rate = [result for result in grid(shots=(1,)) if result["learning_rate"] == 1e-3 or result["method"] == "lora"]
     assert sentences(summary([*one_rate, *grid(shots=(4,))])) == [
         "output and lora: no seed counts at every number of shots that both have "
@@ -141,7 +133,7 @@ def test_sentence_without_a_comparison_says_why():
 
 
 def test_differences_at_one_learning_rate_are_means_over_shots():
-    lines = [*grid(), line("lora", 8, 0, 3e-3, 0.5, 0.5)]  # which output has not got
+    lines = [*grid(), line("lora", 8, 0, 3e-3, 0.5, 0.5)]  # a number of shots that output does not have
     lines[0] = {**lines[0], "new": 0.8}  # output, 1 shot, seed 0, at 1e-3: 0.5 more than lora
     at_rate = compare(read_results(lines), "output", "lora", ["new", "kept"]).at_rate
     new = at_rate[1e-3, None]["new"].over_seeds
@@ -150,7 +142,7 @@ def test_differences_at_one_learning_rate_are_means_over_shots():
     assert at_rate[3e-3, None]["kept"].over_seeds == pytest.approx(paired([0.1, 0.14, 0.18]))
 
 
-def test_largest_block_without_a_gap_is_compared():
+def test_comparison_uses_the_largest_block_without_a_gap():
     begun = {("a", 0): 1, ("b", 0): 2, ("c", 0): 3, ("a", 1): 4, ("b", 1): 5, ("c", 1): 6, ("a", 2): 7}
     assert set(whole_block(begun)) == {(cell, seed) for cell in "abc" for seed in (0, 1)}
     with_a_gap = {(cell, seed): 0 for cell in "abcd" for seed in range(3) if (cell, seed) != ("b", 1)}
@@ -160,11 +152,11 @@ def test_largest_block_without_a_gap_is_compared():
     assert set(whole_block(apart)) == {(cell, seed) for cell in "ab" for seed in (0, 2)}
 
 
-def over_data_sets(rivals=((0.5, 0.6), (0.4, 0.4)), shift=(0.1, -0.02)):
+def over_data_sets(baselines=((0.5, 0.6), (0.4, 0.4)), shift=(0.1, -0.02)):
     """New-task accuracies by data set and seed; output is better by `shift` on each data set, seed 1 by 0.01 more."""
     return [
         {**line(method, 16, seed, 2e-4, value + gain, None), "data": data, "protocol": "few-shot", "tasks": {}}
-        for data, values, more in zip(("cars", "pets"), rivals, shift, strict=True)
+        for data, values, more in zip(("cars", "pets"), baselines, shift, strict=True)
         for seed, value in enumerate(values)
         for method, gain in (("lora", 0.0), ("output", more + 0.01 * seed))
     ]
@@ -193,7 +185,7 @@ def test_fronts_are_paired_by_data_set_and_seed():
         assert (gain.better, gain.data_sets) == (1, 2)
 
 
-def test_method_without_rates_is_compared_at_each_rate_of_its_rival():
+def test_method_without_rates_is_compared_at_each_rate_of_its_baseline():
     lines = [*grid(seeds=2), *(line("tip-adapter", n, seed, None, 0.5, 0.9) for n in (1, 4) for seed in range(2))]
     comparison = compare(read_results(lines), "tip-adapter", "lora", ["new"])
     assert comparison.overall is None
@@ -201,14 +193,14 @@ def test_method_without_rates_is_compared_at_each_rate_of_its_rival():
     assert comparison.at_rate[1e-2, None]["new"].over_seeds.mean == pytest.approx(0.0)
     found = summary(lines)
     assert found.rows[-1] == ("tip-adapter", None)
-    assert not any("tip-adapter" in text for text in sentences(found))  # it has no front
+    assert not any("tip-adapter" in text for text in sentences(found))  # a method without rates has no front
     one_rate = [result for result in lines if result["learning_rate"] in (1e-3, None)]
     assert "With lora at learning rate 0.001, tip-adapter reaches 20.0 points more" in " ".join(
         sentences(summary(one_rate))
     )
 
 
-def test_interval_is_students():
+def test_interval_is_that_of_students_t():
     mean, low, high, wins, seeds = paired([0.1, 0.3, -0.1, 0.2])
     sd = statistics.stdev([0.1, 0.3, -0.1, 0.2])
     half = 3.182446305284263 * sd / 2  # the 97.5% point of t with three degrees of freedom, from a table
@@ -217,7 +209,7 @@ def test_interval_is_students():
     assert paired([0.1]).low == -math.inf
 
 
-def test_summary_of_the_seeds():
+def test_summary_has_means_and_deviations_over_seeds():
     found = summary(grid())
     assert found.methods == ["lora", "output"]
     assert (found.shots, found.seeds, found.learning_rates) == ([1, 4], [0, 1, 2], [1e-3, 3e-3, 1e-2])
@@ -226,14 +218,14 @@ def test_summary_of_the_seeds():
     assert cell.new == pytest.approx((0.4, 0.0))
     assert found.zero_shot[1].means[1] == pytest.approx(0.97)
     (comparison,) = found.comparisons
-    assert (comparison.method, comparison.rival) == ("output", "lora")
+    assert (comparison.method, comparison.baseline) == ("output", "lora")
     assert comparison.overall is not None
     assert comparison.overall.over_seeds.mean == pytest.approx(0.105)
     assert comparison.overall.over_seeds.wins == 3
     assert comparison.at_rate[3e-3, None]["kept"].over_seeds.mean == pytest.approx(0.14)
 
 
-def test_sentence_says_which_way_and_whether_it_is_shown():
+def test_sentence_tells_direction_and_significance():
     (better,) = sentences(summary(grid()))
     assert better == (
         "At equal new-task accuracy, output keeps 10.5 points more than lora "
@@ -264,7 +256,7 @@ def test_markdown_holds_the_numbers():
     assert "| output - lora, retained | +19.0 [+9.1, +28.9], 3/3 | +14.0 [+4.1, +23.9], 3/3 |" in text
 
 
-def test_published_table_is_what_the_published_results_give():
+def test_published_table_matches_the_published_results():
     lines = [json.loads(text) for text in (GLYPHS_FULL / "results.jsonl").read_text().splitlines()]
     assert markdown(summaries(lines)) == (GLYPHS_FULL / "table.md").read_text()
 
@@ -338,7 +330,7 @@ def test_failed_runs_without_a_result_are_listed(tmp_path):
     assert "gone" not in table + shown.getvalue()
 
 
-def test_protocols_stand_apart(tmp_path):
+def test_protocols_have_sections_of_their_own(tmp_path):
     write(tmp_path, [*grid()[:3], *({**result, "protocol": "transfer", "data": "imagenet"} for result in grid()[:3])])
     report(tmp_path, Console(file=io.StringIO()))
     table = (tmp_path / "table.md").read_text()
@@ -370,7 +362,7 @@ def test_figures_show_means_and_deviations_with_labels():
     assert all("shots" in axes.get_xlabel() for axes in figure.axes)
 
 
-def test_fronts_are_drawn_from_zero_shot_to_the_most_that_is_learned():
+def test_fronts_run_from_zero_shot_to_the_most_that_is_learned():
     lines = [*grid(seeds=1), line("lora", 4, 0, 3e-2, 0.2, 0.1)]  # too high a rate
     curves = {str(curve.get_label()): curve for curve in fronts(summary(lines)).axes[1].lines}
     points = np.column_stack([curves["LoRA"].get_xdata(), curves["LoRA"].get_ydata()])
@@ -421,7 +413,7 @@ def test_part_of_an_update_is_named_after_its_method():
 
 
 @pytest.mark.parametrize("protocol", ["few-shot", "domain-shift", "base-to-new"])
-def test_titles_of_differences_stand_apart(protocol):
+def test_titles_of_the_differences_do_not_overlap(protocol):
     tasks = {"new classes" if protocol == "base-to-new" else "letters": [0.9, 0.8]}
     rows = [
         {**line(method, 16, seed, 1e-2, 0.5, 0.8), "protocol": protocol, "tasks": tasks}
@@ -476,7 +468,7 @@ def test_many_methods_are_spread_over_panels_by_side_and_source():
     assert len(pictures["differences"].axes[0].get_yticks()) == len(ABLATION) + 6 - 1  # the shared point has no front
 
 
-def test_plain_lora_under_another_name_stands_among_all(tmp_path):
+def test_plain_lora_under_another_name_is_in_every_panel(tmp_path):
     kinds = {"baseline": "lora", "baseline, decayed": "lora", "control": "random-both", "control, k 3": "random-both"}
     kinds |= {"ours": "both", "ours, k 3": "both", "mine": "output"}
     rates = (1e-3, 3e-3)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import fewshot_standin as standin
 import pytest
 import submitit
 import yaml
@@ -16,7 +17,6 @@ from complora_kernels.fewshot import grid, jobs, slurm, sweep
 from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.datasets import ELEVEN
 from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.recipe import MEASURED
 from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.sweep import SweepConfig, prepare_sweep, run_sweep
 
@@ -47,10 +47,10 @@ def run(config):
 
 
 def without_measurements(results):
-    return [{name: value for name, value in r.items() if name not in (*MEASURED, "versions")} for r in results]
+    return [{name: value for name, value in r.items() if name not in (*standin.VARYING, "versions")} for r in results]
 
 
-def test_every_cell_is_run_once_under_its_label(tmp_path, trained):
+def test_every_cell_of_a_sweep_is_run_once_under_its_label(tmp_path, trained):
     config = write(tmp_path, CONTENT)
     assert run(config) == 0
     results = read_json_lines(tmp_path / "out" / "results.jsonl")
@@ -71,7 +71,7 @@ def test_every_cell_is_run_once_under_its_label(tmp_path, trained):
     assert trained == []
 
 
-def test_killed_and_resumed_gives_the_same_results(tmp_path, trained, monkeypatch):
+def test_a_killed_and_resumed_sweep_gives_the_same_results(tmp_path, trained, monkeypatch):
     whole = write(tmp_path, CONTENT)
     assert run(whole) == 0
     stopped = SweepConfig(whole.file, tmp_path / "stopped", workers=1)
@@ -97,7 +97,7 @@ def test_killed_and_resumed_gives_the_same_results(tmp_path, trained, monkeypatc
         assert (tmp_path / "stopped" / table).read_text() == (tmp_path / "out" / table).read_text()
 
 
-def test_a_failed_run_is_kept_does_not_stop_the_others_and_is_tried_again(tmp_path, trained, monkeypatch):
+def test_a_failed_run_is_recorded_and_tried_again(tmp_path, trained, monkeypatch):
     config = write(tmp_path, CONTENT, shots=1, seeds=0)
     counted = jobs.train
 
@@ -117,7 +117,7 @@ def test_a_failed_run_is_kept_does_not_stop_the_others_and_is_tried_again(tmp_pa
     assert trained == [name]
 
 
-def test_a_sweep_grows_and_refuses_other_options(tmp_path, trained):
+def test_a_sweep_may_grow_but_not_change_options(tmp_path, trained):
     assert run(write(tmp_path, CONTENT, shots=[1], seeds=[0], learning_rates=[0.01])) == 0
     trained.clear()
     methods = {**CONTENT["methods"], "output": {}}
@@ -149,7 +149,7 @@ def test_another_data_set_in_the_same_folder_is_another_run(tmp_path, trained):
     assert trained == ["digits-lora-1shot-lr0.01-seed0", "letters-lora-1shot-lr0.01-seed0"]
 
 
-def test_errors_in_words_that_look_like_markup_are_shown(tmp_path, trained, monkeypatch):
+def test_errors_that_look_like_markup_are_shown(tmp_path, trained, monkeypatch):
     text = io.StringIO()
     shown = Console(file=text, width=200)
 
@@ -172,7 +172,7 @@ def test_a_full_disk_ends_the_sweep(tmp_path, trained, monkeypatch):
     assert not (tmp_path / "out" / "failures.jsonl").exists()
 
 
-def test_wrong_parameters_of_slurm(tmp_path):
+def test_wrong_parameters_of_slurm_are_refused(tmp_path):
     prepared = prepare_sweep(write(tmp_path, CONTENT))
     with pytest.raises(ValueError, match=r"slurm: \{'gpus': 2\}"):
         slurm.run_on_slurm(prepared.jobs, prepared.output, {"gpus": 2}, CONSOLE, cluster="local")
@@ -213,24 +213,24 @@ def test_bad_files_are_refused_before_anything_is_written(tmp_path, changes, mes
     ("text", "message"),
     [(b"- a\n", "expected a mapping"), (b"a: [", "is no YAML"), (b"a: \xe9\n", "small.yaml is not UTF-8")],
 )
-def test_files_that_are_no_sweep(tmp_path, text, message, capsys):
+def test_files_that_are_no_sweep_are_refused(tmp_path, text, message, capsys):
     (tmp_path / "small.yaml").write_bytes(text)
     assert main(["sweep", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_missing_file(tmp_path, capsys):
+def test_a_missing_sweep_file_is_named(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: expected a YAML file that describes a sweep" in capsys.readouterr().err
 
 
-def test_submitit_runs_what_is_missing_and_keeps_failures(tmp_path, trained, monkeypatch):
-    """With submitit's executor for this machine: the processes train the bundled model."""
+def test_submitit_runs_missing_cells_and_records_failures(tmp_path, trained, monkeypatch):
+    """submitit's executor for this machine starts processes, which train the bundled model."""
     options = {"preset": "glyphs", "steps": 2, "max_test_images": 20, "threads": 1, "towers": ["image"]}
     methods = {"lora": {}, "too large": {"method": "output", "subspace_k": 999, "subspace_ratio": None}}
     content = {"shots": 1, "seeds": 0, "learning_rates": 0.01, "methods": methods, "options": options}
     prepared = prepare_sweep(write(tmp_path, content))
-    folder, collect = tmp_path / "out" / "slurm", slurm._collect
+    folder, collect = tmp_path / "out" / "slurm", slurm.collect
     submitted, map_array = [], submitit.AutoExecutor.map_array
 
     def noted(executor, *arguments):
@@ -249,11 +249,11 @@ def test_submitit_runs_what_is_missing_and_keeps_failures(tmp_path, trained, mon
             time.sleep(0.1)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(slurm, "_collect", stop)
+    monkeypatch.setattr(slurm, "collect", stop)
     with pytest.raises(KeyboardInterrupt):
         submit_and_collect()
     assert not (tmp_path / "out" / "results.jsonl").exists()
-    monkeypatch.setattr(slurm, "_collect", collect)
+    monkeypatch.setattr(slurm, "collect", collect)
     submit_and_collect()
     assert len(submitted) == 2  # found, not submitted again
     (result,) = read_json_lines(tmp_path / "out" / "results.jsonl")
@@ -267,14 +267,14 @@ def test_submitit_runs_what_is_missing_and_keeps_failures(tmp_path, trained, mon
     assert not list(folder.glob("*_submitted.pkl"))
 
 
-def test_what_the_cluster_preempts_is_queued_again(tmp_path):
+def test_preempted_runs_are_queued_again(tmp_path):
     job = prepare_sweep(write(tmp_path, CONTENT)).jobs[0]
     again = slurm.ClusterRun().checkpoint(job)
     assert isinstance(again.function, slurm.ClusterRun)
     assert again.args == (job,)
 
 
-def test_slurm_without_submitit_says_how_to_get_it(tmp_path, monkeypatch):
+def test_slurm_without_submitit_tells_how_to_install_it(tmp_path, monkeypatch):
     config = write(tmp_path, CONTENT)
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install submitit"):
@@ -282,24 +282,24 @@ def test_slurm_without_submitit_says_how_to_get_it(tmp_path, monkeypatch):
     assert sweep.check_submitit is slurm.check_submitit
 
 
-def test_what_yaml_takes_for_a_truth_value(tmp_path):
+def test_options_that_yaml_reads_as_truth_values_keep_their_meaning(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text("methods: [lora]\nshots: 1\noptions: {graph: off, save_adapters: no, profile: yes}\n")
     config = sweep.read_sweep(SweepConfig(path)).jobs[0].config
     assert (config.graph, config.save_adapters, config.profile) == ("off", False, True)
 
 
-def test_runs_that_learn_from_the_same_images_come_one_after_the_other(tmp_path):
+def test_runs_of_one_split_are_consecutive(tmp_path):
     jobs = prepare_sweep(write(tmp_path, CONTENT, data=["letters", "digits"])).jobs
-    draws = [(job.run.seed, job.run.data, job.run.shots) for job in jobs]
-    assert list(dict.fromkeys(draws)) == [
+    splits = [(job.run.seed, job.run.data, job.run.shots) for job in jobs]
+    assert list(dict.fromkeys(splits)) == [
         (seed, data, shots) for seed in (0, 3) for data in ("letters", "digits") for shots in (1, 2)
     ]
-    changes = sum(a != b for a, b in itertools.pairwise(draws))
+    changes = sum(a != b for a, b in itertools.pairwise(splits))
     assert changes == 7
 
 
-def test_what_is_queued_occupies_the_folder(tmp_path):
+def test_queued_runs_bind_the_folder_to_their_options(tmp_path):
     config = write(tmp_path, CONTENT)
     prepare_sweep(config)
     (tmp_path / "out" / grid.SLURM).mkdir()
@@ -309,7 +309,7 @@ def test_what_is_queued_occupies_the_folder(tmp_path):
         prepare_sweep(write(tmp_path, CONTENT, methods=methods))
 
 
-def test_two_folders_of_one_name_in_runs(tmp_path):
+def test_data_sets_whose_runs_would_share_a_name_are_refused(tmp_path):
     data = [f"folder:{make_miniature(tmp_path / name, 'folder')}" for name in ("a b", "a_b")]
     with pytest.raises(ValueError, match=r"two runs are called folder_.*_a_b_.*, expected names of methods, and of"):
         prepare_sweep(write(tmp_path, CONTENT, data=data))
@@ -319,7 +319,7 @@ def test_two_folders_of_one_name_in_runs(tmp_path):
     ("name", "protocol", "trained", "anchors"),
     [("few-shot", "few-shot", 6 * 5, 2 * 5), ("base-to-new", "base-to-new", 6, 0), ("retention", "retention", 6, 0)],
 )
-def test_the_sweeps_of_the_paper_are_read_as_they_stand(tmp_path, name, protocol, trained, anchors):
+def test_the_bundled_sweeps_are_valid(tmp_path, name, protocol, trained, anchors):
     for data in ELEVEN:
         make_miniature(tmp_path, data, classes=2, per_class=(20, 4, 1))
     text = (SWEEPS / f"{name}.yaml").read_text().replace("data_root: /data", f"data_root: {tmp_path}")
@@ -332,7 +332,7 @@ def test_the_sweeps_of_the_paper_are_read_as_they_stand(tmp_path, name, protocol
     assert found.slurm["gpus_per_node"] == 1
 
 
-def test_the_ablation_is_read_as_it_stands():
+def test_the_bundled_ablation_is_valid():
     found = sweep.read_sweep(SweepConfig(SWEEPS / "glyphs-ablation.yaml"))
     assert len(found.jobs) == 1200
     assert (len({job.run.seed for job in found.jobs}), len({job.run.title for job in found.jobs})) == (10, 40)
@@ -363,12 +363,12 @@ def test_a_cluster_is_asked_about_all_tasks_at_once_and_lost_ones_are_forgotten(
     for name in ("1_0", "1_1", "1_2"):
         (tmp_path / f"{name}_submitted.pkl").touch()
     (tmp_path / "1_1_result.pkl").touch()
-    assert sorted(slurm._under_way(tmp_path, Task)) == ["1_0", "1_1"]
+    assert sorted(slurm.tasks_under_way(tmp_path, Task)) == ["1_0", "1_1"]
     assert Task.asked == [3, 3, 3]
     assert sorted(path.name for path in tmp_path.glob("*_submitted.pkl")) == ["1_0_submitted.pkl", "1_1_submitted.pkl"]
 
 
-def test_arrays_are_no_longer_than_slurm_takes(tmp_path, monkeypatch):
+def test_arrays_have_at_most_slurms_limit_of_tasks(tmp_path, monkeypatch):
     prepared = prepare_sweep(write(tmp_path, CONTENT))
     parts = []
 
@@ -379,7 +379,7 @@ def test_arrays_are_no_longer_than_slurm_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "_MOST_TASKS", 10)
     monkeypatch.setattr(submitit.AutoExecutor, "map_array", submit)
     collected = []
-    monkeypatch.setattr(slurm, "_collect", lambda job, task, *rest: collected.append((job, task.job)))
+    monkeypatch.setattr(slurm, "collect", lambda job, task, *rest: collected.append((job, task.job)))
     slurm.run_on_slurm(prepared.jobs, prepared.output, {}, CONSOLE, cluster="local")
     assert parts == [10, 10, 8]
     assert [job.run.name for job, _ in collected] == [job.run.name for job in prepared.jobs]

@@ -5,41 +5,29 @@ from itertools import product
 from random import Random
 
 import pytest
+from fewshot_standin import result_line
 from rich.console import Console
 
 from complora_kernels.fewshot.datasets import ELEVEN
 from complora_kernels.fewshot.escapes import for_latex
 from complora_kernels.fewshot.methods import METHODS
-from complora_kernels.fewshot.report.comparisons import harmonic
+from complora_kernels.fewshot.report.comparisons import comparison_pairs, harmonic
 from complora_kernels.fewshot.report.folder import failures, latex, markdown, terminal_table
-from complora_kernels.fewshot.report.labels import Label, Variant, parse, plain_lora, rivals, stand_ins
+from complora_kernels.fewshot.report.formats import LATEX_HEAD, Table, markdown_table, to_latex
+from complora_kernels.fewshot.report.labels import Label, Variant, parse, plain_lora, stand_ins
 from complora_kernels.fewshot.report.results import read_results
-from complora_kernels.fewshot.report.sections import accuracy_table, data_set_table, kept_table, sections
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
-from complora_kernels.fewshot.report.tables import LATEX_HEAD, Table, markdown_table, to_latex
+from complora_kernels.fewshot.report.tables import accuracy_table, data_set_table, kept_table, sections
 from complora_kernels.fewshot.report.wording import gaps, kept_name
 
 
 def line(
     data, method, seed, new, kept=None, shots=4, rate: float | None = 2e-4, protocol="few-shot", tasks=None, **more
 ):
-    return {
-        "run": f"{data}-{method}-{shots}shot-lr{rate}-seed{seed}",
-        "data": data,
-        "protocol": protocol,
-        "method": method,
-        "shots": shots,
-        "seed": seed,
-        "learning_rate": rate,
-        "new": new,
-        "kept": kept,
-        "zero_shot_new": 0.25,
-        "zero_shot_kept": None if kept is None else 0.5,
-        "tasks": tasks or {},
-        "interpolated": [],
-        **more,
-    }
+    zero_shot = (0.25, None if kept is None else 0.5)
+    more = {"protocol": protocol, "tasks": tasks or {}, "interpolated": [], **more}
+    return result_line(method, shots, seed, rate, new, kept, zero_shot, data, **more)
 
 
 def summary(lines) -> Summary:
@@ -59,7 +47,7 @@ def test_line_without_a_protocol_is_of_the_digits():
     assert (result.method, result.new, result.relative_update) == ("lora", 0.7, 0.1)
 
 
-def test_share_of_the_update_is_a_method_of_its_own():
+def test_a_share_of_the_update_is_listed_as_a_method():
     parts = [
         {"share": share, "new": share, "kept": 1 - share, "tasks": {"a": [0.5, 1 - share]}} for share in (0, 0.5, 1)
     ]
@@ -70,7 +58,7 @@ def test_share_of_the_update_is_a_method_of_its_own():
     assert (half.zero_shot_new, half.tasks, half.seed) == (0.25, {"a": (0.5, 0.5)}, 0)
     found = summary(lines)
     assert found.methods == ["lora", "lora, 0.5 of the update"]
-    assert [(c.method, c.rival) for c in found.comparisons] == [("lora, 0.5 of the update", "lora")]
+    assert [(c.method, c.baseline) for c in found.comparisons] == [("lora, 0.5 of the update", "lora")]
     assert "| lora, 0.5 of the update | 0.0002 | 50.0 / 50.0 | 0.100 |" in markdown([found])
 
 
@@ -81,7 +69,7 @@ def test_last_line_of_a_run_counts():
     assert [(r.method, r.new) for r in read_results(again)] == [("lora", 0.2), ("both", 0.3)]
 
 
-def test_names_are_read():
+def test_names_of_methods_are_parsed():
     assert parse("both, energy 0.8, random") == Label("both", "random", "energy 0.8")
     assert parse("random-both") == Label("both", "random", "")
     assert parse("activations") == Label("output", "activations", "")
@@ -90,7 +78,7 @@ def test_names_are_read():
     assert parse("linear-probe") == Label("linear-probe", "", "")
 
 
-def test_order_is_that_of_the_vocabulary_then_by_name():
+def test_methods_are_ordered_as_in_METHODS_then_by_name():
     names = ["mine", "both", "output, r 4", "lora"]
     assert summary([line("dtd", name, 0, 0.5) for name in names]).methods == ["lora", "both", "mine", "output, r 4"]
     assert summary([line("dtd", name, 0, 0.5) for name in reversed(METHODS)]).methods == list(METHODS)
@@ -101,8 +89,8 @@ def named(*names):
     return {name: Variant(name) for name in names}
 
 
-def test_who_is_compared_with_whom():
-    assert rivals(named("lora", "output", "input", "both", "random", "random-both")) == [
+def test_comparison_pairs_by_names():
+    assert comparison_pairs(named("lora", "output", "input", "both", "random", "random-both")) == [
         ("output", "lora"),
         ("input", "lora"),
         ("both", "lora"),
@@ -112,7 +100,7 @@ def test_who_is_compared_with_whom():
         ("both", "random-both"),
     ]
     labels = ["lora", "lora, wd 1", "both, wd 1", "both, wd 1, random", "both, wd 1, activations", "output, wd 1"]
-    assert rivals(named(*labels))[len(labels) - 1 :] == [
+    assert comparison_pairs(named(*labels))[len(labels) - 1 :] == [
         ("both, wd 1", "lora, wd 1"),
         ("both, wd 1, random", "lora, wd 1"),
         ("both, wd 1, activations", "lora, wd 1"),
@@ -120,19 +108,19 @@ def test_who_is_compared_with_whom():
         ("both, wd 1", "both, wd 1, random"),
         ("both, wd 1, activations", "both, wd 1, random"),
     ]
-    assert rivals(named("output", "mine")) == []
+    assert comparison_pairs(named("output", "mine")) == []
 
 
-def test_plain_lora_is_known_under_another_name():
+def test_plain_lora_is_recognised_under_another_name():
     named = [("LoRA (r=2)", "lora"), ("LoRA (r=2, decayed)", "lora"), ("ours", "both")]
     lines = [{**line("dtd", kind, seed, 0.5), "label": label} for label, kind in named for seed in (0, 1)]
     found = summary(lines)
     assert found.methods == ["LoRA (r=2)", "LoRA (r=2, decayed)", "ours"]
-    pairs = [(c.method, c.rival) for c in found.comparisons]
+    pairs = [(c.method, c.baseline) for c in found.comparisons]
     assert pairs == [("LoRA (r=2, decayed)", "LoRA (r=2)"), ("ours", "LoRA (r=2)")]
 
 
-def test_name_of_plain_lora():
+def test_plain_lora_is_named_lora_or_the_first_of_its_kind():
     assert plain_lora({"tuned": Variant("lora", {"r": 4}), "lora": Variant("lora", {})}) == "lora"
     assert plain_lora({"lora": Variant("both", {}), "baseline": Variant("lora", {})}) == "baseline"
     half = "baseline, 0.5 of the update"
@@ -140,7 +128,7 @@ def test_name_of_plain_lora():
     assert plain_lora({half: Variant("lora", {}, 0.5), "ours": Variant("both", {})}) is None
 
 
-def test_same_options_tell_who_is_compared_where_names_do_not():
+def test_comparison_pairs_by_options():
     free = {
         "baseline": Variant("lora", {"data": "dtd", "interpolations": [0.5]}),
         "baseline, 0.5 of the update": Variant("lora", {"data": "dtd", "interpolations": [0.5]}, 0.5),
@@ -151,30 +139,30 @@ def test_same_options_tell_who_is_compared_where_names_do_not():
         "control": Variant("random-both", {"subspace_k": 9}),
         "control (output)": Variant("random", {"subspace_k": 9}),
     }
-    assert rivals(free)[len(free) - 1 :] == [
+    assert comparison_pairs(free)[len(free) - 1 :] == [
         ("ours, 0.5 of the update", "baseline, 0.5 of the update"),
         ("ours (r=4)", "baseline (r=4)"),
         ("ours", "control"),
     ]
     twice = {**free, "another control": Variant("random-both", {"subspace_k": 9})}
-    assert ("ours", "control") not in rivals(twice)
+    assert ("ours", "control") not in comparison_pairs(twice)
     mixed = {"both, k 9": Variant("both", {"subspace_k": 9}), "control": free["control"]}
-    assert rivals(mixed) == [("both, k 9", "control")]
-    assert rivals({**mixed, "both, k 9, random": free["control"]}) == [("both, k 9", "both, k 9, random")]
-    assert rivals({name: Variant(kind) for name, (kind, *_) in mixed.items()}) == []  # options are not known
+    assert comparison_pairs(mixed) == [("both, k 9", "control")]
+    assert comparison_pairs({**mixed, "both, k 9, random": free["control"]}) == [("both, k 9", "both, k 9, random")]
+    assert comparison_pairs({name: Variant(kind) for name, (kind, *_) in mixed.items()}) == []  # options are not known
 
 
-def test_options_of_a_line_reach_the_comparisons():
+def test_options_of_results_decide_the_comparisons():
     kinds = {"baseline": "lora", "ours": "both", "control": "random-both"}
     lines = [{**line("dtd", kind, 1, 0.5), "label": name, "options": {"r": 4}} for name, kind in kinds.items()]
     pairs = [("control", "baseline"), ("ours", "baseline"), ("ours", "control")]
-    assert [(c.method, c.rival) for c in summary(lines).comparisons] == pairs
+    assert [(c.method, c.baseline) for c in summary(lines).comparisons] == pairs
     older = {**lines[1], "method": "ours", "seed": 0}
     del older["label"], older["options"]
-    assert [(c.method, c.rival) for c in summary([*lines, older]).comparisons] == pairs
+    assert [(c.method, c.baseline) for c in summary([*lines, older]).comparisons] == pairs
 
 
-def test_who_stands_for_a_name_of_the_vocabulary():
+def test_stand_ins_of_methods_under_other_names():
     methods = {
         "LoRA": Variant("lora", {}),
         "LoRA, 0.5 of the update": Variant("lora", {}, 0.5),
@@ -187,7 +175,7 @@ def test_who_stands_for_a_name_of_the_vocabulary():
     assert stand_ins({**methods, "both": Variant("random-both", {})}) == {"LoRA": "lora"} | {"both": "random-both"}
 
 
-def test_seeds_that_one_data_set_lacks_are_said():
+def test_seeds_that_one_data_set_lacks_are_reported():
     lora = [line("dtd", "lora", seed, 0.5, rate=rate) for seed in range(10) for rate in (0.1, 0.2)]
     both = [line("dtd", "both", 0, 0.5, rate=rate) for rate in (0.1, 0.2)]
     found = summary([*lora, *both])
@@ -223,21 +211,21 @@ def test_rates_and_shots_that_lack_seeds_are_named():
     assert gaps(summary([*lines, *anchors])) == ["Fewer than 5 seeds: tip-adapter (1)."]
 
 
-def test_few_of_many_unfinished_methods_are_named():
+def test_only_some_of_many_unfinished_methods_are_named():
     lines = [line("dtd", f"mine, {i:02}", seed, 0.5) for i in range(40) for seed in range(7 - (i > 2) - 3 * (i == 30))]
     assert gaps(summary(lines)) == [
         "Fewer than 7 seeds: mine, 30 (3), mine, 03 (6), mine, 04 (6), mine, 05 (6) and 33 more."
     ]
 
 
-def test_seeds_that_differ_are_not_called_more_than_there_are():
+def test_different_seeds_of_methods_are_counted_per_cell():
     apart = [line("dtd", "lora", 0, 0.5, shots=1), line("dtd", "lora", 1, 0.5, shots=4)]
     assert markdown([summary(apart)]).startswith("Accuracy in percent, one seed each: ")
     of_data = [line(data, "lora", seed, 0.5) for data, seeds in (("cars", 2), ("pets", 3)) for seed in range(seeds)]
     assert "standard deviation over 2 to 3 seeds: new task;" in markdown([summary(of_data)])
 
 
-def test_update_is_the_mean_of_the_data_sets_that_count():
+def test_relative_update_is_a_mean_over_complete_data_sets():
     cars = [line("cars", "lora", seed, 0.5, relative_update=0.1) for seed in range(3)]
     pets = [line("pets", "lora", 0, 0.5, relative_update=0.3)]
     assert summary([*cars, *pets]).relative_updates == pytest.approx({("lora", 2e-4): 0.2})
@@ -249,14 +237,14 @@ def test_update_is_the_mean_of_the_data_sets_that_count():
 VARIANTS = ["dtd-ours_r_4", "dtd-lora", "dtd-control", "cars-ours_r_4", "cars-lora", "cars-control"]
 
 
-def test_tables_have_the_order_of_the_sweep():
+def test_tables_follow_the_order_of_the_sweep():
     cells = [(data, name) for data in ("cars", "dtd") for name in ("control", "lora", "new", "ours, r 4")]
     lines = [line(data, name, 0, 0.5) for data, name in cells if (data, name) != ("dtd", "lora")]
     (found,) = summaries(lines, VARIANTS)
     assert found.data_sets == ["dtd", "cars"]
     assert found.methods == ["ours, r 4", "lora", "control", "new"]  # the sweep does not know the last one
     odd = [line("cars", "x/y", 0, 0.5), line("folder:/a b", "x/y", 0, 0.5)]
-    (found,) = summaries(odd, ["folder_a_b-x_y"])  # as such names stand in a folder
+    (found,) = summaries(odd, ["folder_a_b-x_y"])  # a run's name in a folder has underscores
     assert found.data_sets == ["folder:/a b", "cars"]
 
 
@@ -294,12 +282,12 @@ UNEVEN = [
 ]
 
 
-def test_average_is_of_the_means_of_the_data_sets_that_every_method_has():
+def test_averages_are_over_data_sets_that_every_method_has():
     found = summary(UNEVEN)
     assert found.complete == {4: ["cars", "pets"]}
     lora = found.cells["lora", 2e-4, 4].new
     assert lora.mean == pytest.approx((0.52 + 0.80) / 2)
-    assert lora.sd == pytest.approx((0.70 - 0.67) / 2**0.5)  # of the averages of seeds 0 and 1, 0.70 and 0.67
+    assert lora.sd == pytest.approx((0.70 - 0.67) / 2**0.5)  # seeds 0 and 1 have averages 0.70 and 0.67
     assert found.cells["both", 2e-4, 4].new.mean == pytest.approx((0.61 + 0.85) / 2)
     assert found.zero_shot[4].new.mean == 0.25
     table = data_set_table(found, 4)
@@ -332,19 +320,19 @@ BASE_TO_NEW = [
 ]
 
 
-def test_harmonic_mean_is_of_averages():
+def test_harmonic_mean_is_computed_from_averages():
     assert round(harmonic(69.34, 74.22), 2) == 71.70  # CLIP in CoCoOp's table: H of the averages
     assert harmonic(0.0, 0.0) == 0.0
     found = summary(BASE_TO_NEW)
     table = data_set_table(found, 16)
-    # Of the means over seeds, 0.8 and 0.4: 0.64 / 1.2. Of the averages, 0.7 and 0.5: 0.7 / 1.2; the mean of Hs is 56.7.
+    # H of the means over seeds, 0.8 and 0.4, is 0.64 / 1.2; H of the averages, 0.7 and 0.5, is 0.7 / 1.2.
     assert list(table.body[1][2:]) == ["80.0 / 40.0 / 53.3", "60.0 / 60.0 / 60.0", "70.0 / 50.0 / 58.3"]
     assert list(table.body[0][2:]) == ["25.0 / 50.0 / 33.3"] * 3
     assert "base classes / new classes / H" in table.text[0]
     assert not any((table.heading or "").startswith("Each task kept") for table in sections(found))
 
 
-def test_difference_in_harmonic_mean_is_one_of_averages():
+def test_difference_in_harmonic_mean_is_computed_from_averages():
     ours = [{**result, "method": "output", "kept": 0.8, "tasks": {}} for result in BASE_TO_NEW]
     (comparison,) = summary([*BASE_TO_NEW, *ours]).comparisons
     gain = comparison.at_rate[2e-4, None]["H"]
@@ -353,7 +341,7 @@ def test_difference_in_harmonic_mean_is_one_of_averages():
     assert (gain.over_seeds.wins, gain.better, gain.data_sets) == (2, 2, 2)
 
 
-def test_tasks_kept_are_changes_averaged_over_data_sets():
+def test_changes_of_retained_tasks_are_averaged_over_data_sets():
     tasks = {
         ("cars", 0): {"imagenet": [0.6, 0.5], "pets": [0.9, 0.88]},
         ("cars", 1): {"imagenet": [0.6, 0.52], "pets": [0.9, 0.9]},
@@ -377,7 +365,7 @@ def keeping(data_sets, leave_out=(), keep=ELEVEN):
     ]
 
 
-def test_each_run_keeps_the_others():
+def test_retained_tasks_of_a_run_exclude_its_own_data_set():
     assert kept_name(summary(keeping(ELEVEN))) == "retained (mean of the 10 others)"
     assert kept_name(summary(keeping(["dtd"]))) == "retained (mean of 10)"
     assert kept_name(summary(keeping(ELEVEN, leave_out=[("dtd", "ucf101")]))) == "retained (mean of 9 to 10)"
@@ -386,7 +374,7 @@ def test_each_run_keeps_the_others():
     assert kept_name(summary(keeping(["digits", "letters"], keep=["dtd"]))) == "retained (dtd)"
 
 
-def test_tasks_kept_stand_in_the_order_of_the_data_sets():
+def test_retained_tasks_have_the_order_of_the_data_sets():
     lines = keeping(["dtd", "ucf101"], keep=["zoo", "imagenet_r", *reversed(ELEVEN), "letters"])
     head = list(kept_table(summary(lines), 4).head)
     assert head[2:-1] == [*ELEVEN, "imagenet_r", "zoo", "letters"]
@@ -401,12 +389,12 @@ def test_method_without_a_learning_rate_has_one_row():
     assert column(table, "4 shots")["tip-adapter", ""] == "60.0"
 
 
-def test_missing_kept_accuracy_beside_others():
+def test_a_method_without_retained_accuracy_has_a_dash():
     lines = [line("imagenet", "lora", 0, 0.5), line("dtd", "lora", 0, 0.6, 0.4, tasks={"imagenet": [0.5, 0.4]})]
     assert list(data_set_table(summary(lines), 4).body[1][2:]) == ["60.0 / 40.0", "50.0 / –", "55.0 / 40.0"]
 
 
-def test_terminal_takes_labels_as_they_are():
+def test_terminal_prints_labels_without_markup():
     shown = io.StringIO()
     found = summary([line("dtd", "both [bold], r 4", 0, 0.5)])
     Console(file=shown, width=100).print(terminal_table(found))
@@ -424,7 +412,7 @@ def test_title_is_not_wrapped_to_a_small_table():
     ]
 
 
-def test_csv_is_tidy():
+def test_csv_has_a_row_per_cell_and_a_column_per_number():
     lines = [*UNEVEN, line("cars", 'both, "r" 4', 0, 0.4, 0.3, rate=None, tasks={"letters": [0.9, 0.3]}, shots=1)]
     found = list(csv.DictReader(io.StringIO(to_csv([summary(lines)]))))
     assert len(found) == 6
@@ -470,7 +458,7 @@ def test_latex_is_well_formed():
         assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
 
 
-def test_latex_prints_the_characters():
+def test_latex_escapes_special_characters():
     assert for_latex("fgvc_aircraft & 50%") == r"fgvc\_aircraft \& 50\%"
     assert for_latex("-1.5 [-2.0, +0.1], wd-3, 63.1 ± 0.4") == r"$-$1.5 {[}$-$2.0, +0.1], wd-3, 63.1 $\pm$ 0.4"
     assert for_latex(r"\{~^") == r"\textbackslash{}\{\textasciitilde{}\textasciicircum{}"
@@ -518,13 +506,13 @@ def test_validation_compares_over_common_seeds():
     assert chosen(apart) == [["lora", "45.0: 0.2"]]  # the most seeds, where none is common
 
 
-def test_chosen_accuracies_are_means_of_means_of_data_sets():
+def test_validated_accuracies_are_means_over_data_sets():
     cars = [line("cars", "lora", seed, 0.2, 0.9, val=0.5) for seed in range(3)]
     pets = [line("pets", "lora", 0, 0.6, 0.1, val=0.5)]
     assert chosen([*cars, *pets]) == [["lora", "40.0 / 50.0: 0.0002 (2)"]]
 
 
-def test_families_of_validation_are_methods_of_the_vocabulary():
+def test_families_of_validation_are_kinds_of_methods():
     of = {
         "LoRA (r=2)": "lora",
         "LoRA (r=4, decayed)": "lora",
@@ -542,17 +530,17 @@ def test_families_of_validation_are_methods_of_the_vocabulary():
     ]
 
 
-def test_without_validation_images_nothing_is_chosen():
+def test_no_validation_table_without_validation_images():
     assert all(table.heading != "Chosen by validation" for table in sections(summary([line("dtd", "lora", 0, 0.5)])))
 
 
-def test_activations_have_no_control_of_the_same_share_of_energy():
+def test_activations_chosen_by_energy_have_no_control():
     names = ["both, energy 0.8, activations", "both, energy 0.8, random", "both, k 9, activations", "both, k 9, random"]
-    assert rivals(named(*names)) == [("both, k 9, activations", "both, k 9, random")]
+    assert comparison_pairs(named(*names)) == [("both, k 9, activations", "both, k 9, random")]
     by_options = {
         "seen": Variant("activations", {"subspace_energy": 0.8}),
         "seen, few": Variant("activations", {"subspace_k": 9}),
         "control": Variant("random", {"subspace_energy": 0.8}),
         "control, few": Variant("random", {"subspace_k": 9}),
     }
-    assert rivals(by_options) == [("seen, few", "control, few")]
+    assert comparison_pairs(by_options) == [("seen, few", "control, few")]

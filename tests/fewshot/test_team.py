@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.datasets import load_dataset
 from complora_kernels.fewshot.files import read_json_lines
-from complora_kernels.fewshot.recipe import MEASURED, train
+from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.team import SharedError, Team
 
 
@@ -27,7 +27,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", fewshot_team.CASES)
-def test_two_processes_compute_what_one_computes(found, tmp_path, case):
+def test_two_processes_compute_the_same_as_one(found, tmp_path, case):
     options = fewshot_team.CASES[case]
     expected = train(standin.config(tmp_path, **options), fewshot_team.RUN, standin.setting(), tmp_path / "run")
     results = [json.loads((found / f"{case}-{rank}.json").read_text()) for rank in range(2)]
@@ -44,7 +44,7 @@ def test_two_processes_compute_what_one_computes(found, tmp_path, case):
     assert expected.keys() == results[0].keys()
 
 
-def test_a_team_that_is_killed_goes_on(found):
+def test_a_killed_team_resumes(found):
     whole, resumed = (read_json_lines(found / name / "log.jsonl") for name in ("whole", "resumed"))
     assert whole == resumed
     assert whole != read_json_lines(found / "one size" / "log.jsonl")  # there without dropout
@@ -53,13 +53,13 @@ def test_a_team_that_is_killed_goes_on(found):
 def test_ensembles_and_uneven_prompts_are_gathered(found):
     features, grads = (torch.load(found / f"{name}.pt") for name in ("features", "grads"))
     rows = torch.arange(10.0).view(5, 2).requires_grad_()
-    (1.0 * rows + 2.0 * rows).sum().backward()  # what the two processes compute of all rows
+    (1.0 * rows + 2.0 * rows).sum().backward()  # the sum of both processes' losses
     assert rows.grad is not None
     assert torch.equal(features, rows.detach())
     assert torch.equal(grads, rows.grad)
 
 
-def test_a_process_alone_is_a_team_too():
+def test_a_single_process_is_a_team():
     alone = Team()
     values = torch.arange(4.0)
     for same in (alone.share(values), alone.rows_of(values), alone.gather(values, 4), alone.sum(values)):
@@ -95,14 +95,14 @@ def test_torchrun_gives_the_results_of_one_process(tmp_path):
         assert done.returncode == 0, done.stderr
     (alone,), (together,) = (read_json_lines(tmp_path / name / "results.jsonl") for name in ("alone", "together"))
     assert done.stdout.count("1/1 both-1shot-lr0.01-seed0") == 1
-    for name in alone.keys() - {*MEASURED, "versions", "share", "tasks"}:  # the share is rounding alone
+    for name in alone.keys() - {*standin.VARYING, "versions", "share", "tasks"}:  # the share is rounding alone
         value = alone[name]
         assert together[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
     assert together["tasks"]["letters"] == pytest.approx(alone["tasks"]["letters"], rel=1e-3)
     assert math.isfinite(together["loss"])
 
 
-def test_a_team_keeps_runs_that_fail_and_goes_on(tmp_path):
+def test_a_team_records_failed_runs_and_continues(tmp_path):
     """One that diverges in both processes, and one whose damaged test image only one of them is given."""
     folder = make_miniature(tmp_path, "folder")
     dataset = load_dataset(f"folder:{folder}")

@@ -45,20 +45,20 @@ IMAGENETS = {"a bad photo of a {}.", "a tattoo of the {}.", "itap of my {}.", "a
 
 
 @pytest.mark.parametrize("name", COOPS)
-def test_the_one_template_is_coops(name):
+def test_clip_templates_match_coop(name):
     assert templates_for("clip", name) == (COOPS[name],)
     assert set(COOPS) == {*ELEVEN, *DOMAIN_SHIFTS}
 
 
 @pytest.mark.parametrize("name", sorted(set(ELEVEN) - {"imagenet"}))
-def test_the_ensemble_is_clips(name):
+def test_ensemble_templates_match_clip(name):
     templates = templates_for("ensemble", name)
     digest = hashlib.sha256("\n".join(sorted(templates)).encode()).hexdigest()[:16]
     assert (len(templates), digest) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", ["imagenet", *DOMAIN_SHIFTS, "digits", "my photos"])
-def test_the_ensemble_of_imagenet_is_open_clips(name):
+def test_the_ensemble_of_imagenet_matches_open_clip(name):
     templates = templates_for("ensemble", name)
     assert len(templates) == len(set(templates)) == 80
     assert set(templates) > IMAGENETS
@@ -66,7 +66,7 @@ def test_the_ensemble_of_imagenet_is_open_clips(name):
 
 @pytest.mark.parametrize("name", [*NAMES, "my photos"])
 @pytest.mark.parametrize("choice", ["default", "clip", "ensemble"])
-def test_every_template_has_one_place_for_the_name(choice, name):
+def test_every_template_has_one_placeholder(choice, name):
     templates = templates_for(choice, name)
     assert templates
     assert all(template.count("{}") == 1 for template in templates)
@@ -77,7 +77,7 @@ def test_halves_have_the_templates_of_the_whole():
     assert templates_for("clip", "dtd-base") == templates_for("clip", "dtd-new") == ("{} texture.",)
 
 
-def test_choices_and_templates_of_ones_own():
+def test_templates_may_be_names_texts_or_several():
     assert templates_for("default", "dtd") == ("a photo of a {}.",)
     assert templates_for("my {}!", "dtd") == ("my {}!",)
     assert templates_for(["my {}!", "clip"], "dtd") == ("my {}!", "{} texture.")
@@ -85,7 +85,7 @@ def test_choices_and_templates_of_ones_own():
 
 
 @pytest.mark.parametrize("choice", ["", "a photo", "{} or {}", "ensembel", ("default", "a photo")])
-def test_a_template_without_one_place_is_refused(choice):
+def test_a_template_without_exactly_one_placeholder_is_refused(choice):
     with pytest.raises(ValueError, match=r"template='.*': expected one \{\} for the class name, or default, clip"):
         templates_for(choice, "dtd")
 
@@ -98,7 +98,7 @@ def test_no_templates_are_refused():
 @pytest.mark.parametrize(
     ("choice", "name", "expected"),
     [
-        ("ensemble", "imagenet", "a photo of a {}."),  # its 80 begin with "a bad photo of a {}."
+        ("ensemble", "imagenet", "a photo of a {}."),  # ImageNet's 80 templates begin with "a bad photo of a {}."
         ("ensemble", "dtd-base", "{} texture."),
         ("ensemble", "ucf101", "a photo of a person doing {}."),
         ("clip", "eurosat", "a centered satellite photo of {}."),
@@ -108,17 +108,17 @@ def test_no_templates_are_refused():
         (("ensemble", "a {}"), "dtd", "{} texture."),
     ],
 )
-def test_a_step_has_one_template(choice, name, expected):
+def test_training_uses_one_template(choice, name, expected):
     assert training_template(choice, name) == expected
 
 
 @pytest.mark.parametrize(("choice", "words"), [("a photo", "expected one {}"), ((), "is empty"), ("", "=..:")])
-def test_a_step_without_a_template_is_refused(choice, words):
+def test_training_without_a_template_is_refused(choice, words):
     with pytest.raises(ValueError, match=words):
         training_template(choice, "dtd")
 
 
-def test_prompts_fill_the_template_in():
+def test_prompts_replace_the_placeholder():
     assert prompts("a photo of a {}.", ["cat", "{}"]) == ["a photo of a cat.", "a photo of a {}."]
     assert prompts("{} here_", ["bull_dog_"]) == ["bull dog  here_"]
     with pytest.raises(ValueError, match=r"expected one \{\}"):

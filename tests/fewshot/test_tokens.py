@@ -19,7 +19,7 @@ from complora_kernels.fewshot.config import GLYPHS
 from complora_kernels.fewshot.datasets import digits, letters
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.templates import prompts, templates_for
-from complora_kernels.fewshot.tokens import check_told_apart, warn_of_cut
+from complora_kernels.fewshot.tokens import check_told_apart, warn_of_truncation
 
 PHOTO = "a photo of a {}."
 
@@ -54,10 +54,10 @@ PAIRS = [
 
 @pytest.mark.parametrize("model", ["clip", "glyphs"])
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0][-8:])
-def test_classes_are_told_apart_if_their_tokens_differ(request, model, pair):
+def test_classes_with_different_tokens_are_accepted(request, model, pair):
     tokenize = request.getfixturevalue(model)
     if model == "glyphs" and len(pair[0]) > 100:
-        return  # of which it has no tokens at all: it refuses what does not fit
+        return  # the tokenizer refuses texts that do not fit
     tokens = tokenize(prompts(PHOTO, pair))
     if torch.equal(tokens[0], tokens[1]):
         with pytest.raises(ValueError, match=r"x: the model's tokenizer does not tell the classes .* apart"):
@@ -78,49 +78,49 @@ def test_unknown_words_are_named_with_a_model_that_knows_them(glyphs, clip):
     check_told_apart("x", names, [PHOTO], PHOTO, clip)
 
 
-def test_prompts_that_are_cut_before_they_differ_say_so(clip):
+def test_the_message_tells_where_prompts_are_truncated_before_they_differ(clip):
     names = ("very " * 90 + "old", "very " * 90 + "new")
-    with pytest.raises(ValueError, match=r"they are cut after 77 tokens, before they differ; expected shorter names"):
+    with pytest.raises(ValueError, match=r"truncated after 77 tokens, before they differ; expected shorter names"):
         check_told_apart("x", names, [PHOTO], PHOTO, clip)
-    with pytest.raises(ValueError, match=r"expected names that differ in more than what it makes alike"):
+    with pytest.raises(ValueError, match=r"expected names that differ in more than it ignores"):
         check_told_apart("x", ("R&amp;B", "R&B"), [PHOTO], PHOTO, clip)
 
 
-def test_which_templates_have_to_differ(clip):
-    """The one of the training steps, and one of those whose mean names a class."""
+def test_prompts_must_differ_in_the_training_template_and_in_one_other(clip):
+    """The training template, and at least one of the templates for classification."""
     names = ("old", "new")
-    cut = "very " * 80 + "{}"
-    check_told_apart("x", names, [cut, PHOTO], PHOTO, clip)
-    check_told_apart("x", names, [PHOTO, cut], PHOTO, clip)
-    for templates, for_steps in (([cut], PHOTO), ([PHOTO], cut), ([PHOTO, cut], cut)):
+    long = "very " * 80 + "{}"
+    check_told_apart("x", names, [long, PHOTO], PHOTO, clip)
+    check_told_apart("x", names, [PHOTO, long], PHOTO, clip)
+    for templates, for_steps in (([long], PHOTO), ([PHOTO], long), ([PHOTO, long], long)):
         with pytest.raises(ValueError, match=r"the classes 'old', 'new' apart"):
             check_told_apart("x", names, templates, for_steps, clip)
 
 
-def test_classes_of_one_name_are_imagenets(clip):
-    """It has two missiles, as published."""
+def test_classes_with_the_same_name_are_accepted(clip):
+    """ImageNet's published names have missile twice."""
     twins = [name for name in set(IMAGENET_CLASSNAMES) if IMAGENET_CLASSNAMES.count(name) > 1]
     assert twins
     check_told_apart("imagenet", IMAGENET_CLASSNAMES, [PHOTO], PHOTO, clip)
 
 
 @pytest.mark.parametrize("words", range(68, 74))
-def test_prompts_that_are_cut_are_named_in_one_warning(clip, caplog, words):
+def test_classes_with_truncated_prompts_are_named_in_one_warning(clip, caplog, words):
     """Between the start and the end 75 tokens fit."""
     names = ("cat", "very " * words + "old", "very " * words + "new")
     fits = len(clip.encode(prompts(PHOTO, names)[1])) <= 75
     assert fits == (words <= 69)
-    warn_of_cut("x", names, [PHOTO, "{}"], "{}", clip)
+    warn_of_truncation("x", names, [PHOTO, "{}"], "{}", clip)
     named = ", ".join(map(repr, names[1:]))
     assert (
         caplog.messages == []
         if fits
-        else [f"x: the prompts of {named} are longer than the 77 tokens that the model reads; the rest is cut off"]
+        else [f"x: the prompts of {named} are longer than the 77 tokens that the model reads; they are truncated"]
     )
 
 
-def test_tokenizers_of_any_padding_and_end(caplog):
-    """As those of Hugging Face: SigLIP's pad with the token that ends a text, others have no end."""
+def test_truncation_is_found_for_any_padding_and_end_token(caplog):
+    """Among Hugging Face's tokenizers, SigLIP's pads with the end token, and others have no end token."""
 
     def tokenizer(end: list[int], padding: int):
         def tokenize(texts: list[str], context_length: int = 5) -> torch.Tensor:
@@ -135,13 +135,15 @@ def test_tokenizers_of_any_padding_and_end(caplog):
     for end, padding in (([], 0), ([1], 1), ([1], 0)):
         caplog.clear()
         names = ["a" * n for n in range(1, 8)]
-        warn_of_cut("x", names, ["{}"], "{}", tokenizer(end, padding))
-        cut = names[5 - len(end) :]
+        warn_of_truncation("x", names, ["{}"], "{}", tokenizer(end, padding))
+        truncated = names[5 - len(end) :]
         (message,) = caplog.messages
-        assert message.startswith(f"x: the prompts of {', '.join(map(repr, cut))} are longer than the 5 tokens that")
+        assert message.startswith(
+            f"x: the prompts of {', '.join(map(repr, truncated))} are longer than the 5 tokens that"
+        )
 
 
-def test_a_task_is_refused():
+def test_a_task_whose_classes_have_the_same_tokens_is_refused():
     backbone = load_backbone(GLYPHS)
     named = dataclasses.replace(letters(), class_names=tuple(f"class {i}" for i in range(26)), asked_as="folder:x")
     with pytest.raises(ValueError, match=r"folder:x: .* 'class 0', 'class 1', .* and 21 more apart"):
@@ -176,7 +178,7 @@ TELLS = (
         ["--data", "digits", "--keep", "folder:{}"],
     ],
 )
-def test_training_is_refused(data, tmp_path, capsys, monkeypatch, options):
+def test_training_on_classes_with_the_same_tokens_is_refused(data, tmp_path, capsys, monkeypatch, options):
     monkeypatch.setattr("complora_kernels.fewshot.evaluate.load_crops", None)
     options = [option.replace("{}", str(data)) for option in options]
     arguments = ["train", "--output", str(tmp_path / "out"), "--template", PHOTO, "--shots", "1", *options]
@@ -185,8 +187,8 @@ def test_training_is_refused(data, tmp_path, capsys, monkeypatch, options):
     assert not (tmp_path / "out").exists()
 
 
-def test_sweeps_are_refused(data, tmp_path, capsys):
-    """Before the first run of the first data set."""
+def test_sweeps_over_classes_with_the_same_tokens_are_refused(data, tmp_path, capsys):
+    """The sweep is refused before its first run."""
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps({"data": ["digits", f"folder:{data}"], "shots": 1, "options": {"template": PHOTO}}))
     assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 2

@@ -25,7 +25,7 @@ class Said:
 
 
 def die_if_told(job: Job) -> str:
-    """In a process of the pool: `lora` is always killed, `output` at its first try."""
+    """Kill the worker process: always in `lora`, in `output` at the first try."""
     folder, method = Path(job.config.output), job.run.method
     if method == "lora" or (method == "output" and not (folder / method).exists()):
         (folder / method).touch()
@@ -33,7 +33,7 @@ def die_if_told(job: Job) -> str:
     return f"result of {method}"
 
 
-def test_a_killed_process_ends_its_own_run_alone(tmp_path, monkeypatch):
+def test_a_killed_process_stops_only_its_own_run(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "run_in_worker", die_if_told)
     config = standin.config(tmp_path, methods=("lora", "output", "both", "input"))
     progress = Said()
@@ -81,7 +81,7 @@ def test_each_worker_of_a_pool_has_a_number_of_its_own(tmp_path, monkeypatch):
     assert sorted(number for _, number in found) == [0, 1]
 
 
-def test_every_run_has_the_threads_of_its_own_options(tmp_path, trained, monkeypatch):
+def test_every_run_uses_the_threads_of_its_options(tmp_path, trained, monkeypatch):
     counted = []
     monkeypatch.setattr(jobs, "train", lambda *arguments: counted.append(torch.get_num_threads()))
     before = torch.get_num_threads()

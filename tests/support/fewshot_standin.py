@@ -12,6 +12,7 @@ from complora_kernels.fewshot.datasets import Dataset
 from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.setting import Setting
 
+VARYING = ("seconds", "images_per_second", "peak_memory_mib")  # the fields of a result that differ between equal runs
 CLASSES = ("red", "green", "blue")
 
 
@@ -49,8 +50,25 @@ def setting() -> Setting:
     )
 
 
+def result_line(method, shots, seed, rate, new, kept, zero_shot, data="", **more):
+    """A line of results.jsonl; `zero_shot` are the new and the kept accuracy of the pretrained model."""
+    return {
+        "run": f"{data}{data and '-'}{method}-{shots}shot-lr{rate}-seed{seed}",
+        "method": method,
+        "shots": shots,
+        "seed": seed,
+        "learning_rate": rate,
+        "new": new,
+        "kept": kept,
+        "zero_shot_new": zero_shot[0],
+        "zero_shot_kept": zero_shot[1],
+        **({"data": data} if data else {}),
+        **more,
+    }
+
+
 def dataset(name: str, images: torch.Tensor, labels: torch.Tensor) -> Dataset:
-    """All images may be drawn, and the rest is the test set."""
+    """All images are training images; those that a few-shot split leaves are its test set."""
     every = torch.arange(len(labels))
     return Dataset(name, images, labels, CLASSES, every, every[:0], None, can_be_mirrored=False)
 

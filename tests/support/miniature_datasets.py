@@ -29,13 +29,13 @@ COLOURS = {
 The bundled model tells their names apart: of the words it does not know there is one, "dark".
 """
 
-# Of ImageNet's classes the first ones, and some from further on, as ImageNet-A and -R have them.
+# The first of ImageNet's classes, and some later ones, because ImageNet-A and -R have only some of the classes.
 WNIDS = (
     *("n01440764", "n01443537", "n01484850", "n01491361", "n01494475", "n01496331"),
     *("n01498041", "n01514668", "n01514859", "n01518878", "n01530575", "n01531178"),
 )
 
-# Where the images are, and the split file, for each spelling.
+# The folders in both spellings, the folder of images, and the file of the split.
 _PLACES = {
     "caltech101": (("caltech-101", "Caltech101"), "101_ObjectCategories", "split_zhou_Caltech101.json"),
     "oxford_pets": (("oxford_pets", "OxfordPets"), "images", "split_zhou_OxfordPets.json"),
@@ -104,7 +104,7 @@ def draw_image(path: Path, colour: str, number: int) -> None:
 
 
 def colour_of(path: Path) -> str:
-    """The colour that an image was drawn in."""
+    """The colour of an image of `draw_image`."""
     with Image.open(path) as image:
         mean = np.array(image.convert("RGB")).mean((0, 1)) - 25
     return min(COLOURS, key=lambda colour: float(np.abs(mean - COLOURS[colour]).sum()))

@@ -1,25 +1,25 @@
-"""Data sets: labelled images, how they are split, and which of them are drawn as shots."""
+"""Data sets: labelled images with their lists for training, validation and testing, and their few-shot splits."""
 
 from complora_kernels.fewshot.datasets.bundled import digits, letters
+from complora_kernels.fewshot.datasets.choose_split import choose_split
 from complora_kernels.fewshot.datasets.dataset import Dataset, base_and_new
-from complora_kernels.fewshot.datasets.draw_files import read_draw, write_draw
-from complora_kernels.fewshot.datasets.drawn import Draw
-from complora_kernels.fewshot.datasets.draws import draw
+from complora_kernels.fewshot.datasets.few_shot_split import FewShotSplit
 from complora_kernels.fewshot.datasets.layouts import DOMAIN_SHIFTS, ELEVEN
 from complora_kernels.fewshot.datasets.load import NAMES, check_dataset, load_dataset
+from complora_kernels.fewshot.datasets.saved_splits import read_split, write_split
 
 __all__ = [
     "DOMAIN_SHIFTS",
     "ELEVEN",
     "NAMES",
     "Dataset",
-    "Draw",
+    "FewShotSplit",
     "base_and_new",
     "check_dataset",
+    "choose_split",
     "digits",
-    "draw",
     "letters",
     "load_dataset",
-    "read_draw",
-    "write_draw",
+    "read_split",
+    "write_split",
 ]

@@ -1,4 +1,4 @@
-"""The two data sets that come along: scanned digits, to be learned, and rendered letters, to be kept."""
+"""The two bundled data sets: scanned digits to learn, and rendered letters to retain."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CLASSES = {
 def digits() -> Dataset:
     """scikit-learn's 1,797 scanned handwritten digits, 8x8 pixels, bright on black.
 
-    They come with scikit-learn: the test set of "Optical Recognition of Handwritten Digits", UCI repository. What is
-    not drawn is the test set.
+    They are a part of scikit-learn: the test set of "Optical Recognition of Handwritten Digits", UCI repository. The
+    images that a few-shot split does not train on are its test set.
     """
     from sklearn.datasets import load_digits
 
     scans: Any = load_digits()
-    grey = torch.from_numpy(scans.images)  # float64 [N, 8, 8], 0 to 16
+    grey = torch.from_numpy(scans.images)  # float64 [N, 8, 8], from 0 to 16
     images = (grey * (255 / 16)).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous()
     return _characters("digits", images, torch.from_numpy(scans.target).long(), test=None)
 

@@ -1,4 +1,4 @@
-"""CoOp's cached draws: pickles, read without running what they may hold."""
+"""Reads the pickles in which CoOp keeps few-shot splits, without running any code that they may hold."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FIELDS = {"_impath": str, "_label": int, "_domain": int, "_classname": str}
 
 
 class Record:
-    """What a pickled `Datum` of Dassl says about an image. Its state is four plain values, or it is refused."""
+    """Stands for a pickled `Datum` of Dassl, which describes an image; any state but four plain values is refused."""
 
     impath: str
     label: int
 
     def __setstate__(self, state: Any) -> None:
         kinds = {name: type(state.get(name)) for name in _FIELDS} if isinstance(state, dict) else type(state)
-        if kinds != _FIELDS:  # the state itself is not shown: it may be endless
+        if kinds != _FIELDS:  # the message does not show the state, which may be endless
             raise pickle.UnpicklingError(f"the state of a Datum has not the types {_FIELDS}")
         self.impath, self.label = state["_impath"], state["_label"]
 
@@ -33,10 +33,10 @@ def _find(module: str, name: str) -> type:
 
 
 def read_coop_pickle(path: Path) -> dict[str, list[Record]]:
-    """The lists "train" and, if it is there, "val" of a file that CoOp wrote as `shot_{shots}-seed_{seed}.pkl`.
+    """Read the lists "train" and, where the file has it, "val" of CoOp's `shot_{shots}-seed_{seed}.pkl`.
 
     Raises:
-        ValueError: the file holds anything but lists of Dassl's `Datum`, or is damaged; it is named.
+        ValueError: the file, which the message names, is damaged or holds anything but lists of Dassl's `Datum`.
     """
     with reading(path, "a pickle of Dassl's Datum objects alone"):
         content: Any = read_pickle(path.read_bytes(), _find)

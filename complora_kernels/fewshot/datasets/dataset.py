@@ -1,4 +1,4 @@
-"""What a data set is, whoever made it, and its two halves for the base-to-new protocol."""
+"""The record of a data set, and its two halves for the base-to-new protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from complora_kernels.fewshot.escapes import visible
 logger = logging.getLogger("complora_kernels")
 
 MOST_NAMED = 5
-"""Classes or folders that a message names, at most."""
+"""The most classes or folders that a message names."""
 
 Entry = tuple[Path, int]
 """An image file and its label."""
@@ -32,17 +32,17 @@ class Dataset:
     images: Tensor | tuple[Path, ...]  # uint8 [N, 3, H, W] in memory, or N files
     labels: Tensor  # int64 [N], indices into class_names
     class_names: tuple[str, ...]
-    train: Tensor  # int64, indices of the images that shots are drawn from; empty: for testing only
+    train: Tensor  # int64, indices of the images that few-shot splits train on; empty: for testing only
     val: Tensor  # int64, may be empty
-    test: Tensor | None  # int64; None: what the draw leaves of `train`
-    can_be_mirrored: bool = True  # a mirror image shows the same class: not so for characters
-    root: Path | None = None  # folder that file names in draws and messages are relative to
-    asked_as: str = ""  # what `load_dataset` was asked for, such as "folder:PATH"
-    # The data set that this is a half of, and int64 [N], where its images are there
+    test: Tensor | None  # int64; None: the images of `train` that a few-shot split leaves
+    can_be_mirrored: bool = True  # whether a mirror image shows the same class, which is not so for characters
+    root: Path | None = None  # the folder that file names in saved splits and messages are relative to
+    asked_as: str = ""  # the name given to `load_dataset`, such as "folder:PATH"
+    # For a half: the whole data set, and int64 [N], the indices of this half's images in it
     part_of: tuple[Dataset, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def image_names(self, indices: Tensor) -> list[str] | list[int]:
-        """What draws call these images: file names relative to `root`, with "/", or the indices of images in memory."""
+        """The names of images in saved splits: paths relative to `root`, with "/"; for images in memory, indices."""
         if isinstance(self.images, Tensor):
             return indices.tolist()
         root = "" if self.root is None else f"{self.root}{os.sep}"
@@ -59,16 +59,16 @@ def assemble(
     source: Path | None = None,
     twins: bool = False,
 ) -> Dataset:
-    """A data set of files out of its lists.
+    """Make a data set of image files from its lists.
 
     Args:
-        name: of the data set.
-        root: what file names are relative to.
+        name: name of the data set.
+        root: the folder that file names are relative to.
         class_names: a name for each label, in their order.
         splits: "train", "val" and "test", each a list of files with labels below the number of names. Without any
             training image the data set is for testing only.
-        source: the file or folder that messages blame; None: `root`.
-        twins: allow two classes of one name, as ImageNet has them.
+        source: the file or folder that messages name; None: `root`.
+        twins: allow two classes with the same name, as ImageNet has them.
 
     Raises:
         ValueError: no images, a single class, two classes whose names give one prompt, a name that is not UTF-8, or a
@@ -81,13 +81,13 @@ def assemble(
         raise ValueError(f"{source}: there is 1 class, {class_names[0]!r}, expected at least 2")
     if not twins:
         check_distinct(class_names, source)
-    drawn_from = "train" if splits["train"] else "test"
-    present = {label for _, label in splits[drawn_from]}
+    required = "train" if splits["train"] else "test"
+    present = {label for _, label in splits[required]}
     for label, class_name in enumerate(class_names):
-        if any("\ud800" <= character <= "\udfff" for character in class_name):  # bytes of a folder's name as they are
+        if any("\ud800" <= character <= "\udfff" for character in class_name):  # bytes that are not UTF-8
             raise ValueError(f"{source}: class {class_name!r} (label {label}) has a name that is not UTF-8")
         if label not in present:
-            raise ValueError(f"{source}: class {class_name!r} (label {label}) has no {drawn_from} image")
+            raise ValueError(f"{source}: class {class_name!r} (label {label}) has no {required} image")
     entries = [entry for split in ("train", "val", "test") for entry in splits[split]]
     sizes = [len(splits[split]) for split in ("train", "val", "test")]
     train, val, test = torch.arange(len(entries)).split(sizes)
@@ -104,7 +104,7 @@ def assemble(
 
 
 def warn_of_untested(dataset: Dataset, source: Path) -> None:
-    """Log a warning where classes have no image to test on: the accuracy says nothing about them."""
+    """Log a warning that names the classes without a test image, about which the accuracy says nothing."""
     if dataset.test is not None:
         tested = set(dataset.labels[dataset.test].tolist())
         untested = tuple(name for label, name in enumerate(dataset.class_names) if label not in tested)
@@ -114,14 +114,14 @@ def warn_of_untested(dataset: Dataset, source: Path) -> None:
             )
 
 
-@cache  # a run loads its data set more than once, and says it once
+@cache  # a run loads its data set more than once
 def warn_once(message: str) -> None:
-    """Log a warning that has not been logged yet."""
+    """Log a warning, unless this process has logged it before."""
     logger.warning("%s", visible(message))
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """Names in a message, the first few of them."""
+    """The first few of the names, as a part of a message."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(map(repr, names[:MOST_NAMED])) + more
 
@@ -139,18 +139,17 @@ def check_distinct(class_names: Sequence[str], source: Path) -> None:
 
 
 def _as_clip_reads(name: str) -> str:
-    """A name as it comes to CLIP's tokenizers: prompts have blanks for underscores."""
+    """The form of a name that reaches CLIP's tokenizers: prompts have blanks for underscores."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 
 
 def base_and_new(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """The first half of the classes, rounded up, and the rest, as CoCoOp's base-to-new protocol has them.
+    """Divide the classes as CoCoOp's base-to-new protocol does: into the first half, rounded up, and the rest.
 
-    Each half has its own labels from 0, its own images and splits. Its shots are those that a draw of the whole data
-    set gives its classes.
+    Each half has its own labels from 0, its own images and lists. Its few-shot split is a part of that of the whole.
 
     Raises:
-        ValueError: a single class.
+        ValueError: the data set has a single class.
     """
     n = len(dataset.class_names)
     if n < 2:
@@ -179,7 +178,7 @@ def _part(dataset: Dataset, name: str, first: int, end: int) -> Dataset:
 
 
 def within(indices: Tensor, members: Tensor, n: int) -> Tensor:
-    """Those of the indices, below n, that are among the members, as places in `members`, in their order."""
+    """The places in `members` of those indices, all below n, that are members; in the order of the indices."""
     places = torch.full([n], -1)
     places[members] = torch.arange(len(members))
     places = places[indices]

@@ -1,4 +1,4 @@
-"""Data sets that torchvision downloads, with its own split where it has one."""
+"""Downloads data sets through torchvision, with torchvision's own split where it has one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from complora_kernels.fewshot.datasets.listing import missing
 from complora_kernels.fewshot.datasets.ratio import ratio_split
 
 FOLDER = "torchvision"
-"""Below the folder of all data sets: where downloads go, each into a folder of its own."""
+"""The folder of the downloads, below the folder of all data sets; each download has a folder in it."""
 SPLIT_FILE = "split.json"
 
 _THREE = {split: {"split": split} for split in ("train", "val", "test")}
 _WHOLE = "."
-# The arguments with which each data set's class gives a split; without any it gives the whole.
+# The arguments of each data set's class for a split; without arguments the class gives the whole data set.
 _SPLITS: dict[str, dict[str, dict[str, str]]] = {
     "dtd": _THREE,
     "oxford_flowers": _THREE,
@@ -29,7 +29,7 @@ _SPLITS: dict[str, dict[str, dict[str, str]]] = {
     "food101": {"train": {"split": "train"}, "test": {"split": "test"}},
     "oxford_pets": {"train": {"split": "trainval"}, "test": {"split": "test"}},
 }
-# CoOp's names of classes whose own make poor prompts
+# CoOp's names for classes whose own names make poor prompts
 _RENAMED = {
     "caltech101": {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"},
     "eurosat": {
@@ -43,13 +43,13 @@ _RENAMED = {
         "SeaLake": "Sea or Lake",
     },
 }
-_LEFT_OUT = {"caltech101": {"Faces_easy"}}  # the faces again
+_LEFT_OUT = {"caltech101": {"Faces_easy"}}  # the images of Faces once more
 
 
 class Size(NamedTuple):
-    """How much torchvision lists of a data set, before anything is left out."""
+    """The size of a data set as torchvision lists it, before classes are left out."""
 
-    images: tuple[int, ...]  # of every split in `_SPLITS`, or of the whole
+    images: tuple[int, ...]  # images of every split in `_SPLITS`, or of the whole data set
     classes: int
 
 
@@ -63,7 +63,7 @@ SIZES = {
     "dtd": Size((1880, 1880, 1880), 47),
     "eurosat": Size((27_000,), 10),
 }
-# What torchvision raises when archives or lists are damaged, beside what it says itself
+# The errors of torchvision and of its libraries for damaged archives or lists
 _ERRORS = (OSError, RuntimeError, EOFError, ValueError, LookupError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
 
 
@@ -80,17 +80,17 @@ def check_download(name: str, root: Path) -> None:
 
 
 def download(name: str, root: Path) -> Path:
-    """Let torchvision download a data set, unless it did, and write its split down in CoOp's form.
+    """Let torchvision download a data set, unless it is there, and write its split to a file of CoOp's form.
 
-    Where torchvision has no split `ratio_split` decides; where it has no validation images there are none. The split is
-    another one than CoOp's, except that of FGVC-Aircraft.
+    Where torchvision has no split, `ratio_split` makes one; where it has no validation images, there are none. The
+    split differs from CoOp's, except that of FGVC-Aircraft.
 
     Returns:
         The split file; its paths are relative to its folder.
 
     Raises:
-        FileNotFoundError: torchvision has no download of it.
-        OSError: the download failed, or this one or an earlier one left out images.
+        FileNotFoundError: torchvision cannot download the data set.
+        OSError: the download failed, or this or an earlier download is incomplete.
     """
     check_download(name, root)
     folder = root / FOLDER / name
@@ -114,7 +114,7 @@ def download(name: str, root: Path) -> Path:
 
 
 def _listed(name: str, root: Path, folder: Path) -> tuple[dict[str, list[Entry]], list[str]]:
-    """The images of every split and the classes, as torchvision lists them once it has downloaded what is not there."""
+    """Download missing files, and return the images of every split and the classes as torchvision lists them."""
     import torchvision.datasets
 
     make = getattr(torchvision.datasets, LAYOUTS[name].torchvision)
@@ -133,14 +133,14 @@ def _listed(name: str, root: Path, folder: Path) -> tuple[dict[str, list[Entry]]
 
 
 def _entries(name: str, data: Any) -> tuple[list[Entry], list[str]]:
-    """The files and labels of one of torchvision's data sets, and the folders or names of its classes."""
+    """The files and labels of a data set of torchvision, and the folders or names of its classes."""
     if name == "caltech101":
         class_folders: list[str] = data.categories
         images = Path(data.root) / "101_ObjectCategories"
         places = zip(data.index, data.y, strict=True)
         return [(images / class_folders[label] / f"image_{i:04d}.jpg", label) for i, label in places], class_folders
     samples = getattr(data, "samples", None)
-    if samples is None:  # all but ImageFolder keep them apart
+    if samples is None:  # only ImageFolder has pairs, the others have two lists
         files = data._images if hasattr(data, "_images") else data._image_files
         samples = zip(files, data._labels, strict=True)
     return [(Path(file), label) for file, label in samples], list(data.classes)
@@ -149,7 +149,7 @@ def _entries(name: str, data: Any) -> tuple[list[Entry], list[str]]:
 def _check_whole(name: str, folder: Path, listed: dict[str, list[Entry]], classes: int) -> None:
     """Raise an OSError where images are missing.
 
-    Torchvision takes a folder for a download, however little of the archive was unpacked into it.
+    Torchvision takes any folder for a complete download, also one into which an archive was unpacked partly.
     """
     present = [len(entries) - sum(1 for _ in missing([file for file, _ in entries])) for entries in listed.values()]
     if (tuple(present), classes) != SIZES[name]:
@@ -165,12 +165,12 @@ def _kept(name: str, class_folders: list[str]) -> list[str]:
 
 
 def _relabelled(name: str, entries: list[Entry], class_folders: list[str]) -> list[Entry]:
-    """The images of the classes that are kept, with these classes' labels, sorted by file."""
+    """The images of the classes that are not left out, with the labels of these classes, sorted by file."""
     labels = {class_folder: label for label, class_folder in enumerate(_kept(name, class_folders))}
     return sorted((file, labels[class_folders[i]]) for file, i in entries if class_folders[i] in labels)
 
 
 def _class_name(dataset_name: str, class_name: str) -> str:
-    if dataset_name == "sun397":  # church/outdoor
+    if dataset_name == "sun397":  # a name such as church/outdoor
         return " ".join(reversed(class_name.split("/")))
     return _RENAMED.get(dataset_name, {}).get(class_name, class_name)

@@ -1,4 +1,4 @@
-"""Which images a run saw, in a few letters: other images under the same names of options are another run."""
+"""A fingerprint of the images that a run saw, which tells whether a result is of the same images as a new run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import hashlib
 import json
 
 from complora_kernels.fewshot.datasets.dataset import Dataset
-from complora_kernels.fewshot.datasets.drawn import Draw
+from complora_kernels.fewshot.datasets.few_shot_split import FewShotSplit
 
 
-def fingerprint(dataset: Dataset, draw: Draw) -> str:
-    """12 hexadecimal digits of the names and labels of the images that a draw gives to train and to measure on."""
+def fingerprint(dataset: Dataset, split: FewShotSplit) -> str:
+    """12 hexadecimal digits of a hash over the names and labels of all images of a split."""
     parts = [
         [dataset.image_names(indices), dataset.labels[indices].tolist()]
-        for indices in (draw.train, draw.val, draw.test)
+        for indices in (split.train, split.val, split.test)
     ]
     return hashlib.sha256(json.dumps([dataset.class_names, parts]).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Data sets of one's own: a folder with a folder for each class."""
+"""The user's own data sets: folders with a folder of images for each class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from complora_kernels.fewshot.datasets.listing import (
 from complora_kernels.fewshot.datasets.ratio import ratio_split
 
 _LAYOUT = """expected
-  train/CLASS/*.jpg   the images that shots are drawn from
+  train/CLASS/*.jpg   the images that few-shot splits train on
   val/CLASS/*.jpg     for validation, if you like
   test/CLASS/*.jpg
 or CLASS/*.jpg alone, to be split 50 : 20 : 30; classnames.txt, if there, has lines of a folder name and a class name"""
@@ -31,18 +31,20 @@ _SPLIT_NAMES = {
 
 
 def read_folder(folder: Path) -> Dataset:
-    """A data set out of a folder for each class, in the folders train, val and test if the split is given.
+    """Read a data set that has a folder for each class, below the folders train, val and test if the split is given.
 
-    These may also be called training, valid or validation, and testing, in any case. A folder of such a name that holds
-    images itself is a class's. The images of a class are those in its folder and in all below it. Where the folder
-    holds another one alone, as archives are unpacked, that one is read. Classes are in the order of their folders'
-    names, which are the class names where no classnames.txt gives others. Without train and test `ratio_split` decides,
-    by "class folder/file". One warning counts the files that are left out, one names classes without a test image.
+    These may also be called training, valid or validation, and testing, in upper or lower case. A folder of such a name
+    that holds images itself is the folder of a class. The images of a class are those in its folder and in all folders
+    below. Where the data set's folder holds nothing but another folder, as unpacked archives do, that folder is read.
+    Classes are in the order of their folders' names, which are the class names where no classnames.txt gives others.
+    Without train and test, `ratio_split` splits the images by their names "class folder/file". One warning counts the
+    files that are left out, another names the classes without a test image.
 
     Raises:
-        FileNotFoundError: no such folder, nothing in it, or only one of train and test.
-        ValueError: a single class, one without training images, or without a name in classnames.txt; a line there for
-            a folder that does not exist; two classes whose names give one prompt; two folders of one split.
+        FileNotFoundError: the folder is missing or empty, or has only one of train and test.
+        ValueError: there is a single class; a class has no training images, or no name in classnames.txt; a line of
+            that file names a folder that does not exist; the names of two classes give one prompt; a split has two
+            folders.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder:{folder}: there is no such folder, {_LAYOUT}")
@@ -73,7 +75,7 @@ def read_folder(folder: Path) -> Dataset:
 
 
 def _innermost(folder: Path) -> Path:
-    """The folder of the data set, below folders that hold nothing else."""
+    """The innermost folder, below folders that hold nothing but one folder."""
     asked = folder
     while len(names := subfolders(folder)) == 1 and not (folder / CLASS_NAMES).exists():
         inner = folder / names[0]
@@ -88,7 +90,7 @@ def _innermost(folder: Path) -> Path:
 
 
 def _class_names(path: Path, folders: Sequence[str]) -> list[str]:
-    """The names of the classes in these folders, each of which has one line in the file."""
+    """The class names of these folders, each of which has one line in the file."""
     names = {}
     for number, folder, class_name in numbered_class_names(path):
         if folder not in folders:
@@ -104,13 +106,13 @@ def _class_names(path: Path, folders: Sequence[str]) -> list[str]:
 
 
 def _splits(folder: Path) -> dict[str, str]:
-    """The names of the folders of train, val and test, where one of train and test is there and holds folders."""
+    """The folders of train, val and test by split; none unless one of train and test exists and holds folders."""
     found: dict[str, list[str]] = {}
     for name in subfolders(folder):
         if split := _split_of(name):
             found.setdefault(split, []).append(name)
     with_classes = [name for split in ("train", "test") for name in found.get(split, ()) if subfolders(folder / name)]
-    # One alone that holds folders beside its images is a class's
+    # A single such folder that holds images beside folders belongs to a class
     if not with_classes or (len(with_classes) == 1 and image_files(folder / with_classes[0], below=False)):
         return {}
     given = {}
@@ -130,7 +132,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _outside(folder: Path, given: Mapping[str, str]) -> list[Path]:
-    """Images that are in no folder of a class."""
+    """The images that are in no folder of a class."""
     places = [folder, *(folder / name for name in given.values())]
     outside = [path for place in places for path in image_files(place, below=False)]
     beside = [name for name in subfolders(folder) if given and name not in given.values()]

@@ -8,7 +8,7 @@ from complora_kernels.fewshot.datasets.dataset import Dataset, assemble
 from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES, COOP, LAYOUTS, Home
 from complora_kernels.fewshot.datasets.listing import class_folders, read_class_names, subfolders, warn_of_left_out
 
-# image-net.org's archives have no such folders
+# How to sort the images of image-net.org's archives, which have no folders of classes
 _TO_SORT = {
     "train": "unpack the archive of each class into a folder of its name, as "
     "https://github.com/pytorch/examples/blob/main/imagenet/extract_ILSVRC.sh does",
@@ -18,11 +18,11 @@ _TO_SORT = {
 
 
 def read_imagenet(name: str, root: Path, home: Home) -> Dataset:
-    """ImageNet: shots are drawn from the folder train, and the folder val is the test set.
+    """Read ImageNet: few-shot splits train on images of the folder train, and the folder val is the test set.
 
     Raises:
-        ValueError: no folders of classes, a class that only one of the two has, one without images, or a folder that is
-            no class of ImageNet.
+        ValueError: there are no folders of classes; a class is in one of the two folders alone, or has no images; a
+            folder is no class of ImageNet.
     """
     folders, class_names = check_imagenet(root, home)
     others: list[Path] = []
@@ -32,7 +32,7 @@ def read_imagenet(name: str, root: Path, home: Home) -> Dataset:
 
 
 def check_imagenet(root: Path, home: Home) -> tuple[list[str], list[str]]:
-    """The folders of the classes, which train and val must have both, and the classes' names."""
+    """The folders of the classes, which must be in train and in val, and the classes' names."""
     train, val = (subfolders(home.images / split) for split in ("train", "val"))
     for split, found in (("train", train), ("val", val)):
         if not found:
@@ -48,12 +48,12 @@ def check_imagenet(root: Path, home: Home) -> tuple[list[str], list[str]]:
 
 
 def read_shift(name: str, root: Path, home: Home) -> Dataset:
-    """A test set of ImageNet's classes: all of them, or some.
+    """Read a test set with all or some of ImageNet's classes.
 
-    Folders are named by WordNet's numbers, or, in ImageNet-V2, by the label: 0, 1, 2 and so on.
+    Folders are named by WordNet's numbers or, in ImageNet-V2, by the label: 0, 1, 2 and so on.
 
     Raises:
-        ValueError: a class without images, or a folder that is no class of ImageNet.
+        ValueError: a class has no images, or a folder is no class of ImageNet.
     """
     names = _class_names(root, home)
     folders = subfolders(home.images)
@@ -79,7 +79,7 @@ def _class_names(root: Path, home: Home) -> dict[str, str]:
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
     try:
-        from timm.data.imagenet_info import ImageNetInfo  # open_clip brings it
+        from timm.data.imagenet_info import ImageNetInfo  # a dependency of open_clip
     except ImportError as error:
         raise FileNotFoundError(
             f"{home.folder / CLASS_NAMES} is missing, and timm, which knows the folder names of ImageNet's classes, "

@@ -1,4 +1,4 @@
-"""Where the known data sets lie below the folder that holds them all, and how they get there."""
+"""The layouts of the known data sets below the folder that holds them all, and the sources of their images."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ CLASS_NAMES = "classnames.txt"
 
 
 class Home(NamedTuple):
-    """Where a data set was found."""
+    """The folders of a data set that was found."""
 
     folder: Path
-    images: Path  # what the paths in its split start from
+
+    images: Path  # the folder that the paths in its split are relative to
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set lies on the disk, in the spellings of CoOp and of CLIP-LoRA.
+    """The layout of a data set on the disk, in the spellings of CoOp and of CLIP-LoRA.
 
     Attributes:
         folders: names of its folder; the first is CoOp's.
-        images: names of the folder of images inside; "." is the data set's own.
-        split: what tells the split: the name of CoOp's file, "variants" for the text files of FGVC-Aircraft, "folders"
+        images: names of the folder of images inside; "." is the data set's own folder.
+        split: source of the split: the name of CoOp's file, "variants" for the text files of FGVC-Aircraft, "folders"
             for ImageNet's train and val, or "test" for folders of classes that are all for testing.
-        source: where the images come from.
+        source: address of the images.
         torchvision: the class of torchvision that downloads it, or the reason why none does.
-        anchor: of its instructions in CoOp's DATASETS.md.
+        anchor: anchor of its instructions in CoOp's DATASETS.md.
     """
 
     folders: tuple[str, ...]
@@ -41,19 +42,19 @@ class Layout:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What has to be in the folder beside the images."""
+        """The files that have to be in the folder beside the images."""
         if self.split == "variants":
             return ("variants.txt", *(f"images_variant_{split}.txt" for split in ("train", "val", "test")))
         return (self.split,) if self.split.endswith(".json") else ()
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """What has to be in the folder of images."""
+        """The folders that have to be in the folder of images."""
         return ("train", "val") if self.split == "folders" else ()
 
     @property
     def downloads(self) -> bool:
-        """Whether torchvision can fetch it."""
+        """Whether torchvision can download it."""
         return " " not in self.torchvision
 
 
@@ -89,7 +90,7 @@ LAYOUTS = {
     ),
     "stanford_cars": Layout(
         ("stanford_cars", "StanfordCars"),
-        (".",),  # its split names cars_train/… and cars_test/…
+        (".",),  # the paths in its split begin with cars_train/ and cars_test/
         _split("StanfordCars"),
         "the address of its authors is gone; mirrors have cars_train/ and cars_test/",
         _CARS,
@@ -183,7 +184,7 @@ ELEVEN = tuple(name for name in LAYOUTS if name not in DOMAIN_SHIFTS)
 
 
 def find(name: str, root: Path) -> Home | None:
-    """Where the data set lies below `root`, None where it does not, or not completely."""
+    """The folders of the data set below `root`; None where one of its files or folders is missing."""
     layout = LAYOUTS[name]
     for folder, images in product(layout.folders, layout.images):
         home = Home(root / folder, root / folder / images)
@@ -193,7 +194,7 @@ def find(name: str, root: Path) -> Home | None:
 
 
 def missing_message(name: str, root: Path) -> str:
-    """What is missing, how the data set has to lie there, and how to get it."""
+    """A message that names a missing file or folder, and tells the expected layout and how to get the data set."""
     layout = LAYOUTS[name]
     homes = [Home(root / folder, root / folder / images) for folder, images in product(layout.folders, layout.images)]
     nearest = min(homes, key=lambda home: (not home.folder.is_dir(), len(_missing(layout, home))))

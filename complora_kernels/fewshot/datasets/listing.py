@@ -1,4 +1,4 @@
-"""Files and folders as they lie on the disk, in an order that is the same everywhere."""
+"""Lists of files and folders on the disk, in an order that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from complora_kernels.common.files import read_plain
 from complora_kernels.fewshot.datasets.dataset import MOST_NAMED, Entry, warn_once
 from complora_kernels.fewshot.decode import image_suffixes
 
-# Names, beside hidden ones, that systems and programs use for files of their own
+# Names, beside hidden ones, that operating systems and programs give to files of their own
 _NO_DATA = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
 
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; without hidden ones and those that systems leave there."""
+    """The names of the folders in a folder, sorted, without hidden ones and those of the operating system."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if _is_data(entry.name) and _is_folder(entry))
 
 
 def image_files(folder: Path, others: list[Path] | None = None, *, below: bool = True) -> list[Path]:
-    """The image files in a folder, told by their suffixes, sorted; without what `subfolders` leaves out.
+    """The image files in a folder, recognised by their suffixes and sorted, without the names that `subfolders` omits.
 
     Args:
-        folder: where to look.
+        folder: the folder to search.
         others: a list to which the other files are added.
-        below: look into the folders below it too, into each once, wherever links lead.
+        below: whether to search the folders below it too; links are followed, but each folder is searched once.
     """
     suffixes, found, folders, seen = image_suffixes(), [], [folder], set[str]()
     while folders:
@@ -55,9 +55,9 @@ def image_files(folder: Path, others: list[Path] | None = None, *, below: bool =
 
 
 def class_folders(folder: Path, names: Sequence[str], others: list[Path]) -> list[Entry]:
-    """The images in the folders of these names, each labelled with its folder's place among them.
+    """The images in the folders of these names; the label of an image is the place of its folder's name.
 
-    The other files in them are added to `others`.
+    The other files in the folders are added to `others`.
     """
     return [
         (path, label)
@@ -68,12 +68,12 @@ def class_folders(folder: Path, names: Sequence[str], others: list[Path]) -> lis
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """The path of a file below a folder, with "/"."""
+    """The path of a file relative to a folder, with "/"."""
     return "/".join(path.parts[len(folder.parts) :])
 
 
 def warn_of_left_out(source: Path, others: Sequence[Path], outside: Sequence[Path] = ()) -> None:
-    """Log a warning where files are left out, with their suffixes and where the first of each is.
+    """Log a warning where files are left out, with their suffixes and one file of each suffix.
 
     Args:
         source: the folder of the data set.
@@ -103,7 +103,7 @@ def warn_of_left_out(source: Path, others: Sequence[Path], outside: Sequence[Pat
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # A link is asked by itself: of one to itself `entry.is_dir()` raises
+    # For a link to itself `entry.is_dir()` would raise
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112
 
 
@@ -112,19 +112,19 @@ def _is_data(name: str) -> bool:
 
 
 def missing(paths: Sequence[Path]) -> Iterator[int]:
-    """The places of the paths that are no files. Each folder is listed once."""
+    """The indices of the paths that are no files. Each folder is listed once."""
     folders: dict[str, set[str]] = {}
     for i, path in enumerate(paths):
         folder, name = os.path.split(path)
         if folder not in folders:
             folders[folder] = _files(folder)
-        # Some file systems have one file for names of other case or Unicode form
+            # Some file systems find a file by a name of another case or Unicode form
         if name not in folders[folder] and not path.is_file():
             yield i
 
 
 def first_missing(paths: Sequence[Path]) -> int | None:
-    """The place of the first path that is no file, None where all are."""
+    """The index of the first path that is no file; None where all are files."""
     return next(missing(paths), None)
 
 
@@ -137,17 +137,17 @@ def _files(folder: str) -> set[str]:
 
 
 def read_class_names(path: Path) -> dict[str, str]:
-    """Class names by folder name, as `numbered_class_names` has them."""
+    """Class names by folder name, read by `numbered_class_names`."""
     return {folder: name for _, folder, name in numbered_class_names(path)}
 
 
 def numbered_class_names(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, folder name and class name, from lines of a folder name, a space and the class name.
+    """Yield line number, folder name and class name of each line: a folder name, a space and the class name.
 
     A tab instead of the space allows spaces in the folder's name.
 
     Raises:
-        ValueError: a line without a class name, or a folder named twice; with the file and the line.
+        ValueError: a line has no class name, or names a folder again; the message names the file and the line.
     """
     seen = set[str]()
     for number, line in enumerate(read_lines(path), 1):
@@ -166,16 +166,16 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8, without the white space at their ends.
 
     Raises:
-        ValueError: it is not UTF-8; with the file and the line.
+        ValueError: the file is not UTF-8; the message names the file and the line.
     """
     return [line.strip() for line in io.StringIO(read_text(path), newline=None)]
 
 
 def read_text(path: Path) -> str:
-    """What a file in UTF-8 holds, its line ends as they are.
+    """The text of a file in UTF-8, with its line ends unchanged.
 
     Raises:
-        ValueError: it is not UTF-8; with the file and the line.
+        ValueError: the file is not UTF-8; the message names the file and the line.
     """
     try:
         return read_plain(path).decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""A data set by its name."""
+"""Loads a data set by its name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from complora_kernels.fewshot.datasets.annotation_files import read_csv, read_json_split, read_variants
 from complora_kernels.fewshot.datasets.bundled import CLASSES as BUNDLED_CLASSES
 from complora_kernels.fewshot.datasets.bundled import digits, letters
 from complora_kernels.fewshot.datasets.dataset import Dataset
@@ -13,7 +14,6 @@ from complora_kernels.fewshot.datasets.downloads import check_download, download
 from complora_kernels.fewshot.datasets.folders import read_folder
 from complora_kernels.fewshot.datasets.imagenet import check_imagenet, read_imagenet, read_shift
 from complora_kernels.fewshot.datasets.layouts import DOMAIN_SHIFTS, ELEVEN, LAYOUTS, find, missing_message
-from complora_kernels.fewshot.datasets.split_files import read_csv, read_json_split, read_variants
 
 _BUNDLED = {"digits": digits, "letters": letters}
 _PATHS = {"folder": read_folder, "csv": read_csv}
@@ -23,16 +23,16 @@ NAMES = (*_BUNDLED, *ELEVEN, *DOMAIN_SHIFTS)
 
 
 def load_dataset(name: str, root: Path | None = None, *, download: bool = False) -> Dataset:
-    """Load a data set: its lists of files, labels and class names; no image is read.
+    """Load the lists of files, labels and class names of a data set, without reading an image.
 
     Args:
         name: one of `NAMES`, "folder:PATH" for a folder with a folder for each class, or "csv:PATH" for a table.
-        root: the folder that holds the named data sets, each in a folder as CoOp or CLIP-LoRA call it.
-        download: let torchvision fetch what is not there, into root/torchvision. An earlier download is used without.
+        root: the folder that holds the named data sets, each in a folder with the name that CoOp or CLIP-LoRA use.
+        download: let torchvision download a missing data set into root/torchvision. An earlier download is always used.
 
     Raises:
-        ValueError: an unknown name, no root for a data set that needs one, or lists that do not hold together.
-        FileNotFoundError: a folder or file that is not there; the message shows what is expected and how to get it.
+        ValueError: the name is unknown, a root is needed, or the lists contradict each other.
+        FileNotFoundError: a folder or file is missing; the message shows the expected layout and how to get it.
         OSError: the download failed, or an earlier one was interrupted.
     """
     return dataclasses.replace(_load(name, root, download), asked_as=name)
@@ -58,12 +58,12 @@ def _load(name: str, root: Path | None, fetch: bool) -> Dataset:
 
 
 def check_dataset(name: str, root: Path | None = None, *, download: bool = False) -> tuple[str, Sequence[str]]:
-    """Find out what would fail in `load_dataset`, without downloading anything or listing all of ImageNet.
+    """Find every error that `load_dataset` would raise, without downloading anything or listing all of ImageNet.
 
     The arguments and errors are those of `load_dataset`.
 
     Returns:
-        The data set's name, and those of its classes: none where it is still to be downloaded.
+        The names of the data set and of its classes; no classes where it is still to be downloaded.
     """
     if name in BUNDLED_CLASSES:
         return name, BUNDLED_CLASSES[name]

@@ -1,4 +1,4 @@
-"""A split for images that come without one."""
+"""Makes the split of a data set that comes without one."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from pathlib import Path
 from complora_kernels.fewshot.datasets.dataset import Entry
 
 TEST, VAL = 0.3, 0.2
-"""The shares of every class that `ratio_split` sets aside, those of CoOp's own splits."""
+"""The shares of every class that `ratio_split` sets aside, as in CoOp's own splits."""
 
 
 def ratio_split(
     entries: Sequence[Entry], names: Sequence[str], class_names: Sequence[str], source: Path
 ) -> dict[str, list[Entry]]:
-    """Set 30% of every class aside for testing, at least one image, and 20% for validation; the rest is to train on.
+    """Set 30% of every class aside for testing, at least one image, and 20% for validation; the rest is for training.
 
-    Which images is a function of their names alone, in whatever order they come: those whose names' SHA-256 comes
-    first are for testing, the next ones for validation. So the split is the same on every machine, and a few more
-    images change little of it.
+    The split depends on the names of the images alone: those with the lowest SHA-256 are for testing, the next ones for
+    validation. So it is the same on every machine, and a few more images change little of it.
 
     Args:
         entries: files with labels.
         names: the files' names, unique.
-        class_names: of the labels.
-        source: what messages blame.
+        class_names: names of the labels.
+        source: the file or folder that messages name.
 
     Returns:
         "train", "val" and "test", each in the order of `entries`.
 
     Raises:
-        ValueError: a class of a single image.
+        ValueError: a class has a single image.
     """
     members: dict[int, list[int]] = {}
     for i, (_, label) in enumerate(entries):
@@ -53,6 +52,6 @@ def ratio_split(
 
 
 def _digest(name: str) -> bytes:
-    # One name has two Unicode forms, and file systems disagree about them
+    # A name has two Unicode forms, and file systems differ in the form that they return
     normal = unicodedata.normalize("NFC", name)
-    return hashlib.sha256(normal.encode(errors="surrogateescape")).digest()  # names on the disk need not be UTF-8
+    return hashlib.sha256(normal.encode(errors="surrogateescape")).digest()  # file names need not be UTF-8

@@ -1,4 +1,4 @@
-"""What came out of a grid: tables, figures and paired comparisons, out of its results.jsonl."""
+"""The report of a grid: tables, figures and paired comparisons from its results.jsonl."""
 
 from complora_kernels.fewshot.report.folder import report
 

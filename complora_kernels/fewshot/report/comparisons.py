@@ -1,37 +1,70 @@
-"""How one method differs from another on the same draws of training images: paired by data set and seed."""
+"""Comparisons of methods with their baselines on the same few-shot splits, paired by data set and seed."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from complora_kernels.fewshot.report.front import Paired, paired, retention_difference
+from complora_kernels.fewshot.report.labels import LORA, Label, Variant, family_name, label_of, plain_lora
 from complora_kernels.fewshot.report.results import Result
 
-Draw = tuple[str, int, int]  # data set, shots, seed
+Split = tuple[str, int, int]  # data set, shots, seed
 Cell = TypeVar("Cell", bound=Hashable)
 Value = TypeVar("Value")
 
+# Options that two compared methods need not share: those of the measurement, and the one that only lora-wd reads
+_BESIDE = ("data", "interpolations", "validation", "strong_weight_decay")
+_SUBSPACE = ("subspace_k", "subspace_energy", "subspace_ratio")  # options that LoRA does not read
+
 
 class Gain(NamedTuple):
-    """A difference over seeds; that of a seed is the mean over data sets."""
+    """A difference over seeds, where each seed's difference is its mean over data sets."""
 
     over_seeds: Paired
-    better: int  # data sets with a gain, averaged over seeds
-    data_sets: int
+    better: int  # number of data sets with a gain in the mean over seeds
+    data_sets: int  # number of data sets
 
 
 class Comparison(NamedTuple):
-    """How `method` differs from `rival`."""
+    """The differences of a method from a baseline."""
 
     method: str
-    rival: str
-    shots: list[int]  # that both have
-    by_shots: dict[int, Gain]  # in what is kept at equal new-task accuracy
-    overall: Gain | None  # of each seed's mean over the numbers of shots; None without a seed that has them all
-    at_rate: dict[tuple[float, int | None], dict[str, Gain]]  # by learning rate and shots (None: all), by measure
+    baseline: str
+    shots: list[int]  # numbers of shots that both have
+    by_shots: dict[int, Gain]  # retained accuracy at equal new-task accuracy
+    overall: Gain | None  # the same, of each seed's mean over all numbers of shots; None: no seed has all of them
+    at_rate: dict[tuple[float, int | None], dict[str, Gain]]  # by learning rate and shots (None: all), then by measure
+
+
+def comparison_pairs(variants: Mapping[str, Variant]) -> list[tuple[str, str]]:
+    """The pairs of a method and its baseline.
+
+    Every method is compared with plain LoRA and with LoRA in the same setting, and every protected subspace with the
+    random subspace of the same side and setting, the control that tells whether its directions matter. Activations that
+    protect a share of energy have no control, because the share is another number of directions there.
+
+    Where names do not tell which method has the same setting, it is the only method of its kind with the same options,
+    if there is exactly one.
+    """
+    plain = plain_lora(variants)
+    labels = {method: label_of(method, variant) for method, variant in variants.items()}
+    named = {label: method for method, label in reversed(labels.items())}
+    pairs = [(method, plain) for method in variants]
+    for method, label in labels.items():
+        alike = named.get(Label(LORA, "", label.setting)) if label.setting else None
+        if variants[method].kind != LORA:
+            alike = alike or _same_options(method, LORA, _SUBSPACE, variants)
+        pairs.append((method, alike))
+    for method, label in labels.items():
+        if label.source in ("weight", "activations") and not _has_its_own_energy(label, variants[method]):
+            control = label._replace(source="random")
+            pairs.append((method, named.get(control) or _same_options(method, family_name(control), (), variants)))
+    return [
+        (method, baseline) for method, baseline in dict.fromkeys(pairs) if baseline is not None and baseline != method
+    ]
 
 
 def harmonic(new: float, kept: float) -> float:
@@ -39,38 +72,39 @@ def harmonic(new: float, kept: float) -> float:
     return 2 * new * kept / (new + kept) if new + kept else 0.0
 
 
-def compare(results: Sequence[Result], method: str, rival: str, measures: Iterable[str]) -> Comparison:
+def compare(results: Sequence[Result], method: str, baseline: str, measures: Iterable[str]) -> Comparison:
     """Compare two methods at equal new-task accuracy and at equal learning rate.
 
-    A method without learning rates is compared with its rival at each of the rival's.
+    A method without learning rates is compared with its baseline at each of the baseline's.
 
     Args:
         results: of these methods and others.
-        method: the one whose gains are looked for.
-        rival: the other one.
-        measures: what is compared at equal learning rate: "new", "kept" or "H".
+        method: the method.
+        baseline: the method it is compared with.
+        measures: the accuracies to compare at equal learning rate: "new", "kept" or "H".
     """
-    ours, theirs = _by_draw(results, method), _by_draw(results, rival)
+    ours, theirs = _by_split(results, method), _by_split(results, baseline)
     common = sorted(ours.keys() & theirs.keys())
     shots = sorted({shots for _, shots, _ in common})
-    fronts = [_front_differences(ours, theirs, [draw for draw in common if draw[1] == n]) for n in shots]
+    fronts = [_front_differences(ours, theirs, [split for split in common if split[1] == n]) for n in shots]
     at_rate: dict[tuple[float, int | None], dict[str, Gain]] = {}
-    for rate in sorted({rate for draw in common for rate in (*ours[draw], *theirs[draw]) if rate is not None}):
-        pairs = {draw: (_at(ours[draw], rate), _at(theirs[draw], rate)) for draw in common}
+    for rate in sorted({rate for split in common for rate in (*ours[split], *theirs[split]) if rate is not None}):
+        pairs = {split: (_at(ours[split], rate), _at(theirs[split], rate)) for split in common}
         for n in (*shots, None):
-            chosen = {draw: (a, b) for draw, (a, b) in pairs.items() if a and b and n in (draw[1], None)}
+            chosen = {split: (a, b) for split, (a, b) in pairs.items() if a and b and n in (split[1], None)}
             gains = {measure: _gain_at_rate(chosen, measure) for measure in measures}
             if found := {measure: gain for measure, gain in gains.items() if gain}:
                 at_rate[rate, n] = found
     by_shots = {n: gain for n, front in zip(shots, fronts, strict=True) if (gain := _mean_gain([front]))}
-    return Comparison(method, rival, shots, by_shots, _mean_gain(fronts), at_rate)
+    return Comparison(method, baseline, shots, by_shots, _mean_gain(fronts), at_rate)
 
 
 def whole_block(values: Mapping[tuple[Cell, int], Value]) -> dict[tuple[Cell, int], Value]:
-    """Of values by cell and seed, a block of cells and seeds in which none is missing, the largest of a few.
+    """Select a block of cells and seeds in which no value is missing.
 
-    These have the cells of one seed, or those that remain as seeds are added from the one with the most cells on: in an
-    unfinished sweep a seed that has just begun goes, in a finished one a data set that one seed lacks.
+    The candidates, of which the largest is chosen, are the cells of each seed, and the cells that the n fullest seeds
+    have in common. In an unfinished sweep this drops a seed that has just begun, in a finished one a data set that one
+    seed lacks.
     """
     cells: dict[int, set[Cell]] = {}
     for cell, seed in values:
@@ -84,8 +118,8 @@ def whole_block(values: Mapping[tuple[Cell, int], Value]) -> dict[tuple[Cell, in
     return {(cell, seed): value for (cell, seed), value in values.items() if cell in common and seed in seeds}
 
 
-def _by_draw(results: Sequence[Result], method: str) -> dict[Draw, dict[float | None, Result]]:
-    found: dict[Draw, dict[float | None, Result]] = {}
+def _by_split(results: Sequence[Result], method: str) -> dict[Split, dict[float | None, Result]]:
+    found: dict[Split, dict[float | None, Result]] = {}
     for result in results:
         if result.method == method:
             found.setdefault((result.data, result.shots, result.seed), {})[result.learning_rate] = result
@@ -97,20 +131,20 @@ def _at(by_rate: Mapping[float | None, Result], rate: float) -> Result | None:
 
 
 def _front_differences(
-    ours: Mapping[Draw, Mapping[float | None, Result]],
-    theirs: Mapping[Draw, Mapping[float | None, Result]],
-    draws: Sequence[Draw],
+    ours: Mapping[Split, Mapping[float | None, Result]],
+    theirs: Mapping[Split, Mapping[float | None, Result]],
+    splits: Sequence[Split],
 ) -> dict[tuple[str, int], float]:
     differences = {}
-    for data, shots, seed in draws:
-        fronts = (list(by_draw[data, shots, seed].values()) for by_draw in (ours, theirs))
+    for data, shots, seed in splits:
+        fronts = (list(by_split[data, shots, seed].values()) for by_split in (ours, theirs))
         if (difference := retention_difference(*fronts)) is not None:
             differences[data, seed] = difference
     return whole_block(differences)
 
 
 def _mean_gain(fronts: Sequence[Mapping[tuple[str, int], float]]) -> Gain | None:
-    """Over the seeds that all fronts have; None without any."""
+    """The mean gain over the seeds that all fronts have; None where there is no such seed."""
     seeds_of = [{seed for _, seed in front} for front in fronts]
     seeds = sorted(set.intersection(*seeds_of)) if seeds_of else []
     if not seeds:
@@ -125,7 +159,7 @@ def _mean_gain(fronts: Sequence[Mapping[tuple[str, int], float]]) -> Gain | None
     return Gain(paired(means), _positive(np.mean(differences) for differences in by_data.values()), len(by_data))
 
 
-def _gain_at_rate(pairs: Mapping[Draw, tuple[Result, Result]], measure: str) -> Gain | None:
+def _gain_at_rate(pairs: Mapping[Split, tuple[Result, Result]], measure: str) -> Gain | None:
     measured = {
         ((data, shots), seed): pair
         for (data, shots, seed), pair in pairs.items()
@@ -143,7 +177,7 @@ def _gain_at_rate(pairs: Mapping[Draw, tuple[Result, Result]], measure: str) -> 
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], measure: str) -> float:
-    if measure == "H":  # of the averages, never an average of Hs
+    if measure == "H":  # H of the averages, which differs from the average of H
         ours, theirs = (np.mean([(r.new, r.kept) for r in results], axis=0) for results in zip(*pairs, strict=True))
         return harmonic(*map(float, ours)) - harmonic(*map(float, theirs))
     return float(np.mean([getattr(ours, measure) - getattr(theirs, measure) for ours, theirs in pairs]))
@@ -151,3 +185,22 @@ def _difference(pairs: Sequence[tuple[Result, Result]], measure: str) -> float:
 
 def _positive(differences: Iterable[float | np.floating]) -> int:
     return sum(bool(difference > 0) for difference in differences)
+
+
+def _has_its_own_energy(label: Label, variant: Variant) -> bool:
+    """Whether the energy of activations determines the number of protected directions."""
+    by_energy = "energy" in label.setting or (variant.options or {}).get("subspace_energy") is not None
+    return label.source == "activations" and by_energy
+
+
+def _same_options(method: str, kind: str, unread: Collection[str], variants: Mapping[str, Variant]) -> str | None:
+    """The only method of a kind with the same share and options, except the unread ones; None if not exactly one."""
+
+    def setting(variant: Variant) -> object:
+        options = variant.options or {}
+        return variant.share, {name: options[name] for name in options if name not in (*_BESIDE, *unread)}
+
+    wanted = variants[method]
+    known = {name: of for name, of in variants.items() if of.options is not None and of.kind == kind}
+    found = [name for name, of in known.items() if name != method and setting(of) == setting(wanted)]
+    return found[0] if wanted.options is not None and len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""The pictures: accuracy against shots or learning rates, by data set too, and what is learned against what is kept."""
+"""The figures: accuracy against shots or learning rates, by data set, and learned against retained accuracy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PATTERNS = (
 
 
 def figures(summary: Summary) -> dict[str, Figure]:
-    """The figures that suit what a protocol varied, by name."""
+    """The figures that suit the varied options of a protocol, by name."""
     several = len(summary.data_sets) > 1
     several_rates = len(summary.learning_rates) > 1
     drawn = {}
@@ -83,8 +83,8 @@ def accuracy_by_data_set(summary: Summary, rate: float | None) -> Figure:
 def write_figures(protocols: Sequence[Summary], folder: Path) -> list[Path]:
     """Write the figures as PNG files into `folder`, of several protocols into a folder each, and return their paths.
 
-    Figures that an earlier report wrote there, and that suit the results no longer, are removed: files of the names
-    that it gives, in the folders that it makes, which say inside that it wrote them.
+    Figures of an earlier report that no longer suit the results are removed, if their metadata say that a report wrote
+    them.
     """
     paths = []
     for summary in protocols:
@@ -111,7 +111,7 @@ def _over_shots(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
     summary, rate = panel.summary, panel.at
     for position, method in enumerate(panel.methods):
         cells = {n: _cell(summary, method, rate, n) for n in summary.shots}
-        beside = 2 ** (0.07 * (position - (len(panel.methods) - 1) / 2))  # so that error bars do not overlap
+        beside = 2 ** (0.07 * (position - (len(panel.methods) - 1) / 2))  # shifted so that error bars do not overlap
         beside = beside if len(looks) <= FEW else 1
         _line(axes, {n * beside: cell.new for n, cell in cells.items() if cell}, method, looks)
     zero_shot = {n: 100 * cell.new.mean for n, cell in summary.zero_shot.items()}
@@ -157,7 +157,7 @@ def _rows_of_data_sets(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> N
 
 
 def _cell(summary: Summary, method: str, rate: float | None, shots: int) -> Cell | None:
-    """At a learning rate, or of a method that has none."""
+    """The cell at a learning rate; methods without learning rates have one cell."""
     return summary.cells.get((method, rate, shots)) or summary.cells.get((method, None, shots))
 
 

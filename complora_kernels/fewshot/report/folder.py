@@ -1,4 +1,4 @@
-"""What came out: a table on the terminal, table.md, table.csv and table.tex with the numbers, figures."""
+"""Writes the report of a results folder: a table on the terminal, table.md, table.csv, table.tex and figures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from complora_kernels.fewshot.escapes import for_markdown, say, visible
 from complora_kernels.fewshot.files import read_json
 from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.report.figures import write_figures
-from complora_kernels.fewshot.report.sections import rows, sections
+from complora_kernels.fewshot.report.formats import LATEX_HEAD, to_latex, to_markdown
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
-from complora_kernels.fewshot.report.tables import LATEX_HEAD, to_latex, to_markdown
+from complora_kernels.fewshot.report.tables import rows, sections
 from complora_kernels.fewshot.report.wording import (
     accuracies,
     average_name,
@@ -31,7 +31,7 @@ from complora_kernels.fewshot.report.wording import (
     title,
 )
 
-_MOST_SENTENCES = 12  # that somebody reads on a terminal
+_MOST_SENTENCES = 12  # the most comparisons printed on a terminal
 
 
 def report(folder: Path, console: Console) -> None:
@@ -39,7 +39,7 @@ def report(folder: Path, console: Console) -> None:
 
     Raises:
         FileNotFoundError: the folder holds no results.
-        ValueError: one of its files is damaged; it is named, with the line.
+        ValueError: one of its files is damaged; the message names the file and the line.
     """
     results = results_of(folder)
     failed = failures(results, failures_of(folder))
@@ -69,14 +69,14 @@ def report(folder: Path, console: Console) -> None:
 
 
 def variants(folder: Path) -> list[str]:
-    """Those of a sweep, in the order of its file; none of `complora train`, whose config.json is one mapping."""
+    """The variants of a sweep, in the order of its file; `complora train` has none, because its config.json is flat."""
     path = folder / "config.json"
     described = read_json(path) if path.exists() else {}
     return [name for name, options in described.items() if isinstance(options, dict)]
 
 
 def failures(results: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The last error, on one line, of each run that has failed and has no result; by name."""
+    """The last error, on one line, of each run without a result, by the run's name."""
     finished = {result["run"] for result in results}
     errors = {line["run"]: " ".join(line["error"].split()) for line in failed if line["run"] not in finished}
     return dict(sorted(errors.items()))
@@ -85,7 +85,7 @@ def failures(results: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]
 def terminal_table(summary: Summary) -> Group:
     """Methods and learning rates down, shots across; in each cell one accuracy above the other.
 
-    What they are stands in lines above the table: rich would wrap a table's own title to its width.
+    Their names stand in lines above the table, because rich would wrap a table's own title to its width.
     """
     names = measure_names(summary)
     lines_above = [

@@ -1,4 +1,4 @@
-"""Is more kept at the same new-task accuracy? Fronts over learning rates, compared pair by pair over seeds.
+"""Compares retained accuracy at equal new-task accuracy: fronts over learning rates, paired over seeds.
 
 A method's front for one seed is the line through (new-task accuracy, retained accuracy) of the zero-shot model, which
 is learning rate 0, and of each learning rate in ascending order.
@@ -22,7 +22,7 @@ _LEVELS = 101  # new-task accuracies at which fronts are compared, evenly over t
 
 
 def kept_at(new: Array, kept: Array, levels: Array) -> Array:
-    """What a front keeps at given new-task accuracies: the best point of the line at each level, NaN where it has none.
+    """The retained accuracy of a front at given new-task accuracies: its best point at each level, NaN without one.
 
     Args:
         new: new-task accuracies along the front [P].
@@ -47,8 +47,8 @@ class Paired(NamedTuple):
     """A paired comparison of two methods over seeds, in the unit of the accuracies."""
 
     mean: float
-    low: float  # of the 95% interval of the mean (Student's t)
-    high: float
+    low: float  # lower end of the mean's 95% interval (Student's t)
+    high: float  # upper end
     wins: int  # seeds with a positive difference
     seeds: int
 
@@ -65,14 +65,14 @@ def paired(differences: Sequence[float]) -> Paired:
 
 
 def retention_difference(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:
-    """How much more our front keeps than theirs, averaged over equal new-task accuracies.
+    """The difference of two fronts in retained accuracy, averaged over equal new-task accuracies.
 
-    The range goes from the zero-shot accuracy to the highest that both reach. There is none where one of the two learns
-    nothing, has fewer than two learning rates, or keeps nothing that was measured.
+    The range goes from the zero-shot accuracy to the highest that both reach. The result is None where one of the two
+    learns nothing, has fewer than two learning rates, or has no retained accuracy.
 
     Args:
-        ours: the results of one method on one draw, one for each learning rate.
-        theirs: those of its rival on the same draw.
+        ours: the results of a method on one few-shot split, one for each learning rate.
+        theirs: the results of its baseline on the same split.
     """
     fronts = [_front(results) for results in (ours, theirs)]
     if any(front is None for front in fronts):

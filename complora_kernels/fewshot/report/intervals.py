@@ -1,4 +1,4 @@
-"""A picture of the paired comparisons: a row each, the mean difference with its 95% interval."""
+"""The figure of the paired comparisons: a row for each, with the mean difference and its 95% interval."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from complora_kernels.fewshot.report.wording import words
 
 
 def differences(summary: Summary) -> Figure | None:
-    """At equal new-task accuracy or, of one learning rate, at that: a panel for each accuracy.
+    """Draw the differences at equal new-task accuracy or, for a single learning rate, at it: a panel per accuracy.
 
-    None without any comparison.
+    Returns None where there is no comparison.
     """
     titles = _titles(summary)
     compared = [comparison for comparison in summary.comparisons if any(_gains(comparison, titles))]
     if not compared:
         return None
-    names = [f"{comparison.method} − {comparison.rival}" for comparison in compared]
-    wide = max(3.2, 0.065 * max(map(len, names)))  # of the names, in inches; the panels keep theirs
+    names = [f"{comparison.method} − {comparison.baseline}" for comparison in compared]
+    wide = max(3.2, 0.065 * max(map(len, names)))  # width of the names in inches, beside the panels
     figure = Figure(figsize=(wide + 3.2 * len(titles), 1.5 + 0.24 * len(compared)), layout="constrained")
     figure.suptitle("Paired differences in points, mean and 95% interval over seeds")
-    controls = [row for row, of in enumerate(compared) if summary.labels[of.rival].source == "random"]
+    controls = [row for row, of in enumerate(compared) if summary.labels[of.baseline].source == "random"]
     of, _ = looks(summary.labels, summary.stand_ins)
     for column, title in enumerate(titles.values()):
         axes = figure.add_subplot(1, len(titles), column + 1)
@@ -42,7 +42,7 @@ def differences(summary: Summary) -> Figure | None:
 
 
 def _titles(summary: Summary) -> dict[tuple[float, str] | None, str]:
-    """By learning rate and measure, in two lines; None: at equal new-task accuracy."""
+    """The panels' titles by learning rate and measure; the key None stands for equal new-task accuracy."""
     names = words(summary.protocol)
     if len(summary.learning_rates) != 1:
         return {None: f"{names.kept_accuracy}\nat equal {names.equal}"}

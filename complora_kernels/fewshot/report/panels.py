@@ -1,4 +1,4 @@
-"""Figures of several panels with one legend: who stands where."""
+"""Figures of several panels with one legend, and the arrangement of their panels."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WIDE = 3  # panels side by side
 
 
 class Panel(NamedTuple):
-    """What is drawn into one panel."""
+    """The content of one panel."""
 
     title: str
     summary: Summary
     methods: Sequence[str]
-    at: Any  # the learning rate or the number of shots that all its points have
+    at: Any  # the learning rate or the number of shots of all its points
 
 
 Grid = Sequence[Sequence[Panel | None]]
@@ -43,10 +43,10 @@ Group = tuple[str, list[str]]  # a title and methods
 
 
 def arrange(panels: Sequence[Panel]) -> Grid:
-    """A few methods share each panel. Many are spread: a column for each side, a row for each panel or source.
+    """Arrange panels in a grid. A few methods share each panel; many get a column per side, a row per panel or source.
 
     Args:
-        panels: of one summary, with all of its methods.
+        panels: panels of one summary, each with all of its methods.
     """
     summary = panels[0].summary
     if len(summary.methods) <= FEW:
@@ -61,7 +61,7 @@ def arrange(panels: Sequence[Panel]) -> Grid:
 
 
 def wrapped(panels: Sequence[Panel], wide: int) -> Grid:
-    """In the order of reading, `wide` of them in a row."""
+    """Arrange panels in reading order, `wide` of them in each row."""
     return [panels[start : start + wide] for start in range(0, len(panels), wide)]
 
 
@@ -78,14 +78,14 @@ def draw_figure(
     """Draw every panel of a grid, with labels at the edges and one legend for all.
 
     Args:
-        summary: that has all methods of the panels.
+        summary: the summary that has all methods of the panels.
         grid: rows of panels; None leaves a place empty.
         draw: draws a panel.
-        title: of the figure.
+        title: title of the figure.
         x: label of the horizontal axes.
         y: label of the vertical axes.
         share: the axes whose scale all panels share.
-        height: of a panel, in inches.
+        height: height of a panel in inches.
     """
     of, legend = looks(summary.labels, summary.stand_ins)
     legend = [("zero-shot", ZERO_SHOT), *legend]
@@ -114,7 +114,7 @@ def draw_figure(
 
 
 def caption(summary: Summary, deviations: bool = True) -> str:
-    """What lines and, for a few methods, error bars are."""
+    """The explanation of the lines and, for a few methods, of the error bars."""
     deviation = " ± sd" if deviations and len(summary.methods) <= FEW else ""
     if len(summary.seeds) == 1:
         return f"seed {summary.seeds[0]} alone"
@@ -127,7 +127,7 @@ def error_bar(spreads: Iterable[Spread]) -> list[float]:
 
 
 def _end_at_100(axes: Axes, percent: Iterable[str]) -> None:
-    """No accuracy is higher; a margin leaves room for the markers."""
+    """Limit axes of accuracies to 100%, with a margin for the markers."""
     for name in percent:
         low, high = getattr(axes, f"get_{name}lim")()
         axes.set(**{f"{name}lim": (low, min(high, 100 + 0.03 * (100 - low)))})
@@ -138,7 +138,7 @@ def _placed(grid: Grid) -> list[tuple[int, int, Panel]]:
 
 
 def _by_side(summary: Summary) -> list[Group]:
-    """Those that protect no subspace, then those of each side; plain LoRA stands among all."""
+    """Group methods: those that protect no subspace, then those of each side. Plain LoRA is in every group."""
     labels = summary.labels
     reference = [summary.plain] if summary.plain else []
     rest = [method for method, label in labels.items() if not label.source and method != summary.plain]
@@ -148,7 +148,7 @@ def _by_side(summary: Summary) -> list[Group]:
 
 
 def _by_source(summary: Summary) -> list[list[Group | None]]:
-    """The same with a row for each source of the subspace; those without one stand in the first."""
+    """Group methods by side, with a row for each source of the subspace; those without one are in the first row."""
     labels = summary.labels
     rows: list[list[Group | None]] = []
     for source in [source for source in SOURCES if any(label.source == source for label in labels.values())]:

@@ -1,4 +1,4 @@
-"""The lines of results.jsonl, as the report reads them."""
+"""Reads the lines of results.jsonl for the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from complora_kernels.fewshot.report.labels import Variant, part_of
 
 @dataclass(frozen=True)
 class Result:
-    """What one adapted model has learned and kept."""
+    """The accuracies of one adapted model."""
 
     protocol: str
     data: str  # the data set it was trained on
@@ -29,14 +29,14 @@ class Result:
     relative_update: float | None  # |ΔW| / |W|
     val: float | None  # accuracy on validation images of the new task
     variant: Variant
-    place: int  # of the method in tables
+    place: int  # place of the method in tables
 
 
 class _Cell(NamedTuple):
-    """What tells the runs of a folder apart."""
+    """The values that identify a run of a folder."""
 
     data: str
-    name: str  # of the method in tables
+    name: str  # name of the method in tables
     shots: int
     learning_rate: float | None
     seed: int
@@ -44,15 +44,16 @@ class _Cell(NamedTuple):
 
 
 def read_results(lines: Iterable[Mapping[str, Any]], variants: Iterable[str] = ()) -> list[Result]:
-    """A result for every run, of which the last line counts, and for every share of its update that was measured.
+    """Make a result for every run and for every measured share of its update.
 
-    A line without a protocol is few-shot, and one without a data set of the handwritten digits.
+    A line without a protocol is few-shot, and a line without a data set is of the handwritten digits.
 
     Args:
-        lines: those of results.jsonl. Their order does not matter, but for a run that is repeated.
-        variants: of a sweep, `Run.variant` of all of its runs, in the order of its file. Results are in this order of
-            data sets and methods; those that are not there follow, methods in the order of `METHODS`, then by name.
-            Within it they ascend by shots, learning rate and seed.
+        lines: the lines of results.jsonl. Of several lines of one run, the last one counts; otherwise the order does
+            not matter.
+        variants: in a sweep, `Run.variant` of all of its runs, in the order of its file. The results have this order of
+            data sets and methods; others follow, methods in the order of `METHODS`, then by name. Equal ones ascend by
+            shots, learning rate and seed.
     """
     last = {_cell(line): line for line in lines}
     data_sets, names = _places(last, variants)
@@ -76,7 +77,7 @@ def _cell(line: Mapping[str, Any]) -> _Cell:
 
 
 def _places(cells: Iterable[_Cell], variants: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Where each data set and each method comes, by name."""
+    """The places of data sets and of methods in the order, by name."""
     at = {variant: place for place, variant in enumerate(variants)}
     data_sets, names = {cell.data for cell in cells}, {cell.name for cell in cells}
     known = {(data, name): at.get(Run("lora", 0, None, 0, data, name).variant) for data in data_sets for name in names}

@@ -1,4 +1,4 @@
-"""Every mean and deviation as one tidy table of comma-separated values, accuracies between 0 and 1."""
+"""Writes all means and deviations as one table of comma-separated values; accuracies are between 0 and 1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from complora_kernels.fewshot.report.summary import Row, Summary
 def to_csv(summaries: Sequence[Summary]) -> str:
     """A row for each protocol, data set, method, learning rate and number of shots; a column for each number.
 
-    Tasks that are kept have the columns `<task>_before_mean` and so on.
+    Retained tasks have the columns `<task>_before_mean` and so on.
     """
     lines = [line for summary in summaries for line in _lines(summary)]
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""How methods are drawn: a line's colour, marker and dashes; many methods in panels by the side that they protect."""
+"""The looks of methods in figures: the colour, marker and dashes of each method's line, and its name in the legend."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from matplotlib.colors import to_hex
 
 from complora_kernels.fewshot.report.labels import SIDES, SOURCES, Label, split_part
 
-Look = dict[str, Any]  # of a line
+Look = dict[str, Any]  # arguments of matplotlib for a line
 
 FEW = 6
-"""As many methods share a panel, with error bars."""
+"""The most methods that share a panel, with error bars."""
 
 LINE: Look = {"linewidth": 1.4, "markersize": 4.5}
 BARS: Look = {"capsize": 2, "elinewidth": 0.8}
 ZERO_SHOT: Look = {"color": "grey", "linestyle": ":", "marker": "*"}
 
-# Okabe and Ito's colours, which differ for colour-blind eyes too, then Tol's; and one marker each
+# The colours of Okabe and Ito, which colour-blind people can distinguish, then Tol's; each with a marker
 _LOOKS: dict[str, Look] = {
     "lora": {"color": "#000000", "marker": "o"},
     "lora-wd": {"color": "#666666", "marker": "P"},
@@ -71,7 +71,7 @@ SOURCE_NAMES = {
     "random": "random subspace",
 }
 _SQUARE: Look = {"color": "grey", "marker": "s", "linestyle": "none"}
-_RAMPS = ("YlOrRd", "PuBu", "YlGn", "RdPu")  # of labels that differ in a number
+_RAMPS = ("YlOrRd", "PuBu", "YlGn", "RdPu")  # colour maps for labels that differ in a number
 
 
 class Looks(NamedTuple):
@@ -82,27 +82,27 @@ class Looks(NamedTuple):
 
 
 def display_name(method: str) -> str:
-    """A method in a legend; a part of its update is named after it."""
+    """The name of a method in a legend, followed by the share of its update."""
     whole, part = split_part(method)
     return ", ".join(filter(None, [_NAMES.get(whole, whole), part]))
 
 
 def is_spread(labels: Collection[Label]) -> bool:
-    """Whether there are many methods, and protected subspaces in several settings among them.
+    """Whether there are many methods, and among them protected subspaces in several settings.
 
-    Parts of an update are no settings.
+    Shares of an update do not count as settings.
     """
     return len(labels) > FEW and len({split_part(label.setting)[0] for label in labels if label.source}) > 1
 
 
 def looks(labels: Mapping[str, Label], stand_ins: Mapping[str, str]) -> Looks:
-    """A line of its own for each method.
+    """Choose a distinct line for each method.
 
-    Where many differ in settings, these have the colours, sources the dashes, and sides fill the markers.
+    Where many methods differ in settings, colours show settings, dashes show sources, and filled markers show sides.
 
     Args:
-        labels: of each method.
-        stand_ins: the name in the vocabulary of those that are drawn as it is.
+        labels: the label of each method.
+        stand_ins: the names in METHODS whose looks methods with other names get.
     """
     protecting = {method: label for method, label in labels.items() if label.source}
     settings = _sorted({label.setting for label in protecting.values()})
@@ -124,7 +124,7 @@ def looks(labels: Mapping[str, Label], stand_ins: Mapping[str, str]) -> Looks:
 
 
 def _apart(methods: Iterable[str], stand_ins: Mapping[str, str]) -> dict[str, Look]:
-    """Looks that differ from each other; labels that differ in a number alone go from light to dark."""
+    """Distinct looks; the colours of labels that differ only in a number go from light to dark."""
     known = {method: stand_ins.get(method, method) for method in methods}
     groups: dict[str, list[str]] = {}
     for method, name in known.items():
@@ -149,6 +149,6 @@ def _ramp(colormap: str, n: int, first: float, last: float) -> list[str]:
 
 
 def _sorted(labels: Iterable[str]) -> list[str]:
-    """By their text, and numbers in it by value."""
+    """Sort labels by their text, and numbers in the text by value."""
     parts = {label: re.split(r"(\d+(?:\.\d+)?)", label) for label in labels}
     return sorted(parts, key=lambda label: [float(p) if i % 2 else p for i, p in enumerate(parts[label])])

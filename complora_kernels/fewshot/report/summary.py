@@ -1,4 +1,4 @@
-"""Means and standard deviations over seeds and data sets, and the comparisons, out of results.jsonl."""
+"""Computes means and standard deviations over seeds and data sets, and the comparisons, from results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
-from complora_kernels.fewshot.report.comparisons import Comparison, compare, harmonic
-from complora_kernels.fewshot.report.labels import Variant, label_of, plain_lora, rivals, stand_ins
+from complora_kernels.fewshot.report.comparisons import Comparison, compare, comparison_pairs, harmonic
+from complora_kernels.fewshot.report.labels import Variant, label_of, plain_lora, stand_ins
 from complora_kernels.fewshot.report.results import Result, read_results
 
 Row = tuple[str, float | None]  # method and learning rate
-Runs = dict[str, dict[int, Result]]  # by data set and seed
+Runs = dict[str, dict[int, Result]]  # results by data set and seed
 
 
 class Spread(NamedTuple):
@@ -44,29 +44,29 @@ class Cell(NamedTuple):
 class Summary:
     """The results of one protocol, finished or not, on one data set or averaged over several.
 
-    An average over data sets is the mean of their means over seeds, and its deviation that of the seeds' averages. Only
-    data sets count in which every method and learning rate has a result, at the same number of shots.
+    An average over data sets is the mean of their means over seeds, and its deviation is that of the seeds' averages.
+    Only data sets count in which every method and learning rate has a result at the same number of shots.
 
     Args:
-        results: those of one protocol, at least one, as `read_results` sorts them.
+        results: the results of one protocol, at least one, in the order of `read_results`.
 
     Attributes:
-        protocol: how they were measured.
-        data_sets: what was trained on, as they come in the results.
+        protocol: the protocol of the measurements.
+        data_sets: the data sets that were trained on, in the order of the results.
         by_data: a summary of each data set.
-        methods: in the order of the results' places.
-        variants: what each method is.
-        labels: what the methods' names are made of.
+        methods: the methods, in the order of the results' places.
+        variants: the variant of each method.
+        labels: the parts of each method's name.
         plain: the name of plain LoRA, if there is one.
-        stand_ins: the name in the vocabulary of methods that stand for it under another.
-        learning_rates, shots, seeds: in ascending order.
-        rows: methods with each of their learning rates.
-        complete: by shots, the data sets that averages are over.
-        cells: by method, learning rate and shots; those that have no result are missing.
-        zero_shot: the pretrained model, by shots, because the test set may be what the shots leave.
+        stand_ins: the names in METHODS of methods that have another name.
+        learning_rates, shots, seeds: the values in ascending order.
+        rows: the methods with each of their learning rates.
+        complete: the data sets that averages are over, by shots.
+        cells: the accuracies by method, learning rate and shots; cells without a result are missing.
+        zero_shot: the accuracies of the pretrained model, by shots, because the test set may depend on the shots.
         seed_counts: the fewest and the most seeds of a cell, or of a data set that it averages.
-        relative_updates: mean |ΔW| / |W| by row; those that adapt nothing are missing.
-        tasks: the tasks that are kept: the known data sets in their order, then others as they come in the results.
+        relative_updates: mean |ΔW| / |W| by row; rows that adapt nothing are missing.
+        tasks: the retained tasks: the known data sets in their order, then others in the order of the results.
     """
 
     def __init__(self, results: Sequence[Result]):
@@ -107,22 +107,22 @@ class Summary:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What there is to compare: "new", "kept" where anything is kept, "H" of base and new classes."""
+        """The measured accuracies: "new", "kept" where there are retained tasks, "H" for base and new classes."""
         if all(result.kept is None for result in self.results):
             return ("new",)
         return ("new", "kept", "H") if self.protocol == "base-to-new" else ("new", "kept")
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Of the methods that are compared with one another, over all data sets."""
-        return [compare(self.results, *pair, self.measures) for pair in rivals(self.variants)]
+        """The comparisons of methods with their baselines, over all data sets."""
+        return [compare(self.results, *pair, self.measures) for pair in comparison_pairs(self.variants)]
 
     def runs(self, row: Row, shots: int) -> list[Result]:
         """The results of a method at a learning rate and a number of shots."""
         return [r for by_seed in self._runs.get((*row, shots), {}).values() for r in by_seed.values()]
 
     def changes(self, row: Row, shots: int) -> dict[str, tuple[float, float]]:
-        """Of each task that is kept: its accuracy before, and the mean change over data sets of means over seeds."""
+        """For each retained task, its accuracy before and its mean change, over data sets of means over seeds."""
         by_task: dict[str, list[tuple[float, float]]] = {}
         for data in self.complete[shots]:
             results = self._runs.get((*row, shots), {}).get(data, {}).values()
@@ -134,7 +134,7 @@ class Summary:
         return {task: (float(means[task][0]), float(means[task][1])) for task in self.tasks if task in means}
 
     def gaps(self) -> dict[str, dict[str, list[int]]]:
-        """Data sets in which something is missing, and at which shots: methods ("methods"), or only seeds ("seeds")."""
+        """The data sets, and their shots, in which methods have no result ("methods") or fewer seeds ("seeds")."""
         found: dict[str, dict[str, list[int]]] = {"methods": {}, "seeds": {}}
         for data in self.data_sets:
             for shots in self.shots:
@@ -150,7 +150,7 @@ class Summary:
         return min(counts), max(counts)
 
     def _relative_update(self, row: Row) -> float | None:
-        """The mean over shots and the data sets that averages are over of the mean over seeds."""
+        """The mean over shots and over the averages' data sets of the means over seeds."""
         means = []
         for shots, data_sets in self.complete.items():
             for data in data_sets:
@@ -161,7 +161,7 @@ class Summary:
 
 
 def summaries(lines: Iterable[Mapping[str, Any]], variants: Iterable[str] = ()) -> list[Summary]:
-    """A summary of each protocol in the lines of results.jsonl, in the order of a sweep's variants (`read_results`)."""
+    """Summarise each protocol in the lines of results.jsonl, in the order of a sweep's variants (`read_results`)."""
     by_protocol: dict[str, list[Result]] = {}
     for result in read_results(lines, variants):
         by_protocol.setdefault(result.protocol, []).append(result)
@@ -175,7 +175,7 @@ def _tasks(results: Iterable[Result]) -> list[str]:
 
 
 def _variants(results: Sequence[Result]) -> dict[str, Variant]:
-    """By method, in the order of tables; lines that tell a method's options count before those that do not."""
+    """The variant of each method, in the order of tables; results that tell a method's options take precedence."""
     variants: dict[str, Variant] = {}
     for result in sorted(results, key=lambda result: result.place):
         if result.method not in variants or variants[result.method].options is None:
@@ -193,7 +193,7 @@ def _cell(runs: Runs, data_sets: Iterable[str], prefix: str = "") -> Cell | None
 
 
 def _spread(by_data: Iterable[Mapping[int, Any]]) -> Spread | None:
-    """Over data sets and seeds; data sets in which a value is None do not count."""
+    """The spread over data sets and seeds; data sets in which a value is None do not count."""
     measured = [by_seed for by_seed in by_data if None not in by_seed.values()]
     if not measured:
         return None

@@ -1,4 +1,4 @@
-"""What is learned against what is kept: all that was measured, and the part of each front that is compared."""
+"""The figures of learned against retained accuracy: all measurements, and the compared part of each front."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from complora_kernels.fewshot.report.wording import axis_names, shots_name, word
 
 
 def new_against_kept(summary: Summary) -> Figure:
-    """A panel per number of shots with a point per learning rate; of one rate, one panel with a point per number."""
+    """A panel per number of shots with a point per learning rate; for a single rate, one panel with all shots."""
     by_shots = [Panel(shots_name(shots), summary, summary.methods, shots) for shots in summary.shots]
     over_rates = len(summary.learning_rates) > 1 or len(summary.shots) == 1
     panels = by_shots if over_rates else [Panel("", summary, summary.methods, None)]
@@ -24,7 +24,7 @@ def new_against_kept(summary: Summary) -> Figure:
 
 
 def fronts(summary: Summary) -> Figure:
-    """What is compared at equal new-task accuracy: each front from the zero-shot model to the most that it learns."""
+    """The compared part of each front: from the zero-shot model to its highest new-task accuracy."""
     panels = [Panel(shots_name(shots), summary, summary.methods, shots) for shots in summary.shots]
     title = f"Kept on the way to the highest {words(summary.protocol).equal}; {caption(summary, deviations=False)}"
     share = "xy" if len(panels) == 1 else ""

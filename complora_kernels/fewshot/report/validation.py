@@ -1,4 +1,4 @@
-"""What each method reaches when its settings are chosen on validation images."""
+"""The table of accuracies where each method's settings are chosen on validation images."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Collection
 import numpy as np
 
 from complora_kernels.fewshot.report.comparisons import whole_block
+from complora_kernels.fewshot.report.formats import Table
 from complora_kernels.fewshot.report.labels import family_name
 from complora_kernels.fewshot.report.summary import Row, Summary
-from complora_kernels.fewshot.report.tables import Table
 from complora_kernels.fewshot.report.wording import measure_names, shots_name
 
 
 def validation_table(summary: Summary) -> Table | None:
     """Families of methods down, shots across; None without validation images.
 
-    A family is the methods that are the same one of the vocabulary; it has the name of its only one, or that in the
-    vocabulary. On each data set and at each number of shots it is represented by `best_row`.
+    A family is the methods of one kind; it has the name of its only method, or that of the kind. On each data set and
+    at each number of shots `best_row` represents it.
     """
     families: dict[str, list[str]] = {}
     for method in summary.methods:
@@ -39,10 +39,10 @@ def validation_table(summary: Summary) -> Table | None:
 
 
 def best_row(summary: Summary, methods: Collection[str], shots: int) -> Row | None:
-    """Of one data set: the method and the learning rate with the best mean validation accuracy, the first of equals.
+    """The method and the learning rate with the best mean validation accuracy on one data set, the first of equals.
 
-    They are compared over the seeds that all have or, if there is none, in a `whole_block`. Those of which a seed has
-    no validation accuracy do not count.
+    They are compared over the seeds that all of them have or, if there is none, in a `whole_block`. A method and rate
+    with a seed without validation accuracy do not count.
     """
     results = {row: summary.runs(row, shots) for row in summary.rows if row[0] in methods}
     values = {

@@ -1,4 +1,4 @@
-"""What the numbers of a protocol are called, and the comparisons in words."""
+"""Words for the accuracies of a protocol, for gaps in the results, and for comparisons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from complora_kernels.fewshot.report.comparisons import Comparison, Gain
 from complora_kernels.fewshot.report.summary import Cell, Row, Spread, Summary
 
-_MOST_NAMES = 4  # of methods in one sentence
+_MOST_NAMES = 4  # the most methods that a sentence names
 
 
 class Words(NamedTuple):
@@ -17,9 +17,9 @@ class Words(NamedTuple):
 
     new: str = "new task"
     kept: str = "retained"
-    short: str = "new"  # `new`, where many rows have it
-    equal: str = "new-task accuracy"  # what fronts are compared at
-    keeps: str = "keeps {} {}"  # a difference and the rival
+    short: str = "new"  # the short form of `new`, for the names of rows
+    equal: str = "new-task accuracy"  # the accuracy at which fronts are compared
+    keeps: str = "keeps {} {}"  # filled with a difference and the baseline
     kept_accuracy: str = "retained accuracy"
     more: str = "Points more kept"
 
@@ -46,17 +46,17 @@ def words(protocol: str) -> Words:
 
 
 def new_name(summary: Summary) -> str:
-    """What is learned, such as "new task (digits)"."""
+    """The name of the learned task, such as "new task (digits)"."""
     return words(summary.protocol).new + _data_set(summary)
 
 
 def kept_name(summary: Summary) -> str:
-    """What is kept, such as "retained (letters)"."""
+    """The name of the retained tasks, such as "retained (letters)"."""
     return words(summary.protocol).kept + _tasks(summary)
 
 
 def axis_names(summary: Summary) -> tuple[str, str]:
-    """Both accuracies, such as "new-task accuracy (digits), %" and "retained accuracy (letters), %"."""
+    """The labels of both axes, such as "new-task accuracy (digits), %" and "retained accuracy (letters), %"."""
     names = words(summary.protocol)
     return f"{names.equal}{_data_set(summary)}, %", f"{names.kept_accuracy}{_tasks(summary)}, %"
 
@@ -66,7 +66,7 @@ def _data_set(summary: Summary) -> str:
 
 
 def _tasks(summary: Summary) -> str:
-    """Which tasks the runs keep, in brackets: their names, or how many each run has the mean of."""
+    """The retained tasks in brackets: their names, or the number of tasks in each run's mean."""
     kept = [result for result in summary.results if result.tasks]
     if set(summary.tasks) <= {words(summary.protocol).kept}:
         return ""
@@ -80,30 +80,30 @@ def _tasks(summary: Summary) -> str:
 
 
 def measure_names(summary: Summary) -> list[str]:
-    """What stands in a cell, in this order."""
+    """The names of the accuracies in a cell, in their order."""
     return [new_name(summary), kept_name(summary), "H (their harmonic mean)"][: len(summary.measures)]
 
 
 def short_name(summary: Summary, measure: str) -> str:
-    """A measure, where many rows have it."""
+    """The short name of a measure, for the names of rows."""
     return {"new": words(summary.protocol).short, "kept": words(summary.protocol).kept}.get(measure, measure)
 
 
 def title(summary: Summary) -> str:
-    """What all accuracies are."""
+    """The title of a table of accuracies."""
     several = summary.seed_counts[1] > 1
     return f"Accuracy in percent, {'mean ± standard deviation over ' if several else ''}{seeds_name(summary)}"
 
 
 def seeds_name(summary: Summary) -> str:
-    """How many seeds the cells have, such as "10 seeds" or "1 to 10 seeds"."""
+    """The number of seeds of the cells, such as "10 seeds" or "1 to 10 seeds"."""
     if summary.seed_counts[1] == 1:
         return "one seed" if len(summary.seeds) == 1 else "one seed each"
     return f"{_range(summary.seed_counts)} seeds"
 
 
 def average_name(summary: Summary) -> str:
-    """What accuracies over several data sets are; nothing for a single one."""
+    """The description of averages over data sets; it is empty for a single data set."""
     n = len(summary.data_sets)
     if n == 1:
         return ""
@@ -112,7 +112,7 @@ def average_name(summary: Summary) -> str:
 
 
 def gaps(summary: Summary) -> list[str]:
-    """What of an unfinished sweep averages leave out, and what they count unevenly."""
+    """Sentences about an unfinished sweep: the data sets that averages leave out, and unequal numbers of seeds."""
     if len(summary.data_sets) == 1:
         return _fewer_seeds(summary)
     missing = {"methods": "Left out of averages, because a method has no result", "seeds": "Unequal seeds"}
@@ -124,7 +124,7 @@ def gaps(summary: Summary) -> list[str]:
 
 
 def _fewer_seeds(summary: Summary) -> list[str]:
-    """Which methods and learning rates of one data set lack seeds that others have, those with the fewest first."""
+    """A sentence that names the methods and rates with fewer seeds than others, those with the fewest first."""
     gaps = {row: _seed_gap(summary, row) for row in summary.rows}
     found: list[tuple[int, str]] = []
     for method in summary.methods:
@@ -139,7 +139,7 @@ def _fewer_seeds(summary: Summary) -> list[str]:
 
 
 def _seed_gap(summary: Summary, row: Row) -> tuple[int, str] | None:
-    """Of a row that lacks seeds: the fewest that it has; how many, and at which shots, unless at all of them."""
+    """For a row with too few seeds: their lowest number, and a text with their numbers and shots; otherwise None."""
     counts = {shots: n for shots in summary.shots if (n := len(summary.runs(row, shots)))}
     fewer = {shots: n for shots, n in counts.items() if n < len(summary.seeds)}
     if not fewer:
@@ -155,18 +155,18 @@ def _range(counts: Collection[int]) -> str:
 
 
 def shots_name(n: int) -> str:
-    """Such as "4 shots"."""
+    """The number of shots in words, such as "4 shots"."""
     return f"{n} shot" if n == 1 else f"{n} shots"
 
 
 def percent(spread: Spread) -> str:
-    """Such as "63.1 ± 0.4"; without the deviation of a single value."""
+    """Mean and deviation in percent, such as "63.1 ± 0.4"; a single value has no deviation."""
     mean, sd = spread
     return f"{100 * mean:.1f}" if math.isnan(sd) else f"{100 * mean:.1f} ± {100 * sd:.1f}"
 
 
 def accuracies(cell: Cell, summary: Summary, deviations: bool = True) -> list[str]:
-    """What a cell holds, of each of the summary's measures."""
+    """The accuracies of a cell as texts, one for each of the summary's measures."""
     spreads = [cell.new, *([cell.kept or Spread(math.nan, math.nan)] if "kept" in summary.measures else [])]
     texts = [percent(spread if deviations else Spread(spread.mean, math.nan)) for spread in spreads]
     if "H" in summary.measures:
@@ -175,7 +175,7 @@ def accuracies(cell: Cell, summary: Summary, deviations: bool = True) -> list[st
 
 
 def interval(gain: Gain | None) -> str:
-    """Mean, 95% interval, seeds with a gain; with several data sets, those with a gain."""
+    """A gain as text: mean, 95% interval, seeds with a gain and, for several data sets, data sets with a gain."""
     if gain is None:
         return "–"
     mean, low, high, wins, seeds = gain.over_seeds
@@ -191,19 +191,19 @@ def sentences(summary: Summary) -> list[str]:
     if "kept" not in summary.measures:
         return []
     rated = {method for method, rate in summary.rows if rate is not None}
-    return [sentence(c, summary.protocol) for c in summary.comparisons if {c.method, c.rival} <= rated]
+    return [sentence(c, summary.protocol) for c in summary.comparisons if {c.method, c.baseline} <= rated]
 
 
 def sentence(comparison: Comparison, protocol: str = "few-shot") -> str:
     """The comparison at equal new-task accuracy, over all numbers of shots, in one sentence."""
-    method, rival = comparison.method, comparison.rival
+    method, baseline = comparison.method, comparison.baseline
     names = words(protocol)
     if not comparison.shots:
-        return f"{method} and {rival} have no data set, number of shots and seed in common."
+        return f"{method} and {baseline} have no data set, number of shots and seed in common."
     if comparison.overall is None:
         front = f"two learning rates or more, of which one gains {names.equal}"
-        return f"{method} and {rival}: no seed counts at every number of shots that both have (it takes {front})."
-    return f"At equal {names.equal}, {_difference(method, names.keeps, rival, comparison.overall)}."
+        return f"{method} and {baseline}: no seed counts at every number of shots that both have (it takes {front})."
+    return f"At equal {names.equal}, {_difference(method, names.keeps, baseline, comparison.overall)}."
 
 
 def _at_rate(comparison: Comparison, summary: Summary) -> list[str]:
@@ -211,23 +211,23 @@ def _at_rate(comparison: Comparison, summary: Summary) -> list[str]:
     verbs = {"new": f"reaches {{}} {{}} on the {names.new}", "kept": names.keeps, "H": "reaches {} {} in H"}
     rate = summary.learning_rates[0]
     gains = comparison.at_rate.get((rate, None), {})
-    where = "At" if (comparison.method, rate) in summary.rows else f"With {comparison.rival} at"
+    where = "At" if (comparison.method, rate) in summary.rows else f"With {comparison.baseline} at"
     return [
-        f"{where} learning rate {rate:g}, {_difference(comparison.method, verbs[measure], comparison.rival, gain)}."
+        f"{where} learning rate {rate:g}, {_difference(comparison.method, verbs[measure], comparison.baseline, gain)}."
         for measure, gain in gains.items()
     ]
 
 
-def _difference(method: str, verb: str, rival: str, gain: Gain) -> str:
+def _difference(method: str, verb: str, baseline: str, gain: Gain) -> str:
     mean, low, high, wins, seeds = gain.over_seeds
     if mean == low == high == gain.better == 0:
-        return f"{method} {verb.format('exactly as much as', rival)} in each of {seeds} seeds"
+        return f"{method} {verb.format('exactly as much as', baseline)} in each of {seeds} seeds"
     points = round(100 * mean, 1)
     shown = seeds > 1 and low * high > 0
     amount = f"{abs(points):.1f}" if points else "less than 0.1"
     difference = f"{amount} points {'more' if mean > 0 else 'less'} than" if points or shown else "as much as"
     data_sets = f"a gain on {gain.better} of {gain.data_sets} data sets" if gain.data_sets > 1 else ""
-    text = f"{method} {verb.format(difference, rival)}"
+    text = f"{method} {verb.format(difference, baseline)}"
     if seeds < 2:
         return f"{text} ({'; '.join(filter(None, ['one seed: no interval', data_sets]))})"
     verdict = "the interval excludes zero" if shown else "the interval includes zero: no difference shown"

@@ -1,4 +1,4 @@
-"""Splits that are written down: CoOp's JSON files, the text files of FGVC-Aircraft, tables."""
+"""Data sets described by annotation files: CoOp's JSON files, FGVC-Aircraft's text files, CSV tables."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _TABLE = "a table with the columns path,label[,split]"
 
 
 def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
-    """A data set whose files, labels and class names stand in a JSON file of CoOp's form.
+    """Read a data set from a JSON file of CoOp's form, which lists files, labels and class names.
 
     Args:
-        name: of the data set.
-        root: what file names are relative to in draws.
-        images: what they are relative to in the file.
-        path: the file: `{"train": [[file, label, class name], ...], "val": ..., "test": ...}`.
+        name: name of the data set.
+        root: the folder that file names in saved splits are relative to.
+        images: the folder that file names in the JSON file are relative to.
+        path: the JSON file: `{"train": [[file, label, class name], ...], "val": ..., "test": ...}`.
 
     Raises:
-        ValueError: another form, a label with two names or without any training image, two labels whose names give
-            one prompt; the message has the file and the entry.
-        FileNotFoundError: an entry whose image is not there.
+        ValueError: the file has another form, a label with two names or without any training image, or two labels
+            whose names give one prompt; the message names the file and the entry.
+        FileNotFoundError: the image of an entry does not exist.
     """
     with reading(path, "JSON"):
         content: Any = json.loads(read_plain(path))
     if not isinstance(content, dict) or any(not isinstance(content.get(split), list) for split in SPLITS):
         raise ValueError(f"{path}: expected an object with the three lists {', '.join(SPLITS)}")
     splits: dict[str, list[Entry]] = {}
-    named: dict[int, tuple[str, str]] = {}  # the name of each label, and the entry that gave it
+    named: dict[int, tuple[str, str]] = {}  # by label: its name, and the first entry with that name
     for split in SPLITS:
         splits[split] = []
         for i, entry in enumerate(content[split]):
@@ -69,11 +69,11 @@ def read_json_split(name: str, root: Path, images: Path, path: Path) -> Dataset:
 
 
 def read_variants(name: str, home: Home) -> Dataset:
-    """FGVC-Aircraft: class names line by line in variants.txt, and for each split lines of an image and its class.
+    """Read FGVC-Aircraft: variants.txt has a class name per line, the file of each split an image and its class.
 
     Raises:
-        ValueError: a class that variants.txt does not have, with the file and the line.
-        FileNotFoundError: a line whose image is not there.
+        ValueError: variants.txt does not have a class; the message names the file and the line.
+        FileNotFoundError: the image of a line does not exist.
     """
     class_names = [line for line in read_lines(home.folder / "variants.txt") if line]
     labels = {class_name: label for label, class_name in enumerate(class_names)}
@@ -97,15 +97,15 @@ def read_variants(name: str, home: Home) -> Dataset:
 
 
 def read_csv(path: Path) -> Dataset:
-    """A data set out of a table with the columns path, label and, if the split is given, split.
+    """Read a data set from a table with the columns path, label and, if the split is given, split.
 
     Paths are relative to the table; labels are class names, in sorted order; splits are train, val and test. Without
     the column `ratio_split` decides, by the paths as they are written. A warning names classes without a test image.
 
     Raises:
-        FileNotFoundError: no such table, or a row whose image is not there.
-        ValueError: no CSV, missing columns, an empty cell or one too many, an unknown split, an image named twice; with
-            the file and the line. A single class.
+        FileNotFoundError: the table, or the image of a row, does not exist.
+        ValueError: the file is no CSV, lacks a column, or has an empty cell, a cell too many, an unknown split or an
+            image that stands twice, in which case the message names the file and the line; or it has a single class.
     """
     if not path.is_file():
         raise FileNotFoundError(f"csv:{path}: there is no such file, expected {_TABLE}")
@@ -130,13 +130,13 @@ def read_csv(path: Path) -> Dataset:
 
 
 def _rows(path: Path) -> tuple[list[list[str]], list[int]]:
-    """The cells of path, label and perhaps split of every row, and the lines they stand on."""
+    """The cells of path, label and perhaps split of every row, and the numbers of the rows' lines."""
     rows, numbers, seen = [], [], dict[str, int]()
     for number, cells in _table(path):
         if len(cells) == 3 and cells[2] not in SPLITS:
             raise ValueError(f"{path}, line {number}: split is {cells[2]!r}, expected {', '.join(SPLITS)}")
-        # One image has many paths: a.png, ./a.png, x/../a.png and the absolute one
-        file = os.path.abspath(path.parent / cells[0])  # noqa: PTH100 Path.resolve would ask the disk for each
+        # An image has many paths: a.png, ./a.png, x/../a.png and the absolute one
+        file = os.path.abspath(path.parent / cells[0])  # noqa: PTH100 (Path.resolve asks the disk for each)
         first = seen.setdefault(file, number)
         if first != number:
             raise ValueError(f"{path}, line {number}: {cells[0]!r} is the image of line {first} too, expected it once")
@@ -146,8 +146,8 @@ def _rows(path: Path) -> tuple[list[list[str]], list[int]]:
 
 
 def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The line of every row and its cells of path, label and, if there is such a column, split; none is empty."""
-    # If it were not strict, all rows after a quotation mark that is not closed would be one cell
+    """Yield the line number and the cells of path, label and perhaps split of every row; no cell is empty."""
+    # A reader that is not strict takes all rows after an unclosed quotation mark for one cell
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, skipinitialspace=True)
     try:
         header = [name.strip() for name in next(filter(None, reader), [])]
@@ -157,7 +157,7 @@ def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
                 f"{path}: the columns are {', '.join(header) or 'missing'}, expected path,label[,split], each once and "
                 "with commas between them"
             )
-        for row in filter(None, reader):  # without empty lines
+        for row in filter(None, reader):  # empty lines are skipped
             where = f"{path}, line {reader.line_num}"
             if any(row[len(header) :]):
                 raise ValueError(f"{where}: {len(row)} cells, expected {len(header)}; a cell with a comma needs quotes")

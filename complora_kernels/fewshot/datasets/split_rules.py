@@ -1,7 +1,7 @@
-"""The rules by which a seed draws images: ours, CoOp's and CLIP-LoRA's.
+"""The rules by which a seed chooses a few-shot split: the project's own, CoOp's and CLIP-LoRA's.
 
-Each takes a data set with training images, the shots and the seed, and returns the indices of the images to train on
-and to validate on. `draws.draw` says what each rule is.
+Each takes a data set with training images, the shots and the seed, and returns the indices of the training images and
+of the validation images. `choose_split` describes each rule.
 """
 
 from __future__ import annotations
@@ -9,15 +9,53 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from complora_kernels.fewshot.datasets.dataset import Dataset
-from complora_kernels.fewshot.sampler import draw_classes
 
 MOST_VAL = 4
-"""Validation images of a class, at most."""
-_VAL = 2  # keeps the random numbers of validation images apart from all others of the seed
+"""The most validation images of a class."""
+_VAL_STREAM = 2  # separates the random numbers of validation images from all others of the seed
+
+
+def sample_shots(
+    labels: Tensor,
+    shots: int,
+    seed: int | tuple[int, ...],
+    *,
+    leave: int = 0,
+    strict: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> Tensor:
+    """Sample `shots` images of every class; the sample is part of every larger sample of the same seed.
+
+    Args:
+        labels: int64 [N].
+        shots: images per class, at least 1.
+        seed: seed of the random numbers, not negative.
+        leave: the number of images of every class that must be left over.
+        strict: False: a class with fewer images gives all of them.
+        class_names: the names of the labels in messages.
+
+    Returns:
+        int64 [S], indices class by class, in ascending order of the labels.
+
+    Raises:
+        ValueError: a class has fewer images than `shots` and `leave` together.
+    """
+    random = np.random.default_rng(seed)
+    chosen = []
+    classes, counts = labels.unique(return_counts=True)
+    members_by_class = labels.argsort(stable=True).split(counts.tolist())
+    for label, members in zip(classes.tolist(), members_by_class, strict=True):
+        if strict and len(members) < shots + leave:
+            name = label if class_names is None else repr(class_names[label])
+            expected = f"at least {shots + leave}" + (", to test on the rest" if leave else "")
+            raise ValueError(f"shots={shots}: class {name} has {len(members)} images, expected {expected}")
+        chosen.append(members[torch.from_numpy(random.permutation(len(members))[:shots])])
+    return torch.cat(chosen)
 
 
 def _own(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -25,10 +63,10 @@ def _own(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]:
     leave = 1 if dataset.test is None else 0
     if not leave:
         _check_enough(dataset, shots)
-    train = dataset.train[draw_classes(labels[dataset.train], shots, seed, leave=leave, class_names=names)]
+    train = dataset.train[sample_shots(labels[dataset.train], shots, seed, leave=leave, class_names=names)]
     val = dataset.val
     if len(val):
-        val = val[draw_classes(labels[val], min(shots, MOST_VAL), (seed, 0, _VAL), strict=False)]
+        val = val[sample_shots(labels[val], min(shots, MOST_VAL), (seed, 0, _VAL_STREAM), strict=False)]
     return train, val
 
 
@@ -54,8 +92,8 @@ def _clip_lora(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]
             if len(members) < shots + most:
                 label = int(dataset.labels[members[0]])
                 raise ValueError(
-                    f"shots={shots}: {_training_images(dataset, label)}, expected at least {shots + most}: as "
-                    f"CLIP-LoRA draws, {most} to validate on come out of them too"
+                    f"shots={shots}: {_training_images(dataset, label)}, expected at least {shots + most}: in "
+                    f"CLIP-LoRA's split {most} validation images come out of them too"
                 )
             sample = random.sample(members, shots + most)
             train += sample[:shots]
@@ -71,13 +109,13 @@ def _check_enough(dataset: Dataset, shots: int) -> None:
 
 
 def _training_images(dataset: Dataset, label: int) -> str:
-    """How many images of a class there are to train on, of how many: a split leaves fewer than its folder holds."""
-    n, of_all = int((dataset.labels[dataset.train] == label).sum()), int((dataset.labels == label).sum())
-    return f"class {dataset.class_names[label]!r} has {n} training image{'s' * (n != 1)} (of {of_all} in all)"
+    """The number of training images of a class beside that of all its images, as a part of a message."""
+    n, total = int((dataset.labels[dataset.train] == label).sum()), int((dataset.labels == label).sum())
+    return f"class {dataset.class_names[label]!r} has {n} training image{'s' * (n != 1)} (of {total} in all)"
 
 
 def _classes(dataset: Dataset, indices: Tensor) -> list[list[int]]:
-    """The indices by class, the classes in the order of their first images."""
+    """The indices of each class; the classes come in the order of their first images."""
     members: dict[int, list[int]] = {}
     for index, label in zip(indices.tolist(), dataset.labels[indices].tolist(), strict=True):
         members.setdefault(label, []).append(index)
