@@ -247,6 +247,7 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
     for place, error in zip(places, itertools.cycle(ERRORS)):
         with contextlib.suppress(error, ValueError), fault_at(place, error):  # ValueError: the file cannot be read
             run(model)
+        assert torch.is_grad_enabled(), place
         if same(references(model), before):
             continue
         if contents(model) != after:
