@@ -183,7 +183,7 @@ def _hooks(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> I
         return
 
     inputs, adapts_o = [name for name in ("q", "k", "v") if name in layer.weights], "o" in layer.weights
-    # Torch's attention reads the weight of out_proj without calling it; other attentions call it.
+    # Torch's attention reads the weight of out_proj without calling it; others call it.
     mix = layer.mix if adapts_o and isinstance(layer, CompLoRAMultiheadAttention) else None
 
     def add_qkv(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

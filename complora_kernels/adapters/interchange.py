@@ -72,8 +72,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
-            q, k, v of open_clip 4's attention, which are no modules, or a layer of a class that is not one of this
-            package's. Also as `save_adapter`.
+            q, k, v of an attention in which they are no modules, or a layer that PEFT has no known module for. Also as
+            `save_adapter`.
     """
     layers = adapted_layers(adapted_model(model))
     for path, layer in layers.items():
@@ -160,8 +160,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     CLIP that the adapter was trained on, for OpenAI's weights the variant with QuickGELU.
 
     Args:
-        model: an open_clip model, or one of OpenAI's package, without an adapter; in wrappers or not, as for
-            `apply_complora`.
+        model: a CLIP model of a library that `complora_kernels.integrations` knows, without an adapter; in
+            wrappers or not, as for `apply_complora`.
         path: the file; torch's weights-only reader reads it, which runs no code.
         progress: as `apply_complora`.
 
