@@ -116,13 +116,19 @@ def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Cali
     """The second moments of the inputs of each layer's weights while `calibrate(model)` runs, by the layer's path."""
     moments = {path: SecondMoments() for path, *_ in watched}
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_recording(model, watched, moments))
-        if any(map(is_compiled, model.modules())):  # code that was compiled before would not call the hooks
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
-        calibrate(model)
+    stack = contextlib.ExitStack()
+    try:
+        try:
+            stack.enter_context(_recording(model, watched, moments))
+            if any(map(is_compiled, model.modules())):  # code that was compiled before would not call the hooks
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
+            calibrate(model)
+        finally:
+            stack.close()
+    finally:
+        stack.close()  # again: an interrupt may have come before the first call
     return moments
 
 
@@ -177,7 +183,7 @@ def _hooks(module: nn.Module, layer: CompLoRALayer, moments: SecondMoments) -> I
         return
 
     inputs, adapts_o = [name for name in ("q", "k", "v") if name in layer.weights], "o" in layer.weights
-    # Torch's attention reads the weight of out_proj without calling it; other attentions call it.
+    # Torch's attention reads the weight of out_proj without calling it; others call it.
     mix = layer.mix if adapts_o and isinstance(layer, CompLoRAMultiheadAttention) else None
 
     def add_qkv(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
