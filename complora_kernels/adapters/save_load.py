@@ -46,7 +46,8 @@ from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.integrations import find
-from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
+from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.modules.protected import PROJECTED_SIDES
 
 Model = TypeVar("Model", bound=nn.Module)
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by module: Ã [r, in] and B̃ [out, r]

@@ -281,6 +281,35 @@ def test_classes_and_signatures_are_those_of_the_plain_model(make, options):
     assert list(inspect.signature(branches().forward).parameters) == ["x", "only"]
 
 
+class Stateful(nn.Module):
+    """Has a state of its own for pickling, and names that a scope might use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = nn.Linear(4, 4)
+        self.lock: Any = threading.Lock()  # which no pickle takes
+
+    def truncate(self, x: Tensor) -> Tensor:
+        return x[:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reading(self.truncate(x))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "lock": None}
+
+
+def test_a_scope_leaves_a_models_own_names_and_state_alone(folds):
+    model = adapted(Stateful(), target_modules="reading", subspace_k=2)
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), by_pickle(model), pickle.loads(pickle.dumps(model, protocol=0))):
+        assert twin.lock is None
+        folds.clear()
+        assert torch.equal(twin(x), expected)
+        assert len(folds) == 1
+
+
 # ---- which fold a layer uses
 
 

@@ -393,7 +393,7 @@ def test_another_number_of_texts(positions):
 
 def test_other_threads_see_nothing(positions):
     model = adapted(clip().double(), target_modules=ALL)
-    with forward_scope.scope({}, model.visual.reading()):
+    with forward_scope.scope({}, model.visual._reading_of_scope()):
         thread = threading.Thread(target=model.visual.transformer, args=(torch.randn(N, PATCHES + 1, D).double(),))
         thread.start()
         thread.join()
