@@ -67,8 +67,9 @@ class BlockParts(NamedTuple):
 class CompLoRABlock(Extension):
     """A residual block that computes `x + attention(LN1(x))` and `x + mlp(LN2(x))` by fused operations.
 
-    Its own forward pass runs while torch.compile traces (Inductor fuses the same things), and when a part of it was
-    exchanged, hooked or unfrozen. Both give the same result, of one position where the running scope asks for one.
+    Its own forward pass runs while torch.compile traces (Inductor fuses the same operations), and when a part of it was
+    exchanged, hooked or unfrozen. Both give the same result; only the fused one computes a single position where the
+    running scope reads no other.
 
     The integration of a model library derives from it: with `parts`, and with the `forward` of the library's block.
     The fused operations read the weights and factors of the adapted layers in the block, and do not call their
@@ -106,7 +107,7 @@ class CompLoRABlock(Extension):
         fc1, fc2 = _linear(parts.fc1, dtype), _linear(parts.fc2, dtype)
         recompute = self.recompute == "mlp"
         y = norm_lora_mlp(stream, delta, _norm(parts.norm2), fc1, fc2, parts.activation, recompute=recompute)
-        # The tower looks up again a position that was given: it finds it wherever it looks.
+        # A tower that gave positions takes them from y again: every position of y holds the one that was computed.
         return y if one is None or one.positions is None else y.expand(x.shape)
 
     def _fusible_parts(self, x: Tensor) -> BlockParts | None:

@@ -451,7 +451,7 @@ def test_functional_call_of_a_layer_inside_its_tower():
     mlp = model.visual.transformer.resblocks[1].mlp
     zeros = torch.zeros_like(mlp.c_fc.lora_B)
     while zeros._version < mlp.c_fc.lora_B._version:
-        zeros.zero_()  # as often written to as the factor that it replaces
+        zeros.zero_()  # its version is then that of the factor that it replaces
     original = mlp.forward
     mlp.forward = lambda x: mlp.c_proj(mlp.gelu(torch.func.functional_call(mlp.c_fc, {"lora_B": zeros}, (x,))))
     ours = images(model)
@@ -504,7 +504,7 @@ def test_checkpointing_changes_no_gradient(make, kind, folds, monkeypatch):
     model = adapted(make(), target_modules=ALL, lora_dropout=0.3).train()
     x = IMAGES.clone().requires_grad_()  # without, reentrant checkpointing gives the first block no gradient
     with monkeypatch.context() as patch:
-        compute_every_position(patch)  # as checkpointing does: the dropout masks are then the same
+        compute_every_position(patch)  # checkpointing does so: the dropout masks are then the same
         expected = results(model, layer_by_layer(lambda model: model.visual(x)))
     for library in (open_clip.transformer, stand_in):
         monkeypatch.setattr(library, "checkpoint", CHECKPOINTS[kind])

@@ -162,7 +162,7 @@ def test_dropout_is_drawn_and_scaled():
             parameter.mul_(0.1)
         expected = model.eval().encode_image(images())
         draws = torch.stack([model.train().encode_image(images()) for _ in range(400)])
-    spread = draws.std(0).norm() / 20  # of the mean
+    spread = draws.std(0).norm() / 20  # standard deviation of the mean
     assert spread > 0
     assert (draws.mean(0) - expected).norm() < 4 * spread
 
