@@ -21,7 +21,8 @@ from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
-from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer
+from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.modules.protected import PROJECTED_SIDES
 
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side

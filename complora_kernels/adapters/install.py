@@ -14,8 +14,9 @@ from complora_kernels.common.wrappers import unwrap
 from complora_kernels.integrations import Integration, find
 from complora_kernels.modules.extend import Extension, extend
 from complora_kernels.modules.forward_scope import Scoped
-from complora_kernels.modules.layer import CompLoRALayer, check_before_load
+from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.masks import recognise_causal_mask
+from complora_kernels.modules.protected import check_before_load
 
 logger = logging.getLogger("complora_kernels")
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from complora_kernels.adapters.build import adapted_layers, adapted_model
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
-from complora_kernels.modules.layer import PROJECTED_SIDES, CompLoRALayer, switched_off
+from complora_kernels.modules.layer import CompLoRALayer, switched_off
+from complora_kernels.modules.protected import PROJECTED_SIDES
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

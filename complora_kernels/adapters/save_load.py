@@ -42,7 +42,7 @@ from complora_kernels.common.files import reading
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
-from complora_kernels.modules.layer import PROJECTED_SIDES
+from complora_kernels.modules.protected import PROJECTED_SIDES
 
 Model = TypeVar("Model", bound=nn.Module)
 

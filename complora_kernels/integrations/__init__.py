@@ -15,7 +15,8 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
 from complora_kernels.modules.extend import Extension
 from complora_kernels.modules.forward_scope import Scoped
-from complora_kernels.modules.layer import CompLoRALayer, WeightRows
+from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.modules.protected import WeightRows
 
 
 class Block(NamedTuple):
@@ -32,16 +33,16 @@ class Target(NamedTuple):
 
     path: str
     module: nn.Module
-    weights: dict[str, WeightRows]  # where each adapter's frozen weight lies, by the adapter's name
+    weights: dict[str, WeightRows]  # the place of each adapter's frozen weight, by the adapter's name
     adapt: Callable[..., CompLoRALayer]  # called (module, config, path=path): makes the layer, changes nothing
 
 
 class Integration(Protocol):
-    """What is to be known of a library's models."""
+    """The functions by which the package knows a library's models."""
 
     @property
     def FusedBlock(self) -> type[CompLoRABlock]:
-        """What a residual block is extended by where its parts are known."""
+        """The extension of residual blocks whose parts are known."""
         ...
 
     def recognises(self, model: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.masks import known_causal
 from complora_kernels.modules.truncation import TextTower, reading_texts
 
-PACKAGES = ("torch", "open_clip", "clip")  # those whose classes are known by their names
+PACKAGES = ("torch", "open_clip", "clip")  # classes of these packages are known by their names
 NORMS = ("LayerNorm", "LayerNormFp32")  # torch's own and open_clip's, which compute in float32 and round
 ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
 LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, CompLoRALinear)
@@ -156,7 +156,7 @@ class ImageTower(Scoped):
     activation checkpointing is on, and where somebody hooked the last block, the transformer or the norm behind it.
     """
 
-    def reading(self) -> Reading | None:
+    def _reading_of_scope(self) -> Reading | None:
         last = None if torch.compiler.is_compiling() else last_image_block(self)
         return None if last is None else Reading(last.alone)
 
@@ -276,7 +276,7 @@ class FusedBlock(CompLoRABlock):
         k_x: Tensor | None = None,
         v_x: Tensor | None = None,
         attn_mask: Tensor | None = None,  # [L, L] or [N · heads, L, L]
-    ) -> Tensor:  # as q_x; of the first position alone [N, 1, d], or [1, N, d]
+    ) -> Tensor:  # shaped as q_x; [N, 1, d], or [1, N, d], where the first position alone is read
         if k_x is None and v_x is None:
             mask = getattr(self, "attn_mask", None) if attn_mask is None else attn_mask  # OpenAI's block keeps its own
             if mask is not None and not mask.is_floating_point():

@@ -13,8 +13,9 @@ from complora_kernels.integrations import Block, Target, find
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
 from complora_kernels.modules.extend import Extension
 from complora_kernels.modules.forward_scope import Scoped
-from complora_kernels.modules.layer import CompLoRALayer, WeightRows
+from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.linear import CompLoRALinear
+from complora_kernels.modules.protected import WeightRows
 
 FusedBlock = CompLoRABlock
 
@@ -44,7 +45,7 @@ def nothing_selected(config: CompLoRAConfig, tower: str, reason: str) -> str:
 
 def linear_target(path: str, module: nn.Module) -> Target:
     """A target that becomes a `CompLoRALinear`."""
-    rows = module.out_features if isinstance(module, nn.Linear) else 0  # of another class: an error when it is adapted
+    rows = module.out_features if isinstance(module, nn.Linear) else 0  # another class is refused when it is adapted
     return Target(path, module, {"": WeightRows("weight", 0, rows)}, CompLoRALinear.from_linear)
 
 

@@ -10,13 +10,15 @@ from torch.nn import functional as F
 
 from complora_kernels import functional
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
+from complora_kernels.modules.float32_state import Factors
 from complora_kernels.modules.forward_scope import factors_in_scope
-from complora_kernels.modules.layer import CompLoRALayer, Factors, WeightRows, clone_as, require_plain
+from complora_kernels.modules.layer import CompLoRALayer, clone_as, require_plain
 from complora_kernels.modules.masks import additive_mask, known_causal
+from complora_kernels.modules.protected import WeightRows
 
 
 class CompLoRAAttentionLayer(CompLoRALayer):
-    """The projections of both attention modules; `in_proj_weight` [3d, d] and `out_proj` stay what they were."""
+    """Attention whose weights of q, k and v are packed; `in_proj_weight` [3d, d] and `out_proj` stay as they were."""
 
     in_proj_weight: nn.Parameter  # [3d, d]
     in_proj_bias: nn.Parameter | None  # [3d]
@@ -111,7 +113,8 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with adapters `lora_A.q`, `lora_B.q`, … on any of q, k, v and o.
 
     Same call, same parameters, same results before training. Each of q, k, v has its own [d, d] weight, subspace and
-    dropout mask; the three are computed in one product. Make it with `from_attention`. See also the base class.
+    dropout mask; the three are computed in one product. Make it with `from_attention`. A fused residual block
+    (`CompLoRABlock`) reads its weights and factors and does not call its `forward`. See also the base class.
     """
 
     @classmethod
@@ -170,11 +173,11 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The mixed heads, as query, which o projects, and the attention's weights: `forward` but for `o`."""
+        """`forward` without the output projection: its input, shaped as query, and the attention's weights."""
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask=None with is_causal=True, expected a mask: is_causal is a hint about it")
         unbatched = query.dim() == 2
-        q, k, v = self._project_qkv(query, key, value)  # as query, key, value
+        q, k, v = self._project_qkv(query, key, value)  # shaped as query, key, value
         q, k, v = (self._heads(projected, unbatched) for projected in (q, k, v))  # [N, heads, L or S, d / heads]
         causal = (
             attn_mask is not None and key_padding_mask is None and known_causal(attn_mask, q.shape[-2], k.shape[-2])

@@ -44,13 +44,13 @@ class Projection(NamedTuple):
 class AttentionParts(NamedTuple):
     """Self-attention of `heads` heads."""
 
-    projections: tuple[Projection, ...]  # of q, k and v: one where they are packed, else three
+    projections: tuple[Projection, ...]  # one where q, k and v are packed, else three
     out: nn.Linear
     project_out: Callable[[Tensor], Tensor]  # [..., d] to [..., d]: `out` with its adapter, where it has one
     heads: int
     sequence_first: bool  # x is [L, N, d]
-    scale: float | None  # of the logits; None: 1 / sqrt(d / heads)
-    dropout_p: float  # of the attention's weights; 0 in evaluation
+    scale: float | None  # factor of the logits; None: 1 / sqrt(d / heads)
+    dropout_p: float  # probability of dropping an attention weight; 0 in evaluation
 
 
 class BlockParts(NamedTuple):
@@ -67,8 +67,9 @@ class BlockParts(NamedTuple):
 class CompLoRABlock(Extension):
     """A residual block that computes `x + attention(LN1(x))` and `x + mlp(LN2(x))` by fused operations.
 
-    Its own forward pass runs while torch.compile traces (Inductor fuses the same things), and when a part of it was
-    exchanged, hooked or unfrozen. Both give the same result, of one position where the running scope asks for one.
+    Its own forward pass runs while torch.compile traces (Inductor fuses the same operations), and when a part of it was
+    exchanged, hooked or unfrozen. Both give the same result; only the fused one computes a single position where the
+    running scope reads no other.
 
     The integration of a model library derives from it: with `parts`, and with the `forward` of the library's block.
     The fused operations read the weights and factors of the adapted layers in the block, and do not call their
@@ -88,7 +89,7 @@ class CompLoRABlock(Extension):
         self,
         x: Tensor,  # [N, L, d], or [L, N, d]
         attn_mask: Tensor | None,  # [L, L] or [N · heads, L, L], added to the logits
-    ) -> Tensor | None:  # as x; of the first position alone [N, 1, d], or [1, N, d]
+    ) -> Tensor | None:  # shaped as x; [N, 1, d], or [1, N, d], where the first position alone is read
         """The block by fused operations; None where its own forward pass has to run."""
         parts = self._fusible_parts(x)
         if parts is None:
@@ -106,7 +107,7 @@ class CompLoRABlock(Extension):
         fc1, fc2 = _linear(parts.fc1, dtype), _linear(parts.fc2, dtype)
         recompute = self.recompute == "mlp"
         y = norm_lora_mlp(stream, delta, _norm(parts.norm2), fc1, fc2, parts.activation, recompute=recompute)
-        # The tower looks up again a position that was given: it finds it wherever it looks.
+        # A tower that gave positions takes them from y again: every position of y holds the one that was computed.
         return y if one is None or one.positions is None else y.expand(x.shape)
 
     def _fusible_parts(self, x: Tensor) -> BlockParts | None:
@@ -134,7 +135,7 @@ def _project(
     attention: AttentionParts,
     wanted: str,  # "qkv", "kv" or "q"
     dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:  # as x; each [N, heads, L, d / heads]
+) -> tuple[Tensor, list[Tensor]]:  # shaped as x; each [N, heads, L, d / heads]
     """The stream, whose values are those of x, and the heads of some of q, k and v."""
     order = (1, 2, 0, 3) if attention.sequence_first else (0, 2, 1, 3)
     stream, heads = x, []
@@ -220,7 +221,7 @@ def _global_hooks() -> bool:
 
 
 def set_recompute(model: nn.Module, recompute: str) -> None:
-    """Says what the residual blocks of an adapted model compute again in the backward pass, to save memory.
+    """Chooses what the residual blocks of an adapted model compute again in the backward pass, to save memory.
 
     Args:
         model: a model from `apply_complora`.

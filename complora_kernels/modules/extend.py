@@ -6,6 +6,7 @@ its answers.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Iterable
 from types import FunctionType
@@ -21,8 +22,11 @@ class Extension(Unscriptable):
     """The base of what `extend` adds: a mixin whose methods come before those of the module's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return make, arguments, *state  # the plain class has a way of its own, and the copy is of that class
         # A class that was made at run time cannot be found by its name: it is made again from the two it came from.
-        return _rebuild, type(self).__bases__, self.__dict__
+        return _rebuild, type(self).__bases__, *state
 
 
 def extend(module: nn.Module, extensions: Iterable[type[Extension]], changes: Changes) -> None:
@@ -71,7 +75,7 @@ def _signed_as(plain: Any, method: FunctionType, label: str) -> FunctionType:
     code = method.__code__.replace(co_name=label)
     copy = FunctionType(code, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
     copy.__kwdefaults__ = method.__kwdefaults__
-    functools.update_wrapper(copy, plain)
+    functools.update_wrapper(copy, plain, updated=())  # without torch.compile's marks on the plain method
     return copy
 
 

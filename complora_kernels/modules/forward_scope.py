@@ -1,4 +1,4 @@
-"""What holds while the forward pass of a tower runs: folded factors, and the positions that its feature is read at.
+"""State of the forward pass that a tower runs: its folded factors, and the positions that its feature is read at.
 
 A scope lives as long as that forward pass, on the thread that runs it and outside the modules, so that nothing is left
 to be copied or saved with them. Within it
@@ -43,15 +43,15 @@ class FoldedLayer(NamedTuple):
 
 
 class LastBlock(NamedTuple):
-    """The way from the last block of a tower to its feature. A user hook on any of these sees all positions."""
+    """The modules between the last block of a tower and its feature. A user hook on any of them sees all positions."""
 
     block: nn.Module
     transformer: nn.Module
-    norm: nn.Module  # behind the transformer
+    norm: nn.Module  # applied to what the transformer returns
 
     @property
     def alone(self) -> nn.Module | None:
-        """The block, where nobody but the tower sees what it computes."""
+        """The block; None where a user hook sees what it computes."""
         return None if any(map(has_user_hooks, self)) else self.block
 
 
@@ -76,7 +76,7 @@ class Scope(NamedTuple):
 
 
 class _Thread(threading.local):
-    def __init__(self) -> None:  # not in the class: torch.compile guards on what a thread's own dict holds
+    def __init__(self) -> None:  # no class attribute, because torch.compile guards on the dict of a thread
         self.scopes: tuple[Scope, ...] = ()  # the innermost comes last
 
 
@@ -84,20 +84,25 @@ _THREAD = _Thread()
 
 
 class Scoped(Extension):
-    """A module whose forward pass is a scope. Which layers are folded is looked up each time that it begins."""
+    """A module whose forward pass is a scope. Which layers are folded is looked up each time that it begins.
+
+    An integration overrides what its towers read. The names are unlikely ones, because any model may be extended.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reading = current_reading()
         if reading is not None and reading.transformer is self:
-            args, kwargs = self.truncate(reading, args, kwargs)
-        with scope(fold_below(self), self.reading()):
+            args, kwargs = self._truncate_for_scope(reading, args, kwargs)
+        with scope(fold_below(self), self._reading_of_scope()):
             return super().forward(*args, **kwargs)
 
-    def reading(self) -> Reading | None:
-        """Where the forward pass that now begins is read: as the one around it."""
+    def _reading_of_scope(self) -> Reading | None:
+        """The reading of the forward pass that now begins; by default that of the one around it."""
         return current_reading()
 
-    def truncate(self, reading: Reading, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _truncate_for_scope(
+        self, reading: Reading, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """The arguments of a transformer that is called (x, attn_mask=mask), without the positions that nobody reads.
 
         They are left as they are where it is called otherwise, or under a mask that is not known to be causal.

@@ -9,7 +9,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.forward_scope import factors_in_scope
-from complora_kernels.modules.layer import CompLoRALayer, WeightRows, clone_as, require_plain
+from complora_kernels.modules.layer import CompLoRALayer, clone_as, require_plain
+from complora_kernels.modules.protected import WeightRows
 
 
 class CompLoRALinear(CompLoRALayer, nn.Linear):
@@ -17,7 +18,8 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
 
     A `nn.Linear` with the same `weight` and `bias`, the parameters `lora_A` [r, in] and `lora_B` [out, r] (float32 or
     wider), and bases that are computed from the weight, or by `protect_activations` from its inputs, and are not in the
-    state dict. Make it with `from_linear`. See also the base class.
+    state dict. Make it with `from_linear`. A fused residual block (`CompLoRABlock`) reads its weight and factors and
+    does not call its `forward`. See also the base class.
     """
 
     lora_A: nn.Parameter  # [r, in]

@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import complora_kernels as ck
-from complora_kernels.adapters.build import adapted_layers
+from complora_kernels.adapters.build import adapted_layers, build_layers
+from complora_kernels.adapters.install import install
+from complora_kernels.common.changes import Changes
 from complora_kernels.integrations.open_clip import CompLoRAAttention
 
 TARGETS = [("q", "k", "v"), ("o",), ("fc1", "fc2"), ("q", "fc2"), ("q", "k", "v", "o", "fc1", "fc2")]
@@ -276,7 +278,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, monkeypatch):
         torch.manual_seed(5)
         with monkeypatch.context() as patch:
             if not enable:
-                compute_every_position(patch)  # as checkpointing does: the dropout masks are then the same
+                compute_every_position(patch)  # checkpointing does so: the dropout masks are then the same
             features(model, *inputs).square().sum().backward()
         gradients.append([factor.grad for factor in ck.adapter_parameters(model)])
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
@@ -307,6 +309,24 @@ def test_half_precision_models(make, dtype):
     assert half.dtype == dtype
     # Some twenty roundings, of weights and activations, one after another.
     assert (half.double() - exact).norm() < 20 * torch.finfo(dtype).eps * exact.norm()
+
+
+@every_layout
+def test_layers_are_built_apart_from_the_model_and_installed_in_one_step_that_is_undone_when_it_fails(make):
+    model = make()
+    before = Snapshot(model)
+    replacements = build_layers(model, config(target_modules=ALL), progress=False)
+    refused, changes = Changes(), Changes()
+    for each in (refused, changes):
+        install(model, replacements, each)
+    refused.set_attribute(model.get_parameter("logit_scale"), "data", "no tensor")
+    with pytest.raises(TypeError):
+        refused.make()
+    before.assert_unchanged()
+    changes.make()
+    assert adapted_layers(model) == {path: layer for path, _, layer in replacements}
+    features(model, *batch()).sum().backward()
+    ck.check_gradients(model)
 
 
 # ---- checkpoints

@@ -94,7 +94,7 @@ class FusedLayer(CompLoRABlock):
 
 
 class Tower(Scoped):
-    def reading(self) -> Reading | None:
+    def _reading_of_scope(self) -> Reading | None:
         vision: Any = self
         last = LastBlock(vision.encoder.layers[-1], vision.encoder, vision.norm)
         return None if torch.compiler.is_compiling() else Reading(last.alone)

@@ -49,7 +49,7 @@ def assert_accurate(model: Any, x: Tensor, mask: Tensor | None, **options: Any) 
 def in_float64(model: Any) -> Any:
     model = copy.deepcopy(model).double()
     for module in model.modules():
-        if type(module) is LayerNormFp32:  # which computes in float32 only
+        if type(module) is LayerNormFp32:  # it computes in float32 only
             module.__class__ = LayerNorm  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
@@ -157,7 +157,7 @@ def test_adapters_that_are_switched_off(change):
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_fifty_steps_fused_and_not(backend, dropout, monkeypatch):
     if dropout:
-        compute_every_position(monkeypatch)  # as the block's own forward pass does: the masks are then the same
+        compute_every_position(monkeypatch)  # the block's own forward pass does so: the masks are then the same
 
     def train(fused: bool) -> tuple[list[float], list[Tensor]]:
         torch.manual_seed(0)
@@ -408,7 +408,7 @@ UNKNOWN: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("part", UNKNOWN)
-def test_a_block_that_is_not_understood_is_named_once(part, caplog):
+def test_a_block_of_another_kind_is_named_once(part, caplog):
     change, reason = UNKNOWN[part]
     blocks = [plain_block() for _ in range(3)]
     change(blocks[1])
@@ -426,7 +426,7 @@ def test_a_block_that_is_not_understood_is_named_once(part, caplog):
 @pytest.mark.parametrize(
     "options", [{"scale_heads": True}, {"qk_norm": True}, {"inner_norm": True}, {"proj_drop": 0.1}], ids=str
 )
-def test_an_attention_that_is_not_understood(options):
+def test_an_attention_of_another_kind_is_not_fused(options):
     block = plain_block("open_clip 4")
     block.attn = stand_in.Attention(D, HEADS, **options)
     model = adapted(Blocks(block), target_modules=ALL, towers=("image",))

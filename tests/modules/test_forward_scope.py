@@ -281,6 +281,35 @@ def test_classes_and_signatures_are_those_of_the_plain_model(make, options):
     assert list(inspect.signature(branches().forward).parameters) == ["x", "only"]
 
 
+class Stateful(nn.Module):
+    """Has a state of its own for pickling, and names that a scope might use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = nn.Linear(4, 4)
+        self.lock: Any = threading.Lock()  # which no pickle takes
+
+    def truncate(self, x: Tensor) -> Tensor:
+        return x[:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reading(self.truncate(x))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "lock": None}
+
+
+def test_a_scope_leaves_a_models_own_names_and_state_alone(folds):
+    model = adapted(Stateful(), target_modules="reading", subspace_k=2)
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), by_pickle(model), pickle.loads(pickle.dumps(model, protocol=0))):
+        assert twin.lock is None
+        folds.clear()
+        assert torch.equal(twin(x), expected)
+        assert len(folds) == 1
+
+
 # ---- which fold a layer uses
 
 
@@ -422,7 +451,7 @@ def test_functional_call_of_a_layer_inside_its_tower():
     mlp = model.visual.transformer.resblocks[1].mlp
     zeros = torch.zeros_like(mlp.c_fc.lora_B)
     while zeros._version < mlp.c_fc.lora_B._version:
-        zeros.zero_()  # as often written to as the factor that it replaces
+        zeros.zero_()  # its version is then that of the factor that it replaces
     original = mlp.forward
     mlp.forward = lambda x: mlp.c_proj(mlp.gelu(torch.func.functional_call(mlp.c_fc, {"lora_B": zeros}, (x,))))
     ours = images(model)
@@ -475,7 +504,7 @@ def test_checkpointing_changes_no_gradient(make, kind, folds, monkeypatch):
     model = adapted(make(), target_modules=ALL, lora_dropout=0.3).train()
     x = IMAGES.clone().requires_grad_()  # without, reentrant checkpointing gives the first block no gradient
     with monkeypatch.context() as patch:
-        compute_every_position(patch)  # as checkpointing does: the dropout masks are then the same
+        compute_every_position(patch)  # checkpointing does so: the dropout masks are then the same
         expected = results(model, layer_by_layer(lambda model: model.visual(x)))
     for library in (open_clip.transformer, stand_in):
         monkeypatch.setattr(library, "checkpoint", CHECKPOINTS[kind])

@@ -162,7 +162,7 @@ def test_dropout_is_drawn_and_scaled():
             parameter.mul_(0.1)
         expected = model.eval().encode_image(images())
         draws = torch.stack([model.train().encode_image(images()) for _ in range(400)])
-    spread = draws.std(0).norm() / 20  # of the mean
+    spread = draws.std(0).norm() / 20  # standard deviation of the mean
     assert spread > 0
     assert (draws.mean(0) - expected).norm() < 4 * spread
 
@@ -393,7 +393,7 @@ def test_another_number_of_texts(positions):
 
 def test_other_threads_see_nothing(positions):
     model = adapted(clip().double(), target_modules=ALL)
-    with forward_scope.scope({}, model.visual.reading()):
+    with forward_scope.scope({}, model.visual._reading_of_scope()):
         thread = threading.Thread(target=model.visual.transformer, args=(torch.randn(N, PATCHES + 1, D).double(),))
         thread.start()
         thread.join()

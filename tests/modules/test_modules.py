@@ -86,7 +86,7 @@ def test_linear_before_training_is_the_plain_one():
 def test_half_precision_linear_before_training_is_the_plain_one_up_to_its_own_rounding(dtype):
     plain, x = linear().to(dtype), torch.randn(N, L, D).to(dtype)
     exact = F.linear(x.double(), plain.weight.double(), plain.bias.double())
-    rounding = torch.finfo(dtype).eps / 2 + 1e-6  # of the exact value: one rounding, and float32 sums
+    rounding = torch.finfo(dtype).eps / 2 + 1e-6  # relative to the exact value: one rounding, and float32 sums
     assert ((adapt(plain)(x).double() - exact).abs() <= rounding * exact.abs() + 1e-6).all()
 
 

@@ -357,7 +357,7 @@ def test_dropout_has_the_same_distribution():
     with torch.no_grad():
         ours, theirs = model.encode_text(text), whole(model).encode_text(text)  # [1000, D], each row with its own masks
     assert not torch.equal(ours, theirs)
-    deviation = ((ours.var(0) + theirs.var(0)) / len(ours)).sqrt()  # of the difference of the means
+    deviation = ((ours.var(0) + theirs.var(0)) / len(ours)).sqrt()  # standard deviation of the difference of the means
     assert (ours.mean(0) - theirs.mean(0)).abs().le(4.5 * deviation).all()  # 16 numbers: fails once in 10000 seeds
     torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.2, atol=0)  # 0.2: six deviations, √(1 / 1000)
 

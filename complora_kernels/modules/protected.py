@@ -1,0 +1,238 @@
+"""`ProtectedLayer`: the frozen weights of an adapted layer, and bases of the directions that its update leaves alone.
+
+A layer adapts one or more weights. Each has a name ("" in a linear layer; q, k, v, o in attention) and consists of
+neighbouring rows of one of the layer's parameters. Bases follow their weights: when a state dict brings others they are
+computed again, and where they cannot be computed from a weight alone such a state dict is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from complora_kernels import subspace
+from complora_kernels.common import base_weights
+from complora_kernels.common.changes import Changes, joined
+from complora_kernels.config import CompLoRAConfig
+from complora_kernels.modules.float32_state import Float32State
+
+PROJECTED_SIDES: dict[str, tuple[subspace.Side, ...]] = {
+    "output": ("output",),
+    "input": ("input",),
+    "both": ("output", "input"),
+    "none": (),
+}
+
+
+class WeightRows(NamedTuple):
+    """Where an adapted weight [out, in] lives: rows `start <= n < stop` of a parameter of the layer."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+class ProtectedLayer(Float32State):
+    """The bases of `CompLoRALayer`; use that."""
+
+    config: CompLoRAConfig
+    weights: dict[str, WeightRows]
+    merged: bool
+
+    def _init_bases(self, path: str) -> None:
+        """Computes the bases, once the frozen parameters, `config` and `weights` are in place."""
+        self._path = path
+        self._about_bases: dict[tuple[str, str], tuple[subspace.BasisKind, int, float]] = {}
+        self._basis_of: dict[str, str] = {}
+        self._calibrated_on: dict[str, base_weights.Description] = {}
+        self.update_bases()
+        self.register_load_state_dict_post_hook(_update_bases_after_load)
+
+    @property
+    def path(self) -> str:
+        """The path that the layer has in the model that was adapted; "" where it was made alone."""
+        return self._path
+
+    def frozen_parameter(self, name: str) -> Tensor:  # [>= out, in]
+        """The parameter that holds the frozen weight of one adapter, or what `functional_call` has put in its place."""
+        return functools.reduce(getattr, self.weights[name].parameter.split("."), self)
+
+    def base_weight(self, name: str) -> Tensor:  # [out, in]
+        """The frozen weight of one adapter, a view."""
+        parameter, start, stop = self.weights[name]
+        return self.get_parameter(parameter)[start:stop]
+
+    def basis(self, name: str, side: subspace.Side) -> subspace.Basis | None:
+        """The basis that projects one side of one adapted weight; None where the side is not projected.
+
+        Raises:
+            RuntimeError: the side is projected, but `protect_activations` has not been called yet.
+        """
+        about = self._about_bases.get((name, side))
+        if about is not None:
+            return subspace.Basis(self.get_buffer(_basis_name(name, side)), *about)
+        if side in PROJECTED_SIDES[self.config.sides]:
+            raise RuntimeError(
+                f'{self._label(name)} has no {side} basis yet, expected one: with subspace_source="activations" '
+                "apply_complora(model, config, calibrate=...) computes it, protect_activations that of a single layer"
+            )
+        return None
+
+    def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis, changes: Changes | None = None) -> None:
+        """Replaces the basis of one side of one adapted weight: at once, or as one of `changes`."""
+        with joined(changes) as pending:
+            pending.set_buffer(self, _basis_name(name, side), basis.matrix)
+            pending.draft(self._about_bases)[name, side] = (basis.kind, basis.k, basis.energy)
+            self._describe_basis(name, side, basis.matrix, pending)
+
+    def describe_bases(self, matrices: Mapping[str, Tensor], changes: Changes) -> None:
+        """Sets the fingerprints to those of these bases, by the names of their buffers, as one of `changes`."""
+        for name, side in self._about_bases:
+            self._describe_basis(name, side, matrices[_basis_name(name, side)], changes)
+
+    def _describe_basis(self, name: str, side: str, matrix: Tensor, changes: Changes) -> None:
+        """Describes a basis of activations by a buffer in the state dict, which does not hold the basis."""
+        if not self.config.source.recomputable:
+            sketch = base_weights.describe_projection(matrix).float()  # [8]; not every device has float64
+            device = self.frozen_parameter(name).device
+            changes.set_buffer(self, _fingerprint_name(name, side), sketch.to(device), persistent=True)
+
+    def protect_activations(
+        self,
+        name: str,
+        second_moment: Tensor,  # [in, in]
+    ) -> None:
+        """Computes the bases of one adapted weight from `X^T X` of its inputs X [M, in], see `subspace`.
+
+        What `apply_complora` does with `subspace_source="activations"`; a layer that was made alone computes nothing
+        before.
+
+        Raises:
+            ValueError: another source, a second moment of another shape or with NaN, or an energy that takes more
+                directions than min(out, in).
+        """
+        self._set_bases(name, second_moment)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        refusal = self.refusal(state_dict, prefix)
+        if refusal is not None:
+            error_msgs.append(refusal)
+            state_dict.update(self.state_dict(prefix=prefix))  # a copy of torch's: the modules below stay too
+            return
+        arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
+        fingerprints = {f"{prefix}{_fingerprint_name(*key)}" for key in self._about_bases}
+        for own in (own_factors, fingerprints):  # a plain model's checkpoint has neither, an older one only the first
+            if own.isdisjoint(state_dict):
+                missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why a state dict, in which the layer's names begin with `prefix`, cannot be loaded; None where it can."""
+        if self.merged:
+            return f"{prefix.rstrip('.')} is merged, expected an unmerged adapter: call unmerge_adapter first"
+        if self.config.source.recomputable:
+            return None
+        others = [name for name in self._calibrated_on if not self._is_calibrated_on(name, prefix, state_dict)]
+        if others:
+            return (
+                f"{', '.join(map(self._label, others))}: the state dict has other base weights, expected those that "
+                "the model was calibrated on, because the bases are those of their activations: load other weights "
+                "into a plain model and apply_complora to that"
+            )
+        projected = [key for key in self._about_bases if not self._has_basis(*key, prefix, state_dict)]
+        if projected:
+            return (
+                f"{', '.join(f'{self._label(name)} ({side})' for name, side in projected)}: the state dict is of a "
+                "model that was calibrated on other batches, and does not hold its bases. Expected a model calibrated "
+                "on the same ones, or files of save_adapter, which hold the bases, and load_adapter"
+            )
+        return None
+
+    def update_bases(self) -> None:
+        """Computes the bases of every weight whose values changed since they were last computed.
+
+        Those of activations stay: they cannot be computed from a weight, and only half-precision copies of the weights
+        that the model was calibrated on are loaded into it.
+        """
+        for name in self.weights:
+            weight = self.base_weight(name)
+            subspace.check_weight(weight, self._label(name))
+            if not self.config.source.recomputable:
+                subspace.check_k(weight, self.config.subspace_k, self._label(name), "subspace_")
+                self._calibrated_on.setdefault(name, base_weights.describe(weight))
+                continue
+            seen = subspace.fingerprint(weight)
+            if self._basis_of.get(name) != seen:
+                self._set_bases(name)
+                self._basis_of[name] = seen
+
+    def _set_bases(self, name: str, second_moment: Tensor | None = None) -> None:
+        weight, path = self.base_weight(name), self._weight_path(name)
+        bases: dict[subspace.Side, subspace.Basis] = {
+            side: subspace.projection_basis(weight, self.config, side, path, second_moment=second_moment)
+            for side in PROJECTED_SIDES[self.config.sides]
+        }
+        changes = Changes()
+        for side, basis in bases.items():
+            self.set_basis(name, side, basis, changes)
+        changes.make()
+
+    def _weight_path(self, name: str) -> str:
+        return ".".join(part for part in (self._path, name) if part)
+
+    def _label(self, name: str) -> str:
+        return self._weight_path(name) or "weight"
+
+    def _is_calibrated_on(self, name: str, prefix: str, state_dict: dict[str, Any]) -> bool:
+        """Whether a state dict leaves one adapted weight what it was when the model was calibrated, up to rounding."""
+        parameter, start, stop = self.weights[name]
+        loaded = state_dict.get(f"{prefix}{parameter}")
+        if not isinstance(loaded, Tensor) or loaded.shape != self.get_parameter(parameter).shape:
+            return True  # it stays, and torch says why
+        described = base_weights.describe(loaded[start:stop])
+        return base_weights.relative_distance(described, self._calibrated_on[name]) <= base_weights.TOLERANCE
+
+    def _has_basis(self, name: str, side: str, prefix: str, state_dict: dict[str, Any]) -> bool:
+        """Whether a state dict has the fingerprint of our basis, up to rounding, or none."""
+        own = self.get_buffer(_fingerprint_name(name, side))
+        loaded = state_dict.get(f"{prefix}{_fingerprint_name(name, side)}")
+        if not isinstance(loaded, Tensor) or loaded.shape != own.shape:
+            return True  # torch says what is wrong with it
+        apart = float((loaded.cpu().double() - own.cpu().double()).norm()) / math.sqrt(base_weights.SKETCHES)
+        columns = self.get_buffer(_basis_name(name, side)).shape[1]  # |U U^T|²
+        return apart <= base_weights.TOLERANCE * math.sqrt(columns)
+
+
+def check_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of the whole model: raises RuntimeError, as torch does after the fact, before any layer is loaded."""
+    layers = module.named_modules(prefix=prefix.rstrip("."))
+    refusals = [layer.refusal(state_dict, f"{path}.") for path, layer in layers if isinstance(layer, ProtectedLayer)]
+    if any(refusals):
+        reasons = "\n\t".join(filter(None, refusals))
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{reasons}")
+
+
+def _update_bases_after_load(module: ProtectedLayer, _: Any) -> None:
+    module.update_bases()
+
+
+def _basis_name(name: str, side: str) -> str:
+    return f"{side}_basis_{name}" if name else f"{side}_basis"
+
+
+def _fingerprint_name(name: str, side: str) -> str:
+    return f"{side}_fingerprint_{name}" if name else f"{side}_fingerprint"
