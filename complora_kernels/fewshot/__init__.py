@@ -1,1 +1,1 @@
-"""The bundled program: adapts a CLIP to a few images a class, and measures what it learned and what it forgot."""
+"""The bundled program: adapts a CLIP to a few images per class, and measures what it has learned and retained."""

@@ -82,7 +82,7 @@ def load_tokenizer(model: str, pretrained: str | None = None) -> Callable[[list[
 
 @contextmanager
 def _named(model: str, pretrained: str | None) -> Iterator[None]:
-    """Say in an error what was loaded."""
+    """Add the names of the model and the weights to errors of their loading."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):

@@ -11,7 +11,7 @@ from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot import datasets
 from complora_kernels.fewshot.backbone import check_backbone, load_tokenizer
 from complora_kernels.fewshot.config import TrainConfig
-from complora_kernels.fewshot.datasets.fingerprint import fingerprint
+from complora_kernels.fewshot.datasets.few_shot_split import fingerprint
 from complora_kernels.fewshot.logs import check_loggers
 from complora_kernels.fewshot.setting import load
 from complora_kernels.fewshot.team import is_started_together

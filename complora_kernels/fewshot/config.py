@@ -34,14 +34,14 @@ PROTOCOLS: dict[Protocol, tuple[str, ...]] = {
 class TrainConfig:
     """Adapt a CLIP to a few images per class, and measure what it learns and what it forgets.
 
-    One run for each method, number of shots, learning rate and seed; every run starts from the same pretrained model.
-    By default the new task is scikit-learn's scanned digits, the retained one the zero-shot naming of the 26 letters.
-    The same command on the same output folder goes on where it was stopped. Under torchrun all processes train each
+    There is one run for each method, number of shots, learning rate and seed, from the same pretrained model. By
+    default the new task is scikit-learn's scanned digits, and the retained one the zero-shot naming of the 26 letters.
+    The same command on the same output folder continues where it was stopped. Under torchrun all processes train each
     run together.
     """
 
     preset: Preset
-    """Where the defaults come from.
+    """The source of the defaults.
     glyphs: a small demonstration. glyphs-full: the whole front over ten seeds.
     clip-lora: the recipe of CLIP-LoRA (arXiv 2405.18541), chosen when --model is not the bundled one.
     The Comp-LoRA paper's own rank, subspace size and layers are not known to us: no preset claims to be the paper's."""
@@ -52,7 +52,7 @@ class TrainConfig:
     """Weights for --model: a file, or one of open_clip's tags, which is downloaded.
     For glyphs: a folder written by pretrain-glyphs; None: the weights that come with the package."""
     activation: Literal["auto", "gelu", "quick-gelu"] = "auto"
-    """The MLPs' activation; auto: what --model says, -quickgelu or not.
+    """The MLPs' activation; auto: that of the name in --model, -quickgelu or not.
     Weights that are known to be trained with the other one are refused."""
 
     data: str = "digits"
@@ -158,7 +158,7 @@ class TrainConfig:
     """CPU threads of each process; None: one for the bundled model, otherwise torch's own number.
     Another number may round differently."""
     checkpoint_every: int = 100
-    """Steps between the checkpoints from which a killed run goes on."""
+    """Steps between the checkpoints from which a killed run continues."""
     log_every: int = 10
     """Steps between the lines of a run's log.jsonl."""
     save_adapters: bool = True

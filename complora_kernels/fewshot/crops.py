@@ -56,7 +56,7 @@ def draw_boxes(
     for name, (low, high) in (("scale", scale), ("ratio", ratio)):
         if not 0 < low <= high:
             raise ValueError(f"{name}={(low, high)}, expected two positive limits, the lower one first")
-    random = np.random.default_rng((seed, step, _CROPS)).random((len(sizes), 2 * _TRIES + 3))  # in [0, 1)
+    random = np.random.default_rng((seed, step, _CROPS)).random((len(sizes), 2 * _TRIES + 3))  # values in [0, 1)
     areas, ratios, (v_top, v_left, v_flip) = random[:, :_TRIES], random[:, _TRIES:-3], random[:, -3:].T
     image_heights, image_widths = sizes.numpy()[:, :, None].swapaxes(0, 1)  # [B, 1]
     areas = image_heights * image_widths * (scale[0] + (scale[1] - scale[0]) * areas)

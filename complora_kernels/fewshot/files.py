@@ -84,7 +84,7 @@ def check_writable(folder: Path) -> None:
     """Create the folder where it is missing and try to write into it.
 
     Raises:
-        OSError: the folder cannot be made or written to; the message says --output.
+        OSError: the folder cannot be made or written to; the message names --output.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def _check_result(line: Mapping[str, Any]) -> None:
     for part in parts:
         _check(part, _MEASURED, _OPTIONALLY_MEASURED)
         if ("tasks" in part) != ("tasks" in line) or (part["kept"] is None) != (line["zero_shot_kept"] is None):
-            raise ValueError("it has no accuracy before or after training of what is kept")
+            raise ValueError("it lacks an accuracy of the retained tasks before or after training")
     for part in parts[1:]:
         _check(part, {"share": _is_share})
 

@@ -183,7 +183,7 @@ def _train(model: CLIP, tokenizer: glyphs.GlyphTokenizer, config: PretrainConfig
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(100))  # as in CLIP (arXiv 2103.00020, section 2.5)
+                model.logit_scale.clamp_(max=math.log(100))  # the limit of CLIP (arXiv 2103.00020, section 2.5)
             log.record(loss.item(), accuracy.item())
             progress.update(task, advance=1, description=f"pretraining, loss {loss.item():.3f}")
             if step % config.log_every == 0 or step == config.steps:

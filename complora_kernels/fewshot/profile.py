@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -39,9 +38,7 @@ class StepProfile:
     def __enter__(self) -> StepProfile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.profiler is not None:  # an error ended the run while it was profiled
             self.profiler.stop()
             self.profiler = None

@@ -17,7 +17,7 @@ from complora_kernels.common.files import refuse_link
 from complora_kernels.fewshot import config as options
 from complora_kernels.fewshot.config import Run, TrainConfig
 from complora_kernels.fewshot.datasets import choose_split, write_split
-from complora_kernels.fewshot.datasets.fingerprint import fingerprint
+from complora_kernels.fewshot.datasets.few_shot_split import fingerprint
 from complora_kernels.fewshot.files import write_json
 from complora_kernels.fewshot.logs import RunLog
 from complora_kernels.fewshot.measure import Measurement

@@ -100,7 +100,7 @@ def tasks_under_way(folder: Path, kind: Any) -> dict[str, Any]:
         if task.done() and not task.paths.result_pickle.exists():
             task.paths.submitted_pickle.unlink()
             continue
-        with reading(task.paths.submitted_pickle, "what submitit wrote of a run"):
+        with reading(task.paths.submitted_pickle, "a file of a run as submitit writes it"):
             (job,) = task.submission().args
         found[job.run.name] = task
     return found
@@ -110,7 +110,7 @@ def collect(job: Job, task: Any, output: Path, console: Console) -> None:
     """Record the outcome of a task that has ended, and print it."""
     lost = task.exception()  # an error of the cluster: the process was killed, or never began
     try:
-        with reading(task.paths.result_pickle, "what submitit wrote of a run"):
+        with reading(task.paths.result_pickle, "a file of a run as submitit writes it"):
             result = task.result() if lost is None else RuntimeError(" ".join(str(lost).split()))
     except ValueError as error:
         result = error

@@ -153,7 +153,7 @@ def _check_plain(file: Path, content: Any) -> None:
             raise ValueError(f"{file}: expected at most {_MOST_VALUES} values")
         level = [value for part in inside for value in part]
     if level:
-        raise ValueError(f"{file}: expected values and lists of values in mappings, not what is nested deeper")
+        raise ValueError(f"{file}: expected values and lists of values in mappings, no deeper nesting")
 
 
 def _mapping(file: Path, content: dict[str, Any], key: str) -> dict[str, Any]:

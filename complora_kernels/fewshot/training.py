@@ -33,27 +33,16 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run with everything that it reads.
+    """A run with everything that it reads."""
 
-    Attributes:
-        config: the options shared by all runs.
-        run: the method, the shots, the learning rate and the seed.
-        setting: the pretrained model and its tasks.
-        split: the few-shot split of the new task.
-        fingerprint: the fingerprint of the split's images.
-        folder: the run's folder.
-        dtype: dtype of the frozen weights.
-        team: the processes that train together.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # the options shared by all runs
     run: Run
-    setting: Setting
-    split: FewShotSplit
-    fingerprint: str
-    folder: Path
-    dtype: torch.dtype
-    team: Team
+    setting: Setting  # the pretrained model and its tasks
+    split: FewShotSplit  # the images of the new task
+    fingerprint: str  # fingerprint of the split's images
+    folder: Path  # the run's folder
+    dtype: torch.dtype  # dtype of the frozen weights
+    team: Team  # the processes that train together
 
     @property
     def device(self) -> torch.device:
@@ -65,39 +54,21 @@ class RunContext:
         """The number of optimizer steps of the whole run."""
         return self.config.steps_for(self.run.shots)
 
-    @property
-    def checkpoint(self) -> Path:
-        """The file of the unfinished run's state."""
-        return self.folder / CHECKPOINT
-
 
 @dataclass(frozen=True)
 class Training:
-    """A model in training, as `prepare` makes it and `take_steps` trains it.
-
-    Attributes:
-        context: the run.
-        started: the `time.perf_counter` of the beginning.
-        images: the N training images.
-        labels: int64 [N], on the device.
-        model: the adapted model.
-        logit_scale: float32 [], constant: 100 for a trained CLIP.
-        class_features: float32 [C, D], constant where the text tower is frozen; None: each step computes them.
-        optimizer: AdamW over the factors.
-        scaler: scales the loss of float16.
-        progress: the steps done, the seconds they took and their log, from the checkpoint.
-    """
+    """A model in training, as `prepare` makes it and `take_steps` trains it."""
 
     context: RunContext
-    started: float
-    images: DeviceImages
-    labels: Tensor
-    model: Any
-    logit_scale: Tensor
-    class_features: Tensor | None
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler | None
-    progress: dict[str, Any]
+    started: float  # `time.perf_counter` at the beginning
+    images: DeviceImages  # the N training images
+    labels: Tensor  # int64 [N], on the device
+    model: Any  # the adapted model
+    logit_scale: Tensor  # float32 [], constant: 100 for a trained CLIP
+    class_features: Tensor | None  # float32 [C, D], where the text tower is frozen; None: each step computes them
+    optimizer: torch.optim.AdamW  # updates the factors
+    scaler: torch.amp.GradScaler | None  # scales the loss of float16
+    progress: dict[str, Any]  # from the checkpoint: the steps done, the seconds they took and their log
 
     @property
     def batch_size(self) -> int:
@@ -111,20 +82,17 @@ class Training:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's share of a step's images, [B, 3, S, S], and their labels, [B]."""
-        context, config = self.context, self.context.config
-        indices = batch_indices(len(self.labels), config.batch_size, context.run.seed, step)
-        pixels = training_pixels(
-            self.images, indices, context.setting, config.augmentation, context.run.seed, step, context.team
-        )
+        context, config, seed = self.context, self.context.config, self.context.run.seed
+        indices = batch_indices(len(self.labels), config.batch_size, seed, step)
+        pixels = training_pixels(self.images, indices, context.setting, config.augmentation, seed, step, context.team)
         return pixels.to(context.dtype), self.labels[context.team.share(indices).to(context.device)]
 
     def loss(self, model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
         """The cross-entropy [] of this process's share of a batch."""
-        team = self.context.team
+        team, features = self.context.team, self.class_features
         image_features = model.encode_image(pixels, normalize=True).float()  # [B, D]
-        features = self.class_features  # [C, D]
         if features is None:
-            features = self.context.setting.new.training_features(model, team)
+            features = self.context.setting.new.training_features(model, team)  # [C, D]
         loss = F.cross_entropy(self.logit_scale * image_features @ features.T, labels)
         # Shares of a batch may differ by an image: with this factor the mean over processes is that over the batch.
         return loss if team.size == 1 else loss * (len(labels) * team.size / self.batch_size)
@@ -162,7 +130,7 @@ class Training:
                 "scaler": {} if self.scaler is None else self.scaler.state_dict(),
                 "images": context.fingerprint,
             }
-            save_checkpoint(context.checkpoint, self.model, self.optimizer, progress, random_states)
+            save_checkpoint(context.folder / CHECKPOINT, self.model, self.optimizer, progress, random_states)
 
 
 def prepare(context: RunContext) -> Training:
@@ -200,7 +168,7 @@ def prepare(context: RunContext) -> Training:
 
 def _restore(context: RunContext, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore model, optimizer and random state from the checkpoint, and return the progress of the run so far."""
-    checkpoint, team = context.checkpoint, context.team
+    checkpoint, team = context.folder / CHECKPOINT, context.team
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
     with team.together():
         if team.leads:
@@ -254,9 +222,11 @@ def take_steps(
         losses.clear()
         for i, value in enumerate(values, done - len(values)):
             if not math.isfinite(value):
+                path, rate = context.folder / CHECKPOINT, training.learning_rate(i)
+                last = f"the last good checkpoint is {path}, of step {last_saved}"
                 raise FloatingPointError(
-                    f"the loss is {value} in step {i} at learning rate {training.learning_rate(i):.2g}; "
-                    f"{_describe_checkpoint(context.checkpoint, last_saved)}"
+                    f"the loss is {value} in step {i} at learning rate {rate:.2g}; "
+                    f"{last if path.exists() else 'there is no checkpoint before it'}"
                 )
         if is_logged:
             log.add(done, values[-1], training.learning_rate(step))
@@ -298,12 +268,6 @@ def make_optimizer(model: Any, context: RunContext) -> torch.optim.AdamW:
         weight_decay=config.strong_weight_decay if run.method == "lora-wd" else config.weight_decay,
         capturable=on_gpu,
         fused=True if on_gpu else None,
-    )
-
-
-def _describe_checkpoint(path: Path, step: int) -> str:
-    return (
-        f"the last good checkpoint is {path}, of step {step}" if path.exists() else "there is no checkpoint before it"
     )
 
 

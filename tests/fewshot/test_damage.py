@@ -383,7 +383,7 @@ def test_a_device_in_place_of_an_image_is_refused(tmp_path):
 
 
 def test_an_unforeseen_error_fails_its_run_alone(tmp_path, monkeypatch):
-    """A sweep goes on with the next one."""
+    """A sweep continues with the next run."""
 
     def train(*_: Any) -> None:
         raise KeyError("step")

@@ -140,7 +140,9 @@ def test_a_class_with_too_few_images_is_named():
     ):
         choose_split(split_dataset([0, 0, 1], [], [0, 1]), 2, 0)
     assert labels_of(split_dataset(), choose_split(split_dataset(), 5, 0).train) == dict.fromkeys(range(4), 5)
-    with pytest.raises(ValueError, match=r"shots=5: class 'a' has 5 images, expected at least 6, to test on the rest"):
+    with pytest.raises(
+        ValueError, match=r"'a' has 5 training images \(of 8 in all\), expected at least 6, to test on the rest"
+    ):
         choose_split(split_dataset(test=None), 5, 0)
     with pytest.raises(
         ValueError,

@@ -103,7 +103,7 @@ def factors(folder):
 )
 @pytest.mark.parametrize("killed_at", [3, 4])
 def test_a_killed_and_resumed_run_matches_an_uninterrupted_one(tmp_path, killed_at, towers, precision, monkeypatch):
-    # A scale that overflows in the first steps: it is halved, and goes on from there.
+    # The first scale overflows in the first steps, and is halved from then on.
     monkeypatch.setattr(torch.amp.GradScaler.__init__, "__defaults__", ("cuda", 2.0**26, 2.0, 0.5, 2000, True))
     options = {"lora_dropout": 0.3, "steps": 7, "checkpoint_every": 2}
     config = standin.config(tmp_path, towers=towers, precision=precision, **options)

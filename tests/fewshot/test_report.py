@@ -17,14 +17,13 @@ from rich.console import Console
 
 from complora_kernels.fewshot.config import PRESETS
 from complora_kernels.fewshot.report.comparisons import compare, whole_block
-from complora_kernels.fewshot.report.figures import accuracy_against_shots, figures
+from complora_kernels.fewshot.report.figures import accuracy_against_shots, figures, fronts, new_against_kept
 from complora_kernels.fewshot.report.folder import markdown, report
 from complora_kernels.fewshot.report.front import kept_at, paired, retention_difference
 from complora_kernels.fewshot.report.labels import parse, part_of
 from complora_kernels.fewshot.report.results import read_results
 from complora_kernels.fewshot.report.styles import display_name, looks
 from complora_kernels.fewshot.report.summary import Summary, summaries
-from complora_kernels.fewshot.report.tradeoff import fronts, new_against_kept
 from complora_kernels.fewshot.report.wording import sentences
 
 GLYPHS_FULL = Path(__file__).parents[2] / "benchmarks/results/glyphs-full"

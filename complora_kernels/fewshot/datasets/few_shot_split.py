@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -45,3 +47,15 @@ def restrict(whole: FewShotSplit, members: Tensor, n: int) -> FewShotSplit:
     """The split of a half whose images are the `members` among the n images of the whole data set."""
     train, val, test = (within(indices, members, n) for indices in (whole.train, whole.val, whole.test))
     return FewShotSplit(train, val, test, whole.shots, whole.seed, whole.kind)
+
+
+def fingerprint(dataset: Dataset, split: FewShotSplit) -> str:
+    """12 hexadecimal digits of a hash over the names and labels of all images of a split.
+
+    They tell whether a result is of the same images as a new run.
+    """
+    parts = [
+        [dataset.image_names(indices), dataset.labels[indices].tolist()]
+        for indices in (split.train, split.val, split.test)
+    ]
+    return hashlib.sha256(json.dumps([dataset.class_names, parts]).encode()).hexdigest()[:12]

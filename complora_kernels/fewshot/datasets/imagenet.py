@@ -6,7 +6,7 @@ from pathlib import Path
 
 from complora_kernels.fewshot.datasets.dataset import Dataset, assemble
 from complora_kernels.fewshot.datasets.layouts import CLASS_NAMES, COOP, LAYOUTS, Home
-from complora_kernels.fewshot.datasets.listing import class_folders, read_class_names, subfolders, warn_of_left_out
+from complora_kernels.fewshot.datasets.listing import class_folders, numbered_class_names, subfolders, warn_of_left_out
 
 # How to sort the images of image-net.org's archives, which have no folders of classes
 _TO_SORT = {
@@ -75,7 +75,7 @@ def _class_names(root: Path, home: Home) -> dict[str, str]:
     imagenets = [root / folder for folder in LAYOUTS["imagenet"].folders]
     for folder in (home.folder, *imagenets):
         if (folder / CLASS_NAMES).is_file():
-            return read_class_names(folder / CLASS_NAMES)
+            return {name: class_name for _, name, class_name in numbered_class_names(folder / CLASS_NAMES)}
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
     try:

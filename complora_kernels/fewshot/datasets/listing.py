@@ -136,11 +136,6 @@ def _files(folder: str) -> set[str]:
         return set()
 
 
-def read_class_names(path: Path) -> dict[str, str]:
-    """Class names by folder name, read by `numbered_class_names`."""
-    return {folder: name for _, folder, name in numbered_class_names(path)}
-
-
 def numbered_class_names(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield line number, folder name and class name of each line: a folder name, a space and the class name.
 

@@ -20,54 +20,24 @@ MOST_VAL = 4
 _VAL_STREAM = 2  # separates the random numbers of validation images from all others of the seed
 
 
-def sample_shots(
-    labels: Tensor,
-    shots: int,
-    seed: int | tuple[int, ...],
-    *,
-    leave: int = 0,
-    strict: bool = True,
-    class_names: Sequence[str] | None = None,
-) -> Tensor:
-    """Sample `shots` images of every class; the sample is part of every larger sample of the same seed.
-
-    Args:
-        labels: int64 [N].
-        shots: images per class, at least 1.
-        seed: seed of the random numbers, not negative.
-        leave: the number of images of every class that must be left over.
-        strict: False: a class with fewer images gives all of them.
-        class_names: the names of the labels in messages.
-
-    Returns:
-        int64 [S], indices class by class, in ascending order of the labels.
-
-    Raises:
-        ValueError: a class has fewer images than `shots` and `leave` together.
-    """
-    random = np.random.default_rng(seed)
-    chosen = []
-    classes, counts = labels.unique(return_counts=True)
-    members_by_class = labels.argsort(stable=True).split(counts.tolist())
-    for label, members in zip(classes.tolist(), members_by_class, strict=True):
-        if strict and len(members) < shots + leave:
-            name = label if class_names is None else repr(class_names[label])
-            expected = f"at least {shots + leave}" + (", to test on the rest" if leave else "")
-            raise ValueError(f"shots={shots}: class {name} has {len(members)} images, expected {expected}")
-        chosen.append(members[torch.from_numpy(random.permutation(len(members))[:shots])])
-    return torch.cat(chosen)
-
-
 def _own(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]:
-    labels, names = dataset.labels, dataset.class_names
-    leave = 1 if dataset.test is None else 0
-    if not leave:
-        _check_enough(dataset, shots)
-    train = dataset.train[sample_shots(labels[dataset.train], shots, seed, leave=leave, class_names=names)]
+    _check_enough(dataset, shots)
+    train = dataset.train[_sample(dataset.labels[dataset.train], shots, seed)]
     val = dataset.val
     if len(val):
-        val = val[sample_shots(labels[val], min(shots, MOST_VAL), (seed, 0, _VAL_STREAM), strict=False)]
+        val = val[_sample(dataset.labels[val], min(shots, MOST_VAL), (seed, 0, _VAL_STREAM))]
     return train, val
+
+
+def _sample(labels: Tensor, shots: int, seed: int | tuple[int, ...]) -> Tensor:
+    """Indices of `shots` images of every class, or of all that it has, in ascending order of the labels [N].
+
+    The sample is part of every larger sample of the same seed.
+    """
+    random = np.random.default_rng(seed)
+    members_by_class = labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist())
+    chosen = [members[torch.from_numpy(random.permutation(len(members))[:shots])] for members in members_by_class]
+    return torch.cat(chosen)
 
 
 def _coop(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -102,10 +72,11 @@ def _clip_lora(dataset: Dataset, shots: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 def _check_enough(dataset: Dataset, shots: int) -> None:
-    """Raise a ValueError where a class has fewer training images than shots."""
+    """Raise a ValueError where a class has too few training images for the shots and, without a test set, a test."""
+    n, why = (shots, "") if dataset.test is not None else (shots + 1, ", to test on the rest")
     counts = dataset.labels[dataset.train].bincount()
-    for label in ((counts > 0) & (counts < shots)).nonzero()[:, 0].tolist():
-        raise ValueError(f"shots={shots}: {_training_images(dataset, label)}, expected at least {shots}")
+    for label in ((counts > 0) & (counts < n)).nonzero()[:, 0].tolist():
+        raise ValueError(f"shots={shots}: {_training_images(dataset, label)}, expected at least {n}{why}")
 
 
 def _training_images(dataset: Dataset, label: int) -> str:

@@ -78,7 +78,7 @@ def compare(results: Sequence[Result], method: str, baseline: str, measures: Ite
     A method without learning rates is compared with its baseline at each of the baseline's.
 
     Args:
-        results: of these methods and others.
+        results: the results of these and of other methods.
         method: the method.
         baseline: the method it is compared with.
         measures: the accuracies to compare at equal learning rate: "new", "kept" or "H".

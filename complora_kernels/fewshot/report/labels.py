@@ -23,7 +23,7 @@ class Label(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What a method is, independent of its name."""
+    """The kind and the options of a method, whatever its name."""
 
     kind: str = ""  # its name in METHODS, or another name where the result tells no more
     options: Mapping[str, Any] | None = None  # options that differ from the preset; None: unknown
