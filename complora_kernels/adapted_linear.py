@@ -50,3 +50,7 @@ class AdaptedLinear(NamedTuple):
         return self._replace(
             weight=weight, bias=bias, seeds=others[:first_A], As=others[first_A:first_B], Bs=others[first_B:]
         )
+
+    def gradients(self, dAs: Sequence[Tensor | None], dBs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of all tensors in the order of `tensors`; weight, bias and seeds get none."""
+        return (None, None, *[None] * len(self.seeds), *dAs, *dBs)

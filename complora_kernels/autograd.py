@@ -120,7 +120,7 @@ class PackedLoRALinearFunction(torch.autograd.Function):
                 flatten(dY), flatten(x), h, linear, needs
             )
         dX = None if dX is None else unflatten(dX, x.shape)
-        return (dX, None, None, None, None, *[None] * len(linear.seeds), *dAs, *dBs)
+        return (dX, None, None, *linear.gradients(dAs, dBs))
 
 
 def factors_needed(linear: AdaptedLinear, needed: Sequence[bool]) -> tuple[bool, bool]:

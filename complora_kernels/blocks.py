@@ -242,7 +242,7 @@ def _linear_bwd(
         return dX, [None] * len(needed)
     needs = (needs_x, *factors_needed(linear, needed))
     dX, dAs, dBs = run.packed_lora_linear_bwd(dY, source, h, linear, needs)
-    return dX, [*[None] * (2 + len(linear.seeds)), *dAs, *dBs]
+    return dX, linear.gradients(dAs, dBs)
 
 
 def _pack(normed: Normed) -> tuple[Tensor | None, ...]:

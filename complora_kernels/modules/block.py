@@ -182,7 +182,7 @@ def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> Ad
     if isinstance(layer, CompLoRALinear):
         return _linear(layer, dtype)
     if len(names) < len(projection.names):
-        d = weight.shape[1]
+        d = len(weight) // len(projection.names)
         start = projection.names.index(names[0]) * d
         own = slice(start, start + len(names) * d)
         weight, bias = weight[own], None if bias is None else bias[own]

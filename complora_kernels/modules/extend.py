@@ -62,7 +62,11 @@ def extended_class(cls: type[nn.Module], extension: type[Extension]) -> type[nn.
             for name, method in vars(base).items()
             if isinstance(method, FunctionType) and hasattr(cls, name)
         }
-        made = type(f"CompLoRA{cls.__name__}", (extension, cls), {"__module__": cls.__module__, **methods})
+        made = type(
+            f"CompLoRA{cls.__name__}",
+            (extension, cls),
+            {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **methods},
+        )
         _EXTENDED.setdefault((cls, extension), made)
     return _EXTENDED[cls, extension]
 
