@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 from tqdm import tqdm
 
-from complora_kernels.adapters.calibration import Calibrate, Watched, protect_activations
+from complora_kernels.adapters.calibration import Calibrate, protect_activations
 from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.common.wrappers import inside, is_compiled, named_modules, registers_parameters, unwrap, wrappers
 from complora_kernels.config import CompLoRAConfig
@@ -66,7 +66,7 @@ def apply_complora(
         raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
     replacements = build_layers(model, config, progress=progress)
     if calibrate is not None:
-        protect_activations(unwrap(model), [Watched(*each) for each in replacements], calibrate, progress=progress)
+        protect_activations(unwrap(model), replacements, calibrate, progress=progress)
     install(model, replacements)
     return model
 

@@ -18,13 +18,14 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from complora_kernels.adapters.install import Replacement
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import is_compiled
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
@@ -34,14 +35,6 @@ Calibrate = Callable[[Any], object]
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 CHUNK_ROWS = 4096  # rows converted to float64 per step
-
-
-class Watched(NamedTuple):
-    """A plain module of a model, and the layer that will take its place."""
-
-    path: str
-    module: nn.Module
-    layer: CompLoRALayer
 
 
 class SecondMoments:
@@ -76,13 +69,13 @@ class SecondMoments:
 
 
 def protect_activations(
-    model: nn.Module, watched: Sequence[Watched], calibrate: Calibrate, *, progress: bool = True
+    model: nn.Module, replacements: Sequence[Replacement], calibrate: Calibrate, *, progress: bool = True
 ) -> None:
-    """Runs `calibrate(model)` once and computes the bases of every watched layer; the model stays as it is.
+    """Runs `calibrate(model)` once and computes the bases of every new layer; the model stays as it is.
 
     Args:
         model: plain.
-        watched: modules of the model, and the layers that are to replace them but are not part of it yet.
+        replacements: modules of the model, and the layers that are to replace them but are not part of it yet.
         calibrate: runs the model on some batches, see `apply_complora`.
         progress: show a progress bar while the second moments are decomposed.
 
@@ -90,8 +83,8 @@ def protect_activations(
         ValueError: no input reached a weight, or one held NaN or infinite values. Also as
             `CompLoRALayer.protect_activations`.
     """
-    moments = second_moments(model, watched, calibrate)
-    weights = [(path, layer, name) for path, _, layer in watched for name in layer.weights]
+    moments = second_moments(model, replacements, calibrate)
+    weights = [(path, layer, name) for path, _, layer in replacements for name in layer.weights]
     labels = {(path, name): f"{path}.{name}" if name else path for path, _, name in weights}
     found = {(path, name): moments[path].of(name) for path, _, name in weights}
     unseen = [labels[weight] for weight, moment in found.items() if moment is None]
@@ -112,14 +105,16 @@ def protect_activations(
             layer.protect_activations(name, moment)
 
 
-def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Calibrate) -> dict[str, SecondMoments]:
+def second_moments(
+    model: nn.Module, replacements: Sequence[Replacement], calibrate: Calibrate
+) -> dict[str, SecondMoments]:
     """The second moments of the inputs of each layer's weights while `calibrate(model)` runs, by the layer's path."""
-    moments = {path: SecondMoments() for path, *_ in watched}
+    moments = {path: SecondMoments() for path, *_ in replacements}
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     stack = contextlib.ExitStack()
     try:
         try:
-            stack.enter_context(_recording(model, watched, moments))
+            stack.enter_context(_recording(model, replacements, moments))
             if any(map(is_compiled, model.modules())):  # code that was compiled before would not call the hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.no_grad())
@@ -133,15 +128,17 @@ def second_moments(model: nn.Module, watched: Sequence[Watched], calibrate: Cali
 
 
 @contextlib.contextmanager
-def _recording(model: nn.Module, watched: Sequence[Watched], moments: dict[str, SecondMoments]) -> Iterator[None]:
+def _recording(
+    model: nn.Module, replacements: Sequence[Replacement], moments: dict[str, SecondMoments]
+) -> Iterator[None]:
     """Puts the model in evaluation mode and adds hooks that sum the inputs of the weights, within the context.
 
     The layers, which have no bases yet, are disabled. Only the flags `training` are set, because a model's own
     `train()` may do more.
     """
-    layers = [layer for _, _, layer in watched]
+    layers = [layer for _, _, layer in replacements]
     training = [(module, module.training) for module in (*model.modules(), *layers)]
-    hooks = [hook for path, module, layer in watched for hook in _hooks(module, layer, moments[path])]
+    hooks = [hook for path, module, layer in replacements for hook in _hooks(module, layer, moments[path])]
 
     def leave() -> None:
         changes = Changes()

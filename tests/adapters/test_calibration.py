@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.adapters.calibration import SecondMoments, Watched, second_moments
+from complora_kernels.adapters.calibration import SecondMoments, second_moments
+from complora_kernels.adapters.install import Replacement
 from complora_kernels.adapters.manage import raw_adapter_state
 from complora_kernels.integrations.open_clip import CompLoRAAttention
 from complora_kernels.subspace import Basis, Side
@@ -224,11 +225,11 @@ def test_the_activations_of_a_half_precision_model_are_its_own(make, dtype):
 # ---- what each attention weight is given
 
 
-def watched(make: Callable[..., nn.Module], targets: tuple[str, ...], **options: Any) -> Watched:
+def watched(make: Callable[..., nn.Module], targets: tuple[str, ...], **options: Any) -> Replacement:
     module: Any = make(**options).double()
     options_ = config(target_modules=targets, subspace_source="activations")
     kind: Any = CompLoRAAttention if isinstance(module, stand_in.Attention) else ck.CompLoRAMultiheadAttention
-    return Watched("attn", module, kind.from_attention(module, options_))
+    return Replacement("attn", module, kind.from_attention(module, options_))
 
 
 ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
