@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from complora_kernels import dropout, functional, reference
+from complora_kernels import functional, reference
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.autograd import backend_of_backward, factors_needed
 from complora_kernels.backends import REFERENCE, REGISTRY, Backend
 from complora_kernels.backends.torch import Activated, Norm, Normed, Source
 from complora_kernels.common.shapes import flatten
 from complora_kernels.common.tracing import is_differentiated
+from complora_kernels.dropout import fresh_masks
 from complora_kernels.reference import without_autocast
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -52,7 +53,7 @@ def norm_lora_linear(
     """
     (linear,), dtype, name = _prepare("norm_lora_linear", x, delta, norm, [linear], precision, backend)
     if name == REFERENCE:
-        return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=_masks(x, linear))
+        return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=fresh_masks(x, linear))
     linear = functional.with_seeds(x, linear, name)
     stream, y = NormLoRALinearFunction.apply(
         *_flat(x, delta), norm, linear.without_tensors(), dtype, name, *linear.tensors()
@@ -86,8 +87,8 @@ def norm_lora_mlp(
         raise ValueError(f"activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     (fc1, fc2), dtype, name = _prepare("norm_lora_mlp", x, delta, norm, [fc1, fc2], precision, backend)
     if name == REFERENCE:
-        stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=_masks(x, fc1))
-        masks = _masks(z, fc2)
+        stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=fresh_masks(x, fc1))
+        masks = fresh_masks(z, fc2)
         return stream + reference.activation_lora_linear(z, *fc2[:5], activation=activation, dropout_masks=masks)
     fc1, fc2 = (
         functional.with_seeds(x, fc1, name),
@@ -312,10 +313,6 @@ def _tensors(delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear])
     yield from (delta, norm.weight, norm.bias)
     for linear in linears:
         yield from linear.tensors()
-
-
-def _masks(x: Tensor, linear: AdaptedLinear) -> list[Tensor] | None:  # each [..., in]
-    return dropout.fresh_masks(x, len(linear.rows), linear.dropout_p)
 
 
 def _flat(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:  # each [M, K]

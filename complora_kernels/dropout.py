@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from complora_kernels import reference
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.common.tracing import is_followed
 
 _LIBRARY = torch.library.Library("complora", "FRAGMENT")
@@ -21,32 +22,25 @@ _LIBRARY.define("philox_seed(Tensor x) -> Tensor", tags=(torch.Tag.nondeterminis
 _LIBRARY.define("dropout_mask(Tensor like, SymInt[] shape, Tensor seed, float p) -> Tensor")
 
 
-def draw_seeds(
-    x: Tensor,  # [..., K]
-    adapters: int,
-    p: float,
-    *,
-    philox: bool,
-) -> list[Tensor]:  # each [1]
+def draw_seeds(x: Tensor, linear: AdaptedLinear, *, philox: bool) -> list[Tensor]:  # each [1]
     """Fresh seeds for the masks of one product: one key for all adapters, or one seed each; none without dropout."""
-    if p == 0 or adapters == 0:
+    if linear.dropout_p == 0 or not linear.rows:
         return []
-    return [philox_seed(x)] if philox else [dropout_seed(x) for _ in range(adapters)]
+    return [philox_seed(x)] if philox else [dropout_seed(x) for _ in linear.rows]
 
 
 def scaled_masks(
     x: Tensor,  # [M, K]
-    seeds: Sequence[Tensor],  # each [1]
-    adapters: int,
-    p: float,
+    linear: AdaptedLinear,
     *,
     philox: bool,
 ) -> list[Tensor] | None:  # each [M, K], in float32 or wider
-    """The masks `m = mask / (1 - p)` that these seeds draw, one for each adapter; None where there is no seed."""
+    """The masks `m = mask / (1 - p)` that the seeds draw, one for each adapter; None where there is no seed."""
+    seeds, p = linear.seeds, linear.dropout_p
     if not seeds:
         return None
     if philox:
-        masks = [reference.keep_mask(seeds[0], adapter, x.shape, p) for adapter in range(adapters)]
+        masks = [reference.keep_mask(seeds[0], adapter, x.shape, p) for adapter in range(len(linear.rows))]
         p = reference.drawn_p(p)
     else:
         masks = [dropout_mask(x, x.shape, seed, p) for seed in seeds]
@@ -55,19 +49,19 @@ def scaled_masks(
 
 def fresh_masks(
     x: Tensor,  # [..., K]
-    adapters: int,
-    p: float,
+    linear: AdaptedLinear,
 ) -> list[Tensor] | None:  # each [..., K], in the dtype of x
-    """Fresh masks `m = mask / (1 - p)` for the reference; None without dropout.
+    """Fresh masks `m = mask / (1 - p)` for the reference, one for each adapter; None without dropout.
 
     Under torch.vmap its argument `randomness` says whether the masks of its examples differ.
     """
+    p = linear.dropout_p
     if p == 0:
         return None
     ones = torch.ones_like(x)
     if is_followed():
-        return [torch.nn.functional.dropout(ones, p) for _ in range(adapters)]
-    return [drop(ones, dropout_mask(x, x.shape, dropout_seed(x), p), p) for _ in range(adapters)]
+        return [torch.nn.functional.dropout(ones, p) for _ in linear.rows]
+    return [drop(ones, dropout_mask(x, x.shape, dropout_seed(x), p), p) for _ in linear.rows]
 
 
 def dropout_seed(

@@ -137,7 +137,7 @@ def packed_lora_linear(
             "expected equal ones of at least 1"
         )
     linear = AdaptedLinear(weight, bias, folded_As, folded_Bs, tuple(rows), dropout_p, precision=precision)
-    return _adapted_linear("packed_lora_linear", x, linear, training, backend)
+    return _adapted_linear(x, linear, training, backend)
 
 
 def lora_linear(
@@ -175,7 +175,7 @@ def lora_linear(
     scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
     rows = ((0, weight.shape[0]),)
     linear = AdaptedLinear(weight, bias, [folded_A], [scaled_B], rows, dropout_p, precision=precision)
-    return _adapted_linear("packed_lora_linear", x, linear, training, backend)
+    return _adapted_linear(x, linear, training, backend)
 
 
 def complora_linear(
@@ -234,11 +234,10 @@ def complora_linear(
         backend=name,
     )
     linear = linear._replace(As=[folded_A], Bs=[scaled_B])
-    return _adapted_linear("packed_lora_linear", x, linear, training, name)
+    return _adapted_linear(x, linear, training, name)
 
 
 def _adapted_linear(
-    operation: str,
     x: Tensor,  # [..., in]
     linear: AdaptedLinear,
     training: bool,
@@ -249,11 +248,12 @@ def _adapted_linear(
     linear = linear if training else linear._replace(dropout_p=0.0)
     x, linear = x.to(dtype := compute_dtype(x)), cast_factors(linear, dtype)
     dropping = linear.dropout_p > 0
-    name = resolve(backend, operation, x, lambda backend: backend.unsupported_linear(x, linear), dropping=dropping)
+    name = resolve(
+        backend, "packed_lora_linear", x, lambda backend: backend.unsupported_linear(x, linear), dropping=dropping
+    )
     if name == REFERENCE:
         wide = x.to(torch.promote_types(dtype, torch.float32))
-        masks = dropout.fresh_masks(wide, len(linear.rows), linear.dropout_p)
-        return differentiable.packed_lora_linear(x, linear, masks)
+        return differentiable.packed_lora_linear(x, linear, dropout.fresh_masks(wide, linear))
     linear = with_seeds(x, linear, name)
     return PackedLoRALinearFunction.apply(x, linear.without_tensors(), name, *linear.tensors())
 
@@ -265,7 +265,7 @@ def cast_factors(linear: AdaptedLinear, dtype: torch.dtype) -> AdaptedLinear:
 
 def with_seeds(x: Tensor, linear: AdaptedLinear, backend: str) -> AdaptedLinear:
     """The record with fresh seeds for a backend's dropout masks; h is saved where B̃ gets a gradient."""
-    seeds = dropout.draw_seeds(x, len(linear.rows), linear.dropout_p, philox=REGISTRY[backend].philox)
+    seeds = dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
     save_h = torch.is_grad_enabled() and any(B.requires_grad for B in linear.Bs)
     return linear._replace(seeds=seeds, save_h=save_h)
 

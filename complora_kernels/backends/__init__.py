@@ -31,39 +31,31 @@ class Backend(Protocol):
     @property
     def purpose(self) -> str:
         """What it is for, in a few words."""
-        ...
 
     @property
     def philox(self) -> bool:
         """Whether its dropout masks are those that kernels draw, of one key on the device, see `dropout`."""
-        ...
 
     @property
     def automatic(self) -> bool:
         """Whether it may be chosen without being asked for by name."""
-        ...
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, or None."""
-        ...
 
     def unsupported_tensors(
         self, label: str, tensors: Sequence[Tensor], bases: Sequence[Tensor | None] = (), dtype: dtype | None = None
     ) -> str | None:
         """Why it does not support these tensors and bases, and results of this dtype, or None."""
-        ...
 
     def unsupported_linear(self, x: Tensor, linear: AdaptedLinear) -> str | None:
         """Why it does not support a product of x and these adapters, or None."""
-        ...
 
     def unsupported_norm(self, x: Tensor, *others: Tensor | None) -> str | None:
         """Why it does not support a LayerNorm of x [..., K] beside these tensors, or None."""
-        ...
 
     def project_complement(self, factor: Tensor, basis: Tensor, basis_kind: str) -> Tensor:
         """`factor (I - U U^T)` of a principal basis or `factor U U^T` of a complement basis, as factor [..., d]."""
-        ...
 
     def fold_factors(
         self,
@@ -75,11 +67,10 @@ class Backend(Protocol):
         dtypes: Sequence[dtype],
     ) -> list[Tensor]:
         """`A P_in` and, of the output side, `scaling · P_out B`, in the shapes of the factors."""
-        ...
 
     def fold_factors_bwd(
         self,
-        grads: Sequence[Tensor],
+        factors: Sequence[Tensor],  # the gradients of the results
         bases: Sequence[Tensor | None],
         kinds: Sequence[str],
         output_side: Sequence[bool],
@@ -87,7 +78,6 @@ class Backend(Protocol):
         dtypes: Sequence[dtype],
     ) -> list[Tensor]:
         """The same projections of the gradients."""
-        ...
 
     def packed_lora_linear_fwd(
         self, x: Tensor, linear: AdaptedLinear, *, h: Tensor | None = None, residual: Tensor | None = None
@@ -97,7 +87,6 @@ class Backend(Protocol):
         x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. A residual
         [M, N] is added to y [M, N], which then has its dtype.
         """
-        ...
 
     def packed_lora_linear_bwd(
         self, dY: Tensor, source: Source, h: Tensor, linear: AdaptedLinear, needs: tuple[bool, bool, bool]
@@ -106,7 +95,6 @@ class Backend(Protocol):
 
         dY is [M, N]; x [M, K] is taken from its source; `needs` says which of dX, dÃ and dB̃ are computed.
         """
-        ...
 
     def norm_fwd(
         self, x: Tensor, delta: Tensor | None, norm: Norm, dtype: dtype, reader: AdaptedLinear
@@ -115,19 +103,15 @@ class Backend(Protocol):
 
         The last result is h = drop(LN(s)) Ã^T [M, R] of that product, where it comes for free, or None.
         """
-        ...
 
     def norm_bwd(self, d_normed: Tensor, d_stream: Tensor | None, normed: Normed) -> Tensor:
         """`ds = d_stream + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))`, `ŝ = (s - mean) · rstd`, [M, K]."""
-        ...
 
     def activation_fwd(self, z: Tensor, activation: str, reader: AdaptedLinear) -> tuple[Tensor, Tensor | None]:
         """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, R] of the product that reads it, where it comes for free."""
-        ...
 
     def activation_bwd(self, da: Tensor, z: Tensor, activation: str) -> Tensor:
         """`dz = da ∘ act'(z)`, [M, K]."""
-        ...
 
 
 REGISTRY: dict[str, Backend] = {

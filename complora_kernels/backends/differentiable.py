@@ -52,8 +52,7 @@ class DifferentiableBackend(TorchBackend):
         h: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Any]:  # y [M, N], and h as it was given
-        masks = scaled_masks(x, linear.seeds, len(linear.As), linear.dropout_p, philox=self.philox)
-        return packed_lora_linear(x, linear, masks), h
+        return packed_lora_linear(x, linear, scaled_masks(x, linear, philox=self.philox)), h
 
     def packed_lora_linear_bwd(
         self,
@@ -72,7 +71,7 @@ class DifferentiableBackend(TorchBackend):
         adapters = len(linear.As)
         dAs: list[Tensor | None] = [None] * adapters
         dBs: list[Tensor | None] = [None] * adapters
-        masks = scaled_masks(wide_x, linear.seeds, adapters, linear.dropout_p, philox=self.philox)
+        masks = scaled_masks(wide_x, linear, philox=self.philox)
         for i, (A, B, (start, stop)) in enumerate(zip(linear.As, linear.Bs, linear.rows, strict=True)):
             m = 1.0 if masks is None else masks[i]
             dropped = m * wide_x

@@ -8,18 +8,18 @@ never a stored mask. `build` has loaded the library before an operation is calle
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.backends import build
-from complora_kernels.backends.support import unsupported_heights, unsupported_ranks, unsupported_tensors
+from complora_kernels.backends import build, plans
+from complora_kernels.backends.support import split_like, unsupported_heights, unsupported_ranks, unsupported_tensors
 from complora_kernels.backends.torch import (
     FactorGrads,
     Source,
     TorchBackend,
-    choose_plan,
     input_grad,
     input_of,
     sum_dtype,
@@ -42,11 +42,7 @@ class ExtensionBackend(TorchBackend):
         return _gpu_refusal(index)
 
     def unsupported_tensors(
-        self,
-        label: str,
-        tensors: Sequence[Tensor],
-        bases: Sequence[Tensor | None] = (),
-        dtype: torch.dtype | None = None,
+        self, label: str, tensors: Sequence[Tensor], bases: Sequence[Tensor | None] = (), dtype: Any = None
     ) -> str | None:
         return unsupported_tensors(label, tensors, dtype, ("cpu", "cuda"), self.DTYPES, self.gpu_refusal)
 
@@ -75,8 +71,9 @@ class ExtensionBackend(TorchBackend):
         bases = [None if basis is None else basis.to(wide) for basis in bases]
         complement = [kind == "complement" for kind in kinds]
         flat = torch.ops.complora.fold_factors(factors, bases, complement, output_side, scaling, dtypes[0])
-        parts = flat.split_with_sizes([factor.numel() for factor in factors])
-        return [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
+        return split_like(flat, factors)
+
+    fold_factors_bwd = fold_factors  # P is symmetric
 
     def packed_lora_linear_bwd(
         self,
@@ -89,7 +86,7 @@ class ExtensionBackend(TorchBackend):
         needs_x, needs_A, needs_B = needs
         As, Bs, rows, seeds = linear.As, linear.Bs, linear.rows, linear.seeds
         x = input_of(source, shape_only=not needs_A)
-        plan = choose_plan(x, linear)
+        plan = plans.choose_for(x, linear, "torch").name
         g = _g(dY, linear) if needs_A or (needs_x and plan != "merge") else dY.new_empty(0, h.shape[1])
         dX = self._input_grad(dY, g, linear, plan, x.dtype) if needs_x else None
         dAs: Sequence[Tensor | None] = [None] * len(As)

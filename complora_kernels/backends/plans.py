@@ -31,6 +31,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.common.files import read_plain, reading, set_aside, unsealed
 from complora_kernels.common.thread_stack import ThreadStack
 
@@ -142,6 +143,13 @@ def choose(problem: Problem, precision: str = "exact") -> Plan:
         ValueError: the forced plan is unknown or not eligible, or `precision` is.
     """
     return _choose(precision, *problem)
+
+
+def choose_for(x: Tensor, linear: AdaptedLinear, backend: str) -> Plan:
+    """The plan of a backend for the product of x [M, in] and a record with adapters."""
+    rank, adapters, dropout = max(len(A) for A in linear.As), len(linear.As), linear.dropout_p > 0
+    kind = {"backend": backend, "rank": rank, "adapters": adapters, "dtype": x.dtype, "dropout": dropout}
+    return choose(problem(x, linear.weight, **kind), linear.precision)
 
 
 @contextlib.contextmanager

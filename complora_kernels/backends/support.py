@@ -1,4 +1,4 @@
-"""Why kernels of our own do not support some arguments: the part that the triton and the extension backend share."""
+"""The parts that the triton and the extension backend share: what kernels of our own do not support, and results."""
 
 from __future__ import annotations
 
@@ -56,3 +56,9 @@ def unsupported_heights(linear: AdaptedLinear) -> str | None:
     if len(set(heights)) > 1:
         return f"rows={list(linear.rows)} are of heights {heights}, the kernels support equal ones"
     return None
+
+
+def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a flat tensor, one after the other, in the shapes of these tensors."""
+    parts = flat.split_with_sizes([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

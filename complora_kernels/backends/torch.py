@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,11 +91,7 @@ class TorchBackend:
         return None
 
     def unsupported_tensors(
-        self,
-        label: str,
-        tensors: Sequence[Tensor],
-        bases: Sequence[Tensor | None] = (),
-        dtype: torch.dtype | None = None,
+        self, label: str, tensors: Sequence[Tensor], bases: Sequence[Tensor | None] = (), dtype: Any = None
     ) -> str | None:
         return None
 
@@ -132,16 +128,7 @@ class TorchBackend:
                 folded.append(_cast(_projected(factor, basis, kind), dtype))  # Ã = A P_in, [r, in]
         return folded
 
-    def fold_factors_bwd(
-        self,
-        grads: Sequence[Tensor],
-        bases: Sequence[Tensor | None],
-        kinds: Sequence[str],
-        output_side: Sequence[bool],
-        scaling: float,
-        dtypes: Sequence[torch.dtype],
-    ) -> list[Tensor]:
-        return self.fold_factors(grads, bases, kinds, output_side, scaling, dtypes)  # P is symmetric
+    fold_factors_bwd = fold_factors  # P is symmetric
 
     def packed_lora_linear_fwd(
         self,
@@ -152,7 +139,7 @@ class TorchBackend:
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, R]
         As, Bs, rows = linear.As, linear.Bs, linear.rows
-        plan = choose_plan(x, linear)
+        plan = plans.choose_for(x, linear, "torch").name
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
         if h is None and linear.seeds:
             dropped = self._drop_each(x, linear)
@@ -190,7 +177,7 @@ class TorchBackend:
         if needs_B:
             # each [rows, r], as (h^T dY)^T rather than dY^T h: the long dimension of dY stays the contiguous one
             dBs = [(h_i.mT @ dY[:, start:stop]).mT for h_i, (start, stop) in zip(_split(h, As), rows, strict=True)]
-        plan = choose_plan(x, linear)
+        plan = plans.choose_for(x, linear, "torch").name
         if not (needs_A or needs_x):
             return None, dAs, dBs
         if plan == "merge" and not needs_A:
@@ -326,20 +313,6 @@ def block_diagonal(linear: AdaptedLinear) -> Tensor:  # [N, R]
         wide[start:stop, column : column + B.shape[1]] = B
         column += B.shape[1]
     return wide
-
-
-def choose_plan(x: Tensor, linear: AdaptedLinear) -> str:
-    """The name of the plan of torch's products for x [M, K] and a weight [N, K] with its adapters."""
-    problem = plans.problem(
-        x,
-        linear.weight,
-        backend="torch",
-        rank=max(len(A) for A in linear.As),
-        adapters=len(linear.As),
-        dtype=x.dtype,
-        dropout=len(linear.seeds) > 0,
-    )
-    return plans.choose(problem, linear.precision).name
 
 
 def _merged(linear: AdaptedLinear, dtype: torch.dtype) -> Tensor:  # [N, K]

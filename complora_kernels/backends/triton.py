@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.backends import hardware, plans
-from complora_kernels.backends.support import unsupported_ranks, unsupported_tensors
+from complora_kernels.backends.support import split_like, unsupported_ranks, unsupported_tensors
 from complora_kernels.backends.torch import (
     Activated,
     FactorGrads,
@@ -79,11 +79,7 @@ class TritonBackend:
         return hardware.too_old(index)
 
     def unsupported_tensors(
-        self,
-        label: str,
-        tensors: Sequence[Tensor],
-        bases: Sequence[Tensor | None] = (),
-        dtype: torch.dtype | None = None,
+        self, label: str, tensors: Sequence[Tensor], bases: Sequence[Tensor | None] = (), dtype: Any = None
     ) -> str | None:
         devices = ("cpu",) if hardware.interpreted() else ("cuda",)
         reason = unsupported_tensors(label, tensors, dtype, devices, DTYPES, self.gpu_refusal)
@@ -133,11 +129,11 @@ class TritonBackend:
     ) -> list[Tensor]:  # parts of one tensor, in the shapes of the factors
         complement = [kind == "complement" for kind in kinds]
         fold = torch.ops.complora_triton.fold_factors if _is_registered(*factors, *bases) else _fold_factors
-        return _parts(fold(factors, bases, complement, output_side, scaling, dtypes[0]), factors)
+        return split_like(fold(factors, bases, complement, output_side, scaling, dtypes[0]), factors)
 
     def fold_factors_bwd(
         self,
-        grads: Sequence[Tensor],  # each [r, d], those of the output side [d, r]
+        factors: Sequence[Tensor],  # their gradients: each [r, d], those of the output side [d, r]
         bases: Sequence[Tensor | None],
         kinds: Sequence[str],
         output_side: Sequence[bool],
@@ -145,7 +141,7 @@ class TritonBackend:
         dtypes: Sequence[torch.dtype],
     ) -> list[Tensor]:
         # Factors and bases stay where they are and gradients do not: gathered, they too lie at known distances.
-        gathered = _parts(torch.cat([grad.reshape(-1) for grad in grads]), grads)
+        gathered = split_like(torch.cat([factor.reshape(-1) for factor in factors]), factors)
         return self.fold_factors(gathered, bases, kinds, output_side, scaling, dtypes)
 
     def packed_lora_linear_fwd(
@@ -157,18 +153,8 @@ class TritonBackend:
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
         if h is None and residual is None and _is_registered(x, *linear.tensors()):
-            return torch.ops.complora_triton.packed_lora_linear_fwd(
-                x,
-                linear.weight,
-                linear.bias,
-                linear.As,
-                linear.Bs,
-                _starts(linear),
-                linear.dropout_p,
-                _seed(linear),
-                linear.save_h,
-                linear.precision,
-            )
+            others = (_starts(linear), linear.dropout_p, _seed(linear), linear.save_h, linear.precision)
+            return torch.ops.complora_triton.packed_lora_linear_fwd(x, *linear[:4], *others)
         return _linear_fwd(x, linear, h, residual)
 
     def packed_lora_linear_bwd(
@@ -180,18 +166,9 @@ class TritonBackend:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
         if isinstance(source, Tensor) and _is_registered(dY, source, h, *linear.tensors()):
+            factors = (linear.As, linear.Bs, _starts(linear), linear.dropout_p, _seed(linear))
             dX, dA, dB = torch.ops.complora_triton.packed_lora_linear_bwd(
-                dY,
-                source,
-                h,
-                linear.weight,
-                linear.As,
-                linear.Bs,
-                _starts(linear),
-                linear.dropout_p,
-                _seed(linear),
-                needs,
-                linear.precision,
+                dY, source, h, linear.weight, *factors, needs, linear.precision
             )
         else:
             dX, dA, dB = _linear_bwd(dY, source, h, linear, needs)
@@ -327,13 +304,8 @@ def _factor_grad(source: Source, g: Tensor, linear: AdaptedLinear) -> Tensor:  #
 
 
 def _plan(x: Tensor, linear: AdaptedLinear) -> plans.Plan:
-    rank, dropout = len(linear.As[0]), linear.dropout_p > 0
-    adapters = len(linear.As)
-    problem = plans.problem(
-        x, linear.weight, backend="triton", rank=rank, adapters=adapters, dtype=x.dtype, dropout=dropout
-    )
-    plan = plans.choose(problem, linear.precision)
-    if plan.h == "inside" and not kernels().linear.fits_inside(rank, x.dtype, linear.dropout_p):
+    plan = plans.choose_for(x, linear, "triton")
+    if plan.h == "inside" and not kernels().linear.fits_inside(len(linear.As[0]), x.dtype, linear.dropout_p):
         return plan._replace(h="given")
     return plan
 
@@ -360,11 +332,6 @@ def _beside(left: Tensor, right: Tensor) -> Tensor:
     """`[left | right]`, rows starting on 16 bytes as cuBLAS wants them."""
     both = torch.cat([left, right], 1)
     return F.pad(both, (0, -both.shape[1] % 8))[:, : both.shape[1]]
-
-
-def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = torch.split(flat, [tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _is_registered(first: Tensor, *others: Tensor | None) -> bool:

@@ -43,11 +43,9 @@ class Integration(Protocol):
     @property
     def FusedBlock(self) -> type[CompLoRABlock]:
         """The extension of residual blocks whose parts are known."""
-        ...
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether `model`, in wrappers or not, is one of the library's."""
-        ...
 
     def targets(self, model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Target]:
         """What `config` selects, perhaps several times; of a regular expression's matches those in `paths`, if given.
@@ -55,31 +53,24 @@ class Integration(Protocol):
         Raises:
             ValueError: nothing is selected, or a module cannot be adapted.
         """
-        ...
 
     def residual_blocks(self, model: nn.Module) -> Iterable[Block]:
         """The residual blocks of the image and the text tower."""
-        ...
 
     def parts_of_block(self, block: nn.Module) -> BlockParts | str:
         """The parts of a residual block, or the reason why it cannot be fused."""
-        ...
 
     def towers(self, model: nn.Module) -> Iterable[tuple[nn.Module, type[Scoped]]]:
         """The modules that run a tower when they are called, each with its scope, which knows its last block."""
-        ...
 
     def truncation(self, model: nn.Module) -> Iterable[tuple[nn.Module, type[Extension]]]:
         """The modules to extend so that texts are truncated to the longest of their batch, each with its extension."""
-        ...
 
     def activations(self, model: nn.Module) -> dict[str, str]:
         """The class of each tower's MLP activation: weights trained with QuickGELU mean something else with GELU."""
-        ...
 
     def peft_modules(self, path: str, layer: CompLoRALayer) -> dict[str, str] | str:
         """The module, by its name, that PEFT adapts for each adapter of a layer, or why it cannot adapt them."""
-        ...
 
 
 def find(model: nn.Module) -> Integration:
