@@ -1,5 +1,8 @@
 """The backends, which of them can run here, and why not the others: `python -m complora_kernels.backends`."""
 
+# The methods of a Protocol have no bodies.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 import logging
@@ -119,14 +122,8 @@ REGISTRY: dict[str, Backend] = {
 }
 REFERENCE = "reference"  # a name that is no backend: the operations are then those of `reference`
 AUTO_ORDER = ("triton", "extension", "torch")
-OPERATIONS = (
-    "project_complement",
-    "fold_factors",
-    "packed_lora_linear",
-    "complora_linear",
-    "norm_lora_linear",
-    "norm_lora_mlp",
-)
+FACTOR_OPERATIONS = ("project_complement", "fold_factors")
+OPERATIONS = (*FACTOR_OPERATIONS, "packed_lora_linear", "complora_linear", "norm_lora_linear", "norm_lora_mlp")
 
 
 def skipped(operation: str, device: str, dropping: bool = False) -> tuple[str, ...]:
@@ -136,7 +133,7 @@ def skipped(operation: str, device: str, dropping: bool = False) -> tuple[str, .
     torch backend where factors are projected and where dropout masks are drawn; else the large products decide, which
     are torch's in any case.
     """
-    faster = device != "cpu" or dropping or operation in ("project_complement", "fold_factors")
+    faster = device != "cpu" or dropping or operation in FACTOR_OPERATIONS
     return () if faster else ("extension",)
 
 

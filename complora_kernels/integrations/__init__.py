@@ -4,6 +4,9 @@ An integration is a module with the functions of `Integration`. To add a library
 `find`.
 """
 
+# The methods of a Protocol have no bodies.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
