@@ -125,6 +125,11 @@ class CompLoRAConfig:
         return SOURCES["weight" if self.sides == "none" else self.subspace_source]
 
     @property
+    def protects_activations(self) -> bool:
+        """Whether calibration batches are needed: `subspace_source="activations"` with a projected side."""
+        return self.source.needs_data
+
+    @property
     def scaling(self) -> float:
         """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)

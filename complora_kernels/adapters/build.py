@@ -56,7 +56,7 @@ def apply_complora(
             FullyShardedDataParallel, which know only the parameters of the plain model, or is itself a compiled module.
             The model is then as it was, also when `calibrate` itself fails.
     """
-    if config.source.needs_data != (calibrate is not None):
+    if config.protects_activations != (calibrate is not None):
         raise ValueError(
             f"calibrate={calibrate!r} with subspace_source={config.subspace_source!r} and sides={config.sides!r}, "
             'expected a function of the model that runs calibration batches with subspace_source="activations" and '

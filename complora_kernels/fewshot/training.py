@@ -241,7 +241,7 @@ def adapted_model(context: RunContext) -> Any:
     setting = context.setting
     adapter = context.config.adapter(context.run.method, context.run.seed)
     model = copy.deepcopy(setting.backbone.model)
-    if not adapter.source.needs_data:
+    if not adapter.protects_activations:
         return ck.apply_complora(model, adapter, progress=False)
 
     # Nothing is read behind the end of a text: the activations there are not to be protected.
