@@ -135,7 +135,7 @@ def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch
         ({"subspace_k": 3, "subspace_ratio": 0.5}, r"subspace_k"),
         ({"subspace_energy": 1.5}, r"subspace_energy"),
         ({"target_modules": ("query",)}, r"target_modules"),
-        ({"shots": (200,)}, r"shots=200: class 'digit zero' has 178 images"),
+        ({"shots": (200,)}, r"shots=200: class 'digit zero' has 178 training images"),
         ({"device": "quantum"}, r"--device quantum: expected cpu, cuda or auto"),
     ],
 )
