@@ -105,7 +105,7 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         whole = linear.with_tensors(tensors)
         with without_autocast(x):
             y, h = REGISTRY[backend].packed_lora_linear_fwd(flatten(x), whole)  # [M, out], [M, R]
-        ctx.save_for_backward(x, h, *whole._replace(bias=None).tensors())
+        ctx.save_for_backward(x, h, tensors[0], None, *tensors[2:])  # the bias is not needed again
         ctx.linear, ctx.backend = linear, backend
         return unflatten(y, [*x.shape[:-1], y.shape[-1]])
 

@@ -36,14 +36,15 @@ def norm_lora_linear(
     norm: Norm,
     linear: AdaptedLinear,
     *,
-    precision: str = "exact",
+    precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [..., in], [..., out]
     """`s = x + delta` and `packed_lora_linear(LN(s), ...)`: residual, LayerNorm and the product that reads it.
 
         ds = d_s + LN'(dn)    LN'(dn) = rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))    ŝ = (s - mean) · rstd
 
-    where dn is the product's input gradient and d_s that of the first result. The product runs in autocast's dtype
+    where dn is the product's input gradient and d_s that of the first result. `precision` None is that of the record,
+    whose seeds and `save_h` are not read: new ones are drawn. The product runs in autocast's dtype
     where that is on, else in that of x; LayerNorm in float32, or float64 when x is. Of the activations s, mean,
     rstd [M] and h [M, r] are saved. Without delta the first result is a view of x: it is not to be written to.
 
@@ -54,7 +55,6 @@ def norm_lora_linear(
     (linear,), dtype, name = _prepare("norm_lora_linear", x, delta, norm, [linear], precision, backend)
     if name == REFERENCE:
         return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=fresh_masks(x, linear))
-    linear = functional.with_seeds(x, linear, name)
     stream, y = NormLoRALinearFunction.apply(
         *_flat(x, delta), norm, linear.without_tensors(), dtype, name, *linear.tensors()
     )
@@ -70,7 +70,7 @@ def norm_lora_mlp(
     activation: str,
     *,
     recompute: bool = False,
-    precision: str = "exact",
+    precision: str | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [..., in]
     """`s + fc2(act(fc1(LN(s))))` with `s = x + delta`: the second half of a residual block.
@@ -90,10 +90,6 @@ def norm_lora_mlp(
         stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=fresh_masks(x, fc1))
         masks = fresh_masks(z, fc2)
         return stream + reference.activation_lora_linear(z, *fc2[:5], activation=activation, dropout_masks=masks)
-    fc1, fc2 = (
-        functional.with_seeds(x, fc1, name),
-        functional.with_seeds(x, fc2, name),
-    )  # seeds are drawn in the order of the products
     records = (fc1.without_tensors(), fc2.without_tensors())
     tensors = (*fc1.tensors(), *fc2.tensors())
     y, _ = NormLoRAMLPFunction.apply(*_flat(x, delta), norm, *records, activation, recompute, dtype, name, *tensors)
@@ -261,15 +257,15 @@ def _prepare(
     delta: Tensor | None,
     norm: Norm,
     linears: Sequence[AdaptedLinear],
-    precision: str,
+    precision: str | None,
     backend: str | None,
 ) -> tuple[Sequence[AdaptedLinear], torch.dtype, str]:
-    """The records with their factors in the dtype of the products, that dtype, and the name of the backend.
+    """The records as the backend takes them, the dtype of the products, and the name of the backend.
 
     Raises:
         ValueError, RuntimeError: as `norm_lora_linear`.
     """
-    linears = [linear._replace(precision=precision) for linear in linears]
+    linears = [linear._replace(precision=precision) for linear in linears] if precision else linears
     _check(x, delta, norm, linears)
     dtype = functional.compute_dtype(x)
 
@@ -284,7 +280,7 @@ def _prepare(
 
     dropping = any(linear.dropout_p for linear in linears)
     name = functional.resolve(backend, operation, x, unsupported, dropping=dropping)
-    return [functional.cast_factors(linear, dtype) for linear in linears], dtype, name
+    return [functional.for_backend(x, linear, dtype, name) for linear in linears], dtype, name
 
 
 def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear]) -> None:

@@ -1,4 +1,4 @@
-"""What is computed: the operations with their formulas, the checks of their arguments and the choice of a backend.
+"""The public operations: their formulas, the checks of their arguments and the choice of a backend.
 
 Notation: `W` [out, in] is a frozen weight, `A` [r, in] and `B` [out, r] are the factors, `P_out = I - U_k U_k^T` and
 `P_in = I - V_k V_k^T` project onto the complement of W's top-k left and right singular vectors (Comp-LoRA, arXiv
@@ -95,15 +95,9 @@ def fold_factors(
         lambda backend: backend.unsupported_tensors("lora_As, lora_Bs", factors, bases, dtype),
     )
     if name == REFERENCE:
+        named = {"output_basis_kinds": output_kinds, "input_basis_kinds": input_kinds}
         return reference.fold_factors(
-            lora_As,
-            lora_Bs,
-            output_bases,
-            input_bases,
-            output_basis_kinds=output_kinds,
-            input_basis_kinds=input_kinds,
-            scaling=scaling,
-            dtype=dtype,
+            lora_As, lora_Bs, output_bases, input_bases, **named, scaling=scaling, dtype=dtype
         )
     folded = FoldFactorsFunction.apply(
         input_bases, input_kinds, output_bases, output_kinds, scaling, dtype, name, *factors
@@ -202,7 +196,8 @@ def complora_linear(
     "complement" that it spans the rest [d, d - k]. Without a basis the side is not projected.
 
     Equivalent to `fold_factors` followed by `lora_linear`, whose docstring has the gradients; those of the factors are
-    projected again, `dA = dÃ P_in` and `dB = P_out dB̃`, in float32, or float64 when the factors are.
+    projected again, `dA = dÃ P_in` and `dB = P_out dB̃`, in float32, or float64 when the factors are. In half precision
+    they are rounded before that projection, too.
 
     Raises:
         ValueError: as `fold_factors` and `lora_linear`.
@@ -222,19 +217,10 @@ def complora_linear(
         return reason or backend.unsupported_linear(x, linear)
 
     name = resolve(backend, "complora_linear", x, unsupported, dropping=training and dropout_p > 0)
-    (folded_A,), (scaled_B,) = fold_factors(
-        [lora_A],
-        [lora_B],
-        [output_basis],
-        [input_basis],
-        output_basis_kinds=output_basis_kind,
-        input_basis_kinds=input_basis_kind,
-        scaling=scaling,
-        dtype=dtype,
-        backend=name,
-    )
-    linear = linear._replace(As=[folded_A], Bs=[scaled_B])
-    return _adapted_linear(x, linear, training, name)
+    bases = ([output_basis], [input_basis])
+    kinds = {"output_basis_kinds": output_basis_kind, "input_basis_kinds": input_basis_kind}
+    As, Bs = fold_factors([lora_A], [lora_B], *bases, **kinds, scaling=scaling, dtype=dtype, backend=name)
+    return _adapted_linear(x, linear._replace(As=As, Bs=Bs), training, name)
 
 
 def _adapted_linear(
@@ -245,29 +231,28 @@ def _adapted_linear(
 ) -> Tensor:  # [..., out]
     """One product with at least one adapter: checks, the choice of a backend, casts, seeds and the autograd node."""
     check_linear(x, linear)
-    linear = linear if training else linear._replace(dropout_p=0.0)
-    x, linear = x.to(dtype := compute_dtype(x)), cast_factors(linear, dtype)
-    dropping = linear.dropout_p > 0
+    if not training and linear.dropout_p > 0:
+        linear = linear._replace(dropout_p=0.0)
+    x, dropping = x.to(dtype := compute_dtype(x)), linear.dropout_p > 0
     name = resolve(
         backend, "packed_lora_linear", x, lambda backend: backend.unsupported_linear(x, linear), dropping=dropping
     )
+    linear = for_backend(x, linear, dtype, name)
     if name == REFERENCE:
         wide = x.to(torch.promote_types(dtype, torch.float32))
         return differentiable.packed_lora_linear(x, linear, dropout.fresh_masks(wide, linear))
-    linear = with_seeds(x, linear, name)
     return PackedLoRALinearFunction.apply(x, linear.without_tensors(), name, *linear.tensors())
 
 
-def cast_factors(linear: AdaptedLinear, dtype: torch.dtype) -> AdaptedLinear:
-    """The record with its factors in the dtype of the product."""
-    return linear._replace(As=[A.to(dtype) for A in linear.As], Bs=[B.to(dtype) for B in linear.Bs])
+def for_backend(x: Tensor, linear: AdaptedLinear, dtype: torch.dtype, backend: str) -> AdaptedLinear:
+    """The record with its factors in the dtype of the product, and fresh seeds for the masks that the backend draws.
 
-
-def with_seeds(x: Tensor, linear: AdaptedLinear, backend: str) -> AdaptedLinear:
-    """The record with fresh seeds for a backend's dropout masks; h is saved where B̃ gets a gradient."""
-    seeds = dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
-    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in linear.Bs)
-    return linear._replace(seeds=seeds, save_h=save_h)
+    h is saved where B̃ gets a gradient.
+    """
+    As, Bs = [A.to(dtype) for A in linear.As], [B.to(dtype) for B in linear.Bs]
+    seeds = [] if backend == REFERENCE else dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
+    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
+    return linear._replace(As=As, Bs=Bs, seeds=seeds, save_h=save_h)
 
 
 def resolve(
@@ -288,11 +273,11 @@ def resolve(
     return backends.resolve(backend, operation, unsupported, skip)
 
 
-KERNELS = ("triton", "extension")  # the backends with operations of their own
+KERNELS = tuple(name for name, backend in REGISTRY.items() if backend.own_operations)
 
 
 def _unfollowed(backend: Backend) -> str | None:
-    if backend.name not in KERNELS:
+    if not backend.own_operations:
         return None
     return (
         "torch.func, forward-mode differentiation and torch.jit.trace follow torch's own operations alone, "

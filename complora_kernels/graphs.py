@@ -260,9 +260,7 @@ class GraphedTrainStep:
         tensors += [value for group in groups for value in (group["lr"],) if isinstance(value, Tensor)]
         tensors += [value for p in known for value in states[p].values() if isinstance(value, Tensor)]
         if self.scaler is not None:
-            self.scaler.scale(
-                torch.zeros((), device=self._device)
-            )  # a scaler makes its tensors when they are first used
+            self.scaler.scale(torch.zeros((), device=self._device))  # makes its tensors, if they are not there yet
             tensors += [self.scaler._scale, self.scaler._growth_tracker]
         copies, grads = [tensor.detach().clone() for tensor in tensors], [p.grad for p in self._trained]
         cuda = [self._device] if self._device.type == "cuda" else []

@@ -47,7 +47,7 @@ def apply_complora(
         progress: show a progress bar on stderr once the work has taken two seconds.
 
     Returns:
-        The same model.
+        The same model. Its class, and those of its towers and blocks, become subclasses of the same names.
 
     Raises:
         ValueError: the model is adapted already, a target matched nothing or cannot be adapted, a layer index is out of

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.wrappers import unwrap
@@ -66,12 +67,13 @@ def truncate_texts(model: nn.Module, changes: Changes | None = None) -> None:
 def _extensions(
     model: nn.Module, integration: Integration, layers: Collection[nn.Module]
 ) -> dict[nn.Module, list[type[Extension]]]:
-    """What the modules of `model` are extended by when `layers` are adapted."""
+    """The extensions of the modules of `model` when `layers` are adapted."""
     added: defaultdict[nn.Module, list[type[Extension]]] = defaultdict(list)
     for module, extension in integration.truncation(model):
         added[module].append(extension)
     scoped = {module for module, extensions in added.items() if issubclass(extensions[-1], Scoped)}
-    for module, extension in (*integration.towers(model), (model, Scoped)):
+    whole = [] if isinstance(model, GraphModule) else [(model, Scoped)]  # a GraphModule writes its class's forward anew
+    for module, extension in (*integration.towers(model), *whole):
         if module not in scoped and _folds(module, layers, scoped):
             added[module].append(extension)
             scoped.add(module)

@@ -33,11 +33,15 @@ class Backend(Protocol):
 
     @property
     def purpose(self) -> str:
-        """What it is for, in a few words."""
+        """Its purpose in a few words."""
 
     @property
     def philox(self) -> bool:
         """Whether its dropout masks are those that kernels draw, of one key on the device, see `dropout`."""
+
+    @property
+    def own_operations(self) -> bool:
+        """Whether it computes by operations of this package, which torch.func and the like cannot follow."""
 
     @property
     def automatic(self) -> bool:
@@ -121,7 +125,7 @@ REGISTRY: dict[str, Backend] = {
     backend.name: backend for backend in (TritonBackend(), ExtensionBackend(), TorchBackend())
 }
 REFERENCE = "reference"  # a name that is no backend: the operations are then those of `reference`
-AUTO_ORDER = ("triton", "extension", "torch")
+AUTO_ORDER = tuple(REGISTRY)  # "auto" takes the first that can run
 FACTOR_OPERATIONS = ("project_complement", "fold_factors")
 OPERATIONS = (*FACTOR_OPERATIONS, "packed_lora_linear", "complora_linear", "norm_lora_linear", "norm_lora_mlp")
 
@@ -181,7 +185,7 @@ def resolve(
 
 
 def _usable() -> list[str]:
-    """What "auto" chooses from, in order."""
+    """The names that "auto" chooses from, in order."""
     return [name for name in AUTO_ORDER if REGISTRY[name].unavailable() is None and REGISTRY[name].automatic]
 
 

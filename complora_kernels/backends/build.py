@@ -17,7 +17,7 @@ MODULES = {"cpu": "complora_kernels._C", "cuda": "complora_kernels._C_cuda"}
 
 
 class Build(NamedTuple):
-    """What `setup.py` recorded beside the modules."""
+    """The record that `setup.py` wrote beside the modules."""
 
     version: str  # the version of the package
     halves: list[str]  # "cpu", "cuda", both or none

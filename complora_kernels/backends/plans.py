@@ -1,4 +1,4 @@
-"""How each product is computed: the plans, which of them may run, and the table of the fastest.
+"""The plans by which a product is computed, which of them may run, and the table of the fastest.
 
 `y = x W^T + b + h B̃^T` with `h = drop(x) Ã^T` has four plans, and so have its gradients:
 
@@ -10,8 +10,8 @@
 With several adapters `concat` fills B̃ with zeros outside each one's rows: there an infinite h of one adapter makes the
 results of the others NaN (0 · ∞). The other plans keep it in its own rows.
 
-The shipped table decides, unless `python -m complora_kernels.tune` has measured the problem. What it found is
-in a JSON file, read at the first choice. `COMPLORA_PLAN=fused|concat|merge|addmm` forces a plan by name, `auto` none.
+The shipped table decides, unless `python -m complora_kernels.tune` has measured the problem. What it found is in a JSON
+file, read at the first choice. `COMPLORA_PLAN=fused|concat|merge|addmm` forces a plan by name, `auto` none.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger("complora_kernels")
 
 
 class Problem(NamedTuple):
-    """What the fastest plan depends on. Dtypes are names without `torch.`."""
+    """All that the fastest plan depends on. Dtypes are names without `torch.`."""
 
     backend: str  # "torch" or "triton"
     device: str  # "cpu", or the name of the GPU
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What was measured for one problem."""
+    """The measurements of one problem."""
 
     problem: Problem
     measured: tuple[tuple[Plan, float], ...]  # median seconds of forward and backward, the fastest plan first
@@ -134,7 +134,7 @@ def eligible(problem: Problem, precision: str = "exact") -> tuple[str, ...]:
 
 
 def choose(problem: Problem, precision: str = "exact") -> Plan:
-    """That of `override`, else by `COMPLORA_PLAN`, else the fastest eligible one measured, else the shipped one.
+    """The plan of `override`, else by `COMPLORA_PLAN`, else the fastest eligible one measured, else the shipped one.
 
     torch.compile asks while it traces: the plan is part of the graph. For `ANY` tokens it is the one that was measured
     with the most tokens, where the choice matters most.
@@ -244,7 +244,7 @@ def checked(entry: Entry) -> Entry:
 
 @functools.lru_cache(maxsize=1)
 def versions() -> tuple[str, ...]:
-    """Those of torch and triton, which is not imported."""
+    """The versions of torch and triton, which is not imported."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return str(torch.__version__), metadata.version("triton")
     return str(torch.__version__), "none"

@@ -85,6 +85,7 @@ class TorchBackend:
     name = "torch"
     purpose = "folded factors on torch's own products, any device and dtype"
     philox = False
+    own_operations = False
     automatic = True
 
     def unavailable(self) -> str | None:

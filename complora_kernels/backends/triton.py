@@ -2,8 +2,8 @@
 
 Plans other than `fused` leave the large products to torch. Calls go through operations that are registered with torch
 only where something follows operations one by one: torch.compile, or a dispatch mode such as selective checkpointing.
-Elsewhere kernels are launched at once, which takes half the host's time. Blocks are not fused under torch.compile, so
-that their norms and activations need no registered operation. The first call imports Triton.
+Elsewhere kernels are launched at once, which takes half the host's time, and so are norms and activations: blocks are
+not fused under torch.compile and selective checkpointing. The first call imports Triton.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from complora_kernels.backends.torch import (
     input_of,
 )
 from complora_kernels.common.shapes import check_device, flatten, unflatten
-from complora_kernels.common.tracing import is_dispatched
+from complora_kernels.common.tracing import is_dispatched, is_plain
 from complora_kernels.kernels.rows import MAX_GROUPS, MAX_NORM_WIDTH, RowGroups, row_groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,6 +65,7 @@ class TritonBackend:
     name = "triton"
     purpose = "fused kernels on CUDA GPUs"
     philox = True
+    own_operations = True
 
     @property
     def automatic(self) -> bool:
@@ -341,7 +342,8 @@ def _is_registered(first: Tensor, *others: Tensor | None) -> bool:
     turns into memory (a view that negates) or the operation's checks refuse.
     """
     return is_dispatched(first) or any(
-        tensor is not None and (tensor.is_neg() or tensor.layout is not torch.strided or not _has_memory(tensor))
+        tensor is not None
+        and (not is_plain(tensor) or tensor.is_neg() or tensor.layout is not torch.strided or not _has_memory(tensor))
         for tensor in (first, *others)
     )
 

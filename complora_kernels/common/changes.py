@@ -36,10 +36,6 @@ class Changes:
             self._drafts[id(table)] = (table, table.copy(), table.copy())
         return self._drafts[id(table)][2]
 
-    def pending(self, table: Table) -> Table:
-        """The table as `make` will leave it, to be read only."""
-        return self._drafts[id(table)][2] if id(table) in self._drafts else table
-
     def set_attribute(self, owner: object, name: str, value: object) -> None:
         """Sets an attribute that is no entry of the owner's `__dict__`, such as `requires_grad` or `__class__`."""
         self._do.append(partial(object.__setattr__, owner, name, value))

@@ -13,6 +13,8 @@ def flatten(
     x: Tensor,  # [..., d]
 ) -> Tensor:  # [M, d]
     """`x.reshape(-1, d)`, also where d is 0, which torch calls ambiguous."""
+    if x.dim() == 2:
+        return x
     d = x.shape[-1]
     return x.reshape(-1 if d else math.prod(x.shape[:-1]), d)
 

@@ -45,7 +45,12 @@ def is_checkpointed_selectively() -> bool:
 
 def is_dispatched(x: Tensor) -> bool:
     """Whether operations on x are seen one by one: by torch.compile, a dispatch mode, or a subclass of Tensor."""
-    return torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, nn.Parameter)
+    return torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0 or not is_plain(x)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is of torch's own class, and of no subclass that may see operations or have no memory."""
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def is_differentiated() -> bool:

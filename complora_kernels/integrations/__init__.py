@@ -51,7 +51,7 @@ class Integration(Protocol):
         """Whether `model`, in wrappers or not, is one of the library's."""
 
     def targets(self, model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Target]:
-        """What `config` selects, perhaps several times; of a regular expression's matches those in `paths`, if given.
+        """The modules that `config` selects, perhaps twice; given `paths`, a regular expression's matches among them.
 
         Raises:
             ValueError: nothing is selected, or a module cannot be adapted.

@@ -22,11 +22,11 @@ from complora_kernels.integrations.torch import peft_modules as peft_linear
 from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection
 from complora_kernels.modules.extend import Extension, own_class
-from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped
+from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped, run_in_scope
 from complora_kernels.modules.layer import CompLoRALayer, clone_as
 from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.masks import known_causal
-from complora_kernels.modules.truncation import TextTower, reading_texts
+from complora_kernels.modules.truncation import TextTower, reading_of_texts
 
 PACKAGES = ("torch", "open_clip", "clip")  # classes of these packages are known by their names
 NORMS = ("LayerNorm", "LayerNormFp32")  # torch's own and open_clip's, which compute in float32 and round
@@ -175,8 +175,7 @@ class TextModel(Extension):
         plain: Any = super()
         if torch.compiler.is_compiling():
             return plain.encode_text(text, *args, **kwargs)
-        with reading_texts(text_tower(self), text):
-            return plain.encode_text(text, *args, **kwargs)
+        return run_in_scope({}, reading_of_texts(text_tower(self), text), plain.encode_text, text, *args, **kwargs)
 
 
 class TextModel4(TextModel):
@@ -186,8 +185,7 @@ class TextModel4(TextModel):
         plain: Any = super()
         if torch.compiler.is_compiling():
             return plain._encode_text(text, *args, **kwargs)
-        with reading_texts(text_tower(self), text):
-            return plain._encode_text(text, *args, **kwargs)
+        return run_in_scope({}, reading_of_texts(text_tower(self), text), plain._encode_text, text, *args, **kwargs)
 
 
 def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 
 class Dropout(NamedTuple):
-    """What a kernel needs to know: bits of a lane (0: no dropout), the lanes that drop, and 1 / (1 - p)."""
+    """A kernel's view of dropout: bits of a lane (0: no dropout), the lanes that drop, and 1 / (1 - p)."""
 
     bits: int
     threshold: int

@@ -1,4 +1,4 @@
-"""What all launches share: how operands are laid out, which chip they run on, and what the interpreter needs."""
+"""The parts that all launches share: layouts of operands, the chip, and the needs of the interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def rounded(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a kernel stored, in the dtype that was asked for; on a GPU it is in that dtype already."""
+    """The tensor that a kernel stored in the dtype that was asked for; on a GPU it has that dtype already."""
     return stored.to(dtype)
 
 

@@ -31,7 +31,7 @@ MAX_BLOCK_R = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}  # floa
 
 
 class Tiles(NamedTuple):
-    """How a large product is cut: an output tile [BLOCK_M, BLOCK_OUT], BLOCK_IN of the inner dimension at a time."""
+    """The tiles of a large product: [BLOCK_M, BLOCK_OUT] of the output, BLOCK_IN of the inner dimension at a time."""
 
     block_m: int
     block_out: int

@@ -1,7 +1,7 @@
 """Adds methods to a module where it stands: its class becomes a subclass, its identity and parameters stay.
 
-This is how torch's own `fully_shard` does it: whoever holds the module holds the extended one, and `isinstance` keeps
-its answers.
+This is how torch's own `fully_shard` does it: whoever holds the module holds the extended one, `isinstance` keeps its
+answers, and the class keeps its name, by which some libraries save models. `type(module) is` no longer holds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from complora_kernels.common.tracing import Unscriptable
 
 class Extension(Unscriptable):
     """The base of what `extend` adds: a mixin whose methods come before those of the module's own class."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Runs no `__init_subclass__` of the module's own class, which would register or refuse the extended one."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
@@ -62,12 +65,8 @@ def extended_class(cls: type[nn.Module], extension: type[Extension]) -> type[nn.
             for name, method in vars(base).items()
             if isinstance(method, FunctionType) and hasattr(cls, name)
         }
-        made = type(
-            f"CompLoRA{cls.__name__}",
-            (extension, cls),
-            {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **methods},
-        )
-        _EXTENDED.setdefault((cls, extension), made)
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _EXTENDED.setdefault((cls, extension), type(cls.__name__, (extension, cls), names | methods))
     return _EXTENDED[cls, extension]
 
 

@@ -4,17 +4,17 @@ A scope lives as long as that forward pass, on the thread that runs it and outsi
 to be copied or saved with them. Within it
 
 - all adapted layers below the module are folded in one `fold_factors` call. A layer takes its factors from the scope
-  where they are what it would fold itself;
+  where they were made of the factors and bases that it has (a factor that is written to while the pass runs counts
+  from the next pass on);
 - a transformer truncates its input to the longest text of the batch;
 - the last block computes the one position that is read. Its keys and values are those of all positions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,9 @@ class FoldedLayer(NamedTuple):
 
     bases: tuple[Tensor | None, ...]
     weights: dict[str, FoldedWeight]
+
+
+FoldedLayers = dict[CompLoRALayer, FoldedLayer]
 
 
 class LastBlock(NamedTuple):
@@ -71,7 +74,7 @@ class Scope(NamedTuple):
 
     grad_enabled: bool
     dispatch: object
-    layers: dict[CompLoRALayer, FoldedLayer]
+    layers: FoldedLayers
     reading: Reading | None
 
 
@@ -93,8 +96,7 @@ class Scoped(Extension):
         reading = current_reading()
         if reading is not None and reading.transformer is self:
             args, kwargs = self._truncate_for_scope(reading, args, kwargs)
-        with scope(fold_below(self), self._reading_of_scope()):
-            return super().forward(*args, **kwargs)
+        return run_in_scope(fold_below(self), self._reading_of_scope(), super().forward, *args, **kwargs)
 
     def _reading_of_scope(self) -> Reading | None:
         """The reading of the forward pass that now begins; by default that of the one around it."""
@@ -118,14 +120,15 @@ class Scoped(Extension):
         return (x,), {"attn_mask": mask[: reading.length, : reading.length]}
 
 
-@contextlib.contextmanager
-def scope(layers: dict[CompLoRALayer, FoldedLayer], reading: Reading | None) -> Iterator[None]:
-    """A scope around what runs within, on this thread."""
+def run_in_scope(
+    layers: FoldedLayers, reading: Reading | None, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The result of `run(*args, **kwargs)` in a scope on this thread. No generator: an interrupt could strand it."""
     outer = _THREAD.scopes
     try:
         try:
             _THREAD.scopes = (*outer, Scope(torch.is_grad_enabled(), _dispatch(), layers, reading))
-            yield
+            return run(*args, **kwargs)
         finally:
             _THREAD.scopes = outer
     finally:
@@ -148,16 +151,17 @@ def adapted_below(module: nn.Module) -> list[CompLoRALayer]:
     return list(layers)
 
 
-def fold_below(module: nn.Module) -> dict[CompLoRALayer, FoldedLayer]:
+def fold_below(module: nn.Module) -> FoldedLayers:
     """Folds the factors of the active layers of `adapted_below` in one call, unless scalings or dtypes are mixed."""
     groups: dict[Any, list[CompLoRALayer]] = {}
     for layer in adapted_below(module):
-        if layer.active:
-            name = next(iter(layer.weights))
+        name = next(iter(layer.weights))
+        frozen = layer.frozen_parameter(name)
+        if layer.active and isinstance(frozen, Tensor):  # torch.fx's tracer puts stand-ins in the place of parameters
             A, _ = layer.factors(name)
-            dtype = functional.compute_dtype(layer.frozen_parameter(name))
+            dtype = functional.compute_dtype(frozen)
             groups.setdefault((layer.config.scaling, dtype, A.dtype, A.device), []).append(layer)
-    layers: dict[CompLoRALayer, FoldedLayer] = {}
+    layers: FoldedLayers = {}
     for (scaling, dtype, *_), group in groups.items():
         inputs = [layer.fold_inputs(name) for layer in group for name in layer.weights]
         folded = iter(zip(inputs, *fold(inputs, scaling, dtype), strict=True))
@@ -172,7 +176,7 @@ def fold_below(module: nn.Module) -> dict[CompLoRALayer, FoldedLayer]:
 def factors_in_scope(
     layer: CompLoRALayer, names: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """As `layer.fold_factors`, from the running scopes where one of them has the result."""
+    """The result of `layer.fold_factors`, from the running scopes where one of them has it."""
     for running in reversed(_THREAD.scopes):
         folded = running.layers.get(layer)
         if folded is not None and _is_valid(running, folded, layer, names, dtype):
@@ -197,7 +201,7 @@ def _is_valid(
 
 
 def _dispatch() -> object:
-    """Who else sees the operations: selective checkpointing counts them, also those of a fold, and replays them."""
+    """The mode that sees the operations: selective checkpointing counts and replays them, those of a fold too."""
     return "compiler" if torch.compiler.is_compiling() else _get_current_dispatch_mode()
 
 

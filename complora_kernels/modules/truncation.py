@@ -5,7 +5,6 @@ The transformer of the text tower, which costs nearly everything, gets the short
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from complora_kernels.common.tensor_facts import TensorFacts
 from complora_kernels.common.tracing import has_values
-from complora_kernels.modules.forward_scope import LastBlock, Reading, scope
+from complora_kernels.modules.forward_scope import LastBlock, Reading
 from complora_kernels.modules.masks import has_been_read, recognise_causal_mask
 
 MULTIPLE = 8  # lengths are rounded up to one of these: few shapes, and rows that suit vector loads
@@ -31,13 +30,13 @@ class TextTower(NamedTuple):
 _LONGEST: TensorFacts[tuple[int | None, int]] = TensorFacts()  # texts -> eos_id and the length of the longest
 
 
-def reading_texts(tower: TextTower | None, text: Any) -> contextlib.AbstractContextManager[None]:
-    """Within it, the text tower computes what the features of `text` [N, L] are read from.
+def reading_of_texts(tower: TextTower | None, text: Any) -> Reading | None:
+    """Where the text tower reads the features of `text` [N, L]; None: the whole context is computed.
 
     The ends of texts on a device are read once for each tensor and version, which waits for the device. A CUDA graph
     keeps the length of the texts it was captured with: the whole context where they were not encoded before.
     """
-    return scope({}, find_reading(tower, text) if tower is not None and _is_readable(text) else None)
+    return find_reading(tower, text) if tower is not None and _is_readable(text) else None
 
 
 def find_reading(tower: TextTower, text: Tensor) -> Reading:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.checkpoint import checkpoint
 from triton_device import DEVICE, masks_of, next_seed
 
@@ -346,6 +347,24 @@ def test_checkpointing_recomputes_the_same_masks(use_reentrant):
         gradients.append([tensor.grad for tensor in (x, model.A, model.B)])
     for expected, recomputed in zip(*gradients, strict=True):
         assert torch.equal(recomputed, expected)
+
+
+def test_a_subclass_sees_the_registered_operation():
+    """A kernel would read its memory without its knowledge."""
+    seen = []
+
+    class Seen(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            with no_dispatch():
+                return func(*args, **(kwargs or {}))
+
+    x, weight, A, B = (torch.randn(shape, device=DEVICE) for shape in ((6, 5), (6, 5), (2, 5), (6, 2)))
+    with torch.no_grad():
+        y = packed_lora_linear(x, weight.as_subclass(Seen), None, [A], [B], [(0, 6)], backend="triton")
+    assert "complora_triton::packed_lora_linear_fwd" in seen
+    assert torch.equal(y, packed_lora_linear(x, weight, None, [A], [B], [(0, 6)], backend="triton"))
 
 
 def test_registered_operations():

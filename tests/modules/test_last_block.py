@@ -393,10 +393,13 @@ def test_another_number_of_texts(positions):
 
 def test_other_threads_see_nothing(positions):
     model = adapted(clip().double(), target_modules=ALL)
-    with forward_scope.scope({}, model.visual._reading_of_scope()):
+
+    def run_on_another_thread() -> None:
         thread = threading.Thread(target=model.visual.transformer, args=(torch.randn(N, PATCHES + 1, D).double(),))
         thread.start()
         thread.join()
+
+    forward_scope.run_in_scope({}, model.visual._reading_of_scope(), run_on_another_thread)
     assert positions == [PATCHES + 1] * 2
 
 
