@@ -37,18 +37,17 @@ class AdaptedLinear(NamedTuple):
 
     def without_tensors(self) -> AdaptedLinear:
         """The rest of the record, with None for each tensor: what a node of autograd may keep beside what it saves."""
-        nothing: Any = [None] * len(self.rows)
-        seeds: Any = [None] * len(self.seeds)
-        frozen: Any = None
-        return self._replace(weight=frozen, bias=None, As=nothing, Bs=nothing, seeds=seeds)
+        nothing: Any = (None,) * len(self.rows)
+        return self.with_tensors((None, None, *(None,) * len(self.seeds), *nothing, *nothing))
 
     def with_tensors(self, tensors: Sequence[Any]) -> AdaptedLinear:
         """The whole record again, from the tensors in the order of `tensors`."""
-        weight, bias, *others = tensors
-        first_A = len(self.seeds)
+        first_A = 2 + len(self.seeds)
         first_B = first_A + len(self.rows)
-        return self._replace(
-            weight=weight, bias=bias, seeds=others[:first_A], As=others[first_A:first_B], Bs=others[first_B:]
+        As, Bs, seeds = tensors[first_A:first_B], tensors[first_B:], tensors[2:first_A]
+        # The constructor takes a third of the time of `_replace`.
+        return AdaptedLinear(
+            tensors[0], tensors[1], As, Bs, self.rows, self.dropout_p, seeds, self.save_h, self.precision
         )
 
     def gradients(self, dAs: Sequence[Tensor | None], dBs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

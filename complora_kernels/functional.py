@@ -252,7 +252,8 @@ def for_backend(x: Tensor, linear: AdaptedLinear, dtype: torch.dtype, backend: s
     As, Bs = [A.to(dtype) for A in linear.As], [B.to(dtype) for B in linear.Bs]
     seeds = [] if backend == REFERENCE else dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
     save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
-    return linear._replace(As=As, Bs=Bs, seeds=seeds, save_h=save_h)
+    weight, bias, _, _, rows, dropout_p, _, _, precision = linear
+    return AdaptedLinear(weight, bias, As, Bs, rows, dropout_p, seeds, save_h, precision)
 
 
 def resolve(

@@ -147,9 +147,10 @@ def choose(problem: Problem, precision: str = "exact") -> Plan:
 
 def choose_for(x: Tensor, linear: AdaptedLinear, backend: str) -> Plan:
     """The plan of a backend for the product of x [M, in] and a record with adapters."""
-    rank, adapters, dropout = max(len(A) for A in linear.As), len(linear.As), linear.dropout_p > 0
-    kind = {"backend": backend, "rank": rank, "adapters": adapters, "dtype": x.dtype, "dropout": dropout}
-    return choose(problem(x, linear.weight, **kind), linear.precision)
+    As, weight, dropout = linear.As, linear.weight, linear.dropout_p > 0
+    rank = max([A.shape[0] for A in As])
+    asked = problem(x, weight, backend=backend, rank=rank, adapters=len(As), dtype=x.dtype, dropout=dropout)
+    return choose(asked, linear.precision)
 
 
 @contextlib.contextmanager
