@@ -59,7 +59,7 @@ sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=2 PYTHONPATH=build/sanitize/lib \
 		CUDA_ON_CPU_FLAGS="$(SANITIZER) --param asan-stack=0" \
-		.venv/bin/pytest --override-ini=pythonpath= --capture=no \
+		.venv/bin/pytest --override-ini=pythonpath=tests/support --capture=no \
 		tests/backends/test_extension.py tests/backends/test_cuda_source.py tests/backends/test_raw_operations.py $(ARGS)
 
 aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU: registers, spills, shared memory

@@ -187,7 +187,7 @@ def switched_off(layers: Iterable[CompLoRALayer]) -> contextlib.AbstractContextM
 def fold(inputs: Sequence[FoldInputs], scaling: float, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
     """`functional.fold_factors` of any adapted weights that share a scaling."""
     As, Bs, output_bases, input_bases, output_kinds, input_kinds = zip(*inputs, strict=True)
-    kinds = {"output_basis_kinds": output_kinds, "input_basis_kinds": input_kinds}
+    kinds: dict[str, Any] = {"output_basis_kinds": output_kinds, "input_basis_kinds": input_kinds}
     return functional.fold_factors(As, Bs, output_bases, input_bases, **kinds, scaling=scaling, dtype=dtype)
 
 
