@@ -38,7 +38,7 @@ FILES ?= $(NUMERICS:%=tests/%.py)
 NUMERICS = $(addprefix test_,dropout functional reference subspace) \
 	$(addprefix adapters/test_,apply calibration manage saved_bases save_load) \
 	$(addprefix fewshot/test_,anchors evaluate images recipe) \
-	$(addprefix modules/test_,block modules pooled prompts tower)
+	$(addprefix modules/test_,block forward_scope last_block modules truncation)
 test-other-processor: .venv/.installed $(EXTENSION)  ## run the tests of the numerics as another processor computes, on two threads
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 		.venv/bin/python -m pytest $(PARALLEL) $(FILES) $(ARGS)

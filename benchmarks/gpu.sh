@@ -54,7 +54,7 @@ tests() {
     ! "$python" -c "import xdist" 2>/dev/null || parallel=(--numprocesses=4 --dist=loadfile)
     "$python" -m pytest -q --benchmark-disable "${parallel[@]}" \
         tests/backends/test_cuda_source.py tests/backends/test_triton.py tests/kernels/test_kernels.py tests/kernels/test_block_kernels.py \
-        tests/test_graphs.py tests/modules/test_block.py tests/modules/test_pooled.py
+        tests/test_graphs.py tests/modules/test_block.py tests/modules/test_last_block.py
 }
 
 tune() { "$python" -m complora_kernels.tune --model-shapes ViT-B-16 --batch 256 32 --rank 16; }
