@@ -120,15 +120,15 @@ def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str
     return targets
 
 
-def check_wrappers(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def check_wrappers(model: nn.Module, modules: Mapping[str, nn.Module], done: str = "adapted") -> None:
     """Raises ValueError where a wrapper around or within `model` has listed the parameters of one of its modules."""
     for wrapper in filter(registers_parameters, wrappers(model)):
         parts = {id(module) for module in wrapper.modules()}
         path = next((path for path, module in modules.items() if id(module) in parts), None)
         if path is not None:
             raise ValueError(
-                f"{path} is inside a {type(wrapper).__name__}, which has listed the parameters of the plain model and "
-                "would leave the adapter's out: expected a model that is adapted first and wrapped then"
+                f"{path} is inside a {type(wrapper).__name__}, which has listed the parameters that the model has now: "
+                f"expected a model that is {done} first and wrapped then"
             )
 
 

@@ -122,14 +122,21 @@ def merge_adapter(model: nn.Module) -> None:
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=False)
-    _require_untied(model, layers)
     changes = Changes()
+    merge_layers(model, layers, changes)
+    changes.make()
+
+
+def merge_layers(
+    model: nn.Module, layers: dict[str, CompLoRALayer], changes: Changes, *, safe_merge: bool = True
+) -> None:
+    """Merges these layers of `model`, as a part of `changes`; errors as `merge_adapter`."""
+    _require_untied(model, layers)
     for path, layer in layers.items():
         try:
-            layer.merge(changes)
+            layer.merge(changes, safe_merge=safe_merge)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    changes.make()
 
 
 def unmerge_adapter(model: nn.Module) -> None:

@@ -64,8 +64,7 @@ class Unscriptable(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
             f"torch.jit.script cannot compile an adapted model ({type(self).__name__}), merged or not: use "
-            "torch.jit.trace or torch.export, or script a plain model that has loaded the merged one's state dict "
-            "(strict=False)"
+            "torch.jit.trace or torch.export, or script what merge_and_unload makes of it"
         )
 
 

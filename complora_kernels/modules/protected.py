@@ -101,6 +101,16 @@ class ProtectedLayer(Float32State):
             device = self.frozen_parameter(name).device
             changes.set_buffer(self, _fingerprint_name(name, side), sketch.to(device), persistent=True)
 
+    def _remove_bases(self, changes: Changes) -> None:
+        """Removes the bases and what follows a state dict into the layer, as one of `changes`."""
+        for key in self._about_bases:
+            for name in (_basis_name(*key), _fingerprint_name(*key)):
+                if name in self._buffers:
+                    changes.remove_buffer(self, name)
+        hooks = changes.draft(self._load_state_dict_post_hooks)
+        for handle in [handle for handle, hook in hooks.items() if hook is _update_bases_after_load]:
+            del hooks[handle]
+
     def protect_activations(
         self,
         name: str,

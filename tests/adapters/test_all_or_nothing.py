@@ -224,6 +224,9 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], None]]] = {
     "load_raw_adapter_state": (adapted_clip, load_raw),
     "merge_adapter": (adapted_clip, lambda model, _: ck.merge_adapter(model)),
     "unmerge_adapter": (merged_clip, lambda model, _: ck.unmerge_adapter(model)),
+    "unload": (adapted_clip, lambda model, _: ck.unload(model)),
+    "unload, merged": (merged_clip, lambda model, _: ck.unload(model)),
+    "merge_and_unload": (adapted_clip, lambda model, _: ck.merge_and_unload(model)),
     "set_recompute": (adapted_clip, lambda model, _: ck.set_recompute(model, "mlp")),
 }
 
