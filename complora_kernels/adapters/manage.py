@@ -110,7 +110,8 @@ def merge_adapter(model: nn.Module) -> None:
     """Adds every update to its frozen weight, `W ← W + ΔW` rounded once to W's dtype, and keeps the originals.
 
     The model then computes with plain layers; memory grows by the adapted weights until `unmerge_adapter`. Its state
-    dict is that of a plain model with the update inside, plus the factors.
+    dict is that of a plain model with the update inside, plus the factors and a mark `lora_merged` for each layer: an
+    adapted model, which would add the update again, refuses to load it. See also `merge_and_unload`.
 
     All weights are merged or, when the call fails or is interrupted, none. The parameters stay the same objects and get
     other memory: a CUDA graph, or a tensor that shares memory with a weight, keeps the original values.

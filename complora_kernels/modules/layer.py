@@ -15,7 +15,7 @@ from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.modules.protected import ProtectedLayer, WeightRows
+from complora_kernels.modules.protected import MERGED, ProtectedLayer, WeightRows
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 
@@ -118,6 +118,7 @@ class CompLoRALayer(ProtectedLayer):
                 parameter = self.get_parameter(name)
                 pending.set_buffer(self, _original_name(name), parameter.data)
                 pending.exchange(parameter, weight)
+            pending.set_buffer(self, MERGED, torch.tensor(True, device=parameter.device), persistent=True)
             pending.draft(vars(self))["merged"] = True
 
     def unmerge(self, changes: Changes | None = None) -> None:
@@ -132,6 +133,7 @@ class CompLoRALayer(ProtectedLayer):
             for name in {rows.parameter for rows in self.weights.values()}:
                 pending.exchange(self.get_parameter(name), self.get_buffer(_original_name(name)))
                 pending.remove_buffer(self, _original_name(name))
+            pending.remove_buffer(self, MERGED)
             pending.draft(vars(self))["merged"] = False
 
     def unload(self, changes: Changes | None = None) -> None:
@@ -146,10 +148,10 @@ class CompLoRALayer(ProtectedLayer):
         plain, adapted = self._made_from
         if type(self) is not adapted:
             raise ValueError(f"a {adapted.__name__} has become a {type(self).__name__}, expected one that is unchanged")
-        own_buffers = {rows.parameter: _original_name(rows.parameter) for rows in self.weights.values()}
+        own_buffers = {MERGED, *(_original_name(rows.parameter) for rows in self.weights.values())}
         with joined(changes) as pending:
             self._remove_bases(pending)
-            for name in pending.draft(self._buffers).keys() & own_buffers.values():
+            for name in pending.draft(self._buffers).keys() & own_buffers:
                 pending.remove_buffer(self, name)
             for table in (self._parameters, self._modules):
                 for name in ("lora_A", "lora_B"):

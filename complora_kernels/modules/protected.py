@@ -28,6 +28,9 @@ PROJECTED_SIDES: dict[str, tuple[subspace.Side, ...]] = {
 }
 
 
+MERGED = "lora_merged"  # a buffer in the state dict of a merged layer, whose weights hold the update
+
+
 class WeightRows(NamedTuple):
     """Where an adapted weight [out, in] lives: rows `start <= n < stop` of a parameter of the layer."""
 
@@ -154,6 +157,11 @@ class ProtectedLayer(Float32State):
         """Why a state dict, in which the layer's names begin with `prefix`, cannot be loaded; None where it can."""
         if self.merged:
             return f"{prefix.rstrip('.')} is merged, expected an unmerged adapter: call unmerge_adapter first"
+        if f"{prefix}{MERGED}" in state_dict:
+            return (
+                f"{prefix}{MERGED}: the state dict is of a merged model, whose weights hold the update: expected "
+                "one of an unmerged model (unmerge_adapter gives it), or a plain model to load it into (strict=False)"
+            )
         if self.config.source.recomputable:
             return None
         others = [name for name in self._calibrated_on if not self._is_calibrated_on(name, prefix, state_dict)]
