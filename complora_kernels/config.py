@@ -49,6 +49,9 @@ class CompLoRAConfig:
             must match a whole module name; it then selects `nn.Linear` modules of any model.
         towers: "image", "text" or both. Not used with a regular expression.
         layers: indices of the residual blocks to adapt in each tower; None adapts all.
+        modules_to_save: ends of the names of modules that are trained as a whole beside the factors, such as a new
+            "head", and are saved, loaded and exported with them. They are trained in place: `disable_adapter`,
+            `unmerge_adapter` and `unload` leave them as they are.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what was expected.
@@ -67,6 +70,7 @@ class CompLoRAConfig:
     target_modules: tuple[str, ...] | str = ("q", "k", "v")
     towers: tuple[str, ...] = ("image", "text")
     layers: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks = {
@@ -108,6 +112,10 @@ class CompLoRAConfig:
         else:
             object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules, TARGETS))
         object.__setattr__(self, "towers", _names("towers", self.towers, TOWERS))
+        names = _tuple(self.modules_to_save)
+        valid = all(isinstance(name, str) and name for name in names)
+        _require(valid, "modules_to_save", self.modules_to_save, "ends of module names")
+        object.__setattr__(self, "modules_to_save", names)
         if self.layers is not None:
             layers = _tuple(self.layers)
             valid = bool(layers) and all(is_int(layer) and layer >= 0 for layer in layers)

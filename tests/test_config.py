@@ -34,6 +34,7 @@ def test_defaults():
         "target_modules": ["q", "k", "v"],
         "towers": ["image", "text"],
         "layers": None,
+        "modules_to_save": [],
     }
 
 
@@ -135,6 +136,8 @@ def test_frozen():
         ({"layers": ()}, "layers=(), expected None or non-negative block indices"),
         ({"layers": (0, -1)}, "layers=(0, -1), expected None or non-negative block indices"),
         ({"layers": (1.5,)}, "layers=(1.5,), expected None or non-negative block indices"),
+        ({"modules_to_save": ("head", "")}, "modules_to_save=('head', ''), expected ends of module names"),
+        ({"modules_to_save": 3}, "modules_to_save=3, expected ends of module names"),
         ({"layers": "all"}, "layers='all', expected None or non-negative block indices"),
     ],
 )

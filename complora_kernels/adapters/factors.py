@@ -15,9 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import functional, subspace
-from complora_kernels.adapters.build import adapt, adapted_layers, build_layers, find_targets, is_adapted
-from complora_kernels.adapters.configuration import peft_key
+from complora_kernels.adapters.build import (
+    adapt,
+    adapted_layers,
+    build_layers,
+    find_targets,
+    is_adapted,
+    trained_tensors,
+)
+from complora_kernels.adapters.configuration import peft_key, peft_name
 from complora_kernels.adapters.install import Replacement, install
+from complora_kernels.adapters.whole_modules import check_finite, whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
@@ -86,11 +94,12 @@ def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
 
 def warn_of_trained(model: nn.Module) -> None:
     """Warns of parameters that are trained beside the adapters: none of the files holds them."""
+    saved = {id(tensor) for tensor in trained_tensors(model).values()}
     trained = {
         f"{path}.{name}" if path else name: parameter
         for path, module in named_modules(model)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
+        if parameter.requires_grad and id(parameter) not in saved
     }
     for path, layer in adapted_layers(model).items():
         weights = {rows.parameter for rows in layer.weights.values()}  # frozen, or an error, as their biases are
@@ -100,10 +109,21 @@ def warn_of_trained(model: nn.Module) -> None:
                 trained.pop(f"{path}.{name}" if path else name, None)
     if trained:
         warnings.warn(
-            f"{_listed(trained)} require a gradient and are no part of the adapter: they are not saved with it. Save "
-            "them yourself, or freeze what is not trained",
+            f"{_listed(trained)} require a gradient and are no part of the adapter: they are not saved with it. Name "
+            "their modules in modules_to_save, save them yourself, or freeze what is not trained",
             stacklevel=3,
         )
+
+
+def file_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `modules_to_save` of an adapted model under the names of the weights file.
+
+    Raises:
+        ValueError: one holds NaN or infinite values.
+    """
+    tensors = trained_tensors(model)
+    check_finite(tensors)
+    return {peft_name(name): tensor for name, tensor in tensors.items()}
 
 
 def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
@@ -168,11 +188,18 @@ def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], confi
 
 
 def fill_adapter(
-    model: nn.Module, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
+    model: nn.Module,
+    config: CompLoRAConfig,
+    factors: FactorPairs,
+    bases: Bases | None = None,
+    whole: dict[str, Tensor] | None = None,
+    *,
+    progress: bool,
 ) -> None:
     """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
 
-    The bases, given or own, are turned until folding leaves the factors as they are.
+    The bases, given or own, are turned until folding leaves the factors as they are. `whole` are the tensors of
+    `modules_to_save`, which `check_whole_tensors` has accepted.
     """
     changes = Changes()
     if is_adapted(model):
@@ -188,6 +215,9 @@ def fill_adapter(
         layer.set_basis(name, side, _aligned_basis(basis, path, side, factors[path]), changes)
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
+    if whole:
+        modules = whole_modules(model, config.modules_to_save, ())
+        changes.copy([whole_tensors(modules)[name] for name in whole], list(whole.values()))
     changes.make()
 
 

@@ -22,6 +22,7 @@ from complora_kernels.adapters.factors import (
     common_config,
     factor_tensors,
     file_factors,
+    file_tensors,
     fill_adapter,
     warn_of_trained,
     weights_to_fill,
@@ -92,7 +93,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             A, B = factors[path]  # [n·r, d], [3d, n·r]
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
-        write_files(staging, fields, factor_tensors(factors))
+        write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model
+from complora_kernels.adapters.build import adapted_layers, adapted_model, trained_tensors
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
 from complora_kernels.modules.layer import CompLoRALayer, switched_off
@@ -17,7 +17,7 @@ from complora_kernels.modules.protected import PROJECTED_SIDES
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The factors A and B of every adapted weight, to hand to an optimizer.
+    """The factors A and B of every adapted weight, and the parameters of `modules_to_save`, to hand to an optimizer.
 
     Raises:
         ValueError: `model` has no adapter.
@@ -26,13 +26,15 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The factors with their names in the plain model, such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
-    return [
+    """What the adapter trains, by names in the plain model such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
+    factors = [
         (f"{path}.{name}" if path else name, parameter)
         for path, layer in adapted_layers(model).items()
         for name, parameter in layer.named_parameters()
         if name.startswith(("lora_A", "lora_B"))
     ]
+    whole = trained_tensors(model).items()
+    return factors + [(name, tensor) for name, tensor in whole if isinstance(tensor, nn.Parameter)]
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -90,7 +92,9 @@ def subspace_report(model: nn.Module) -> list[SubspaceReport]:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes what it did before it was adapted.
+    """Within the context the model computes what it did before it was adapted, but for `modules_to_save`.
+
+    Those are trained in place, and no copy of what they were is kept: they compute what they have learned.
 
     That holds on the thread that entered the context and on the threads of the backward passes that it starts. With
     activation checkpointing, call `backward` within the context too, because it computes the forward pass again.
@@ -156,9 +160,10 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Raw factors and bases by name, for a checkpoint from which training goes on exactly; `save_adapter` is for use.
+    """Raw factors, bases and `modules_to_save` by name, for a checkpoint from which training goes on exactly.
 
-    Names are those of the model that was adapted, without the prefix of a container around it, as in `save_adapter`.
+    `save_adapter` is for use. Names are those of the model that was adapted, without the prefix of a container around
+    it, as there.
     The tensors are the model's own: clone what must outlast the next step.
 
     Raises:
@@ -166,6 +171,7 @@ def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """
     part = _part_with_names(model)
     state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named_adapter_parameters(part)}
+    state |= {name: tensor.detach() for name, tensor in trained_tensors(part).items()}
     for path, layer in adapted_layers(part).items():
         state |= {name: basis for name, basis in layer.named_buffers(prefix=path) if "_basis" in name[len(path) :]}
     return state

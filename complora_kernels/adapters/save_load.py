@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import subspace
-from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers, is_adapted
-from complora_kernels.adapters.configuration import FORMAT_VERSION, module_pattern, peft_fields, peft_key
+from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers, is_adapted, trained_tensors
+from complora_kernels.adapters.configuration import FORMAT_VERSION, module_pattern, peft_fields, peft_key, peft_name
 from complora_kernels.adapters.factors import (
     PROJECTIONS,
     AdaptedWeight,
@@ -30,6 +30,7 @@ from complora_kernels.adapters.factors import (
     common_config,
     factor_tensors,
     file_factors,
+    file_tensors,
     fill_adapter,
     own_bases,
     warn_of_trained,
@@ -37,6 +38,7 @@ from complora_kernels.adapters.factors import (
 )
 from complora_kernels.adapters.files import WEIGHTS_FILE, read_adapter, read_bases, write_adapter
 from complora_kernels.adapters.replacement import replaced_adapter
+from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common import base_weights
 from complora_kernels.common.files import reading
 from complora_kernels.common.wrappers import named_modules
@@ -53,7 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The factors are saved folded, in their own dtype (float32), as PEFT's `base_model.model.<path>.lora_A.weight`; in
     attention the path ends in q_proj, k_proj, v_proj or out_proj, whatever the library. Stock PEFT reads the adapter
     where modules of these names are called; for `nn.MultiheadAttention` use `export_peft`. A merged model is saved as
-    if it were not.
+    if it were not. The modules of `modules_to_save` are saved as a whole, as `base_model.model.<path>.<tensor>`.
 
     Names are those of the model that `apply_complora` was given, without what is around it: torch.compile's wrapper,
     DataParallel, DistributedDataParallel, AveragedModel, or a container that holds it, such as a LightningModule. The
@@ -84,10 +86,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with replaced_adapter(directory) as staging:
         factors = file_factors(weights)
         bases = {} if config.source.recomputable else own_bases(weights)
+        whole = file_tensors(part)
         described = _adapter_config(config, weights, find(part).activations(part), bases)
+        if whole:
+            shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(part).items()}
+            described["complora"]["modules_to_save"] = shapes
         matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
         warn_of_trained(model)
-        write_adapter(staging, described, factor_tensors(factors), matrices)
+        write_adapter(staging, described, factor_tensors(factors) | whole, matrices)
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:
@@ -108,7 +114,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         progress: show a progress bar while weights are decomposed, as `apply_complora`.
 
     Returns:
-        The same model. Its raw factors are now the saved ones, trainable.
+        The same model. Its raw factors and the modules of `modules_to_save` are now the saved ones, trainable.
 
     Raises:
         FileNotFoundError: a file is missing, that of the bases too where they are those of activations.
@@ -124,12 +130,14 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         paths = saved["complora"]["base_weights"].keys()
         part = adapted_model(model) if is_adapted(model) else _plain_model(model, paths)
         weights = weights_to_fill(part, config, paths)
-        factors = _to_factors(tensors, weights)
+        own = whole_tensors(whole_modules(part, config.modules_to_save, ()))
+        factors, whole = _sorted(tensors, weights, own)
         check_factors(factors, weights, config)
+        check_whole_tensors(whole, own)
         _check_base_weights(saved["complora"]["base_weights"], weights)
         _check_activations(saved["complora"]["activations"], find(part).activations(part))
         bases = None if config.source.recomputable else _saved_bases(directory, saved, weights)
-        fill_adapter(part, config, factors, bases, progress=progress)
+        fill_adapter(part, config, factors, bases, whole, progress=progress)
     return model
 
 
@@ -158,10 +166,15 @@ def _adapter_config(
     }
 
 
-def _to_factors(tensors: dict[str, Tensor], weights: Iterable[str]) -> FactorPairs:
+def _sorted(
+    tensors: dict[str, Tensor], weights: Iterable[str], whole: Iterable[str]
+) -> tuple[FactorPairs, dict[str, Tensor]]:
+    """The factors of the weights in a file and the tensors of `modules_to_save`, by the names of the model."""
     keys = {path: (peft_key(path, "lora_A"), peft_key(path, "lora_B")) for path in weights}
-    check_names(WEIGHTS_FILE, tensors, {key for pair in keys.values() for key in pair})
-    return {path: (tensors[A], tensors[B]) for path, (A, B) in keys.items()}
+    names = {name: peft_name(name) for name in whole}
+    check_names(WEIGHTS_FILE, tensors, {key for pair in keys.values() for key in pair} | set(names.values()))
+    factors = {path: (tensors[A], tensors[B]) for path, (A, B) in keys.items()}
+    return factors, {name: tensors[key] for name, key in names.items()}
 
 
 def _saved_bases(directory: str | os.PathLike[str], saved: dict[str, Any], weights: dict[str, AdaptedWeight]) -> Bases:
