@@ -68,26 +68,24 @@ def apply_complora(
         )
     if is_adapted(model):
         raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
-    replacements = build_layers(model, config, progress=progress)
+    replacements = build_layers(model, config)
+    with tqdm(replacements, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
+        for replacement in bar:
+            replacement.layer.compute_bases()
     if calibrate is not None:
         protect_activations(unwrap(model), replacements, calibrate, progress=progress)
     install(model, replacements)
     return model
 
 
-def build_layers(
-    model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None, *, progress: bool
-) -> list[Replacement]:
-    """An adapted layer for each target of `find_targets`, to be installed; the model stays as it is.
-
-    Those that protect activations have no bases yet.
+def build_layers(model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Replacement]:
+    """An adapted layer, without bases, for each target of `find_targets`, to be installed; the model stays as it is.
 
     Raises:
         ValueError: as `apply_complora`.
     """
     targets = find_targets(model, config, paths)
-    with tqdm(targets, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
-        return [Replacement(target.path, target.module, adapt(target, config)) for target in bar]
+    return [Replacement(target.path, target.module, adapt(target, config)) for target in targets]
 
 
 def adapt(target: Target, config: CompLoRAConfig) -> CompLoRALayer:

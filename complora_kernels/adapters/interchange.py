@@ -174,7 +174,7 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
         }
         check_factors(factors, weights_to_fill(model, config), config)
         factors = {target: (A.float(), B.float()) for target, (A, B) in factors.items()}
-        fill_adapter(unwrap(model), config, factors, progress=progress)
+        fill_adapter(unwrap(model), config, factors)
     return model
 
 

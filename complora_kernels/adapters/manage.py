@@ -173,6 +173,7 @@ def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named_adapter_parameters(part)}
     state |= {name: tensor.detach() for name, tensor in trained_tensors(part).items()}
     for path, layer in adapted_layers(part).items():
+        layer.compute_bases()
         state |= {name: basis for name, basis in layer.named_buffers(prefix=path) if "_basis" in name[len(path) :]}
     return state
 

@@ -3,8 +3,8 @@
 The files hold the folded factors `Ã = A P_in` and `B̃ = P_out B`, without the scaling: an ordinary LoRA of the same
 function. Raw factors under the same names would load elsewhere and silently compute something else.
 
-Bases are computed from the base weights again when an adapter is loaded. Bases of activations cannot be: they are saved
-in a third file, which this package alone reads.
+Bases are computed from the base weights again, when a loaded adapter is trained. Those of activations cannot be: they
+are saved in a third file, which this package alone reads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from complora_kernels import subspace
 from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers, is_adapted, trained_tensors
@@ -102,6 +103,12 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
     The model then computes exactly the saved update, also when its weights are a half-precision copy of those that the
     adapter was trained on: bases computed from rounded weights are turned until they leave the factors as they are. The
     bases of activations are the saved ones, whatever those of an adapted model were.
+
+    Bases are computed from the weights when something needs them: the first forward pass in which a factor gets a
+    gradient (5 s for q, k, v of ViT-B/16 on two cores), or after something has written to a factor (other than through
+    `.data`, which torch does not count), `subspace_report`, a raw state, torch.compile. Until then the saved factors,
+    which are folded, are used as they are, and whether they lie in the complement is not checked beyond their rank.
+
     Everything is checked before the model is changed, and if anything fails it stays as it was.
 
     The files need not be trusted: they run no code and no regular expression (the names in them say what is adapted),
@@ -111,7 +118,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         model: plain, or adapted with the same configuration and not merged; or a wrapper around it (see
             `save_adapter`), or a container that holds it as the only part with modules of the saved names.
         directory: written by `save_adapter`.
-        progress: show a progress bar while weights are decomposed, as `apply_complora`.
+        progress: show a progress bar while the base weights are compared with those that the adapter was trained on.
 
     Returns:
         The same model. Its raw factors and the modules of `modules_to_save` are now the saved ones, trainable.
@@ -121,7 +128,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         OSError: a file cannot be read.
         ValueError: a file is truncated or was changed, or contradicts itself; the adapter is for another configuration,
             rank, set of layers or model, or was trained on other base weights; it holds NaN or infinite values; the
-            subspaces that it declares leave no room for its update; or, of a plain model, as `apply_complora`.
+            subspaces that it declares leave no room for the rank of its update; or, of a plain model, as
+            `apply_complora`.
         RuntimeError: the adapter in the model is merged.
     """
     saved, tensors = read_adapter(directory)
@@ -134,10 +142,10 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         factors, whole = _sorted(tensors, weights, own)
         check_factors(factors, weights, config)
         check_whole_tensors(whole, own)
-        _check_base_weights(saved["complora"]["base_weights"], weights)
+        _check_base_weights(saved["complora"]["base_weights"], weights, progress=progress)
         _check_activations(saved["complora"]["activations"], find(part).activations(part))
         bases = None if config.source.recomputable else _saved_bases(directory, saved, weights)
-        fill_adapter(part, config, factors, bases, whole, progress=progress)
+        fill_adapter(part, config, factors, bases, whole)
     return model
 
 
@@ -228,15 +236,18 @@ def _has_all(modules: dict[str, nn.Module], prefix: str, paths: Iterable[str]) -
     return all(any(prefix + module in modules for module in _module_paths(path)) for path in paths)
 
 
-def _check_base_weights(saved: dict[str, base_weights.Description], weights: dict[str, AdaptedWeight]) -> None:
+def _check_base_weights(
+    saved: dict[str, base_weights.Description], weights: dict[str, AdaptedWeight], *, progress: bool
+) -> None:
     """Raises ValueError naming the first weight that is not the one that the adapter was trained on."""
-    for path, (layer, name) in weights.items():
-        apart = base_weights.relative_distance(base_weights.describe(layer.original_weight(name)), saved[path])
-        if not apart <= base_weights.TOLERANCE:
-            raise ValueError(
-                f"this adapter was trained on other base weights: {path} is about {apart:.2g} |W| away from what it "
-                f"was then, expected at most {base_weights.TOLERANCE} (half-precision copies are within 0.004)"
-            )
+    with tqdm(weights.items(), "comparing weights", unit="weight", delay=2, leave=False, disable=not progress) as bar:
+        for path, (layer, name) in bar:
+            apart = base_weights.relative_distance(base_weights.describe(layer.original_weight(name)), saved[path])
+            if not apart <= base_weights.TOLERANCE:
+                raise ValueError(
+                    f"this adapter was trained on other base weights: {path} is about {apart:.2g} |W| away from what "
+                    f"it was then, expected at most {base_weights.TOLERANCE} (half-precision copies are within 0.004)"
+                )
 
 
 def _check_activations(saved: dict[str, str], own: dict[str, str]) -> None:

@@ -63,9 +63,9 @@ class CompLoRALayer(ProtectedLayer):
         return fold([self.fold_inputs(name) for name in names], self.config.scaling, dtype)
 
     def fold_inputs(self, name: str) -> FoldInputs:
-        """The raw factors of one adapted weight and its bases."""
+        """The raw factors of one adapted weight and the bases that project them."""
         A, B = self.factors(name)
-        on_output, on_input = self.basis(name, "output"), self.basis(name, "input")
+        on_output, on_input = self.projection(name, "output", B), self.projection(name, "input", A)
         return FoldInputs(
             A,
             B,
@@ -182,7 +182,12 @@ class CompLoRALayer(ProtectedLayer):
         return len(values) > 0 and any(self in layers for layers in values)
 
     def _replicate_for_data_parallel(self) -> Any:
-        """For another thread of the same forward pass."""
+        """For another thread of the same forward pass, which could not keep what it computes."""
+        if self._without_bases():
+            raise RuntimeError(
+                f"{self._path or type(self).__name__} has no bases yet, expected them before DataParallel copies the "
+                "model: subspace_report(model) computes them"
+            )
         replica = super()._replicate_for_data_parallel()
         replica.disabled = self.disabled or self._switched_off
         return replica
