@@ -20,7 +20,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -428,12 +428,14 @@ class _KeptBasis:
         if kept is None:
             return None
         matrix, record = kept
-        kind, k, energy = (record.get(name) for name in ("kind", "k", "energy"))
-        if not (is_int(k) and is_number(energy) and 0 <= energy <= 1 + 1e-9 and self._known_k in (None, k)):
-            return None
-        width = {"principal": k, "complement": self._d - k}.get(kind, -1)
-        fits = matrix.shape == (self._d, width) and matrix.is_floating_point() and _is_orthonormal(matrix)
-        return Basis(matrix, kind, k, energy) if fits else None
+        with contextlib.suppress(KeyError):
+            kind, k, energy = record["kind"], record["k"], record["energy"]
+            expected = is_int(k) and self._known_k in (None, k) and is_number(energy) and 0 <= energy <= 1 + 1e-9
+            shape = (self._d, k if kind == "principal" else self._d - k) if expected else None
+            fits = matrix.shape == shape and matrix.is_floating_point() and _is_orthonormal(matrix)
+            if fits and kind in get_args(BasisKind):
+                return Basis(matrix, kind, k, energy)
+        return None
 
     def write(self, basis: Basis) -> None:
         if self._key is not None and basis.matrix.numel() > 0:

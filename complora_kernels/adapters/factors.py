@@ -210,7 +210,8 @@ def fill_adapter(
     for path, (layer, name) in weights.items():
         A, B = factors[path]
         for side in PROJECTED_SIDES[config.sides]:
-            layer.follow(name, side, B.mT if side == "output" else A, changes, bases and bases[path, side])
+            given = None if bases is None else bases[path, side]
+            layer.follow(name, side, B.mT if side == "output" else A, changes, given)
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
     if whole:

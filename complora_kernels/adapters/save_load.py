@@ -107,7 +107,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
     Bases are computed from the weights when something needs them: the first forward pass in which a factor gets a
     gradient (5 s for q, k, v of ViT-B/16 on two cores), or after something has written to a factor (other than through
     `.data`, which torch does not count), `subspace_report`, a raw state, torch.compile. Until then the saved factors,
-    which are folded, are used as they are, and whether they lie in the complement is not checked beyond their rank.
+    which are folded, are used as they are.
 
     Everything is checked before the model is changed, and if anything fails it stays as it was.
 

@@ -76,7 +76,7 @@ def _unload(model: nn.Module, layers: dict[str, CompLoRALayer], changes: Changes
     check_wrappers(model, layers, "unloaded")
     part = adapted_model(model)
     hooks = changes.draft(part._load_state_dict_pre_hooks)
-    for handle in [handle for handle, wrapped in hooks.items() if wrapped.hook is check_before_load]:
+    for handle in [handle for handle, hook in hooks.items() if getattr(hook, "hook", None) is check_before_load]:
         del hooks[handle]
     for path, module in named_modules(part):
         if isinstance(module, CompLoRABlock):

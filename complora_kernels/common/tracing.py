@@ -52,6 +52,11 @@ def is_followed() -> bool:
     )
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace records the operations."""
+    return _get_tracing_state() is not None
+
+
 def is_exported() -> bool:
     """Whether torch.export traces. Dynamo of torch 2.11 takes torch's own function for true under torch.compile too."""
     return torch.compiler.is_exporting()

@@ -118,7 +118,9 @@ class CompLoRALayer(ProtectedLayer):
                 parameter = self.get_parameter(name)
                 pending.set_buffer(self, _original_name(name), parameter.data)
                 pending.exchange(parameter, weight)
-            pending.set_buffer(self, MERGED, torch.tensor(True, device=parameter.device), persistent=True)
+            with torch.inference_mode(False):
+                mark = torch.tensor(True, device=self.frozen_parameter(next(iter(self.weights))).device)
+            pending.set_buffer(self, MERGED, mark, persistent=True)
             pending.draft(vars(self))["merged"] = True
 
     def unmerge(self, changes: Changes | None = None) -> None:

@@ -23,7 +23,14 @@ from complora_kernels import subspace
 from complora_kernels.common import base_weights
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.tensor_facts import TensorFacts
-from complora_kernels.common.tracing import computed_at_once, is_exported, is_fake, runs_while_compiled, unwrapped
+from complora_kernels.common.tracing import (
+    computed_at_once,
+    is_exported,
+    is_fake,
+    is_traced,
+    runs_while_compiled,
+    unwrapped,
+)
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Float32State
 
@@ -133,7 +140,7 @@ class ProtectedLayer(Float32State):
             return True  # the program keeps the factor
         if is_fake(self.frozen_parameter(name)):
             return True  # it has no values, and neither has what is computed
-        keeps_factor = torch.jit.is_tracing() and not self.training
+        keeps_factor = is_traced() and not self.training
         due = torch.is_grad_enabled() and factor.requires_grad and not keeps_factor
         return loaded and not due and _FOLDED.get(factor) is True
 

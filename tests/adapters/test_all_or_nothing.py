@@ -255,7 +255,7 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
     after = contents(model)
     model = make()
     places = sample(places_of(lambda: run(model)))
-    assert places or name == "set_recompute"  # set_recompute calls no function of torch
+    assert places or name in ("set_recompute", "unload")  # they call no function of torch
     model, changed = make(), []
     before = references(model)
     for place, error in zip(places, itertools.cycle(ERRORS)):

@@ -315,7 +315,7 @@ def test_half_precision_models(make, dtype):
 def test_layers_are_built_apart_from_the_model_and_installed_in_one_step_that_is_undone_when_it_fails(make):
     model = make()
     before = Snapshot(model)
-    replacements = build_layers(model, config(target_modules=ALL), progress=False)
+    replacements = build_layers(model, config(target_modules=ALL))
     refused, changes = Changes(), Changes()
     for each in (refused, changes):
         install(model, replacements, each)

@@ -361,16 +361,24 @@ def test_another_configuration_than_that_of_the_model(tmp_path, options, message
     assert_refused(tmp_path, message, adapted(small_clip(), **options))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no convergence"), KeyboardInterrupt("stop")])
+@pytest.mark.parametrize("error", [MemoryError("out of memory"), KeyboardInterrupt("stop")])
 def test_a_failure_while_adapting_leaves_the_model_plain(tmp_path, monkeypatch, error):
     saved(tmp_path)
-    subspace.clear_cache()
-    failing(monkeypatch, torch.linalg, "svd", {5}, error)
+    failing(monkeypatch, nn.init, "kaiming_uniform_", {17}, error)  # of 12 weights, each of which is checked before
     assert_refused(tmp_path, str(error), error=type(error))
 
 
-@pytest.mark.parametrize("is_plain", [True, False])
-def test_a_failure_while_turning_bases_leaves_the_model_as_it_was(tmp_path, monkeypatch, is_plain):
+def test_a_failure_while_turning_bases_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     saved(tmp_path)
     failing(monkeypatch, subspace, "align_basis", {3}, MemoryError("out of memory"))
-    assert_refused(tmp_path, "out of memory", small_clip() if is_plain else adapted(small_clip(), seed=4), MemoryError)
+    assert_refused(tmp_path, "out of memory", adapted(small_clip(), seed=4), MemoryError)
+
+
+def test_bases_that_could_not_be_computed_are_computed_later(tmp_path, monkeypatch):
+    expected = features(saved(tmp_path))
+    model = ck.load_adapter(small_clip(), tmp_path, progress=False)
+    failing(monkeypatch, subspace, "align_basis", {3}, MemoryError("out of memory"))
+    with pytest.raises(MemoryError):
+        ck.subspace_report(model)
+    assert_close(features(model), expected, ROUNDING)
+    assert all(row.share < 1e-10 for row in ck.subspace_report(model))

@@ -57,7 +57,7 @@ X = torch.linspace(-1, 1, 30).view(5, 6)
 # ---- what is trained
 
 
-@pytest.mark.parametrize("ends", [("head",), ("other",), ("head.1", "other"), ("d.0",), ("er",)])
+@pytest.mark.parametrize("ends", [("head",), ("other",), ("head.1", "other"), ("d.0",), ("ther",)])
 def test_the_modules_that_peft_selects_are_trained(ends):
     model = ck.apply_complora(plain(), settings(modules_to_save=ends), progress=False)
     lora = peft.LoraConfig(target_modules="first|second", modules_to_save=list(ends))

@@ -34,7 +34,9 @@ def weight(seed: int = 0, out: int = 160, in_: int = 128) -> Tensor:
 def basis(W: Tensor, *, side: Any = "output", name: str = "", **options: Any) -> subspace.Basis:
     """As a new process gets it, which holds no decomposition in its memory."""
     subspace.clear_cache()
-    size = {} if options.keys() & {"subspace_k", "subspace_ratio", "subspace_energy"} else {"subspace_ratio": 0.25}
+    size: dict[str, Any] = (
+        {} if options.keys() & {"subspace_k", "subspace_ratio", "subspace_energy"} else {"subspace_ratio": 0.25}
+    )
     return subspace.projection_basis(W, CompLoRAConfig(sides="both", **(size | options)), side, name)
 
 
@@ -125,8 +127,9 @@ def forged(content: bytearray, **fields: Any) -> bytes:
     """Other fields or values, under a digest that fits."""
     _, header, data = bytes(content).split(b"\n", 2)
     values = fields.pop("data", lambda data: data)(data)
-    content_ = json.dumps(json.loads(header) | fields).encode() + b"\n" + values
-    return hashlib.sha256(content_).hexdigest().encode() + b"\n" + content_
+    record = {name: value for name, value in (json.loads(header) | fields).items() if value is not None}
+    written = json.dumps(record).encode() + b"\n" + values
+    return hashlib.sha256(written).hexdigest().encode() + b"\n" + written
 
 
 DAMAGE: dict[str, Any] = {
@@ -139,6 +142,7 @@ DAMAGE: dict[str, Any] = {
     "NaN": lambda content: forged(content, data=lambda data: b"\xff" * len(data)),
     "another kind": lambda content: forged(content, kind="complement"),
     "another k": lambda content: forged(content, k=31),
+    "no k": lambda content: forged(content, k=None),
     "no number": lambda content: forged(content, k="32"),
     "share": lambda content: forged(content, energy=2.0),
     "shape": lambda content: forged(content, shape=[80, 64]),
