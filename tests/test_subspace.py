@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, get_args
 
@@ -64,6 +65,26 @@ def test_bases_are_float32_or_wider(dtype):
     assert basis.dtype == torch.float32
     exact = torch.linalg.svd(weight.double()).U[:, :5]
     assert distance(basis, exact) < 1e-5  # float32 rounding over gaps of 1 below a norm of 12
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (40, 72), (72, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 2e-5, 1e-7, 0.0], ids=lambda smallest: f"{smallest:g}")
+def test_the_projection_is_that_of_a_float64_decomposition(shape, dtype, smallest):
+    """To what rounding its vectors to float32 leaves, 4e-8 √m; a float32 decomposition is a hundred times as far."""
+    m = min(shape)
+    U, V = random_basis(shape[0], m, torch.float64), random_basis(shape[1], m, torch.float64)
+    sigma = torch.logspace(0, math.log10(smallest or 1e-4), m, dtype=torch.float64)
+    sigma[m - 3 :] = smallest  # three equal ones, or a weight of rank m - 3
+    weight = (U * sigma @ V.T).to(dtype)
+    exact_U, exact_sigma, exact_Vh = torch.linalg.svd(weight.double())
+    for side, vectors in zip(SIDES, (exact_U, exact_Vh.T), strict=True):
+        for k in range(m + 1):
+            basis = principal_basis(weight, k=k, side=side)
+            subspace.check_orthonormal(basis, side)
+            squares = exact_sigma.square() / exact_sigma[0].square()
+            if k == m or squares[k - 1] - squares[k] > 1e-7:
+                assert distance(basis, vectors[:, :k]) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -331,13 +352,13 @@ def test_strided_weights():
 def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of the weights that were decomposed."""
     shapes: list[torch.Size] = []
-    svd = torch.linalg.svd
+    decompose = subspace._singular_vectors
 
-    def counting(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def counting(matrix: Tensor) -> tuple[subspace.Directions, subspace.Directions]:
         shapes.append(matrix.shape)
-        return svd(matrix, full_matrices=full_matrices)
+        return decompose(matrix)
 
-    monkeypatch.setattr(torch.linalg, "svd", counting)
+    monkeypatch.setattr(subspace, "_singular_vectors", counting)
     return shapes
 
 
