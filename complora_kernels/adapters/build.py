@@ -12,7 +12,8 @@ from complora_kernels.adapters.calibration import Calibrate, protect_activations
 from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.common.wrappers import inside, is_compiled, named_modules, registers_parameters, unwrap, wrappers
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.integrations import Target, find
+from complora_kernels.integrations import Target
+from complora_kernels.integrations.selection import select
 from complora_kernels.modules.layer import CompLoRALayer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -107,8 +108,7 @@ def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str
     Raises:
         ValueError: as `apply_complora`.
     """
-    selected = find(model).targets(model, config, paths)
-    targets = list({id(target.module): target for target in selected}.values())
+    targets = list({id(target.module): target for target in select(model, config, paths)}.values())
     check_wrappers(model, {target.path: target.module for target in targets})
     compiled = {id(inside(wrapper)) for wrapper in wrappers(model) if is_compiled(wrapper)}
     for target in targets:

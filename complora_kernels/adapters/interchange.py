@@ -32,7 +32,7 @@ from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.integrations import find
+from complora_kernels.integrations import find, peft_modules
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import FLOATING
 
@@ -75,9 +75,9 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             of this package's. Also as `save_adapter`.
     """
     part = adapted_model(model)
-    layers, integration = adapted_layers(part), find(part)
+    layers = adapted_layers(part)
     for path, layer in layers.items():
-        modules = integration.peft_modules(path, layer)
+        modules = peft_modules(part, path, layer)
         if isinstance(modules, str):
             raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
     config = common_config(layers)
@@ -217,7 +217,7 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
         if metadata[name] not in known:
             raise ValueError(f"{name}={metadata[name]!r}, expected one of {', '.join(known)}")
     towers = CLIP_LORA_TOWERS[metadata["encoder"]]
-    blocks = [block.tower for block in find(model).residual_blocks(model)]
+    blocks = [block.tower for library in find(model) for block in library.residual_blocks(model)]
     position = CLIP_LORA_POSITIONS[metadata["position"]]
     chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers}
     if metadata["position"] != "all" and len(set(chosen.values())) > 1:
