@@ -164,7 +164,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     with reading(path, "an adapter of CLIP-LoRA for this model", errors=ValueError):
         weights, metadata = _read_clip_lora(path)
         config, towers = _clip_lora_config(model, metadata)
-        by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
+        alone = [dataclasses.replace(config, towers=tower, layers=config.layers_of(tower)) for tower in towers]
+        by_tower = [find_targets(model, own) for own in alone]
         layers = [target.path for targets in by_tower for target in targets]
         sources = {
             f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"

@@ -78,12 +78,12 @@ class Scope(NamedTuple):
     reading: Reading | None
 
 
-class _Thread(threading.local):
+class Running(threading.local):
     def __init__(self) -> None:  # no class attribute, because torch.compile guards on the dict of a thread
         self.scopes: tuple[Scope, ...] = ()  # the innermost comes last
 
 
-_THREAD = _Thread()
+RUNNING = Running()
 
 
 class Scoped(Extension):
@@ -124,15 +124,15 @@ def run_in_scope(
     layers: FoldedLayers, reading: Reading | None, run: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The result of `run(*args, **kwargs)` in a scope on this thread. No generator: an interrupt could strand it."""
-    outer = _THREAD.scopes
+    outer = RUNNING.scopes
     try:
         try:
-            _THREAD.scopes = (*outer, Scope(torch.is_grad_enabled(), _dispatch(), layers, reading))
+            RUNNING.scopes = (*outer, Scope(torch.is_grad_enabled(), _dispatch(), layers, reading))
             return run(*args, **kwargs)
         finally:
-            _THREAD.scopes = outer
+            RUNNING.scopes = outer
     finally:
-        _THREAD.scopes = outer  # again: an interrupt may have broken the first off
+        RUNNING.scopes = outer  # again: an interrupt may have broken the first off
 
 
 # ---- folded factors
@@ -177,7 +177,7 @@ def factors_in_scope(
     layer: CompLoRALayer, names: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The result of `layer.fold_factors`, from the running scopes where one of them has it."""
-    for running in reversed(_THREAD.scopes):
+    for running in reversed(RUNNING.scopes):
         folded = running.layers.get(layer)
         if folded is not None and _is_valid(running, folded, layer, names, dtype):
             weights = [folded.weights[name] for name in names]
@@ -210,9 +210,9 @@ def _dispatch() -> object:
 
 def current_reading() -> Reading | None:
     """Where the innermost running tower reads its feature; None under torch.compile, which computes all positions."""
-    if torch.compiler.is_compiling() or not _THREAD.scopes:
+    if torch.compiler.is_compiling() or not RUNNING.scopes:
         return None
-    return _THREAD.scopes[-1].reading
+    return RUNNING.scopes[-1].reading
 
 
 def reading_of(
