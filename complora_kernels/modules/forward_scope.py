@@ -79,6 +79,8 @@ class Scope(NamedTuple):
 
 
 class Running(threading.local):
+    """The scopes that run on a thread."""
+
     def __init__(self) -> None:  # no class attribute, because torch.compile guards on the dict of a thread
         self.scopes: tuple[Scope, ...] = ()  # the innermost comes last
 

@@ -89,6 +89,7 @@ def _ends(text: Tensor, eos_id: int | None) -> Tensor:  # [N]
 
 
 def is_on_device(text: Tensor) -> bool:
+    """Whether the host would wait for the device to read a text."""
     return text.device.type != "cpu"
 
 
