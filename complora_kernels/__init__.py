@@ -13,6 +13,7 @@ from complora_kernels.adapters.manage import (
     unmerge_adapter,
 )
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
+from complora_kernels.adapters.unload import merge_and_unload, unload
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import GraphedTrainStep
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
@@ -34,9 +35,11 @@ __all__ = [
     "import_clip_lora",
     "load_adapter",
     "merge_adapter",
+    "merge_and_unload",
     "print_trainable_parameters",
     "save_adapter",
     "set_recompute",
     "subspace_report",
+    "unload",
     "unmerge_adapter",
 ]
