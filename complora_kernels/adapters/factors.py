@@ -27,6 +27,7 @@ from complora_kernels.adapters.configuration import peft_key, peft_name
 from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.adapters.whole_modules import check_finite, whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes
+from complora_kernels.common.sharded import reshard, whole
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
@@ -77,7 +78,7 @@ def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
     """
     folded: FactorPairs = {}
     for path, (layer, name) in weights.items():
-        A, B = layer.factors(name)  # [r, in], [out, r]
+        A, B = map(whole, layer.factors(name))  # [r, in], [out, r]
         r = layer.config.rank_of(path)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
             raise ValueError(
@@ -122,7 +123,7 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors = trained_tensors(model)
     check_finite(tensors)
-    return {peft_name(name): tensor for name, tensor in tensors.items()}
+    return {peft_name(name): whole(tensor) for name, tensor in tensors.items()}
 
 
 def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
@@ -200,6 +201,7 @@ def fill_adapter(
     are the tensors of `modules_to_save`, which `check_whole_tensors` has accepted.
     """
     changes = Changes()
+    reshard(model)
     if is_adapted(model):
         layers = adapted_layers(model)
     else:
