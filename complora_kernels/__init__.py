@@ -1,6 +1,7 @@
 """Comp-LoRA for CLIP: LoRA in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
 
 from complora_kernels.adapters.build import apply_complora
+from complora_kernels.adapters.explain import explain
 from complora_kernels.adapters.interchange import export_peft, import_clip_lora
 from complora_kernels.adapters.manage import (
     adapter_parameters,
@@ -29,6 +30,7 @@ __all__ = [
     "apply_complora",
     "check_gradients",
     "disable_adapter",
+    "explain",
     "export_peft",
     "import_clip_lora",
     "load_adapter",

@@ -33,7 +33,7 @@ from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.integrations import find
+from complora_kernels.integrations import find, peft_modules
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import FLOATING
 
@@ -76,13 +76,17 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             of this package's. Also as `save_adapter`.
     """
     part = adapted_model(model)
-    layers, integration = adapted_layers(part), find(part)
+    layers = adapted_layers(part)
     for path, layer in layers.items():
-        modules = integration.peft_modules(path, layer)
+        modules = peft_modules(part, path, layer)
         if isinstance(modules, str):
             raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
     config = common_config(layers)
     attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
+    for path, layer in attentions.items():
+        names = [layer.weight_name(name) for name in layer.weights]
+        if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in names):
+            raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
     with replaced_adapter(directory) as staging:
         factors = file_factors(adapted_weights(layers))
         for path, layer in attentions.items():
@@ -161,7 +165,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     with reading(path, "an adapter of CLIP-LoRA for this model", errors=ValueError):
         weights, metadata = _read_clip_lora(path)
         config, towers = _clip_lora_config(model, metadata)
-        by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
+        alone = [dataclasses.replace(config, towers=tower, layers=config.layers_of(tower)) for tower in towers]
+        by_tower = [find_targets(model, own) for own in alone]
         layers = [target.path for targets in by_tower for target in targets]
         sources = {
             f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"
@@ -218,14 +223,9 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
         if metadata[name] not in known:
             raise ValueError(f"{name}={metadata[name]!r}, expected one of {', '.join(known)}")
     towers = CLIP_LORA_TOWERS[metadata["encoder"]]
-    blocks = [block.tower for block in find(model).residual_blocks(model)]
+    blocks = [block.tower for library in find(model) for block in library.residual_blocks(model)]
     position = CLIP_LORA_POSITIONS[metadata["position"]]
-    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers}
-    if metadata["position"] != "all" and len(set(chosen.values())) > 1:
-        raise ValueError(
-            f"position={metadata['position']!r}, which is other blocks in each tower of this model "
-            f"({chosen}), expected the same in both"
-        )
+    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers if tower in blocks}
     try:
         config = CompLoRAConfig(
             r=metadata["r"],
@@ -234,7 +234,7 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
             sides="none",
             target_modules=tuple(metadata["params"]),
             towers=towers,
-            layers=None if metadata["position"] == "all" else chosen[towers[0]] or None,
+            layers=None if metadata["position"] == "all" or not chosen else chosen,
         )
     except ValueError as error:
         raise ValueError(f"its metadata make no configuration: {error}") from None

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from complora_kernels import functional
 from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
-from complora_kernels.config import CompLoRAConfig
+from complora_kernels.config import PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.protected import MERGED, ProtectedLayer, WeightRows
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
@@ -44,6 +45,7 @@ class CompLoRALayer(ProtectedLayer):
     """
 
     disabled: bool
+    _scalings: dict[str, float]
     _made_from: tuple[type[nn.Module], type[nn.Module]]  # the class that was adapted, and that of the layer
     _added: tuple[str, ...]  # names in `vars(self)` that the plain module does not have
 
@@ -54,17 +56,29 @@ class CompLoRALayer(ProtectedLayer):
     def original_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter as it was before merging."""
         parameter, start, stop = self.weights[name]
-        return self.get_buffer(_original_name(parameter))[start:stop] if self.merged else self.base_weight(name)
+        return whole(self.get_buffer(_original_name(parameter)))[start:stop] if self.merged else self.base_weight(name)
 
     def fold_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, differentiable, cast to `dtype` at the end."""
-        return fold([self.fold_inputs(name) for name in names], self.config.scaling, dtype)
+        scalings = {self.scaling_of(name) for name in names}
+        if len(scalings) > 1:
+            folded = [self.fold_factors((name,), dtype) for name in names]
+            return [As[0] for As, _ in folded], [Bs[0] for _, Bs in folded]
+        return fold([self.fold_inputs(name) for name in names], scalings.pop(), dtype)
+
+    def scaling_of(self, name: str) -> float:
+        """The scaling of one adapted weight."""
+        return self._scalings[name]
+
+    def weight_name(self, name: str) -> str:
+        """The name of one adapted weight in files: the layer's path, in attention with the projection's name."""
+        return f"{self.path}.{PROJECTIONS[name]}" if name else self.path
 
     def fold_inputs(self, name: str) -> FoldInputs:
         """The raw factors of one adapted weight and the bases that project them."""
-        A, B = self.factors(name)
+        A, B = map(whole, self.factors(name))
         on_output, on_input = self.projection(name, "output", B), self.projection(name, "input", A)
         return FoldInputs(
             A,
@@ -92,7 +106,7 @@ class CompLoRALayer(ProtectedLayer):
         """
         merged: dict[str, Tensor] = {}
         for name, (parameter, start, stop) in self.weights.items():
-            target = merged.setdefault(parameter, self.get_parameter(parameter).detach().clone())
+            target = merged.setdefault(parameter, whole(self.get_parameter(parameter).detach()).clone())
             delta = self.get_delta_weight(name)
             if safe_merge and not torch.isfinite(delta).all():
                 raise ValueError(
@@ -116,7 +130,8 @@ class CompLoRALayer(ProtectedLayer):
         with joined(changes) as pending:
             for name, weight in self.merged_weights(safe_merge=safe_merge).items():
                 parameter = self.get_parameter(name)
-                pending.set_buffer(self, _original_name(name), parameter.data)
+                kept = parameter.detach().clone() if is_sharded(parameter) else parameter.data
+                pending.set_buffer(self, _original_name(name), kept)
                 pending.exchange(parameter, weight)
             with torch.inference_mode(False):
                 mark = torch.tensor(True, device=self.frozen_parameter(next(iter(self.weights))).device)
@@ -132,7 +147,7 @@ class CompLoRALayer(ProtectedLayer):
         if not self.merged:
             raise RuntimeError("the adapter is not merged; merge it first")
         with joined(changes) as pending:
-            for name in {rows.parameter for rows in self.weights.values()}:
+            for name in dict.fromkeys(rows.parameter for rows in self.weights.values()):
                 pending.exchange(self.get_parameter(name), self.get_buffer(_original_name(name)))
                 pending.remove_buffer(self, _original_name(name))
             pending.remove_buffer(self, MERGED)
@@ -202,15 +217,17 @@ class CompLoRALayer(ProtectedLayer):
         self.disabled = False
         self.merged = False
         self._init_bases(path)
+        self._scalings = {name: config.scaling_of(self.weight_name(name)) for name in weights}
         self._added = (*(vars(self).keys() - before), "_added")
 
     def _new_factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A Kaiming-uniform as in `nn.Linear`, B zero: the update starts at nothing."""
         weight = self.base_weight(name)  # [out, in]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        A = torch.empty(self.config.r, weight.shape[1], dtype=dtype, device=weight.device)  # [r, in]
+        r = self.config.rank_of(self.weight_name(name))
+        A = torch.empty(r, weight.shape[1], dtype=dtype, device=weight.device)  # [r, in]
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        B = torch.zeros(weight.shape[0], self.config.r, dtype=dtype, device=weight.device)  # [out, r]
+        B = torch.zeros(weight.shape[0], r, dtype=dtype, device=weight.device)  # [out, r]
         return nn.Parameter(A), nn.Parameter(B)
 
 
