@@ -18,7 +18,7 @@ from complora_kernels import functional, subspace
 from complora_kernels.adapters.build import adapt, adapted_layers, build_layers, find_targets, is_adapted
 from complora_kernels.adapters.configuration import peft_key
 from complora_kernels.adapters.install import Replacement, install
-from complora_kernels.common.changes import Changes
+from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
@@ -168,13 +168,31 @@ def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], confi
 
 
 def fill_adapter(
-    model: nn.Module, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
+    model: nn.Module,
+    config: CompLoRAConfig,
+    factors: FactorPairs,
+    bases: Bases | None = None,
+    changes: Changes | None = None,
+    *,
+    progress: bool,
 ) -> None:
-    """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
+    """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted: at once, or in `changes`.
 
-    The bases, given or own, are turned until folding leaves the factors as they are.
+    The given bases, those of the layers for None, are turned until folding leaves the factors as they are.
     """
-    changes = Changes()
+    with joined(changes) as pending:
+        _fill(model, config, factors, bases, pending, progress=progress)
+
+
+def _fill(
+    model: nn.Module,
+    config: CompLoRAConfig,
+    factors: FactorPairs,
+    bases: Bases | None,
+    changes: Changes,
+    *,
+    progress: bool,
+) -> None:
     if is_adapted(model):
         layers = adapted_layers(model)
     else:
@@ -188,7 +206,6 @@ def fill_adapter(
         layer.set_basis(name, side, _aligned_basis(basis, path, side, factors[path]), changes)
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
-    changes.make()
 
 
 def own_bases(weights: dict[str, AdaptedWeight]) -> Bases:

@@ -71,6 +71,8 @@ class Changes:
 
     def copy(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Writes into the memory of the tensors, by whose address a CUDA graph or an optimizer may know them."""
+        if not tensors:
+            return
         own = [tensor.detach() for tensor in tensors]
         given = [value.detach().to(tensor) for tensor, value in zip(own, values, strict=True)]
         copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]

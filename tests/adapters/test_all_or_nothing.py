@@ -205,6 +205,13 @@ def import_clip_lora(model: Any, folder: Path) -> None:
     ck.import_clip_lora(model, path, progress=False)
 
 
+def import_peft(model: Any, folder: Path) -> None:
+    if not (folder / "peft").exists():
+        exported = adapted(clip(), seed=7, target_modules=("q", "k", "v", "fc1"), subspace_k=3)
+        ck.export_peft(exported, folder / "peft")
+    ck.import_peft(model, folder / "peft", projected=config(subspace_k=3), progress=False)
+
+
 def load(model: Any, folder: Path) -> None:
     if not (folder / "adapter").exists():
         ck.save_adapter(adapted(clip(), seed=7, target_modules=ALL, subspace_k=3), folder / "adapter")
@@ -219,6 +226,7 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], None]]] = {
     "apply_complora": (clip, apply),
     "apply_complora, calibrated": (linears, calibrate),
     "import_clip_lora": (clip, import_clip_lora),
+    "import_peft": (clip, import_peft),
     "load_adapter, plain": (clip, load),
     "load_adapter, adapted": (adapted_clip, load),
     "load_raw_adapter_state": (adapted_clip, load_raw),
