@@ -1,4 +1,4 @@
-"""Adapters of other programs: `export_peft` where PEFT sees other modules, `import_clip_lora` for CLIP-LoRA's files."""
+"""Adapters for and of other programs: `export_peft` for PEFT, `import_clip_lora` for CLIP-LoRA's files."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
+from complora_kernels.integrations.names import Exported, linear_names
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import FLOATING
 
@@ -56,7 +57,7 @@ class CLIPLoRAFile(TypedDict):
     metadata: CLIPLoRAMetadata
 
 
-def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library: Exported | None = None) -> None:
     """Writes the adapter as `peft.PeftModel.from_pretrained(plain_model, directory)` reads it, with the same outputs.
 
     PEFT has one adapter for the whole of an `nn.MultiheadAttention`. With n of q, k, v adapted it gets rank n·r, A
@@ -68,22 +69,34 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     process left mismatched. Writing them does not need PEFT. Wrappers, containers and other trained parameters are
     treated as by `save_adapter`.
 
+    Args:
+        model: adapted.
+        directory: a folder, which is made if needed.
+        library: None for a plain model like `model`; or the name of another library with the same CLIP (see
+            `integrations.names`), for its names and an `nn.Linear` for each weight. `import_peft` reads both into
+            either model.
+
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
             q, k, v of an attention that keeps them in one parameter of its own, or a layer of a class that is not one
-            of this package's. Also as `save_adapter`.
+            of this package's; or `library` has no such weight. Also as `save_adapter`.
     """
     part = adapted_model(model)
     layers, integration = adapted_layers(part), find(part)
-    for path, layer in layers.items():
-        modules = integration.peft_modules(path, layer)
-        if isinstance(modules, str):
-            raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
-    config = common_config(layers)
-    attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
+    config, weights, names = common_config(layers), adapted_weights(layers), {}
+    attentions: dict[str, CompLoRAMultiheadAttention] = {}
+    if library is not None:
+        names = linear_names(library, weights)
+    else:
+        for path, layer in layers.items():
+            modules = integration.peft_modules(path, layer)
+            if isinstance(modules, str):
+                raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
+            if isinstance(layer, CompLoRAMultiheadAttention):
+                attentions[path] = layer
     with replaced_adapter(directory) as staging:
-        factors = file_factors(adapted_weights(layers))
+        factors = {names.get(weight, weight): pair for weight, pair in file_factors(weights).items()}
         for path, layer in attentions.items():
             parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
             factors[path] = _stacked(layer, parts)
