@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from complora_kernels.adapters.pretrained import SavesAdapter
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.integrations import Integration, find
@@ -79,6 +80,9 @@ def _extensions(
             scoped.add(module)
     for module in _fusible_blocks(model, integration, layers):
         added[module].append(integration.FusedBlock)
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained") and any(part in layers for part in module.modules()):
+            added[module].append(SavesAdapter)
     return added
 
 
