@@ -1,6 +1,7 @@
 """Comp-LoRA for CLIP: LoRA in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
 
 from complora_kernels.adapters.build import apply_complora
+from complora_kernels.adapters.explain import explain
 from complora_kernels.adapters.interchange import export_peft, import_clip_lora
 from complora_kernels.adapters.manage import (
     adapter_parameters,
@@ -32,6 +33,7 @@ __all__ = [
     "check_gradients",
     "decelerate_peft",
     "disable_adapter",
+    "explain",
     "export_peft",
     "import_clip_lora",
     "import_peft",

@@ -32,7 +32,7 @@ from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.integrations import find
+from complora_kernels.integrations import find, peft_modules
 from complora_kernels.integrations.names import Exported, linear_names
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import FLOATING
@@ -83,18 +83,23 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
             of this package's; or `library` has no such weight. Also as `save_adapter`.
     """
     part = adapted_model(model)
-    layers, integration = adapted_layers(part), find(part)
+    layers = adapted_layers(part)
     config, weights, names = common_config(layers), adapted_weights(layers), {}
     attentions: dict[str, CompLoRAMultiheadAttention] = {}
     if library is not None:
         names = linear_names(library, weights)
+        config = _renamed(config, names)
     else:
         for path, layer in layers.items():
-            modules = integration.peft_modules(path, layer)
+            modules = peft_modules(part, path, layer)
             if isinstance(modules, str):
                 raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
             if isinstance(layer, CompLoRAMultiheadAttention):
                 attentions[path] = layer
+    for path, layer in attentions.items():
+        own = [layer.weight_name(name) for name in layer.weights]
+        if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in own):
+            raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
     with replaced_adapter(directory) as staging:
         factors = {names.get(weight, weight): pair for weight, pair in file_factors(weights).items()}
         for path, layer in attentions.items():
@@ -106,6 +111,15 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
         write_files(staging, fields, factor_tensors(factors))
+
+
+def _renamed(config: CompLoRAConfig, names: dict[str, str]) -> CompLoRAConfig:
+    """The configuration with the ranks and alphas of weights that have other names."""
+    return dataclasses.replace(
+        config,
+        rank_pattern={name: config.rank_of(weight) for weight, name in names.items()},
+        alpha_pattern={name: config.alpha_of(weight) for weight, name in names.items()},
+    )
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
@@ -128,8 +142,9 @@ def _fields_with_attention(
     r, alpha = n * config.r, config.lora_alpha * (math.sqrt(n) if config.use_rslora else n)
     if len(attentions) == len(modules):
         return peft_fields(config, modules, r=r, lora_alpha=alpha)
-    pattern = module_pattern(attentions)
-    return peft_fields(config, modules, rank_pattern={pattern: r}, alpha_pattern={pattern: alpha})
+    pattern, fields = module_pattern(attentions), peft_fields(config, modules)
+    patterns = {"rank_pattern": {pattern: r}, "alpha_pattern": {pattern: alpha}}
+    return fields | {name: fields[name] | values for name, values in patterns.items()}
 
 
 # CLIP-LoRA's encoders, with the towers in the order in which its files number their layers.
@@ -173,7 +188,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     with reading(path, "an adapter of CLIP-LoRA for this model", errors=ValueError):
         weights, metadata = _read_clip_lora(path)
         config, towers = _clip_lora_config(model, metadata)
-        by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
+        alone = [dataclasses.replace(config, towers=tower, layers=config.layers_of(tower)) for tower in towers]
+        by_tower = [find_targets(model, own) for own in alone]
         layers = [target.path for targets in by_tower for target in targets]
         sources = {
             f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"
@@ -230,14 +246,9 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
         if metadata[name] not in known:
             raise ValueError(f"{name}={metadata[name]!r}, expected one of {', '.join(known)}")
     towers = CLIP_LORA_TOWERS[metadata["encoder"]]
-    blocks = [block.tower for block in find(model).residual_blocks(model)]
+    blocks = [block.tower for library in find(model) for block in library.residual_blocks(model)]
     position = CLIP_LORA_POSITIONS[metadata["position"]]
-    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers}
-    if metadata["position"] != "all" and len(set(chosen.values())) > 1:
-        raise ValueError(
-            f"position={metadata['position']!r}, which is other blocks in each tower of this model "
-            f"({chosen}), expected the same in both"
-        )
+    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers if tower in blocks}
     try:
         config = CompLoRAConfig(
             r=metadata["r"],
@@ -246,7 +257,7 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
             sides="none",
             target_modules=tuple(metadata["params"]),
             towers=towers,
-            layers=None if metadata["position"] == "all" else chosen[towers[0]] or None,
+            layers=None if metadata["position"] == "all" or not chosen else chosen,
         )
     except ValueError as error:
         raise ValueError(f"its metadata make no configuration: {error}") from None

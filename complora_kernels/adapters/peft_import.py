@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import os
+from collections import Counter
 from typing import Any, TypeVar
 
 from torch import nn
@@ -77,7 +78,7 @@ def import_peft(
         modules = dict(named_modules(part))
         check_wrappers(model, {update.path: modules[update.path] for update in folder.updates})
         config = _config(model, folder, plain)
-        weights = weights_to_fill(model, config, {update.path for update in folder.updates})
+        weights = weights_to_fill(model, config, {update.weight for update in folder.updates})
         factors = {update.weight: (update.A, update.B) for update in folder.updates}
         check_factors(factors, weights, config)
         changes = Changes()
@@ -102,22 +103,29 @@ def _config(model: nn.Module, folder: PeftFolder, projected: CompLoRAConfig) -> 
     """The configuration of the folder, with the subspace of `projected`.
 
     Raises:
-        ValueError: there is no update, ranks or scalings differ, or a value is out of its range.
+        ValueError: there is no update, or a value is out of its range.
     """
     if not folder.updates:
         raise ValueError("there is no update in the files, expected LoRA factors of at least one weight")
-    shared = {name: {getattr(update, name) for update in folder.updates} for name in ("r", "lora_alpha")}
-    for name, values in shared.items():
-        if len(values) > 1:
-            raise ValueError(f"weights differ in {name} ({sorted(values)}), expected one for all")
+    r, rank_pattern = _most({update.weight: update.r for update in folder.updates})
+    lora_alpha, alpha_pattern = _most({update.weight: update.lora_alpha for update in folder.updates})
     return dataclasses.replace(
         projected,
-        r=shared["r"].pop(),
-        lora_alpha=shared["lora_alpha"].pop(),
+        r=r,
+        lora_alpha=lora_alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         lora_dropout=folder.fields["lora_dropout"],
         use_rslora=folder.fields["use_rslora"],
         **_selection(model, {(update.path, update.name) for update in folder.updates}),
     )
+
+
+def _most(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value; and, where there are others, all by name, a name before those that it may end in."""
+    (value, count), *_ = Counter(values.values()).most_common(1)
+    names = sorted(values, key=len, reverse=True) if count < len(values) else []
+    return value, {name: values[name] for name in names}
 
 
 def _selection(model: nn.Module, weights: set[tuple[str, str]]) -> dict[str, Any]:
@@ -131,16 +139,19 @@ def _selection(model: nn.Module, weights: set[tuple[str, str]]) -> dict[str, Any
         for layer, target in enumerate(_targets(model, target_modules=(word,), towers=(tower,))):
             known |= {(target.path, name): (word, tower, layer) for name in target.weights}
     if weights <= known.keys():
-        words, towers, layers = (tuple(sorted(set(part))) for part in zip(*map(known.get, weights), strict=True))
-        for chosen in (None, layers):
-            fields = {"target_modules": words, "towers": towers, "layers": chosen}
+        places = [known[weight] for weight in weights]
+        towers = tuple({tower for _, tower, _ in places})
+        layers = {each: tuple(sorted({layer for _, tower, layer in places if tower == each})) for each in towers}
+        one = layers[towers[0]] if len(set(layers.values())) == 1 else layers
+        for chosen in (None, one):
+            fields = {"target_modules": tuple({word for word, *_ in places}), "towers": towers, "layers": chosen}
             if {(target.path, name) for target in _targets(model, **fields) for name in target.weights} == weights:
                 return fields
     if not any(name for _, name in weights):
         return {"target_modules": module_pattern(sorted(path for path, _ in weights)), "layers": None}
     raise ValueError(
-        "target_modules, towers and layers cannot select exactly what it adapts, expected the same projections in the "
-        "same layers of every tower that it adapts"
+        "target_modules, towers and layers cannot select exactly what it adapts, expected the same projections in all "
+        "adapted layers of every tower"
     )
 
 

@@ -51,7 +51,7 @@ class CompLoraLinear(Linear):
     complora_bases: dict[str, dict[subspace.Side, subspace.Basis]]  # by adapter
 
     @property
-    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+    def lora_variants(self) -> dict[Any, Any]:
         """PEFT's variants of a linear layer, and Comp-LoRA."""
         return super().lora_variants | {("complora",): CompLoraVariant}
 
@@ -64,7 +64,8 @@ class CompLoraLinear(Linear):
 
     def fold(self, adapter: str, scaling: float) -> tuple[Tensor, Tensor]:
         """`Ã` [r, in] and `scaling · B̃` [out, r], differentiable, in the dtype of the factors."""
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight  # [r, in], [out, r]
+        factors: list[Any] = [self.lora_A[adapter].weight, self.lora_B[adapter].weight]
+        A, B = factors  # [r, in], [out, r]
         bases = self.complora_bases[adapter]
         for side, basis in bases.items():
             if basis.matrix.device != B.device:
@@ -91,14 +92,15 @@ class CompLoraLinear(Linear):
 
 
 class CompLoraVariant(LoraVariant):
-    """How `CompLoraLinear` initialises, computes and merges an adapter that is a Comp-LoRA."""
+    """How a `CompLoraLinear`, the `module`, initialises, computes and merges an adapter that is a Comp-LoRA."""
 
     @staticmethod
     def init(
-        module: CompLoraLinear, adapter_name: str, config: CompLoraConfig, target_name: str = "", **_: Any
+        module: Any, adapter_name: str, config: CompLoraConfig | None = None, target_name: str = "", **_: Any
     ) -> None:
+        assert config is not None
+        assert config.complora is not None
         weight, settings = module.get_base_layer().weight, config.complora
-        assert settings is not None
         require_plain(module.get_base_layer(), target_name or "the base layer", weight)
         subspace.check_weight(weight, target_name)
         if not hasattr(module, "complora_bases"):
@@ -112,7 +114,7 @@ class CompLoraVariant(LoraVariant):
 
     @staticmethod
     def forward(
-        module: CompLoraLinear,
+        module: Any,
         active_adapter: str,
         x: Tensor,  # [..., in]
         result: Tensor,  # [..., out]
@@ -122,15 +124,15 @@ class CompLoraVariant(LoraVariant):
         return result + F.linear(F.linear(module.lora_dropout[active_adapter](x), folded_A), scaled_B)
 
     @staticmethod
-    def merge_safe(module: CompLoraLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return (orig_weight + module.get_delta_weight(active_adapter).detach()).to(orig_weight.dtype)
 
     @staticmethod
-    def merge_unsafe(module: CompLoraLinear, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data += module.get_delta_weight(active_adapter).detach()
 
     @staticmethod
-    def unmerge(module: CompLoraLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return (orig_weight - module.get_delta_weight(active_adapter)).detach().to(orig_weight.dtype)
 
 

@@ -26,6 +26,6 @@ class SavesAdapter(Extension):
         from complora_kernels.adapters.save_load import save_adapter  # it imports what this file is a part of
 
         if kwargs.get("is_main_process", True):
-            save_adapter(self, Path(save_directory) / FOLDER)  # pyright: ignore[reportArgumentType]
+            save_adapter(self, Path(save_directory) / FOLDER)
         plain: Any = super()
         return plain.save_pretrained(save_directory, *args, **kwargs)

@@ -41,7 +41,7 @@ from complora_kernels.common import base_weights
 from complora_kernels.common.files import reading
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.integrations import find
+from complora_kernels.integrations import activations
 from complora_kernels.modules.protected import PROJECTED_SIDES
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,7 +84,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with replaced_adapter(directory) as staging:
         factors = file_factors(weights)
         bases = {} if config.source.recomputable else own_bases(weights)
-        described = _adapter_config(config, weights, find(part).activations(part), bases)
+        described = _adapter_config(config, weights, activations(part), bases)
         matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
         warn_of_trained(model)
         write_adapter(staging, described, factor_tensors(factors), matrices)
@@ -127,29 +127,31 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         factors = _to_factors(tensors, weights)
         check_factors(factors, weights, config)
         _check_base_weights(saved["complora"]["base_weights"], weights)
-        _check_activations(saved["complora"]["activations"], find(part).activations(part))
+        _check_activations(saved["complora"]["activations"], activations(part))
         bases = None if config.source.recomputable else _saved_bases(directory, saved, weights)
         fill_adapter(part, config, factors, bases, progress=progress)
     return model
 
 
 def _adapter_config(
-    config: CompLoRAConfig, weights: dict[str, AdaptedWeight], activations: dict[str, str], bases: Bases
+    config: CompLoRAConfig, weights: dict[str, AdaptedWeight], activation: dict[str, str], bases: Bases
 ) -> dict[str, Any]:
     from complora_kernels import __version__
 
-    attention = [path for path, (_, name) in weights.items() if name]
-    # Where q_proj, k_proj, v_proj are no modules PEFT drops their factors without a word, but warns of this pattern.
-    patterns = {"rank_pattern": {module_pattern(attention): config.r}} if attention else {}
+    fields = peft_fields(config, weights)
+    attention = [path for path, (_, name) in weights.items() if name and config.rank_of(path) == config.r]
+    if attention:
+        # PEFT drops factors of q_proj, k_proj, v_proj that are no modules without a word, but warns of this pattern.
+        fields["rank_pattern"] |= {module_pattern(attention): config.r}
     described = {
         _basis_key(*key): {"kind": basis.kind, "k": basis.k, "energy": basis.energy} for key, basis in bases.items()
     }
-    return peft_fields(config, weights, **patterns) | {
+    return fields | {
         "complora": {
             "format_version": FORMAT_VERSION,
             "package_version": __version__,
             "config": config.to_dict(),
-            "activations": activations,
+            "activations": activation,
             "base_weights": {
                 path: base_weights.describe(layer.original_weight(name)) for path, (layer, name) in weights.items()
             },

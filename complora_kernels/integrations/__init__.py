@@ -1,7 +1,7 @@
 """The seam for model libraries: each file here knows one, and nothing else in the package names any.
 
 An integration is a module with the functions of `Integration`. To add a library, write such a file and list it in
-`find`.
+`find`. `selection` turns a configuration into targets, the same way for every library.
 """
 
 # The methods of a Protocol have no bodies.
@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol
 
 from torch import nn
 
-from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
 from complora_kernels.modules.extend import Extension
 from complora_kernels.modules.forward_scope import Scoped
@@ -41,24 +40,30 @@ class Target(NamedTuple):
 
 
 class Integration(Protocol):
-    """The functions by which the package knows a library's models."""
+    """The functions by which the package knows a library's models, or the library's part of a model."""
 
     @property
     def FusedBlock(self) -> type[CompLoRABlock]:
         """The extension of residual blocks whose parts are known."""
 
     def recognises(self, model: nn.Module) -> bool:
-        """Whether `model`, in wrappers or not, is one of the library's."""
-
-    def targets(self, model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Target]:
-        """The modules that `config` selects, perhaps twice; given `paths`, a regular expression's matches among them.
-
-        Raises:
-            ValueError: nothing is selected, or a module cannot be adapted.
-        """
+        """Whether `model`, in wrappers or not, is one of the library's or holds a tower of the library's."""
 
     def residual_blocks(self, model: nn.Module) -> Iterable[Block]:
-        """The residual blocks of the image and the text tower."""
+        """The residual blocks of the towers that are the library's."""
+
+    def targets_in(self, block: Block, names: Collection[str]) -> Iterable[Target]:
+        """The modules of a residual block that hold the weights of some of q, k, v, o, fc1 and fc2.
+
+        Raises:
+            ValueError: one of these modules cannot be adapted.
+        """
+
+    def missing(self, model: nn.Module, tower: str) -> str | None:
+        """Why a tower that `model` has gives no residual blocks, in words; None where it has no such tower."""
+
+    def uncalled(self, parent: nn.Module) -> Collection[str]:
+        """The names of the `nn.Linear` children whose weights `parent` uses without calling them."""
 
     def parts_of_block(self, block: nn.Module) -> BlockParts | str:
         """The parts of a residual block, or the reason why it cannot be fused."""
@@ -76,9 +81,20 @@ class Integration(Protocol):
         """The module, by its name, that PEFT adapts for each adapter of a layer, or why it cannot adapt them."""
 
 
-def find(model: nn.Module) -> Integration:
-    """The integration that knows `model`; for a model of no known library that of any torch module."""
+def find(model: nn.Module) -> list[Integration]:
+    """The integrations that know `model` or a part of it, at least that of any torch module, which comes last."""
     from complora_kernels.integrations import open_clip, torch  # here, because they import what is above
 
-    libraries: tuple[Integration, ...] = (open_clip,)
-    return next((library for library in libraries if library.recognises(model)), torch)
+    libraries: tuple[Integration, ...] = (open_clip, torch)
+    return [library for library in libraries if library.recognises(model)]
+
+
+def activations(model: nn.Module) -> dict[str, str]:
+    """The class of each tower's MLP activation, whichever library the tower is of."""
+    return {tower: name for library in find(model) for tower, name in library.activations(model).items()}
+
+
+def peft_modules(model: nn.Module, path: str, layer: CompLoRALayer) -> dict[str, str] | str:
+    """The modules that PEFT adapts for a layer of `model`, or why it cannot, by the library that knows the most."""
+    answers = [library.peft_modules(path, layer) for library in find(model)]
+    return next((answer for answer in answers if isinstance(answer, dict)), answers[0])

@@ -6,8 +6,9 @@ what lies in `transformer` or `text`. This covers ViT CLIP models (quickgelu or 
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS, CompLoRAConfig
 from complora_kernels.integrations import Block, Target
-from complora_kernels.integrations.torch import linear_target, matching_linears, nothing_selected
+from complora_kernels.integrations.torch import linear_target
 from complora_kernels.integrations.torch import peft_modules as peft_linear
 from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection
@@ -56,35 +57,12 @@ def residual_blocks(model: nn.Module) -> Iterator[Block]:
             yield Block(path, module, tower, int(path.rpartition(".")[2]))
 
 
-def targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Target]:
-    if isinstance(config.target_modules, str):
-        return matching_linears(model, config.target_modules, paths, readers=("AttentionPool2d",))
-    blocks = list(residual_blocks(model))
-    found = []
-    for tower in config.towers:
-        in_tower = [block for block in blocks if block.tower == tower]
-        if not in_tower:
-            raise ValueError(nothing_selected(config, tower, _without_blocks(model, tower)))
-        layers = {block.layer for block in in_tower}
-        missing = sorted(set(config.layers or ()) - layers)
-        if missing:
-            raise ValueError(
-                f"layers={config.layers!r}, expected indices of the {tower} tower's blocks, 0 to {max(layers)}: "
-                f"there is no {missing}"
-            )
-        for block in in_tower:
-            if config.layers is None or block.layer in config.layers:
-                found += _targets_in(block, config.target_modules)
-    return found
-
-
-def _targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
-    """The modules of a block that some of q, k, v, o, fc1, fc2 name."""
+def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
     projections = [name for name in ATTENTION_TARGETS if name in names]
     if projections:
         path, attention = f"{block.path}.attn", unwrap(block.module.get_submodule("attn"))
         if isinstance(attention, nn.MultiheadAttention):
-            adapt = CompLoRAMultiheadAttention.from_attention
+            adapt: Callable[..., CompLoRALayer] = CompLoRAMultiheadAttention.from_attention
         elif CompLoRAAttention.recognises(attention):
             adapt = CompLoRAAttention.from_attention
         else:
@@ -92,19 +70,21 @@ def _targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
                 f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: "
                 "expected nn.MultiheadAttention or the attention of open_clip 4"
             )
+        adapt = functools.partial(adapt, names=projections)
         yield Target(path, attention, projection_rows(attention, projections), adapt)
     for target, name in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True):
         if target in names:
             yield linear_target(f"{block.path}.{name}", unwrap(block.module.get_submodule(name)))
 
 
-def _without_blocks(model: nn.Module, tower: str) -> str:
-    """Why a tower without residual blocks cannot be adapted, in words."""
-    visual = getattr(unwrap(model), "visual", None)
+def missing(model: nn.Module, tower: str) -> str | None:
+    model = unwrap(model)
     if tower == "text":
-        return "the model has no text tower `transformer` or `text` with residual blocks (attn, mlp.c_fc, mlp.c_proj)"
+        known = any(hasattr(model, name) for name in ("transformer", "text"))
+        return "its text tower has no residual blocks (attn, mlp.c_fc, mlp.c_proj)" if known else None
+    visual = getattr(model, "visual", None)
     if visual is None:
-        return "the model has no image tower `visual`"
+        return None
     if hasattr(visual, "attnpool"):
         return (
             f"visual is a {type(visual).__name__} and its attention pool visual.attnpool "
@@ -112,6 +92,10 @@ def _without_blocks(model: nn.Module, tower: str) -> str:
             "adapter there would have no effect"
         )
     return f"visual is a {type(visual).__name__} without residual blocks (attn, mlp.c_fc, mlp.c_proj)"
+
+
+def uncalled(parent: nn.Module) -> Collection[str]:
+    return parent._modules if type(parent).__name__ == "AttentionPool2d" else ()
 
 
 def _root(path: str) -> str:
@@ -367,7 +351,9 @@ class CompLoRAAttention(CompLoRAAttentionLayer):
         )
 
     @classmethod
-    def from_attention(cls, attention: nn.Module, config: CompLoRAConfig, *, path: str = "") -> CompLoRAAttention:
+    def from_attention(
+        cls, attention: nn.Module, config: CompLoRAConfig, *, names: Collection[str] | None = None, path: str = ""
+    ) -> CompLoRAAttention:
         """Adapts `attention`: the result shares its parameters, submodules and hooks; `attention` stays as it was.
 
         Raises:
@@ -382,7 +368,7 @@ class CompLoRAAttention(CompLoRAAttentionLayer):
         if getattr(attention, "logit_scale", None) is not None:
             raise ValueError(f"{label} uses scaled cosine attention, expected scaled dot-product attention")
         layer = clone_as(attention, cls)
-        layer._adapt(config, path)
+        layer._adapt(config, names, path)
         return layer
 
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ class CompLoRAAttentionLayer(CompLoRALayer):
         """The raw factors `A` [r, d] and `B` [d, r] of q, k, v or o."""
         return getattr(self.lora_A, name), getattr(self.lora_B, name)  # get_parameter refuses functional_call's tensors
 
-    def _adapt(self, config: CompLoRAConfig, path: str) -> None:
-        targets = () if isinstance(config.target_modules, str) else config.target_modules
-        names = [name for name in ATTENTION_TARGETS if name in targets]
+    def _adapt(self, config: CompLoRAConfig, names: Collection[str] | None, path: str) -> None:
+        given = config.target_modules if names is None else names
+        names = () if isinstance(given, str) else [name for name in ATTENTION_TARGETS if name in given]
         if not names:
             raise ValueError(
                 f"target_modules={config.target_modules!r} selects nothing in {path or 'the attention'}, "
@@ -119,13 +119,19 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
 
     @classmethod
     def from_attention(
-        cls, attention: nn.MultiheadAttention, config: CompLoRAConfig, *, path: str = ""
+        cls,
+        attention: nn.MultiheadAttention,
+        config: CompLoRAConfig,
+        *,
+        names: Collection[str] | None = None,
+        path: str = "",
     ) -> CompLoRAMultiheadAttention:
         """Adapts `attention`: the result shares its parameters, submodules and hooks; `attention` stays as it was.
 
         Args:
             attention: with `kdim == vdim == embed_dim` and without `bias_k`, `add_zero_attn`.
-            config: `target_modules` chooses among q, k, v, o.
+            config: rank, scaling, dropout and subspace.
+            names: the adapters, among q, k, v and o; None takes `config.target_modules`.
             path: the name of the module in its model, for messages and for random subspaces.
 
         Raises:
@@ -143,7 +149,7 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ValueError(f"{label} uses bias_k/bias_v or add_zero_attn, expected neither")
         layer = clone_as(attention, cls)
-        layer._adapt(config, path)
+        layer._adapt(config, names, path)
         layer._qkv_same_embed_dim = False  # else nn.TransformerEncoderLayer reads the weights past this module
         return layer
 

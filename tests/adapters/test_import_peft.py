@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import safetensors.torch
 import torch
@@ -33,7 +32,7 @@ REORDERED = 5e-6
 X = torch.linspace(-1, 1, 60).reshape(5, 12)
 
 
-def plain() -> nn.Sequential:
+def plain() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 7))
@@ -57,6 +56,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "some linear layers": {"target_modules": r"(visual\.transformer\.resblocks\.0|.*resblocks\.1)\.mlp\.c_fc"},
     "alpha by name": {"target_modules": ["c_fc"], "alpha_pattern": {r"mlp\.c_fc": 9}},
     "rank by name": {"target_modules": ["attn", "c_fc"], "rank_pattern": {"attn": 3, r".*c_fc": 3}},
+    "ranks and alphas of some": {
+        "target_modules": ["attn", "c_fc", "c_proj"],
+        "rank_pattern": {"attn": 3, r"resblocks\.0\.mlp\.c_\w+": 5},
+        "alpha_pattern": {"c_proj": 9, "attn": 2},
+    },
+    "ranks of one tower": {"target_modules": ["attn", "c_fc"], "rank_pattern": {r"^transformer\..*": 2}},
+    "layers of each tower": {"target_modules": r"visual\..*\.1\.(attn|mlp\.c_fc)|transformer\..*\.0\.(attn|mlp\.c_fc)"},
 }  # fmt: skip
 
 
@@ -77,9 +83,8 @@ def test_what_peft_saved_computes_the_same(tmp_path, options, use_rslora):
 def test_an_imported_adapter_trains_as_in_peft(tmp_path):
     theirs = saved_by_peft(tmp_path, plain(), r=3, lora_alpha=6, target_modules=["0", "2"]).double()
     model = imported(tmp_path, plain()).double()
-    for layer in theirs.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            layer.requires_grad_(True)
+    for parameter in theirs.parameters():
+        parameter.requires_grad_(True)
     x = X.double()
     theirs(x).square().sum().backward()
     model(x).square().sum().backward()
@@ -145,6 +150,11 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "text": {"towers": ("text",), "target_modules": ("q", "k", "v", "fc2")},
     "layer 1": {"layers": (1,), "target_modules": ("q", "fc1")},
     "plain LoRA": {"sides": "none", "lora_dropout": 0.25},
+    "ranks of some": {
+        "target_modules": ("q", "fc1", "fc2"),
+        "rank_pattern": {"c_fc": 3},
+        "alpha_pattern": {"visual.transformer.resblocks.0.mlp.c_proj": 7.0},
+    },
     "an odd alpha": {"lora_alpha": 0.1, "target_modules": ("q", "k", "v", "fc1")},
 }
 

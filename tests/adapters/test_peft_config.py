@@ -20,7 +20,7 @@ X = torch.linspace(-1, 1, 60).reshape(5, 12)
 SETTINGS: dict[str, Any] = {"r": 3, "lora_alpha": 6.0, "subspace_k": 4, "sides": "both"}
 
 
-def plain(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def plain(dtype: torch.dtype = torch.float32) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 7)).to(dtype)
@@ -161,7 +161,7 @@ def test_what_is_saved_is_an_ordinary_lora(tmp_path):
     theirs = in_peft().eval()
     expected = theirs(X)
     theirs.save_pretrained(str(tmp_path))
-    stock = peft.PeftModel.from_pretrained(plain(), str(tmp_path)).eval()  # a warning would be an error
+    stock: Any = peft.PeftModel.from_pretrained(plain(), str(tmp_path)).eval()  # a warning would be an error
     torch.testing.assert_close(stock(X), expected)
     assert type(stock.base_model.model[0]) is peft.tuners.lora.Linear
     imported = ck.import_peft(plain(), tmp_path, progress=False)

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "q, k, v": {},
     "everything": {"target_modules": ("q", "k", "v", "o", "fc1", "fc2"), "use_rslora": True},
     "q, v, o of texts": {"target_modules": ("q", "v", "o"), "towers": ("text",)},
+    "ranks of some": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"visual.transformer.resblocks.0.attn": 9.0}},
     "fc1 in one layer": {"target_modules": ("fc1",), "layers": (1,)},
 }
 
@@ -70,7 +71,8 @@ def test_an_adapter_goes_to_the_other_library_and_back(tmp_path, options):
 
 def test_what_peft_trained_on_one_library_is_imported_into_the_other(tmp_path):
     targets = ["q_proj", "v_proj", "out_proj", "fc1"]
-    trained = saved_by_peft(tmp_path / "linear", transformers_clip(), r=4, lora_alpha=6, target_modules=targets)
+    options: dict[str, Any] = {"target_modules": targets, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"fc1": 9}}
+    trained = saved_by_peft(tmp_path / "linear", transformers_clip(), r=4, lora_alpha=6, **options)
     model = ck.import_peft(small_clip(), tmp_path / "linear", progress=False)
     assert_close(in_float64(model), in_float64(trained.base_model.model), EXACT)
     saved_by_peft(tmp_path / "packed", small_clip(), r=4, lora_alpha=6, target_modules=["attn", "c_proj"])

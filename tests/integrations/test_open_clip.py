@@ -15,6 +15,7 @@ import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.integrations import find, open_clip
 from complora_kernels.integrations import torch as any_torch
+from complora_kernels.integrations.selection import select
 from complora_kernels.modules.block import BlockParts
 
 ALL = ("q", "k", "v", "o", "fc1", "fc2")
@@ -25,17 +26,17 @@ every_layout = pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 @every_layout
 def test_models_are_recognised_plain_adapted_and_in_wrappers(make):
     model = make()
-    assert find(model) is open_clip
+    assert find(model) == [open_clip, any_torch]
     ck.apply_complora(model, config(), progress=False)
-    assert find(model) is find(nn.DataParallel(model)) is open_clip
-    assert find(nn.Sequential(nn.Linear(3, 3))) is any_torch
+    assert find(model) == find(nn.DataParallel(model)) == [open_clip, any_torch]
+    assert find(nn.Sequential(nn.Linear(3, 3))) == [any_torch]
 
 
 @every_layout
 @pytest.mark.parametrize("targets", [("q", "v"), ("o", "fc1"), ALL], ids="".join)
 def test_targets_name_their_adapters_and_frozen_weights(make, targets):
     model = make()
-    found = find(model).targets(model, config(target_modules=targets))
+    found = select(model, config(target_modules=targets))
     assert sum(len(target.weights) for target in found) == 4 * len(targets)  # two towers of two blocks
     for target in found:
         assert model.get_submodule(target.path) is target.module
@@ -51,10 +52,10 @@ def test_targets_name_their_adapters_and_frozen_weights(make, targets):
 @every_layout
 def test_every_block_of_a_clip_has_parts(make):
     model = make()
-    blocks = list(find(model).residual_blocks(model))
+    blocks = list(open_clip.residual_blocks(model))
     assert [(block.tower, block.layer) for block in blocks].count(("image", 1)) == 1
     assert len(blocks) == 4
-    assert all(isinstance(find(model).parts_of_block(block.module), BlockParts) for block in blocks)
+    assert all(isinstance(open_clip.parts_of_block(block.module), BlockParts) for block in blocks)
 
 
 @pytest.mark.parametrize("layout", ["batch first", "sequence first", "open_clip 4"])
@@ -100,7 +101,7 @@ def test_modules_that_peft_adapts(case):
 
 def test_modules_that_peft_adapts_in_any_model():
     model = ck.apply_complora(nn.Sequential(nn.Linear(6, 6)), config(target_modules="0"), progress=False)
-    assert find(model).peft_modules("0", adapted_layers(model)["0"]) == {"": "0"}
+    assert any_torch.peft_modules("0", adapted_layers(model)["0"]) == {"": "0"}
     attention = ck.CompLoRAMultiheadAttention.from_attention(nn.MultiheadAttention(TEXT["width"], 2), config())
     assert "has no modules of its own for its adapters" in any_torch.peft_modules("attn", attention)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import complora_kernels as ck
 from complora_kernels import functional, integrations
-from complora_kernels.adapters import build, install
+from complora_kernels.adapters import install
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.integrations import Block, Target
+from complora_kernels.integrations import Block, Target, selection
 from complora_kernels.integrations.torch import linear_target
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped
@@ -113,11 +113,12 @@ class Library(SimpleNamespace):
             yield Block(f"encoder.layers.{i}", layer, "image", i)
 
     @staticmethod
-    def targets(model: nn.Module, config: ck.CompLoRAConfig, _paths: Any = None) -> list[Target]:
-        paths = [
-            f"{block.path}.{NAMES[name]}" for block in Library.residual_blocks(model) for name in config.target_modules
-        ]
-        return [linear_target(path, model.get_submodule(path)) for path in paths]
+    def targets_in(block: Block, names: Collection[str]) -> list[Target]:
+        return [linear_target(f"{block.path}.{NAMES[name]}", getattr(block.module, NAMES[name])) for name in names]
+
+    @staticmethod
+    def missing(_model: nn.Module, _tower: str) -> str | None:
+        return None
 
     @staticmethod
     def parts_of_block(layer: Any) -> BlockParts | str:
@@ -142,9 +143,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
     found = integrations.find
 
     def find(model: nn.Module) -> Any:
-        return Library if Library.recognises(model) else found(model)
+        return [Library] if Library.recognises(model) else found(model)
 
-    for module in (integrations, build, install):
+    for module in (integrations, selection, install):
         monkeypatch.setattr(module, "find", find)
 
 

@@ -55,7 +55,7 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def transformers_clip() -> Any:
     text, vision = {**SIZES, **TEXT, **COMMON}, {**SIZES, **VISION, **COMMON}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()  # pyright: ignore
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
     model.load_state_dict(renamed(small_clip().state_dict()))
     return model
 
