@@ -117,6 +117,7 @@ def _config(model: nn.Module, folder: PeftFolder, projected: CompLoRAConfig) -> 
         alpha_pattern=alpha_pattern,
         lora_dropout=folder.fields["lora_dropout"],
         use_rslora=folder.fields["use_rslora"],
+        exclude_modules=None,
         **_selection(model, {(update.path, update.name) for update in folder.updates}),
     )
 
