@@ -15,6 +15,7 @@ from complora_kernels.adapters.manage import (
 from complora_kernels.adapters.peft_import import import_peft
 from complora_kernels.adapters.peft_training import accelerate_peft, decelerate_peft, peft_config
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
+from complora_kernels.adapters.unload import merge_and_unload, unload
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import GraphedTrainStep
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
@@ -39,10 +40,12 @@ __all__ = [
     "import_peft",
     "load_adapter",
     "merge_adapter",
+    "merge_and_unload",
     "peft_config",
     "print_trainable_parameters",
     "save_adapter",
     "set_recompute",
     "subspace_report",
+    "unload",
     "unmerge_adapter",
 ]

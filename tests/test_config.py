@@ -37,6 +37,7 @@ def test_defaults():
         "alpha_pattern": {},
         "towers": ["image", "text"],
         "layers": None,
+        "modules_to_save": [],
     }
 
 
@@ -181,6 +182,8 @@ def test_frozen():
         ({"layers": {}}, "layers=(), expected a selection of image, text"),
         ({"layers": {"text": (-1,)}}, "layers['text']=(-1,), expected None or non-negative block indices"),
         ({"layers": (1.5,)}, "layers=(1.5,), expected None or non-negative block indices"),
+        ({"modules_to_save": ("head", "")}, "modules_to_save=('head', ''), expected ends of module names"),
+        ({"modules_to_save": 3}, "modules_to_save=3, expected ends of module names"),
         ({"layers": "all"}, "layers='all', expected None or non-negative block indices"),
     ],
 )

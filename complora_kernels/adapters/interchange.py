@@ -22,6 +22,7 @@ from complora_kernels.adapters.factors import (
     common_config,
     factor_tensors,
     file_factors,
+    file_tensors,
     fill_adapter,
     warn_of_trained,
     weights_to_fill,
@@ -110,7 +111,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
             A, B = factors[path]  # [n·r, d], [3d, n·r]
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
-        write_files(staging, fields, factor_tensors(factors))
+        write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
 
 
 def _renamed(config: CompLoRAConfig, names: dict[str, str]) -> CompLoRAConfig:
@@ -202,7 +203,7 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
         }
         check_factors(factors, weights_to_fill(model, config), config)
         factors = {target: (A.float(), B.float()) for target, (A, B) in factors.items()}
-        fill_adapter(unwrap(model), config, factors, progress=progress)
+        fill_adapter(unwrap(model), config, factors)
     return model
 
 

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.configuration import CONFIG_BYTES, Shapes, parse_object, peft_key
-from complora_kernels.adapters.factors import PROJECTIONS
+from complora_kernels.adapters.configuration import CONFIG_BYTES, Shapes, parse_object, peft_key, peft_name
 from complora_kernels.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_tensors, require_file
 from complora_kernels.adapters.peft_patterns import check_patterns, value_for
+from complora_kernels.adapters.whole_modules import whole_modules, whole_tensors
 from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import named_modules
+from complora_kernels.config import PROJECTIONS
 from complora_kernels.integrations.names import own_name
 
-PREFIX = "base_model.model."
+PREFIX = peft_name("")
 OUT_PROJ = ".base_layer.out_proj"  # PEFT's own adapter of the output projection, in that of an nn.MultiheadAttention
 INPUTS = ("q", "k", "v")
 # PEFT up to 0.21 adds the update of an nn.MultiheadAttention's output projection twice, in training too.
@@ -107,7 +108,8 @@ class PeftFolder(NamedTuple):
 
     fields: PeftFields
     updates: list[Update]
-    saved: dict[str, Tensor]  # parameters and buffers of `modules_to_save`, by their names in the plain model
+    modules_to_save: tuple[str, ...]  # those of the fields that end the name of a module of the model
+    whole: dict[str, Tensor]  # the parameters and buffers of these modules, by their names in the model
 
 
 class _Module(NamedTuple):
@@ -134,17 +136,19 @@ def read_peft(directory: str | os.PathLike[str], model: nn.Module) -> PeftFolder
     with reading(config_path, "a LoRA configuration of PEFT"), config_path.open("rb") as file:
         fields = _checked_fields(parse_object(file.read(CONFIG_BYTES + 1)))
     with reading(weights_path, "LoRA factors of the configuration beside it, for this model"):
-        places, modules, saved = weight_places(model), list[_Module](), dict[str, Tensor]()
+        places, modules = weight_places(model), list[_Module]()
+        paths = [path for path, _ in named_modules(model) if path]
+        ends = tuple(end for end in fields["modules_to_save"] or () if any(path.endswith(end) for path in paths))
+        whole = whole_tensors(whole_modules(model, ends, ()))
 
         def declared(_: dict[str, str], names: set[str]) -> Shapes:
             modules.extend(_modules(names, fields["target_parameters"] or (), places))
-            saved.update(_saved_state(model, fields["modules_to_save"] or ()))
             shapes = _factor_shapes(modules, places, fields)
-            return shapes | {f"{PREFIX}{name}": tuple(tensor.shape) for name, tensor in saved.items()}
+            return shapes | {peft_name(name): tuple(tensor.shape) for name, tensor in whole.items()}
 
         _, tensors = read_tensors(weights_path, declared)
         updates = list(_updates(modules, tensors, places, fields))
-    return PeftFolder(fields, updates, {name: tensors[f"{PREFIX}{name}"] for name in saved})
+    return PeftFolder(fields, updates, ends, {name: tensors[peft_name(name)] for name in whole})
 
 
 def _checked_fields(config: dict[str, Any]) -> PeftFields:
@@ -222,26 +226,6 @@ def _modules(names: Iterable[str], parameters: Collection[str], known: Collectio
 def _is_named(parameter: str, names: Iterable[str]) -> bool:
     """Whether PEFT's `target_parameters` name this parameter or its end behind a dot."""
     return any(f".{parameter}".endswith(f".{name}") for name in names)
-
-
-def named_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a state dict holds, the model's own tensors, with the names of the plain model."""
-    return {
-        f"{path}.{name}" if path else name: tensor
-        for path, module in named_modules(model)
-        for name, tensor in (module._parameters | module._buffers).items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    }
-
-
-def _saved_state(model: nn.Module, endings: Collection[str]) -> dict[str, Tensor]:
-    """The state of the modules whose names end so: this is how PEFT's `modules_to_save` chooses them."""
-    saved = tuple(endings)
-    return {
-        name: tensor
-        for name, tensor in named_state(model).items()
-        if any(name[:i].endswith(saved) for i, character in enumerate(name) if character == ".")
-    }
 
 
 def _factor_shapes(modules: Iterable[_Module], places: dict[str, Place], fields: PeftFields) -> Shapes:

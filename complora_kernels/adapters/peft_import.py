@@ -15,8 +15,8 @@ from complora_kernels.adapters.build import check_wrappers, find_targets, is_ada
 from complora_kernels.adapters.configuration import module_pattern
 from complora_kernels.adapters.factors import check_factors, fill_adapter, weights_to_fill
 from complora_kernels.adapters.manage import subspace_report
-from complora_kernels.adapters.peft_folder import PeftFolder, named_state, read_peft
-from complora_kernels.common.changes import Changes
+from complora_kernels.adapters.peft_folder import PeftFolder, read_peft
+from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common.files import reading
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import TARGETS, TOWERS, CompLoRAConfig
@@ -81,14 +81,8 @@ def import_peft(
         weights = weights_to_fill(model, config, {update.weight for update in folder.updates})
         factors = {update.weight: (update.A, update.B) for update in folder.updates}
         check_factors(factors, weights, config)
-        changes = Changes()
-        fill_adapter(part, config, factors, {}, changes, progress=progress)
-        own = named_state(part)
-        changes.copy([own[name] for name in folder.saved], list(folder.saved.values()))
-        for name in folder.saved:
-            if isinstance(own[name], nn.Parameter):
-                changes.set_attribute(own[name], "requires_grad", True)
-        changes.make()
+        check_whole_tensors(folder.whole, whole_tensors(whole_modules(part, config.modules_to_save, ())))
+        fill_adapter(part, config, factors, whole=folder.whole, raw=projected is not None, progress=progress)
     if projected is not None:
         removed = [row.removed for row in subspace_report(model)]
         logger.info(
@@ -117,6 +111,7 @@ def _config(model: nn.Module, folder: PeftFolder, projected: CompLoRAConfig) -> 
         alpha_pattern=alpha_pattern,
         lora_dropout=folder.fields["lora_dropout"],
         use_rslora=folder.fields["use_rslora"],
+        modules_to_save=folder.modules_to_save,
         exclude_modules=None,
         **_selection(model, {(update.path, update.name) for update in folder.updates}),
     )

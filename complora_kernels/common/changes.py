@@ -49,9 +49,9 @@ class Changes:
         self.draft(module._non_persistent_buffers_set).update(stand_in._non_persistent_buffers_set)
 
     def remove_buffer(self, module: nn.Module, name: str) -> None:
-        """Removes a buffer that `set_buffer` set."""
+        """Removes a buffer, such as `set_buffer` sets."""
         del self.draft(module._buffers)[name]
-        self.draft(module._non_persistent_buffers_set).remove(name)
+        self.draft(module._non_persistent_buffers_set).discard(name)
 
     def add_hook(self, module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> None:
         """Adds to `module` the hook that `register(module)` would."""
