@@ -108,6 +108,16 @@ def test_gradients_are_those_of_our_modules():
         assert_as_accurate_as_reference(actual, reference, expected, f"gradient {number}")
 
 
+def test_dropout_is_that_of_the_input_of_the_update():
+    layer = in_peft(lora_dropout=0.5).train().base_model.model[0]
+    torch.manual_seed(0)
+    actual = layer(X)
+    torch.manual_seed(0)
+    folded_A, scaled_B = layer.fold("default", layer.scaling["default"])
+    expected = layer.base_layer(X) + F.dropout(X, 0.5) @ folded_A.T @ scaled_B.T
+    torch.testing.assert_close(actual, expected)
+
+
 def test_the_calls_of_peft():
     theirs = in_peft().eval()
     with torch.no_grad():
