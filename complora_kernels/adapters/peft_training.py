@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from complora_kernels.adapters.peft_folder import INITIALISATIONS
 from complora_kernels.common.changes import Changes
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.extend import extend, own_class
@@ -38,18 +39,22 @@ def peft_config(config: CompLoRAConfig, target_modules: str | Collection[str], *
 
     Raises:
         ImportError: peft is missing, or older than 0.21.
-        ValueError: a subspace of activations, which needs calibration batches, or an option that `config` has.
+        ValueError: a subspace of activations, which needs calibration batches, an option that `config` has, or an
+            initialisation that changes the base weights, such as "pissa".
             `get_peft_model` raises one for attention, embeddings, convolutions and quantised layers.
     """
-    from complora_kernels.adapters.peft_variant import CompLoraConfig
+    from complora_kernels.adapters.peft_variant import ComplementLoraConfig
 
     if config.protects_activations:
         raise ValueError("subspace_source='activations', expected a source that needs no calibration batches")
     fields = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
     if twice := sorted(fields.keys() & options.keys()):
         raise ValueError(f"options {', '.join(twice)} are fields of config, expected them there alone")
+    initialised = options.get("init_lora_weights", True)
+    if isinstance(initialised, str) and initialised not in INITIALISATIONS:
+        raise ValueError(f"init_lora_weights={initialised!r}, expected one that leaves the base weights as they are")
     modules = target_modules if isinstance(target_modules, str) else list(target_modules)
-    return CompLoraConfig(complora=config, target_modules=modules, **fields, **options)
+    return ComplementLoraConfig(complora=config, target_modules=modules, **fields, **options)
 
 
 def accelerate_peft(model: Model) -> Model:
@@ -60,8 +65,8 @@ def accelerate_peft(model: Model) -> Model:
     `functional.lora_linear` where one adapter of LoRA, or of `peft_config`, is active on a frozen `nn.Linear` in the
     dtype of its input or under autocast. It computes as PEFT does in all other cases: merged or disabled, several
     adapters or others for each sample, DoRA and other variants, biases of LoRA, hooks on its parts. A log line says how
-    many layers were exchanged; `decelerate_peft` undoes it. Numbers are PEFT's up to rounding; dropout draws its masks
-    otherwise.
+    many layers were exchanged; `decelerate_peft` undoes it. Layers that PEFT makes later are not
+    among them: call it again. Numbers are PEFT's up to rounding; dropout draws its masks otherwise.
 
     Args:
         model: made by `get_peft_model` or `PeftModel.from_pretrained`, or any model with layers of PEFT in it.
@@ -73,12 +78,12 @@ def accelerate_peft(model: Model) -> Model:
         ImportError: peft is missing, or older than 0.21.
         ValueError: the model has no LoRA layer of PEFT.
     """
-    from complora_kernels.adapters.peft_variant import CompLoraLinear, Linear, LoraLayer
+    from complora_kernels.adapters.peft_variant import ComplementLinear, Linear, LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("model has no LoRA layer of PEFT, expected one: call peft.get_peft_model first")
-    linears = [layer for layer in layers if own_class(layer) in (Linear, CompLoraLinear)]
+    linears = [layer for layer in layers if own_class(layer) in (Linear, ComplementLinear)]
     changes = Changes()
     for layer in linears:
         extend(layer, [AcceleratedLinear], changes)

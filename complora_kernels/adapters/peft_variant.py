@@ -18,14 +18,14 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.layer import require_plain
 from complora_kernels.modules.protected import PROJECTED_SIDES
 
-__all__ = ["CompLoraConfig", "CompLoraLinear", "Linear", "LoraLayer"]
+__all__ = ["ComplementLoraConfig", "ComplementLinear", "Linear", "LoraLayer"]
 
 if not isinstance(getattr(Linear, "lora_variants", None), property):
     raise ImportError("the installed peft has no lora_variants, expected peft>=0.21")
 
 
 @dataclass
-class CompLoraConfig(LoraConfig):
+class ComplementLoraConfig(LoraConfig):
     """PEFT's `LoraConfig` of a Comp-LoRA. It is saved without `complora`: saved factors are an ordinary LoRA."""
 
     complora: CompLoRAConfig | None = field(
@@ -34,14 +34,14 @@ class CompLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._register_custom_module({nn.Linear: CompLoraLinear})
+        self._register_custom_module({nn.Linear: ComplementLinear})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that PEFT knows."""
         return {name: value for name, value in super().to_dict().items() if name != "complora"}
 
 
-class CompLoraLinear(Linear):
+class ComplementLinear(Linear):
     """PEFT's LoRA layer, whose adapters may be Comp-LoRA: `y = x W^T + b + s · (drop(x) Ã^T) B̃^T` with folded factors.
 
     `lora_A` and `lora_B` are raw; a state dict has the folded factors, the same function, from which training goes on
@@ -53,13 +53,13 @@ class CompLoraLinear(Linear):
     @property
     def lora_variants(self) -> dict[Any, Any]:
         """PEFT's variants of a linear layer, and Comp-LoRA."""
-        return super().lora_variants | {("complora",): CompLoraVariant}
+        return super().lora_variants | {("complora",): ComplementVariant}
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The variant that a configuration asks for; one of PEFT's own asks for no Comp-LoRA."""
-        if not isinstance(config, CompLoraConfig):
+        if not isinstance(config, ComplementLoraConfig):
             config = copy.copy(config)
-            config.__class__ = CompLoraConfig
+            config.__class__ = ComplementLoraConfig
         return super().resolve_lora_variant(config=config, **kwargs)
 
     def fold(self, adapter: str, scaling: float) -> tuple[Tensor, Tensor]:
@@ -91,12 +91,12 @@ class CompLoraLinear(Linear):
             return scaled_B @ folded_A
 
 
-class CompLoraVariant(LoraVariant):
-    """How a `CompLoraLinear`, the `module`, initialises, computes and merges an adapter that is a Comp-LoRA."""
+class ComplementVariant(LoraVariant):
+    """How a `ComplementLinear`, the `module`, initialises, computes and merges an adapter that is a Comp-LoRA."""
 
     @staticmethod
     def init(
-        module: Any, adapter_name: str, config: CompLoraConfig | None = None, target_name: str = "", **_: Any
+        module: Any, adapter_name: str, config: ComplementLoraConfig | None = None, target_name: str = "", **_: Any
     ) -> None:
         assert config is not None
         assert config.complora is not None
@@ -137,7 +137,7 @@ class CompLoraVariant(LoraVariant):
 
 
 @torch.no_grad()
-def _fold_in_state(module: CompLoraLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+def _fold_in_state(module: ComplementLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Puts the folded factors, without the scaling, in the place of the raw ones: what other programs read as LoRA."""
     for adapter in module.complora_bases:
         if module.lora_B[adapter].weight.is_meta:  # nothing is loaded yet

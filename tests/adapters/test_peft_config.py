@@ -178,7 +178,7 @@ def test_what_is_saved_is_an_ordinary_lora(tmp_path):
     torch.testing.assert_close(imported(X), expected)
     config = ck.peft_config(ck.CompLoRAConfig(**SETTINGS), ["0", "2"])
     again: Any = peft.PeftModel.from_pretrained(plain(), str(tmp_path), config=config, is_trainable=True)
-    assert type(again.base_model.model[0]).__name__ == "CompLoraLinear"
+    assert type(again.base_model.model[0]).__name__ == "ComplementLinear"
     torch.testing.assert_close(again(X), expected)
     lean = peft.PeftModel.from_pretrained(plain(), str(tmp_path), config=config, low_cpu_mem_usage=True)
     torch.testing.assert_close(lean(X), expected)
@@ -227,6 +227,8 @@ def test_what_cannot_be_configured():
     config = ck.CompLoRAConfig(**SETTINGS)
     with pytest.raises(ValueError, match="options lora_alpha, r are fields of config, expected them there alone"):
         ck.peft_config(config, ["0"], r=4, lora_alpha=3)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', expected one that leaves the base weights"):
+        ck.peft_config(config, ["0"], init_lora_weights="pissa")
     with pytest.raises(ValueError, match="subspace_source='activations', expected a source that needs no calibration"):
         ck.peft_config(ck.CompLoRAConfig(subspace_k=3, subspace_source="activations"), ["0"])
     with pytest.raises(ValueError, match=r"unsupported variant combination: \('complora',\)"):
