@@ -29,6 +29,7 @@ from complora_kernels.adapters.configuration import peft_key, peft_name
 from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.adapters.whole_modules import check_finite, whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes
+from complora_kernels.common.sharded import reshard, whole
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
@@ -79,7 +80,7 @@ def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
     """
     folded: FactorPairs = {}
     for path, (layer, name) in weights.items():
-        A, B = layer.factors(name)  # [r, in], [out, r]
+        A, B = map(whole, layer.factors(name))  # [r, in], [out, r]
         r = layer.config.rank_of(path)
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
             raise ValueError(
@@ -124,7 +125,7 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors = trained_tensors(model)
     check_finite(tensors)
-    return {peft_name(name): tensor for name, tensor in tensors.items()}
+    return {peft_name(name): whole(tensor) for name, tensor in tensors.items()}
 
 
 def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
@@ -206,6 +207,7 @@ def fill_adapter(
     model, are to be projected: bases are computed from its weights, and not turned.
     """
     changes = Changes()
+    reshard(model)
     if is_adapted(model):
         layers = adapted_layers(model)
     else:

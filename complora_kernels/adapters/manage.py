@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from complora_kernels.adapters.build import adapted_layers, adapted_model, trained_tensors
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
+from complora_kernels.common.sharded import reshard
 from complora_kernels.modules.layer import CompLoRALayer, switched_off
 from complora_kernels.modules.protected import PROJECTED_SIDES
 
@@ -121,6 +122,8 @@ def merge_adapter(model: nn.Module) -> None:
     dict is that of a plain model with the update inside, plus the factors and a mark `lora_merged` for each layer: an
     adapted model, which would add the update again, refuses to load it. See also `merge_and_unload`.
 
+    Of a model that `fully_shard` has sharded, every process calls this, and keeps its own part of the merged weights.
+
     All weights are merged or, when the call fails or is interrupted, none. The parameters stay the same objects and get
     other memory: a CUDA graph, or a tensor that shares memory with a weight, keeps the original values.
 
@@ -140,6 +143,7 @@ def merge_layers(
     model: nn.Module, layers: dict[str, CompLoRALayer], changes: Changes, *, safe_merge: bool = True
 ) -> None:
     """Merges these layers of `model`, as a part of `changes`; errors as `merge_adapter`."""
+    reshard(model)
     _require_untied(model, layers)
     for path, layer in layers.items():
         try:
@@ -157,6 +161,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=True)
+    reshard(model)
     changes = Changes()
     for layer in layers.values():
         layer.unmerge(changes)

@@ -65,8 +65,8 @@ def accelerate_peft(model: Model) -> Model:
     `functional.lora_linear` where one adapter of LoRA, or of `peft_config`, is active on a frozen `nn.Linear` in the
     dtype of its input or under autocast. It computes as PEFT does in all other cases: merged or disabled, several
     adapters or others for each sample, DoRA and other variants, biases of LoRA, hooks on its parts. A log line says how
-    many layers were exchanged; `decelerate_peft` undoes it. Layers that PEFT makes later are not
-    among them: call it again. Numbers are PEFT's up to rounding; dropout draws its masks otherwise.
+    many layers were exchanged; `decelerate_peft` undoes it. Layers that PEFT makes later are not among them: call it
+    again. Numbers are PEFT's up to rounding; dropout draws its masks otherwise.
 
     Args:
         model: made by `get_peft_model` or `PeftModel.from_pretrained`, or any model with layers of PEFT in it.

@@ -18,7 +18,7 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.layer import require_plain
 from complora_kernels.modules.protected import PROJECTED_SIDES
 
-__all__ = ["ComplementLoraConfig", "ComplementLinear", "Linear", "LoraLayer"]
+__all__ = ["ComplementLinear", "ComplementLoraConfig", "Linear", "LoraLayer"]
 
 if not isinstance(getattr(Linear, "lora_variants", None), property):
     raise ImportError("the installed peft has no lora_variants, expected peft>=0.21")

@@ -42,6 +42,7 @@ from complora_kernels.adapters.replacement import replaced_adapter
 from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common import base_weights
 from complora_kernels.common.files import reading
+from complora_kernels.common.sharded import writes_files
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import activations
@@ -65,6 +66,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     With `subspace_source="activations"` the bases are written too, as `adapter_bases-<digest>.safetensors`: 4·d·k bytes
     for each projected side of a weight, with d - k for k where that is less. Only `load_adapter` reads it.
 
+    Of a model that `fully_shard` has sharded, every process calls this, and the first of them writes the files.
+
     An adapter that is there already is replaced as a whole: the files are written and synced beside it, then moved
     into place, bases and configuration first and weights last. A call that fails leaves the old one. A process that is
     killed leaves the old one or the new one, and a folder `.saving-…` to delete. Between the moves it leaves old
@@ -75,7 +78,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         OSError: `directory` cannot be written to; or the new adapter is in place, as the message then says, but the
             system did not confirm that it is on the disk.
         ValueError: `model` has no adapter, is a part of an adapted model or holds several, its layers differ in
-            configuration, or a factor holds NaN or infinity or is not whole (sharded).
+            configuration, or a factor holds NaN or infinity or is not whole (FullyShardedDataParallel).
 
     Warns:
         UserWarning: other parameters are trained too, and are not in the files.
@@ -84,17 +87,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     layers = adapted_layers(part)
     config = common_config(layers)
     weights = adapted_weights(layers)
-    with replaced_adapter(directory) as staging:
-        factors = file_factors(weights)
-        bases = {} if config.source.recomputable else own_bases(weights)
-        whole = file_tensors(part)
-        described = _adapter_config(config, weights, activations(part), bases)
-        if whole:
-            shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(part).items()}
-            described["complora"]["modules_to_save"] = shapes
-        matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
-        warn_of_trained(model)
-        write_adapter(staging, described, factor_tensors(factors) | whole, matrices)
+    factors = file_factors(weights)
+    bases = {} if config.source.recomputable else own_bases(weights)
+    trained = file_tensors(part)
+    described = _adapter_config(config, weights, activations(part), bases)
+    if trained:
+        shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(part).items()}
+        described["complora"]["modules_to_save"] = shapes
+    matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
+    warn_of_trained(model)
+    if writes_files(part):
+        with replaced_adapter(directory) as staging:
+            write_adapter(staging, described, factor_tensors(factors) | trained, matrices)
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from complora_kernels import functional
+from complora_kernels.common.sharded import is_sharded
 from complora_kernels.modules.extend import Extension, has_user_hooks
 from complora_kernels.modules.layer import CompLoRALayer, fold
 from complora_kernels.modules.masks import known_causal
@@ -161,6 +162,8 @@ def fold_below(module: nn.Module) -> FoldedLayers:
         frozen = layer.frozen_parameter(name)
         if layer.active and isinstance(frozen, Tensor):  # torch.fx's tracer puts stand-ins in the place of parameters
             A, _ = layer.factors(name)
+            if is_sharded(A):
+                continue  # its own block gathers it, and then folds it
             dtype = functional.compute_dtype(frozen)
             for name in layer.weights:
                 groups.setdefault((layer.scaling_of(name), dtype, A.dtype, A.device), []).append((layer, name))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from complora_kernels import functional
 from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
 from complora_kernels.config import PROJECTIONS, CompLoRAConfig
@@ -55,7 +56,7 @@ class CompLoRALayer(ProtectedLayer):
     def original_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter as it was before merging."""
         parameter, start, stop = self.weights[name]
-        return self.get_buffer(_original_name(parameter))[start:stop] if self.merged else self.base_weight(name)
+        return whole(self.get_buffer(_original_name(parameter)))[start:stop] if self.merged else self.base_weight(name)
 
     def fold_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
@@ -77,7 +78,7 @@ class CompLoRALayer(ProtectedLayer):
 
     def fold_inputs(self, name: str) -> FoldInputs:
         """The raw factors of one adapted weight and the bases that project them."""
-        A, B = self.factors(name)
+        A, B = map(whole, self.factors(name))
         on_output, on_input = self.projection(name, "output", B), self.projection(name, "input", A)
         return FoldInputs(
             A,
@@ -105,7 +106,7 @@ class CompLoRALayer(ProtectedLayer):
         """
         merged: dict[str, Tensor] = {}
         for name, (parameter, start, stop) in self.weights.items():
-            target = merged.setdefault(parameter, self.get_parameter(parameter).detach().clone())
+            target = merged.setdefault(parameter, whole(self.get_parameter(parameter).detach()).clone())
             delta = self.get_delta_weight(name)
             if safe_merge and not torch.isfinite(delta).all():
                 raise ValueError(
@@ -129,7 +130,8 @@ class CompLoRALayer(ProtectedLayer):
         with joined(changes) as pending:
             for name, weight in self.merged_weights(safe_merge=safe_merge).items():
                 parameter = self.get_parameter(name)
-                pending.set_buffer(self, _original_name(name), parameter.data)
+                kept = parameter.detach().clone() if is_sharded(parameter) else parameter.data
+                pending.set_buffer(self, _original_name(name), kept)
                 pending.exchange(parameter, weight)
             pending.set_buffer(self, MERGED, torch.tensor(True, device=parameter.device), persistent=True)
             pending.draft(vars(self))["merged"] = True
@@ -143,7 +145,7 @@ class CompLoRALayer(ProtectedLayer):
         if not self.merged:
             raise RuntimeError("the adapter is not merged; merge it first")
         with joined(changes) as pending:
-            for name in {rows.parameter for rows in self.weights.values()}:
+            for name in dict.fromkeys(rows.parameter for rows in self.weights.values()):
                 pending.exchange(self.get_parameter(name), self.get_buffer(_original_name(name)))
                 pending.remove_buffer(self, _original_name(name))
             pending.remove_buffer(self, MERGED)

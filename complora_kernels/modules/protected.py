@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from complora_kernels import subspace
 from complora_kernels.common import base_weights
 from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.sharded import whole
 from complora_kernels.common.tensor_facts import TensorFacts
 from complora_kernels.common.tracing import computed_at_once, is_exported, is_fake, runs_while_compiled, unwrapped
 from complora_kernels.config import CompLoRAConfig
@@ -86,7 +87,7 @@ class ProtectedLayer(Float32State):
     def base_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter, a view."""
         _, start, stop = self.weights[name]
-        return self.frozen_parameter(name)[start:stop]
+        return whole(self.frozen_parameter(name))[start:stop]
 
     def basis(self, name: str, side: subspace.Side) -> subspace.Basis | None:
         """The basis that projects one side of one adapted weight; None where the side is not projected.
