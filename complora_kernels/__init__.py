@@ -12,6 +12,8 @@ from complora_kernels.adapters.manage import (
     subspace_report,
     unmerge_adapter,
 )
+from complora_kernels.adapters.peft_import import import_peft
+from complora_kernels.adapters.peft_training import accelerate_peft, decelerate_peft, peft_config
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
 from complora_kernels.adapters.unload import merge_and_unload, unload
 from complora_kernels.config import CompLoRAConfig
@@ -26,16 +28,20 @@ __all__ = [
     "CompLoRALinear",
     "CompLoRAMultiheadAttention",
     "GraphedTrainStep",
+    "accelerate_peft",
     "adapter_parameters",
     "apply_complora",
     "check_gradients",
+    "decelerate_peft",
     "disable_adapter",
     "explain",
     "export_peft",
     "import_clip_lora",
+    "import_peft",
     "load_adapter",
     "merge_adapter",
     "merge_and_unload",
+    "peft_config",
     "print_trainable_parameters",
     "save_adapter",
     "set_recompute",

@@ -74,17 +74,22 @@ def apply_complora(
     if is_adapted(model):
         raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
     replacements = build_layers(model, config)
-    with tqdm(replacements, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
-        for replacement in bar:
-            replacement.layer.compute_bases()
+    compute_bases(replacements, progress=progress)
     if calibrate is not None:
         protect_activations(unwrap(model), replacements, calibrate, progress=progress)
-    _check_room(replacements)
+    check_room(replacements)
     install(model, replacements)
     return model
 
 
-def _check_room(replacements: list[Replacement]) -> None:
+def compute_bases(replacements: list[Replacement], *, progress: bool) -> None:
+    """Computes the bases that can be computed from the weights."""
+    with tqdm(replacements, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
+        for replacement in bar:
+            replacement.layer.compute_bases()
+
+
+def check_room(replacements: list[Replacement]) -> None:
     """Raises ValueError where a projection leaves nothing to train; warns where a rank is above that of the weight."""
     wide = []
     for _, _, layer in replacements:

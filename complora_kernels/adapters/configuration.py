@@ -107,12 +107,18 @@ def parse_config(text: bytes, path: Path) -> dict[str, Any]:
         ValueError: the text is something else.
     """
     with reading(path, "JSON as save_adapter wrote it"):
-        if len(text) > CONFIG_BYTES:
-            raise ValueError(f"more than {CONFIG_BYTES} bytes")
-        config = json.loads(text, parse_constant=_refuse_constant)
-        check_type(config, dict[str, Any], "it")
+        config = parse_object(text)
         check_type(config.get("complora"), dict[str, Any], "complora")
         check_type(config["complora"].get("digest"), str, "complora.digest")
+    return config
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object in `text`; raises an error of any kind where there is something else, or too much of it."""
+    if len(text) > CONFIG_BYTES:
+        raise ValueError(f"more than {CONFIG_BYTES} bytes")
+    config = json.loads(text, parse_constant=_refuse_constant)
+    check_type(config, dict[str, Any], "it")
     return config
 
 

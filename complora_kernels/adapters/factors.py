@@ -19,6 +19,8 @@ from complora_kernels.adapters.build import (
     adapt,
     adapted_layers,
     build_layers,
+    check_room,
+    compute_bases,
     find_targets,
     is_adapted,
     trained_tensors,
@@ -194,11 +196,15 @@ def fill_adapter(
     factors: FactorPairs,
     bases: Bases | None = None,
     whole: dict[str, Tensor] | None = None,
+    *,
+    raw: bool = False,
+    progress: bool = False,
 ) -> None:
     """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
 
     The bases, given or own, are turned until folding leaves the factors as they are; no weight is decomposed. `whole`
-    are the tensors of `modules_to_save`, which `check_whole_tensors` has accepted.
+    are the tensors of `modules_to_save`, which `check_whole_tensors` has accepted. With `raw` the factors, for a plain
+    model, are to be projected: bases are computed from its weights, and not turned.
     """
     changes = Changes()
     reshard(model)
@@ -206,12 +212,15 @@ def fill_adapter(
         layers = adapted_layers(model)
     else:
         replacements = build_layers(model, config, factors)
+        if raw:
+            compute_bases(replacements, progress=progress)
+            check_room(replacements)
         install(model, replacements, changes)
         layers = _by_path(model, replacements)
     weights = adapted_weights(layers)
     for path, (layer, name) in weights.items():
         A, B = factors[path]
-        for side in PROJECTED_SIDES[config.sides]:
+        for side in () if raw else PROJECTED_SIDES[config.sides]:
             given = None if bases is None else bases[path, side]
             layer.follow(name, side, B.mT if side == "output" else A, changes, given)
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
@@ -220,7 +229,7 @@ def fill_adapter(
         modules = whole_modules(model, config.modules_to_save, ())
         changes.copy([whole_tensors(modules)[name] for name in whole], list(whole.values()))
     changes.make()
-    for factor in own:
+    for factor in () if raw else own:
         mark_folded(factor)
 
 

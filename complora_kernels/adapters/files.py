@@ -99,7 +99,7 @@ def read_bases(directory: str | os.PathLike[str], config: dict[str, Any]) -> dic
         f"the bases that save_adapter wrote beside {WEIGHTS_FILE}: they cannot be computed from the base weights",
     )
     with reading(path, INTACT):
-        _, tensors = _read_tensors(path, lambda _: basis_shapes(saved))
+        _, tensors = read_tensors(path, lambda *_: basis_shapes(saved))
         if bases_digest(tensors) != saved["bases_digest"]:
             raise ValueError(f"{path} does not match its digest, expected it as save_adapter wrote it")
         for name, basis in tensors.items():
@@ -155,16 +155,16 @@ def _in_host_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config: dict[str, Any] = {}
 
-    def declared(metadata: dict[str, str]) -> Shapes:
+    def declared(metadata: dict[str, str], _: set[str]) -> Shapes:
         if "adapter_config" not in metadata:
             raise ValueError(
-                f"{path} has no adapter_config in its metadata, expected a file that save_adapter wrote (what "
-                "export_peft writes is for PEFT)"
+                f"{path} has no adapter_config in its metadata, expected a file that save_adapter wrote (import_peft "
+                "reads those of PEFT and of export_peft)"
             )
         config.update(parse_config(metadata["adapter_config"].encode(), path))
         return check_config(config)
 
-    metadata, tensors = _read_tensors(path, declared)
+    metadata, tensors = read_tensors(path, declared)
     # The text is compared too: a digit changed beyond what a float can hold would otherwise pass.
     matches = config["complora"]["digest"] == adapter_digest(config, tensors)
     if not matches or json.dumps(config) != metadata["adapter_config"]:
@@ -172,12 +172,17 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _read_tensors(path: Path, declared: Callable[[dict[str, str]], Shapes]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a file, once its header has floating-point ones of the shapes `declared`."""
+def read_tensors(
+    path: Path, declared: Callable[[dict[str, str], set[str]], Shapes]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file, once its header has floating-point ones of the shapes `declared`.
+
+    `declared` is called with the metadata and the names of the tensors.
+    """
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        shapes = declared(metadata)
-        differing = sorted(shapes.keys() ^ set(file.keys()))
+        metadata, names = file.metadata() or {}, set(file.keys())
+        shapes = declared(metadata, names)
+        differing = sorted(shapes.keys() ^ names)
         if differing:
             raise ValueError(f"its tensors differ from what the configuration declares: {', '.join(differing):.500}")
         for name, shape in shapes.items():

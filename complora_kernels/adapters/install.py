@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from complora_kernels.adapters.pretrained import SavesAdapter
 from complora_kernels.adapters.whole_modules import whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.wrappers import unwrap
@@ -86,6 +87,9 @@ def _extensions(model: nn.Module, layers: Collection[nn.Module]) -> dict[nn.Modu
     for library, block in fusible:
         added[block].append(library.FusedBlock)
     _log_fusion(len(fusible), reasons, truncated)
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained") and any(part in layers for part in module.modules()):
+            added[module].append(SavesAdapter)
     return added
 
 

@@ -1,4 +1,4 @@
-"""Adapters of other programs: `export_peft` where PEFT sees other modules, `import_clip_lora` for CLIP-LoRA's files."""
+"""Adapters for and of other programs: `export_peft` for PEFT, `import_clip_lora` for CLIP-LoRA's files."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find, peft_modules
+from complora_kernels.integrations.names import Exported, linear_names
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.layer import FLOATING
 
@@ -57,7 +58,7 @@ class CLIPLoRAFile(TypedDict):
     metadata: CLIPLoRAMetadata
 
 
-def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library: Exported | None = None) -> None:
     """Writes the adapter as `peft.PeftModel.from_pretrained(plain_model, directory)` reads it, with the same outputs.
 
     PEFT has one adapter for the whole of an `nn.MultiheadAttention`. With n of q, k, v adapted it gets rank n·r, A
@@ -69,26 +70,39 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     process left mismatched. Writing them does not need PEFT. Wrappers, containers and other trained parameters are
     treated as by `save_adapter`.
 
+    Args:
+        model: adapted.
+        directory: a folder, which is made if needed.
+        library: None for a plain model like `model`; or the name of another library with the same CLIP (see
+            `integrations.names`), for its names and an `nn.Linear` for each weight. `import_peft` reads both into
+            either model.
+
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
             q, k, v of an attention that keeps them in one parameter of its own, or a layer of a class that is not one
-            of this package's. Also as `save_adapter`.
+            of this package's; or `library` has no such weight. Also as `save_adapter`.
     """
     part = adapted_model(model)
     layers = adapted_layers(part)
-    for path, layer in layers.items():
-        modules = peft_modules(part, path, layer)
-        if isinstance(modules, str):
-            raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
-    config = common_config(layers)
-    attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
+    config, weights, names = common_config(layers), adapted_weights(layers), {}
+    attentions: dict[str, CompLoRAMultiheadAttention] = {}
+    if library is not None:
+        names = linear_names(library, weights)
+        config = _renamed(config, names)
+    else:
+        for path, layer in layers.items():
+            modules = peft_modules(part, path, layer)
+            if isinstance(modules, str):
+                raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
+            if isinstance(layer, CompLoRAMultiheadAttention):
+                attentions[path] = layer
     for path, layer in attentions.items():
-        names = [layer.weight_name(name) for name in layer.weights]
-        if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in names):
+        own = [layer.weight_name(name) for name in layer.weights]
+        if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in own):
             raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
     with replaced_adapter(directory) as staging:
-        factors = file_factors(adapted_weights(layers))
+        factors = {names.get(weight, weight): pair for weight, pair in file_factors(weights).items()}
         for path, layer in attentions.items():
             parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
             factors[path] = _stacked(layer, parts)
@@ -98,6 +112,15 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
         write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
+
+
+def _renamed(config: CompLoRAConfig, names: dict[str, str]) -> CompLoRAConfig:
+    """The configuration with the ranks and alphas of weights that have other names."""
+    return dataclasses.replace(
+        config,
+        rank_pattern={name: config.rank_of(weight) for weight, name in names.items()},
+        alpha_pattern={name: config.alpha_of(weight) for weight, name in names.items()},
+    )
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
@@ -120,8 +143,9 @@ def _fields_with_attention(
     r, alpha = n * config.r, config.lora_alpha * (math.sqrt(n) if config.use_rslora else n)
     if len(attentions) == len(modules):
         return peft_fields(config, modules, r=r, lora_alpha=alpha)
-    pattern = module_pattern(attentions)
-    return peft_fields(config, modules, rank_pattern={pattern: r}, alpha_pattern={pattern: alpha})
+    pattern, fields = module_pattern(attentions), peft_fields(config, modules)
+    patterns = {"rank_pattern": {pattern: r}, "alpha_pattern": {pattern: alpha}}
+    return fields | {name: fields[name] | values for name, values in patterns.items()}
 
 
 # CLIP-LoRA's encoders, with the towers in the order in which its files number their layers.

@@ -72,6 +72,8 @@ class SubspaceReport:
         share: |ΔW - P_out ΔW P_in|² / |ΔW|², the share of the update inside the protected subspace; 0 up to rounding.
         relative_update: |ΔW| / |W|.
         basis_bytes: the memory of the bases.
+        removed: |ΔR - ΔW|² / |ΔR|², the share of the raw factors' update ΔR = scaling · B A that lies in the protected
+            subspace and that the projections remove.
     """
 
     path: str
@@ -80,6 +82,7 @@ class SubspaceReport:
     share: float
     relative_update: float
     basis_bytes: int
+    removed: float
 
 
 @torch.no_grad()
@@ -219,6 +222,8 @@ def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:
         assert basis is not None
         bases.append(basis)
         left = _project(left, basis.matrix.double(), basis.kind, side)
+    A, B = (factor.double() for factor in layer.factors(name))  # [r, in], [out, r]
+    raw = layer.config.scaling * B @ A  # [out, in]
     norm = delta.norm()
     return SubspaceReport(
         path=f"{path}.{name}" if name else path,
@@ -227,6 +232,7 @@ def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:
         share=float((delta - left).norm() ** 2 / norm**2) if norm > 0 else 0.0,
         relative_update=float(norm / weight.norm()) if weight.norm() > 0 else 0.0,
         basis_bytes=sum(basis.matrix.nbytes for basis in bases),
+        removed=float((raw - delta).norm() ** 2 / raw.norm() ** 2) if raw.norm() > 0 else 0.0,
     )
 
 

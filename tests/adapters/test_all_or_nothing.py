@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft_adapters import peft_model
 from small_clip import adapted, config, small_clip
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -205,6 +206,17 @@ def import_clip_lora(model: Any, folder: Path) -> None:
     ck.import_clip_lora(model, path, progress=False)
 
 
+def import_peft(model: Any, folder: Path) -> None:
+    if not (folder / "peft").exists():
+        exported = adapted(clip(), seed=7, target_modules=("q", "k", "v", "fc1"), subspace_k=3)
+        ck.export_peft(exported, folder / "peft")
+    ck.import_peft(model, folder / "peft", projected=config(subspace_k=3), progress=False)
+
+
+def peft_linears() -> Any:
+    return peft_model(linears(), r=2, target_modules=["0", "2"])
+
+
 def load(model: Any, folder: Path) -> None:
     if not (folder / "adapter").exists():
         ck.save_adapter(adapted(clip(), seed=7, target_modules=ALL, subspace_k=3), folder / "adapter")
@@ -228,6 +240,9 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], None]]] = {
     "apply_complora": (clip, apply),
     "apply_complora, calibrated": (linears, calibrate),
     "import_clip_lora": (clip, import_clip_lora),
+    "import_peft": (clip, import_peft),
+    "accelerate_peft": (peft_linears, lambda model, _: ck.accelerate_peft(model)),
+    "decelerate_peft": (lambda: ck.accelerate_peft(peft_linears()), lambda model, _: ck.decelerate_peft(model)),
     "load_adapter, plain": (clip, load),
     "load_adapter, adapted": (adapted_clip, load),
     "load_adapter, modules_to_save": (linears, load_with_head),
@@ -255,7 +270,8 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
     after = contents(model)
     model = make()
     places = sample(places_of(lambda: run(model)))
-    assert places or name in ("set_recompute", "unload")  # they call no function of torch
+    without_torch = ("set_recompute", "unload", "accelerate_peft", "decelerate_peft")  # they call no function of torch
+    assert places or name in without_torch
     model, changed = make(), []
     before = references(model)
     for place, error in zip(places, itertools.cycle(ERRORS)):

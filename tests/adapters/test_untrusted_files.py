@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from clip_lora import clip_lora_file
-from failures import Unchanged
+from failures import Unchanged, refusal
 from small_clip import adapted, features, small_clip
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,18 +83,6 @@ def rewritten(source: Path, target: Path, change: Change = same, tensors: Change
     if known.get("digest") == original["complora"]["digest"]:
         known["digest"] = adapter_files.adapter_digest(config, factors)
     adapter_files.write_files(target, config, factors, metadata={"adapter_config": json.dumps(config)})
-
-
-def refusal(model: nn.Module, load: Callable[[], object]) -> str | None:
-    """The message of the ValueError with which `load` left the model as it was; None where it loaded."""
-    unchanged = Unchanged(model)
-    unchanged.__enter__()
-    try:
-        load()
-    except ValueError as error:
-        unchanged.__exit__()
-        return str(error)
-    return None
 
 
 def assert_refused_or_right(directory: Path, expected: Tensor, label: object, *, may_load: bool = True) -> None:

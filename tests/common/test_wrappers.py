@@ -135,12 +135,14 @@ def test_every_function_sees_the_adapter_inside(wrap):
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("wrap", [compiled, DataParallel, WITHIN["compiled tower"]], ids=["model", "parallel", "tower"])
-def test_import_clip_lora_into_a_wrapped_model(tmp_path, wrap):
+def test_imports_into_a_wrapped_model(tmp_path, wrap):
     clip_lora_file(tmp_path / "w.pt")
-    model = wrap(small_clip())
-    assert ck.import_clip_lora(model, tmp_path / "w.pt", progress=False) is model
-    expected = ck.import_clip_lora(small_clip(), tmp_path / "w.pt", progress=False)
-    assert_close(features(unwrap(model)), features(expected), 1e-6)
+    ck.export_peft(adapted(small_clip()), tmp_path / "peft")
+    for load, source in ((ck.import_clip_lora, "w.pt"), (ck.import_peft, "peft")):
+        model = wrap(small_clip())
+        assert load(model, tmp_path / source, progress=False) is model
+        expected = load(small_clip(), tmp_path / source, progress=False)
+        assert_close(features(unwrap(model)), features(expected), 1e-6)
 
 
 @pytest.mark.parametrize("wrap", [compiled, with_part("visual", compiled)], ids=["model", "tower"])
@@ -190,6 +192,7 @@ def test_compiled_code_from_before_is_not_used_after():
 def test_a_model_is_adapted_before_ddp_wraps_it(tmp_path):
     plain = adapted(small_clip())
     ck.save_adapter(plain, tmp_path / "plain")
+    ck.export_peft(plain, tmp_path / "peft")
     model = in_ddp(copy.deepcopy(plain))
     ck.save_adapter(model, tmp_path / "ddp")
     assert contents(tmp_path / "ddp") == contents(tmp_path / "plain")
@@ -209,6 +212,8 @@ def test_a_model_is_adapted_before_ddp_wraps_it(tmp_path):
                 ck.apply_complora(model, config(), progress=False)
             with Unchanged(model), pytest.raises(ValueError, match=message):
                 ck.import_clip_lora(model, tmp_path / "w.pt", progress=False)
+            with Unchanged(model), pytest.raises(ValueError, match=message):
+                ck.import_peft(model, tmp_path / "peft", progress=False)
     parameters = list(ck.adapter_parameters(other))
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     with pytest.raises(ValueError, match=r"compiled DistributedDataParallel, .*DistributedDataParallel\(torch.compile"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +52,15 @@ class Unchanged:
         state = self.model.state_dict()
         assert state.keys() == self.state.keys()
         assert all(torch.equal(state[name], value) for name, value in self.state.items())
+
+
+def refusal(model: nn.Module, load: Callable[[], object]) -> str | None:
+    """The message of the ValueError with which `load` left the model as it was; None where it loaded."""
+    unchanged = Unchanged(model)
+    unchanged.__enter__()
+    try:
+        load()
+    except ValueError as error:
+        unchanged.__exit__()
+        return str(error)
+    return None

@@ -1,0 +1,159 @@
+"""`import_peft`: the LoRA of a folder that PEFT wrote becomes the adapter of a plain model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections import Counter
+from typing import Any, TypeVar
+
+from torch import nn
+
+from complora_kernels.adapters.build import check_wrappers, find_targets, is_adapted
+from complora_kernels.adapters.configuration import module_pattern
+from complora_kernels.adapters.factors import check_factors, fill_adapter, weights_to_fill
+from complora_kernels.adapters.manage import subspace_report
+from complora_kernels.adapters.peft_folder import PeftFolder, read_peft
+from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
+from complora_kernels.common.files import reading
+from complora_kernels.common.wrappers import named_modules, unwrap
+from complora_kernels.config import TARGETS, TOWERS, CompLoRAConfig
+from complora_kernels.integrations import Target
+
+Model = TypeVar("Model", bound=nn.Module)
+
+logger = logging.getLogger("complora_kernels")
+
+
+def import_peft(
+    model: Model,
+    directory: str | os.PathLike[str],
+    *,
+    projected: CompLoRAConfig | None = None,
+    progress: bool = True,
+) -> Model:
+    """Adapts a plain model with the LoRA that PEFT's `save_pretrained`, or `export_peft`, wrote to `directory`.
+
+    It computes `y = x W^T + b + s · (x A^T) B^T` as PEFT does; A and B are those of the file, trainable. What
+    `export_peft` wrote comes back as it was. Of an `nn.MultiheadAttention`, or where `target_parameters` name an
+    `in_proj_weight`, PEFT has one A for q, k and v: each of the three gets a copy. The output projection gets twice the
+    B of the file, because PEFT (up to 0.21) adds that update twice, in training too. Modules of `modules_to_save` get
+    the values of the file and are trainable. The names in the file may be those of another library with the same CLIP
+    (`integrations.names`).
+
+    With `projected`, A and B are the raw factors of a Comp-LoRA, whose projections remove what lies in the protected
+    subspaces. `subspace_report` has the removed share of each weight's update, a log line the range of the shares.
+
+    The files need not be trusted: they run no code and no regular expression, and sizes are compared before memory is
+    taken.
+
+    Args:
+        model: without an adapter; in wrappers or not, as for `apply_complora`.
+        directory: a folder with `adapter_config.json` and `adapter_model.safetensors`. PEFT writes an adapter that is
+            not called "default" into a folder of its name.
+        projected: the sides and the subspace; its other fields are not looked at, the file has them. None gives plain
+            LoRA, `sides="none"`.
+        progress: as `apply_complora`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        OSError: a file cannot be read.
+        ValueError: the model has an adapter; a file is damaged, contradicts itself or does not fit the model, or holds
+            NaN or infinite values; or the adapter is more than LoRA on linear layers and attention: another method,
+            DoRA or another variant, biases, replicated layers, embeddings, convolutions. The message names the file
+            and what is wrong. The model is then as it was.
+    """
+    if is_adapted(model):
+        raise ValueError("model has an adapter already, expected a plain model")
+    plain = CompLoRAConfig(sides="none") if projected is None else projected
+    if plain.protects_activations:
+        raise ValueError("projected.subspace_source='activations', expected a source that needs no calibration batches")
+    part = unwrap(model)
+    folder = read_peft(directory, part)
+    with reading(directory, "an adapter of PEFT for this model", errors=ValueError):
+        modules = dict(named_modules(part))
+        check_wrappers(model, {update.path: modules[update.path] for update in folder.updates})
+        config = _config(model, folder, plain)
+        weights = weights_to_fill(model, config, {update.weight for update in folder.updates})
+        factors = {update.weight: (update.A, update.B) for update in folder.updates}
+        check_factors(factors, weights, config)
+        check_whole_tensors(folder.whole, whole_tensors(whole_modules(part, config.modules_to_save, ())))
+        fill_adapter(part, config, factors, whole=folder.whole, raw=projected is not None, progress=progress)
+    if projected is not None:
+        removed = [row.removed for row in subspace_report(model)]
+        logger.info(
+            "the projections remove %.1f%% to %.1f%% of an imported update, see `removed` in subspace_report",
+            100 * min(removed),
+            100 * max(removed),
+        )
+    return model
+
+
+def _config(model: nn.Module, folder: PeftFolder, projected: CompLoRAConfig) -> CompLoRAConfig:
+    """The configuration of the folder, with the subspace of `projected`.
+
+    Raises:
+        ValueError: there is no update, or a value is out of its range.
+    """
+    if not folder.updates:
+        raise ValueError("there is no update in the files, expected LoRA factors of at least one weight")
+    r, rank_pattern = _most({update.weight: update.r for update in folder.updates})
+    lora_alpha, alpha_pattern = _most({update.weight: update.lora_alpha for update in folder.updates})
+    return dataclasses.replace(
+        projected,
+        r=r,
+        lora_alpha=lora_alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        lora_dropout=folder.fields["lora_dropout"],
+        use_rslora=folder.fields["use_rslora"],
+        modules_to_save=folder.modules_to_save,
+        exclude_modules=None,
+        **_selection(model, {(update.path, update.name) for update in folder.updates}),
+    )
+
+
+def _most(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value; and, where there are others, all by name, a name before those that it may end in."""
+    (value, count), *_ = Counter(values.values()).most_common(1)
+    names = sorted(values, key=len, reverse=True) if count < len(values) else []
+    return value, {name: values[name] for name in names}
+
+
+def _selection(model: nn.Module, weights: set[tuple[str, str]]) -> dict[str, Any]:
+    """The fields of a configuration that select exactly these adapters, each by its layer's path and its name.
+
+    Raises:
+        ValueError: no fields do.
+    """
+    known: dict[tuple[str, str], tuple[str, str, int]] = {}  # the word, tower and layer that select an adapter alone
+    for word, tower in itertools.product(TARGETS, TOWERS):
+        for layer, target in enumerate(_targets(model, target_modules=(word,), towers=(tower,))):
+            known |= {(target.path, name): (word, tower, layer) for name in target.weights}
+    if weights <= known.keys():
+        places = [known[weight] for weight in weights]
+        towers = tuple({tower for _, tower, _ in places})
+        layers = {each: tuple(sorted({layer for _, tower, layer in places if tower == each})) for each in towers}
+        one = layers[towers[0]] if len(set(layers.values())) == 1 else layers
+        for chosen in (None, one):
+            fields = {"target_modules": tuple({word for word, *_ in places}), "towers": towers, "layers": chosen}
+            if {(target.path, name) for target in _targets(model, **fields) for name in target.weights} == weights:
+                return fields
+    if not any(name for _, name in weights):
+        return {"target_modules": module_pattern(sorted(path for path, _ in weights)), "layers": None}
+    raise ValueError(
+        "target_modules, towers and layers cannot select exactly what it adapts, expected the same projections in all "
+        "adapted layers of every tower"
+    )
+
+
+def _targets(model: nn.Module, **selection: Any) -> list[Target]:
+    try:
+        return find_targets(model, CompLoRAConfig(sides="none", **selection))
+    except ValueError:
+        return []
