@@ -26,7 +26,7 @@ from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.dropout import fresh_masks
 from complora_kernels.reference import without_autocast
 
-ACTIVATIONS = ("gelu", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 __all__ = ["ACTIVATIONS", "Norm", "norm_lora_linear", "norm_lora_mlp"]
 
 
@@ -75,9 +75,9 @@ def norm_lora_mlp(
 ) -> Tensor:  # [..., in]
     """`s + fc2(act(fc1(LN(s))))` with `s = x + delta`: the second half of a residual block.
 
-    `act` is "gelu", `z Φ(z)`, or "quick_gelu", `z · sigmoid(1.702 z)`. Of the activations s, mean, rstd [M], h of both
-    products and z [M, hidden] are saved; with `recompute` z is not, and the backward pass computes fc1 again. Otherwise
-    as `norm_lora_linear`.
+    `act` is "gelu", `z Φ(z)`, "gelu_tanh", `z (1 + tanh(√(2/π) (z + 0.044715 z³))) / 2`, or "quick_gelu",
+    `z · sigmoid(1.702 z)`. Of the activations s, mean, rstd [M], h of both products and z [M, hidden] are saved; with
+    `recompute` z is not, and the backward pass computes fc1 again. Otherwise as `norm_lora_linear`.
 
     Raises:
         ValueError: as `norm_lora_linear`; another activation.

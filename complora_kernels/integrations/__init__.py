@@ -83,9 +83,9 @@ class Integration(Protocol):
 
 def find(model: nn.Module) -> list[Integration]:
     """The integrations that know `model` or a part of it, at least that of any torch module, which comes last."""
-    from complora_kernels.integrations import open_clip, torch  # here, because they import what is above
+    from complora_kernels.integrations import open_clip, torch, transformers  # here: they import what is above
 
-    libraries: tuple[Integration, ...] = (open_clip, torch)
+    libraries: tuple[Integration, ...] = (open_clip, transformers, torch)
     return [library for library in libraries if library.recognises(model)]
 
 
