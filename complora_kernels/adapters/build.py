@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -15,6 +16,9 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import Target
 from complora_kernels.integrations.selection import select
 from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.subspace import Side
+
+logger = logging.getLogger("complora_kernels")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,10 +56,10 @@ def apply_complora(
 
     Raises:
         ValueError: the model is adapted already, a target matched nothing or cannot be adapted, a layer index is out of
-            range, k exceeds a weight, or a weight holds NaN; `calibrate` is missing or has no use, did not reach an
-            adapted weight, or gave it NaN or infinite values; a target is wrapped in DistributedDataParallel or
-            FullyShardedDataParallel, which know only the parameters of the plain model, or is itself a compiled module.
-            The model is then as it was, also when `calibrate` itself fails.
+            range, k exceeds a weight or protects all of it, or a weight holds NaN; `calibrate` is missing or has no
+            use, did not reach an adapted weight, or gave it NaN or infinite values; a target is wrapped in
+            DistributedDataParallel or FullyShardedDataParallel, which know only the parameters of the plain model, or
+            is itself a compiled module. The model is then as it was, also when `calibrate` itself fails.
     """
     if config.protects_activations != (calibrate is not None):
         raise ValueError(
@@ -68,8 +72,29 @@ def apply_complora(
     replacements = build_layers(model, config, progress=progress)
     if calibrate is not None:
         protect_activations(unwrap(model), replacements, calibrate, progress=progress)
+    _check_room(replacements)
     install(model, replacements)
     return model
+
+
+def _check_room(replacements: list[Replacement]) -> None:
+    """Raises ValueError where a projection leaves nothing to train; warns where a rank is above that of the weight."""
+    wide = []
+    for _, _, layer in replacements:
+        for name in layer.weights:
+            label, (A, B) = layer.weight_name(name), layer.factors(name)
+            lengths: dict[Side, int] = {"output": len(B), "input": A.shape[1]}
+            for side, d in lengths.items():
+                basis = layer.basis(name, side)
+                if basis is not None and basis.k >= d:
+                    raise ValueError(
+                        f"{label}: {basis.k} of {d} {side} directions are protected, which leaves nothing to train: "
+                        "expected a smaller subspace_k, subspace_energy or subspace_ratio"
+                    )
+            if len(A) > min(len(B), A.shape[1]):
+                wide.append(f"{label} [{len(B)}, {A.shape[1]}]")
+    if wide:
+        logger.warning("r is above min(out, in), the highest rank of an update, for %s", ", ".join(wide[:4]))
 
 
 def build_layers(

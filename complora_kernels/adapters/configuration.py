@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -53,6 +53,7 @@ class SavedBases(TypedDict):
 
 def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) -> dict[str, Any]:
     """The fields of PEFT's `LoraConfig` for an adapter on exactly the named modules."""
+    modules = list(modules)
     fields = {
         "peft_type": "LORA",
         "task_type": None,
@@ -65,10 +66,17 @@ def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) 
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": _pattern(modules, config.rank_of, config.r),
+        "alpha_pattern": _pattern(modules, config.alpha_of, config.lora_alpha),
     }
     return fields | changes
+
+
+def _pattern(modules: list[str], value_of: Callable[[str], Any], default: Any) -> dict[str, Any]:
+    """The values other than the default, by regular expressions for the modules that have them."""
+    values = {module: value_of(module) for module in modules}
+    others = sorted({value for value in values.values() if value != default})
+    return {module_pattern(module for module in modules if values[module] == value): value for value in others}
 
 
 def module_pattern(modules: Iterable[str]) -> str:
@@ -116,8 +124,8 @@ def check_config(config: dict[str, Any]) -> Shapes:
         if len(described["shape"]) != 2:
             raise ValueError(f"complora.base_weights.{path}.shape={described['shape']}, expected [out, in]")
         out_features, in_features = described["shape"]
-        shapes[peft_key(path, "lora_A")] = (own.r, in_features)
-        shapes[peft_key(path, "lora_B")] = (out_features, own.r)
+        shapes[peft_key(path, "lora_A")] = (own.rank_of(path), in_features)
+        shapes[peft_key(path, "lora_B")] = (out_features, own.rank_of(path))
     if not own.source.recomputable:
         check_type(saved, SavedBases, "complora")
         if not re.fullmatch("[0-9a-f]{64}", saved["bases_digest"]):  # it becomes a part of a file's name

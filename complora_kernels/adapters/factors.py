@@ -20,14 +20,13 @@ from complora_kernels.adapters.configuration import peft_key
 from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import named_modules
-from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
+from complora_kernels.config import ATTENTION_TARGETS, PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.protected import PROJECTED_SIDES
 
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side
 
-PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 MAX_LOST = 1e-4  # share of its norm that a loaded factor may lose: rounding loses a few 1e-6, other bases a few percent
 
 
@@ -73,13 +72,14 @@ def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
     folded: FactorPairs = {}
     for path, (layer, name) in weights.items():
         A, B = layer.factors(name)  # [r, in], [out, r]
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != layer.config.r or B.shape[1] != layer.config.r:
+        r = layer.config.rank_of(path)
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
             raise ValueError(
                 f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)}, expected [r, in] and [out, r] "
-                f"with r={layer.config.r}: gather sharded parameters first (FSDP.summon_full_params)"
+                f"with r={r}: gather sharded parameters first (FSDP.summon_full_params)"
             )
         folded_A, folded_B = _project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT
-        _check_update(path, folded_A, folded_B, layer.config.scaling)
+        _check_update(path, folded_A, folded_B, layer.config.scaling_of(path))
         folded[path] = (folded_A, folded_B)
     return folded
 
@@ -157,14 +157,15 @@ def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], confi
     for path, (layer, name) in weights.items():
         out_features, in_features = layer.original_weight(name).shape
         shapes = tuple(tuple(factor.shape) for factor in factors[path])
-        expected = ((config.r, in_features), (out_features, config.r))
+        r = config.rank_of(path)
+        expected = ((r, in_features), (out_features, r))
         if shapes != expected:
             raise ValueError(
                 f"{path} has factors A and B of shapes {shapes[0]} and {shapes[1]}, expected {expected[0]} and "
                 f"{expected[1]}: the adapter is for another rank or model"
             )
         A, B = (factor.to(layer.factors(name)[0].dtype) for factor in factors[path])
-        _check_update(path, A, B, config.scaling)
+        _check_update(path, A, B, config.scaling_of(path))
 
 
 def fill_adapter(
@@ -235,8 +236,8 @@ def _smallest_layers(
 ) -> dict[str, CompLoRALayer]:
     """The layers that `config` would make of a plain model, but of rank 1 and without bases."""
     no_size: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
-    selection = ATTENTION_TARGETS if isinstance(config.target_modules, str) else config.target_modules
-    smallest = dataclasses.replace(config, r=1, sides="none", target_modules=selection, **no_size)
+    nothing: dict[str, Any] = {"exclude_modules": None, "layers": None, "rank_pattern": {}}
+    smallest = dataclasses.replace(config, r=1, sides="none", target_modules=ATTENTION_TARGETS, **nothing, **no_size)
     try:
         targets = find_targets(model, config, paths)
         return _by_path(model, [Replacement(*target[:2], adapt(target, smallest)) for target in targets])

@@ -82,6 +82,10 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
     config = common_config(layers)
     attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
+    for path, layer in attentions.items():
+        names = [layer.weight_name(name) for name in layer.weights]
+        if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in names):
+            raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
     with replaced_adapter(directory) as staging:
         factors = file_factors(adapted_weights(layers))
         for path, layer in attentions.items():
@@ -219,12 +223,7 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
     towers = CLIP_LORA_TOWERS[metadata["encoder"]]
     blocks = [block.tower for library in find(model) for block in library.residual_blocks(model)]
     position = CLIP_LORA_POSITIONS[metadata["position"]]
-    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers}
-    if metadata["position"] != "all" and len(set(chosen.values())) > 1:
-        raise ValueError(
-            f"position={metadata['position']!r}, which is other blocks in each tower of this model "
-            f"({chosen}), expected the same in both"
-        )
+    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers if tower in blocks}
     try:
         config = CompLoRAConfig(
             r=metadata["r"],
@@ -233,7 +232,7 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
             sides="none",
             target_modules=tuple(metadata["params"]),
             towers=towers,
-            layers=None if metadata["position"] == "all" else chosen[towers[0]] or None,
+            layers=None if metadata["position"] == "all" or not chosen else chosen,
         )
     except ValueError as error:
         raise ValueError(f"its metadata make no configuration: {error}") from None

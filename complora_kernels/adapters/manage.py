@@ -48,11 +48,12 @@ def check_gradients(model: nn.Module) -> None:
     It finds an adapter that is silently ignored because the model reads its weight without calling its module. A
     gradient that is zero counts as one: A's is zero in the first step, because B still is.
     """
+    _require_state(adapted_layers(model), merged=False)
     missing = [name for name, parameter in named_adapter_parameters(model) if parameter.grad is None]
     if missing:
         raise RuntimeError(
             f"no gradient reached {', '.join(missing)}: expected one for every adapter after a backward pass. "
-            "Is its tower part of the loss, and was the model neither merged nor disabled?"
+            "Is its tower part of the loss, and was the adapter not disabled?"
         )
 
 

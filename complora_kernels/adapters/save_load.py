@@ -138,13 +138,15 @@ def _adapter_config(
 ) -> dict[str, Any]:
     from complora_kernels import __version__
 
-    attention = [path for path, (_, name) in weights.items() if name]
-    # Where q_proj, k_proj, v_proj are no modules PEFT drops their factors without a word, but warns of this pattern.
-    patterns = {"rank_pattern": {module_pattern(attention): config.r}} if attention else {}
+    fields = peft_fields(config, weights)
+    attention = [path for path, (_, name) in weights.items() if name and config.rank_of(path) == config.r]
+    if attention:
+        # PEFT drops factors of q_proj, k_proj, v_proj that are no modules without a word, but warns of this pattern.
+        fields["rank_pattern"] |= {module_pattern(attention): config.r}
     described = {
         _basis_key(*key): {"kind": basis.kind, "k": basis.k, "energy": basis.energy} for key, basis in bases.items()
     }
-    return peft_fields(config, weights, **patterns) | {
+    return fields | {
         "complora": {
             "format_version": FORMAT_VERSION,
             "package_version": __version__,

@@ -153,23 +153,23 @@ def adapted_below(module: nn.Module) -> list[CompLoRALayer]:
 
 def fold_below(module: nn.Module) -> FoldedLayers:
     """Folds the factors of the active layers of `adapted_below` in one call, unless scalings or dtypes are mixed."""
-    groups: dict[Any, list[CompLoRALayer]] = {}
+    groups: dict[Any, list[tuple[CompLoRALayer, str]]] = {}
     for layer in adapted_below(module):
         name = next(iter(layer.weights))
         frozen = layer.frozen_parameter(name)
         if layer.active and isinstance(frozen, Tensor):  # torch.fx's tracer puts stand-ins in the place of parameters
             A, _ = layer.factors(name)
             dtype = functional.compute_dtype(frozen)
-            groups.setdefault((layer.config.scaling, dtype, A.dtype, A.device), []).append(layer)
+            for name in layer.weights:
+                groups.setdefault((layer.scaling_of(name), dtype, A.dtype, A.device), []).append((layer, name))
     layers: FoldedLayers = {}
     for (scaling, dtype, *_), group in groups.items():
-        inputs = [layer.fold_inputs(name) for layer in group for name in layer.weights]
-        folded = iter(zip(inputs, *fold(inputs, scaling, dtype), strict=True))
-        for layer in group:
-            weights = {}
-            for name, ((A, B, *_), folded_A, scaled_B) in zip(layer.weights, folded, strict=False):
-                weights[name] = FoldedWeight((A, B), folded_A, scaled_B)
-            layers[layer] = FoldedLayer(tuple(layer._buffers.values()), weights)
+        inputs = [layer.fold_inputs(name) for layer, name in group]
+        for (layer, name), (A, B, *_), folded_A, scaled_B in zip(
+            group, inputs, *fold(inputs, scaling, dtype), strict=True
+        ):
+            folded = layers.setdefault(layer, FoldedLayer(tuple(layer._buffers.values()), {}))
+            folded.weights[name] = FoldedWeight((A, B), folded_A, scaled_B)
     return layers
 
 

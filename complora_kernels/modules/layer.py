@@ -14,7 +14,7 @@ from complora_kernels import functional
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
-from complora_kernels.config import CompLoRAConfig
+from complora_kernels.config import PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.protected import ProtectedLayer, WeightRows
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
@@ -44,6 +44,7 @@ class CompLoRALayer(ProtectedLayer):
     """
 
     disabled: bool
+    _scalings: dict[str, float]
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r] of one adapted weight."""
@@ -58,7 +59,19 @@ class CompLoRALayer(ProtectedLayer):
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, differentiable, cast to `dtype` at the end."""
-        return fold([self.fold_inputs(name) for name in names], self.config.scaling, dtype)
+        scalings = {self.scaling_of(name) for name in names}
+        if len(scalings) > 1:
+            folded = [self.fold_factors((name,), dtype) for name in names]
+            return [As[0] for As, _ in folded], [Bs[0] for _, Bs in folded]
+        return fold([self.fold_inputs(name) for name in names], scalings.pop(), dtype)
+
+    def scaling_of(self, name: str) -> float:
+        """The scaling of one adapted weight."""
+        return self._scalings[name]
+
+    def weight_name(self, name: str) -> str:
+        """The name of one adapted weight in files: the layer's path, in attention with the projection's name."""
+        return f"{self.path}.{PROJECTIONS[name]}" if name else self.path
 
     def fold_inputs(self, name: str) -> FoldInputs:
         """The raw factors of one adapted weight and its bases."""
@@ -165,14 +178,16 @@ class CompLoRALayer(ProtectedLayer):
         self.disabled = False
         self.merged = False
         self._init_bases(path)
+        self._scalings = {name: config.scaling_of(self.weight_name(name)) for name in weights}
 
     def _new_factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A Kaiming-uniform as in `nn.Linear`, B zero: the update starts at nothing."""
         weight = self.base_weight(name)  # [out, in]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        A = torch.empty(self.config.r, weight.shape[1], dtype=dtype, device=weight.device)  # [r, in]
+        r = self.config.rank_of(self.weight_name(name))
+        A = torch.empty(r, weight.shape[1], dtype=dtype, device=weight.device)  # [r, in]
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        B = torch.zeros(weight.shape[0], self.config.r, dtype=dtype, device=weight.device)  # [out, r]
+        B = torch.zeros(weight.shape[0], r, dtype=dtype, device=weight.device)  # [out, r]
         return nn.Parameter(A), nn.Parameter(B)
 
 

@@ -22,24 +22,18 @@ class Example(NamedTuple):
     model: Any
     inputs: dict[str, Tensor]  # the arguments of the model, by their names
     features: Callable[[Any, dict[str, Tensor]], Tensor]  # called (model, inputs): [N, D]
-
-
-class Entry(NamedTuple):
-    """A row of the table."""
-
-    build: Callable[[], Example]
     fused: int  # the number of residual blocks that run by fused operations when all are adapted
 
 
 def make(name: str) -> Example:
-    """The example of a row in float64 and evaluation, the same at every call."""
+    """An example in float64 and evaluation, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, inputs, features = MODELS[name].build()
+        model, inputs, *others = MODELS[name]()
         for parameter in model.parameters():  # of the size that trained ones have
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5)
         inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-        return Example(model.double().eval().requires_grad_(False), inputs, features)
+        return Example(model.double().eval().requires_grad_(False), inputs, *others)
 
 
 def exact(model: Any) -> Any:
@@ -103,13 +97,16 @@ def of_transformers(
     name: str,  # of the class, up to a comma
     options: dict[str, Any],  # of its configuration
     batch: Callable[[], dict[str, Tensor]],
+    fused: int,
     attention: str,
 ) -> Example:
     import transformers
 
     cls = getattr(transformers, name.partition(",")[0])
     model = cls._from_config(cls.config_class(**options), attn_implementation=attention)
-    return Example(model, batch(), read_outputs)
+    if not any(path.endswith("q_proj") for path, _ in model.named_modules()):
+        fused = 0  # DINOv2 of older versions keeps q, k and v deeper
+    return Example(model, batch(), read_outputs, fused)
 
 
 CLIP = {"vision_config": VISION, "text_config": TEXT, "projection_dim": 24}
@@ -137,8 +134,8 @@ OF_TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]
     "DINOv3ViTModel, SwiGLU": ({**DINO, "use_gated_mlp": True}, images, 0),
 }
 
-MODELS: dict[str, Entry] = {
-    f"{name}, {attention}": Entry(functools.partial(of_transformers, name, options, batch, attention), fused)
-    for name, (options, batch, fused) in OF_TRANSFORMERS.items()
+MODELS: dict[str, Callable[[], Example]] = {
+    f"{name}, {attention}": functools.partial(of_transformers, name, *arguments, attention)
+    for name, arguments in OF_TRANSFORMERS.items()
     for attention in ("eager", "sdpa")
 }
