@@ -1,4 +1,4 @@
-"""transformers' own CLIP with the weights of open_clip's, adapted by PEFT, the baseline that most people have, or by us."""
+"""transformers' own CLIP with the weights of open_clip's: adapted by PEFT, which most people have, and by ours."""
 
 from __future__ import annotations
 

@@ -104,9 +104,9 @@ class CompLoRABlock(Extension):
     ) -> Tensor | None:  # shaped as x; [N, 1, d], or [1, N, d], where the first position alone is read
         """The block by fused operations; None where its own forward pass has to run.
 
-        A mask of four dimensions, [N, 1 or heads, L, L], is one of torch's `scaled_dot_product_attention`: added, or True
-        where a pair takes part. `is_causal` is that of the same function, for blocks that get no mask. `rotate` embeds
-        the positions in queries and keys.
+        A mask [N, 1 or heads, L, L] is one of torch's `scaled_dot_product_attention`: added, or True where a pair takes
+        part. `is_causal` is that of the same function, for blocks that get no mask. `rotate` embeds the positions in
+        queries and keys.
         """
         parts = self._fusible_parts(x)
         if parts is None:
@@ -198,7 +198,7 @@ def _attend(
 
 
 def _rounded(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask in the dtype of the logits, whose lowest number takes the place of lower ones: no row is -inf throughout."""
+    """A mask in the dtype of the logits. Its lowest number takes the place of lower ones: no row becomes all -inf."""
     if mask.dtype in (torch.bool, dtype):
         return mask
     return mask.clamp_min(torch.finfo(dtype).min).to(dtype)

@@ -44,13 +44,13 @@ def tolerance(name: str) -> float:
 
 def adapted(example: Example, **options: Any) -> Any:
     """A copy with random factors, which reach into the protected subspaces, as those of AdamW do."""
-    return randomise(
-        ck.apply_complora(copy.deepcopy(example.model), config(sides="both", **options), progress=False)
-    )
+    return randomise(ck.apply_complora(copy.deepcopy(example.model), config(sides="both", **options), progress=False))
 
 
 def factors_of(model: nn.Module) -> Factors:
-    return {(path, name): layer.factors(name) for path, layer in adapted_layers(model).items() for name in layer.weights}
+    return {
+        (path, name): layer.factors(name) for path, layer in adapted_layers(model).items() for name in layer.weights
+    }
 
 
 class Oracle:
@@ -144,7 +144,9 @@ def test_merged_and_exported_to_peft(name, tmp_path):
         features = example.features(model, example.inputs)
         ck.export_peft(model, tmp_path)
         loaded: Any = peft.PeftModel.from_pretrained(copy.deepcopy(example.model), str(tmp_path)).eval()
-        assert_close(example.features(loaded.base_model.model, example.inputs), features, 1e-5)  # PEFT's float32 factors
+        assert_close(
+            example.features(loaded.base_model.model, example.inputs), features, 1e-5
+        )  # PEFT's float32 factors
         ck.merge_adapter(model)
         assert_close(example.features(model, example.inputs), features, tolerance(name))
         ck.unmerge_adapter(model)

@@ -1,4 +1,4 @@
-"""What is particular to transformers' models: what their outputs hold, checkpointing, attention, and truncated texts."""
+"""What is particular to transformers' models: recorded outputs, checkpointing, attention, and truncated texts."""
 
 from __future__ import annotations
 
@@ -89,7 +89,10 @@ def test_why_a_block_is_not_fused(caplog):
     changed.self_attn.config._attn_implementation = "flash_attention_2"
     assert "its attention is 'flash_attention_2', expected 'eager' or 'sdpa'" in str(library.parts_of_block(changed))
     adapted(make("DINOv3ViTModel, SwiGLU, sdpa").model)
-    assert "layer.0 (and 1 more) keeps its own forward pass, with adapters in it: mlp is a DINOv3ViTGatedMLP" in caplog.text
+    assert (
+        "layer.0 (and 1 more) keeps its own forward pass, with adapters in it: mlp is a DINOv3ViTGatedMLP"
+        in caplog.text
+    )
 
 
 # ---- outputs
@@ -183,7 +186,7 @@ def test_texts_are_truncated_in_steps_of_8(name, runs):
     runs.clear()
     whole[0, CONTEXT - 1] = END  # another end, which is not the first
     model.get_text_features(whole)
-    whole[0, :CONTEXT - 1] = 2
+    whole[0, : CONTEXT - 1] = 2
     model.get_text_features(whole)
     assert [length for length, _ in runs] == [16, 16, CONTEXT, CONTEXT]
 

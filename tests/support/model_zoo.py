@@ -131,7 +131,7 @@ OF_TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]]
     "Dinov2ForImageClassification": (DINO, images, 2),
     "Dinov2WithRegistersModel": (DINO, images, 2),
     "DINOv3ViTModel": ({**DINO, "num_register_tokens": 2}, images, 2),
-    "DINOv3ViTModel, SwiGLU": ({**DINO, "use_gated_mlp": True}, images, 0),
+    "DINOv3ViTModel, SwiGLU": ({**DINO, "num_register_tokens": 1, "use_gated_mlp": True}, images, 0),
 }
 
 MODELS: dict[str, Callable[[], Example]] = {
