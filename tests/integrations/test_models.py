@@ -137,6 +137,7 @@ def test_five_steps_of_training(name):
 
 
 @every_model
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")  # PEFT asks old names
 def test_merged_and_exported_to_peft(name, tmp_path):
     example = make(name)
     model = adapted(example, target_modules=ALL)

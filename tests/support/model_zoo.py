@@ -109,10 +109,10 @@ def of_transformers(
     return Example(model, batch(), read_outputs, fused)
 
 
-CLIP = {"vision_config": VISION, "text_config": TEXT, "projection_dim": 24}
+CLIP = {"vision_config": VISION, "text_config": TEXT, "projection_dim": 24, "num_labels": WIDTH}
 OLDER = {**CLIP, "text_config": {**TEXT, "eos_token_id": 2}}  # a text ends at its largest id
 PATCHED = {**VISION, "num_patches": 16}
-DINO = {**VISION, "hidden_act": "gelu", "mlp_ratio": 2, "num_labels": 3}
+DINO = {**VISION, "hidden_act": "gelu", "mlp_ratio": 2, "num_labels": WIDTH}
 OF_TRANSFORMERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]], int]] = {
     "CLIPModel": (CLIP, lambda: images() | texts(), 4),
     "CLIPModel, masked texts": (OLDER, lambda: images() | texts(masked=True), 4),
