@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -148,6 +148,7 @@ class FusedBlock(CompLoRABlock):
 
     recorders = "transformers.utils.output_capturing"
     gradient_checkpointing: bool
+    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def parts(self) -> BlockParts | str:
         return parts_of_block(self)
@@ -191,7 +192,7 @@ def _rotation(block: nn.Module, positions: tuple[Tensor, Tensor] | None) -> Rota
 def parts_of_block(block: nn.Module) -> BlockParts | str:
     if not _is_known(block, BLOCKS):
         return f"it is a {own_class(block).__name__}, expected one of {', '.join(BLOCKS)}"
-    kind, modules = BLOCKS[own_class(block).__name__], block._modules
+    kind, modules = BLOCKS[own_class(block).__name__], dict[str, Any](block._modules)
     names = SCALED if "layer_scale1" in modules else PLAIN
     if modules.keys() != set(names):
         return f"it consists of {', '.join(modules)}, expected {', '.join(names)}"

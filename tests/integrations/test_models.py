@@ -57,7 +57,8 @@ class Oracle:
     """The plain model as a function of the factors."""
 
     def __init__(self, example: Example, model: nn.Module) -> None:
-        self.example, self.plain, self.rows = example, exact(copy.deepcopy(example.model)), {}
+        self.example, self.plain = example, exact(copy.deepcopy(example.model))
+        self.rows: dict[tuple[str, str], tuple[Any, ...]] = {}
         for path, layer in adapted_layers(model).items():
             for name, (parameter, start, stop) in layer.weights.items():
                 weight = f"{path}.{parameter}"
@@ -70,7 +71,7 @@ class Oracle:
         weights: dict[str, Tensor] = {}
         for key, (weight, start, stop, P_out, P_in, scaling) in self.rows.items():
             A, B = factors[key]
-            W = weights.get(weight, self.plain.get_parameter(weight))
+            W: Tensor = weights[weight] if weight in weights else self.plain.get_parameter(weight)
             updated = W[start:stop] + scaling * P_out @ B @ A @ P_in
             weights[weight] = torch.cat([W[:start], updated, W[stop:]])
         return self.example.features(lambda **given: functional_call(self.plain, weights, (), given), inputs)

@@ -167,7 +167,8 @@ def test_dropout_of_attention_weights_is_drawn_in_training_alone():
     model, inputs, *_ = make("CLIPVisionModel, sdpa")
     model = adapted(model)
     for block in library.residual_blocks(model):
-        block.module.get_submodule("self_attn").dropout = 0.5
+        attention: Any = block.module.get_submodule("self_attn")
+        attention.dropout = 0.5
     assert torch.equal(model(**inputs).pooler_output, model(**inputs).pooler_output)
     model.train()
     assert not torch.equal(model(**inputs).pooler_output, model(**inputs).pooler_output)

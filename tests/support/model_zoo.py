@@ -29,11 +29,11 @@ def make(name: str) -> Example:
     """An example in float64 and evaluation, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, inputs, *others = MODELS[name]()
-        for parameter in model.parameters():  # of the size that trained ones have
+        example = MODELS[name]()
+        for parameter in example.model.parameters():  # of the size that trained ones have
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5)
-        inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-        return Example(model.double().eval().requires_grad_(False), inputs, *others)
+        inputs = {key: value.double() if value.is_floating_point() else value for key, value in example.inputs.items()}
+        return example._replace(model=example.model.double().eval().requires_grad_(False), inputs=inputs)
 
 
 def exact(model: Any) -> Any:
