@@ -62,6 +62,9 @@ class CompLoRAConfig:
         towers: "image", "text" or both; a model with one tower needs no other value. Read with q k v o fc1 fc2 alone.
         layers: indices of the residual blocks to adapt, the same in each tower or, in a dictionary, for each tower;
             None adapts all. Read with q k v o fc1 fc2 alone.
+        modules_to_save: names of modules, or their endings, that are trained as a whole beside the factors, such as a
+            new "head", and are saved, loaded and exported with them. They are trained in place: `disable_adapter`,
+            `unmerge_adapter` and `unload` leave them as they are.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what was expected.
@@ -83,6 +86,7 @@ class CompLoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     towers: tuple[str, ...] = ("image", "text")
     layers: Layers | dict[str, Layers] | None = None
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks = {
@@ -130,6 +134,10 @@ class CompLoRAConfig:
             _require(fits, name, pattern, expected)
             object.__setattr__(self, name, dict(pattern))
         object.__setattr__(self, "towers", _names("towers", self.towers, TOWERS))
+        names = _tuple(self.modules_to_save)
+        valid = all(isinstance(name, str) and name for name in names)
+        _require(valid, "modules_to_save", self.modules_to_save, "ends of module names")
+        object.__setattr__(self, "modules_to_save", names)
         if self.layers is not None:
             _require(words, "layers", self.layers, f"None unless target_modules are some of {', '.join(TARGETS)}")
             object.__setattr__(self, "layers", self._sorted_layers())

@@ -51,6 +51,12 @@ class SavedBases(TypedDict):
     bases_digest: str
 
 
+class SavedModules(TypedDict):
+    """The further key of the entry where whole modules are saved."""
+
+    modules_to_save: dict[str, list[int]]  # the shape of each of their tensors, by its name in the model
+
+
 def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) -> dict[str, Any]:
     """The fields of PEFT's `LoraConfig` for an adapter on exactly the named modules."""
     modules = list(modules)
@@ -65,7 +71,7 @@ def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) 
         "target_modules": module_pattern(modules),
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "rank_pattern": _pattern(modules, config.rank_of, config.r),
         "alpha_pattern": _pattern(modules, config.alpha_of, config.lora_alpha),
     }
@@ -86,7 +92,12 @@ def module_pattern(modules: Iterable[str]) -> str:
 
 def peft_key(module: str, factor: str) -> str:
     """The name under which PEFT stores `lora_A` or `lora_B` of a module."""
-    return ".".join(part for part in ("base_model.model", module, factor, "weight") if part)
+    return peft_name(".".join(part for part in (module, factor, "weight") if part))
+
+
+def peft_name(tensor: str) -> str:
+    """The name under which PEFT stores a tensor of a whole module."""
+    return f"base_model.model.{tensor}"
 
 
 def parse_config(text: bytes, path: Path) -> dict[str, Any]:
@@ -126,6 +137,9 @@ def check_config(config: dict[str, Any]) -> Shapes:
         out_features, in_features = described["shape"]
         shapes[peft_key(path, "lora_A")] = (own.rank_of(path), in_features)
         shapes[peft_key(path, "lora_B")] = (out_features, own.rank_of(path))
+    if own.modules_to_save:
+        check_type(saved, SavedModules, "complora")
+        shapes |= {peft_name(name): tuple(shape) for name, shape in saved["modules_to_save"].items()}
     if not own.source.recomputable:
         check_type(saved, SavedBases, "complora")
         if not re.fullmatch("[0-9a-f]{64}", saved["bases_digest"]):  # it becomes a part of a file's name

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from complora_kernels.adapters.whole_modules import whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.integrations import Integration, find
@@ -31,7 +32,7 @@ class Replacement(NamedTuple):
 
 
 def install(model: nn.Module, replacements: Sequence[Replacement], changes: Changes | None = None) -> None:
-    """Makes `model`, in wrappers or not, an adapted one, and freezes everything but the new factors.
+    """Makes `model`, in wrappers or not, an adapted one, and freezes all but the new factors and `modules_to_save`.
 
     At once, or as a part of `changes`. The layers replace the modules wherever they are children, so that shared
     modules stay shared. Towers fold the factors of all their layers at once, residual blocks of the adapted towers are
@@ -47,9 +48,11 @@ def install(model: nn.Module, replacements: Sequence[Replacement], changes: Chan
                 if child in layers:
                     pending.draft(parent._modules)[name] = layers[child]
         pending.add_hook(model, lambda module: module.register_load_state_dict_pre_hook(check_before_load))
+        whole = whole_modules(model, replacements[0].layer.config.modules_to_save, layers)
+        trained = {id(tensor) for tensor in whole_tensors(whole).values() if tensor.is_floating_point()}
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                pending.set_attribute(parameter, "requires_grad", False)
+            if parameter.requires_grad != (id(parameter) in trained):
+                pending.set_attribute(parameter, "requires_grad", not parameter.requires_grad)
         for module, added in _extensions(model, layers).items():
             extend(module, added, pending)
 

@@ -22,6 +22,7 @@ from complora_kernels.adapters.factors import (
     common_config,
     factor_tensors,
     file_factors,
+    file_tensors,
     fill_adapter,
     warn_of_trained,
     weights_to_fill,
@@ -96,7 +97,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             A, B = factors[path]  # [n·r, d], [3d, n·r]
             factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
-        write_files(staging, fields, factor_tensors(factors))
+        write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     with reading(path, "an adapter of CLIP-LoRA for this model", errors=ValueError):
         weights, metadata = _read_clip_lora(path)
         config, towers = _clip_lora_config(model, metadata)
-        by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
+        alone = [dataclasses.replace(config, towers=tower, layers=config.layers_of(tower)) for tower in towers]
+        by_tower = [find_targets(model, own) for own in alone]
         layers = [target.path for targets in by_tower for target in targets]
         sources = {
             f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"
@@ -177,7 +179,7 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
         }
         check_factors(factors, weights_to_fill(model, config), config)
         factors = {target: (A.float(), B.float()) for target, (A, B) in factors.items()}
-        fill_adapter(unwrap(model), config, factors, progress=progress)
+        fill_adapter(unwrap(model), config, factors)
     return model
 
 

@@ -193,12 +193,12 @@ def _unavailable(name: str) -> str | None:
     return REGISTRY[name].unavailable()
 
 
-_said: dict[str, object] = {}  # the call that gave each message
+messages_said: dict[str, object] = {}  # the call that gave each message
 
 
 def _say_once(message: str) -> None:
     call = object()
-    if _said.setdefault(message, call) is call:  # one step: of several threads one says it
+    if messages_said.setdefault(message, call) is call:  # one step: of several threads one says it
         logger.warning(message)
 
 

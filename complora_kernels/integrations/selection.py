@@ -174,18 +174,20 @@ class _Named:
         Raises:
             ValueError: there is none, or an adapter would have no effect.
         """
-        chosen = {name for name in names if name in self.linears or name in self.parts}
-        chosen |= {parent for name in names if (parent := _attention(name)) in self.parts}
+        chosen = {path for path, part in self.parts.items() if _weights(part) <= set(names)}
+        chosen |= self.linears.keys() & set(names)
         if not chosen:
             raise ValueError(f"the model has no module for {', '.join(sorted(names)[:4])}")
         return self._targets([path for path in self.paths if path in chosen], tuple(names))
 
-    def _targets(self, paths: Iterable[str], target_modules: str | tuple[str, ...]) -> list[Target]:
+    def _targets(self, paths: list[str], target_modules: str | tuple[str, ...]) -> list[Target]:
         targets = []
         for path in paths:
             if path in self.parts:
                 targets.append(self.parts[path])
                 continue
+            if path.rpartition(".")[0] in self.parts and path.rpartition(".")[0] in paths:
+                continue  # the attention that it belongs to has an adapter for it
             module, parent = self.linears[path]
             if parent is not None:
                 raise ValueError(
@@ -214,6 +216,11 @@ def _matcher(names: str | tuple[str, ...]) -> Callable[[str], bool]:
         pattern = re.compile(names)
         return lambda path: pattern.fullmatch(path) is not None
     return lambda path: any(module_name_fits(name, path) for name in names)
+
+
+def _weights(target: Target) -> set[str]:
+    """The names of the weights that a target adapts."""
+    return {f"{target.path}.{PROJECTIONS[name]}" if name else target.path for name in target.weights}
 
 
 def _attention(weight: str) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from complora_kernels import functional
+from complora_kernels.common.changes import Changes, joined
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.float32_state import Factors
 from complora_kernels.modules.forward_scope import factors_in_scope
@@ -152,6 +153,11 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         layer._adapt(config, names, path)
         layer._qkv_same_embed_dim = False  # else nn.TransformerEncoderLayer reads the weights past this module
         return layer
+
+    def unload(self, changes: Changes | None = None) -> None:
+        with joined(changes) as pending:
+            super().unload(pending)
+            pending.draft(vars(self))["_qkv_same_embed_dim"] = True
 
     def forward(
         self,

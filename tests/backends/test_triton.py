@@ -486,7 +486,7 @@ def test_what_the_kernels_do_not_serve(monkeypatch, caplog, changed, reason):
         packed(**changed)
     monkeypatch.delenv("COMPLORA_BACKEND")
     monkeypatch.setattr(TritonBackend, "automatic", True)
-    monkeypatch.setattr(backends, "_said", {})
+    monkeypatch.setattr(backends, "messages_said", {})
     caplog.set_level(logging.WARNING, "complora_kernels")
     expected = packed(**changed, backend="torch")
     for _ in range(2):
