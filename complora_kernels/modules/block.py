@@ -160,14 +160,14 @@ def _project(
 ) -> tuple[Tensor, list[Tensor]]:  # shaped as x; each [N, heads, L, d / heads]
     """The stream, whose values are those of x, and the heads of some of q, k and v."""
     order = (1, 2, 0, 3) if attention.sequence_first else (0, 2, 1, 3)
-    stream, heads = x, []
-    for projection in attention.projections:
-        names = [name for name in projection.names if name in wanted]
-        if names:
-            stream, packed = norm_lora_linear(stream, None, norm, _product(projection, names, dtype))
-            # Unbound before they are permuted: the gradients of the heads are then packed by one copy.
-            parts = packed.unflatten(-1, (len(names), attention.heads, -1)).unbind(2)
-            heads += [part.permute(order) for part in parts]
+    chosen = [(own, [name for name in own.names if name in wanted]) for own in attention.projections]
+    chosen = [(projection, names) for projection, names in chosen if names]
+    stream, *products = norm_lora_linear(x, None, norm, *(_product(*each, dtype) for each in chosen))
+    heads: list[Tensor] = []
+    for packed, (_, names) in zip(products, chosen, strict=True):
+        # Unbound before they are permuted: the gradients of the heads are then packed by one copy.
+        parts = packed.unflatten(-1, (len(names), attention.heads, -1)).unbind(2)
+        heads += [part.permute(order) for part in parts]
     return stream, heads
 
 
