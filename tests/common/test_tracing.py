@@ -78,8 +78,8 @@ def test_second_derivatives_of_a_block(backend, activation, dropout_p, with_delt
         fc1 = AdaptedLinear(W1, bias, [A1], [B1], [(0, 4)], dropout_p)
         fc2 = AdaptedLinear(W2, None, [A2], [B2], [(0, 3)], dropout_p)
         added = delta if with_delta else None
-        s, y = norm_lora_linear(x + delta, added, norm, fc1, backend=backend)
-        return s.sin(), y, norm_lora_mlp(x + delta, added, norm, fc1, fc2, activation, backend=backend)
+        s, y, z = norm_lora_linear(x + delta, added, norm, fc1, fc1._replace(bias=None), backend=backend)
+        return s.sin(), y, z.sin(), norm_lora_mlp(x + delta, added, norm, fc1, fc2, activation, backend=backend)
 
     assert torch.autograd.gradgradcheck(function, (x, delta, *factors(4, 3), *factors(3, 4)))
 

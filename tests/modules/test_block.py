@@ -458,6 +458,19 @@ def test_set_recompute_refuses():
     assert copy.deepcopy(model).visual[0].recompute == "mlp"
 
 
+@pytest.mark.parametrize("read", [0, 1])
+def test_a_norm_one_of_whose_products_nobody_reads(read):
+    x, linears = torch.randn(4, D, dtype=torch.float64, requires_grad=True), []
+    for _ in range(2):
+        A, B, W = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, D), (5, 2), (5, D)))
+        linears.append(AdaptedLinear(W, None, [A.requires_grad_()], [B.requires_grad_()], [(0, 5)]))
+    leaves = (x, linears[read].As[0], linears[read].Bs[0])
+    norm = Norm(*(torch.rand(2, D, dtype=torch.float64)), 1e-5)
+    of_both = torch.autograd.grad(norm_lora_linear(x, None, norm, *linears)[1 + read].sin().sum(), leaves)
+    alone = torch.autograd.grad(norm_lora_linear(x, None, norm, linears[read])[1].sin().sum(), leaves)
+    torch.testing.assert_close(of_both, alone)
+
+
 def norm_of(width: int = D) -> Norm:
     return Norm(torch.ones(width), torch.zeros(width), 1e-5)
 
