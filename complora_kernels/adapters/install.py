@@ -78,6 +78,9 @@ def _extensions(model: nn.Module, layers: Collection[nn.Module]) -> dict[nn.Modu
         if module not in scoped and _folds(module, layers, scoped):
             added[module].append(extension)
             scoped.add(module)
+    for library in libraries:
+        for module, extension in library.callers(model, layers):
+            added[module].append(extension)
     for library, block in _fusible_blocks(model, libraries, layers):
         added[block].append(library.FusedBlock)
     return added
