@@ -143,7 +143,8 @@ def peft_modules(path: str, layer: CompLoRALayer) -> dict[str, str] | str:
 
 
 def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:
-    return []
+    stacks = (nn.TransformerEncoder, nn.TransformerDecoder)
+    return [(module, Scoped) for module in model.modules() if isinstance(module, stacks)]
 
 
 def truncation(model: nn.Module) -> list[tuple[nn.Module, type[Extension]]]:

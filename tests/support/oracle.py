@@ -29,7 +29,7 @@ class Called(nn.Module):
 
 def results(model: nn.Module, inputs: dict[str, Tensor], features: Features) -> dict[str, Tensor]:
     """The features and the gradients of the floating-point inputs and of the factors of an adapted model."""
-    factors = {
+    factors: dict[str, Tensor] = {
         f"{path}.{name}.{letter}": factor
         for path, layer in adapted_layers(model).items()
         for name in layer.weights
