@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
+
+from complora_kernels.adapted_linear import AdaptedLinear
 
 CHIPS = (80, 89, 90, 100)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may ask for
@@ -71,7 +74,6 @@ class ChipDriver:
 def launches(chip: int) -> Iterator[Launch]:
     """Every kernel and variant, at the width of ViT-B/16 and a few hundred tokens: the code knows no larger numbers."""
     from complora_kernels.kernels import factors
-    from complora_kernels.kernels.rows import RowGroups
 
     for adapters, r, p in ((1, 16, 0.0), (1, 16, 0.25), (1, 16, 0.1), (3, 16, 0.0), (3, 16, 0.25), (3, 64, 0.25)):
         yield from products(chip, torch.bfloat16, adapters, r, p)
@@ -93,62 +95,68 @@ def launches(chip: int) -> Iterator[Launch]:
         yield Launch(f"from {dtype}", partial(factors.fold_factors, gradients, *fold[1:-1], torch.float32))
         plain = (gradients, [None, None], *fold[2:-1], torch.float32)
         yield Launch(f"from {dtype}, not projected", partial(factors.fold_factors, *plain))
-        merge = (torch.empty(WIDTH, WIDTH), A.to(dtype)[None], B.to(dtype)[None], RowGroups(WIDTH, (0,)), dtype)
-        yield Launch(f"to {dtype}", partial(factors.merge_weight, *merge))
+        product = AdaptedLinear(torch.empty(WIDTH, WIDTH), None, [A.to(dtype)], [B.to(dtype)], [(0, WIDTH)])
+        yield Launch(f"to {dtype}", partial(factors.merge_weight, product, dtype))
 
 
 def products(chip: int, dtype: torch.dtype, adapters: int, r: int, p: float) -> Iterator[Launch]:
     """The kernels of one adapted product and its gradients, with every tile that ships for one adapter."""
     from complora_kernels.kernels import linear, reductions
-    from complora_kernels.kernels.rows import RowGroups
 
     empty = partial(torch.empty, dtype=dtype)
     x, dY, h = empty(TOKENS, WIDTH), empty(TOKENS, adapters * WIDTH), empty(TOKENS, adapters * r)
-    weight, bias = empty(adapters * WIDTH, WIDTH), empty(adapters * WIDTH)
-    A, B = empty(adapters, r, WIDTH), empty(adapters, WIDTH, r)
-    groups, seed = RowGroups(WIDTH, tuple(range(adapters))), torch.zeros(1, dtype=torch.int64)
+    product = adapted(empty(adapters * WIDTH, WIDTH), adapters, r, p, bias=empty(adapters * WIDTH))
     case = f"{dtype} P={adapters} r={r} p={p}"
-    yield Launch(case, partial(linear.packed_lora_linear_h, x, A, p, seed))
-    yield Launch(f"{case}, copies x", partial(linear.packed_lora_linear_h, x, A, p, seed, beside_x=True))
-    yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, adapters, p, seed))
+    yield Launch(case, partial(linear.packed_lora_linear_h, x, product))
+    yield Launch(f"{case}, copies x", partial(linear.packed_lora_linear_h, x, product, beside_x=True))
+    yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, product))
     for tiles in linear.tiles_of(chip, dtype)[: None if adapters == 1 and r == 16 and p in (0, 0.25) else 1]:
         cut = f"{case}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
         for which, given in (("given", h), ("inside", None)):
-            fwd = partial(linear.packed_lora_linear_fwd, x, weight, bias, A, B, given, groups, p, seed, tiles=tiles)
-            dx = partial(linear.packed_lora_linear_dx, dY, weight, A, B, given, groups, p, seed, tiles=tiles)
+            fwd = partial(linear.packed_lora_linear_fwd, x, product, given, tiles=tiles)
+            dx = partial(linear.packed_lora_linear_dx, dY, product, given, tiles=tiles)
             if given is not None or linear.fits_inside(r, dtype, p):
                 yield Launch(f"{cut}, h {which}", fwd)
                 yield Launch(f"{cut}, g {which}", dx)
     if p == 0:
         for outputs in (("g", "dB"), ("g",), ("dB",)):
             wanted = {f"compute_{name}": name in outputs for name in ("g", "dB")}
-            db = partial(reductions.packed_lora_linear_db, dY, h, B, groups, **wanted)
+            db = partial(reductions.packed_lora_linear_db, dY, h, product, **wanted)
             yield Launch(f"{case}, {' and '.join(outputs)}", db)
 
 
 def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
     """Sizes that no tile divides; one is a constant to Triton."""
     from complora_kernels.kernels import linear, reductions
-    from complora_kernels.kernels.rows import RowGroups
 
-    x, A, B = (torch.empty(*shape, dtype=dtype) for shape in ((size, size), (1, 1, size), (1, size, 1)))
-    h, seed, groups = torch.empty(size, 1, dtype=dtype), torch.zeros(1, dtype=torch.int64), RowGroups(size, (0,))
+    x, h = torch.empty(size, size, dtype=dtype), torch.empty(size, 1, dtype=dtype)
     case = f"{dtype} all sizes {size}, r=1"
     for p in (0.0, 0.25):
-        yield Launch(case, partial(linear.packed_lora_linear_h, x, A, p, seed))
-        yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, 1, p, seed))
+        product = adapted(x, 1, 1, p, bias=x[0])
+        yield Launch(case, partial(linear.packed_lora_linear_h, x, product))
+        yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, product))
         for given in (h, None):
-            yield Launch(case, partial(linear.packed_lora_linear_fwd, x, x, x[0], A, B, given, groups, p, seed))
-            yield Launch(case, partial(linear.packed_lora_linear_dx, x, x, A, B, given, groups, p, seed))
-    db = partial(reductions.packed_lora_linear_db, x, h, B, groups, compute_g=True, compute_dB=True)
-    yield Launch(case, db)
+            yield Launch(case, partial(linear.packed_lora_linear_fwd, x, product, given))
+            yield Launch(case, partial(linear.packed_lora_linear_dx, x, product, given))
+    product = adapted(x, 1, 1, 0.0)
+    yield Launch(case, partial(reductions.packed_lora_linear_db, x, h, product, compute_g=True, compute_dB=True))
+
+
+def adapted(weight: Tensor, adapters: int, r: int, p: float, bias: Tensor | None = None) -> AdaptedLinear:
+    """A product whose adapters divide the rows of a weight [N, K] among them."""
+    N, K = weight.shape
+    height = N // adapters
+    As = [weight.new_empty(r, K) for _ in range(adapters)]
+    Bs = [weight.new_empty(height, r) for _ in range(adapters)]
+    rows = [(i * height, (i + 1) * height) for i in range(adapters)]
+    return AdaptedLinear(weight, bias, As, Bs, rows, p, [torch.zeros(1, dtype=torch.int64)] if p else [])
 
 
 def norms() -> Iterator[Launch]:
     """LayerNorms of a block at the widths of CLIP towers, and the gradients of the factors behind them."""
     from complora_kernels.kernels import norm, reductions
 
-    bf16, seed = torch.bfloat16, torch.zeros(1, dtype=torch.int64)
+    bf16 = torch.bfloat16
     streams = ((bf16, bf16), (torch.float32, bf16), (torch.float32, torch.float32))
     for (stream, dtype), width in itertools.product(streams, (512, WIDTH, 1280, 1664, 137)):
         x, n, statistics = (
@@ -159,20 +167,21 @@ def norms() -> Iterator[Launch]:
         weight, bias = torch.empty(width), torch.empty(width)
         case = f"{stream} to {dtype}, K={width}"
         for delta, what in ((None, ""), (n, ", delta")):
-            yield Launch(f"{case}{what}", partial(norm.norm_fwd, x, delta, weight, bias, 1e-5, dtype, None, 0.0, None))
+            yield Launch(f"{case}{what}", partial(norm.norm_fwd, x, delta, weight, bias, 1e-5, dtype, None))
         for d_stream, what in ((None, ""), (x, ", d_stream")):
             bwd = partial(norm.norm_bwd, n, d_stream, x, statistics, statistics, weight)
             yield Launch(f"{case}{what}", bwd)
         for adapters, r, p in ((1, 16, 0.0), (3, 16, 0.0), (3, 16, 0.25), (1, 64, 0.1)):
-            A, g = torch.empty(adapters, r, width, dtype=dtype), torch.empty(TOKENS, adapters * r, dtype=dtype)
+            reader = adapted(torch.empty(adapters * width, width, dtype=dtype), adapters, r, p)
+            g = torch.empty(TOKENS, adapters * r, dtype=dtype)
             product = f"{case}, P={adapters} r={r} p={p}"
             if dtype == bf16:
                 for rows in (TOKENS, 64 * TOKENS):  # 16 or 64 rows a program
                     tensors = (torch.empty(rows, width, dtype=stream), torch.empty(rows, width, dtype=dtype))
-                    fwd = partial(norm.norm_fwd, *tensors, weight, bias, 1e-5, dtype, A, p, seed)
+                    fwd = partial(norm.norm_fwd, *tensors, weight, bias, 1e-5, dtype, reader)
                     yield Launch(f"{product}, M={rows}", fwd)
             saved = (statistics, statistics, weight, bias)
-            da = partial(reductions.packed_lora_linear_da, x, g, adapters, p, seed, norm=saved)
+            da = partial(reductions.packed_lora_linear_da, x, g, reader, norm=saved)
             yield Launch(f"{product}, normed", da)
 
 
@@ -180,36 +189,34 @@ def activations() -> Iterator[Launch]:
     """The activations of an MLP, and the gradients of the factors behind them."""
     from complora_kernels.kernels import activation, reductions
 
-    seed = torch.zeros(1, dtype=torch.int64)
     kinds = itertools.product((torch.bfloat16, torch.float32), activation.KINDS, (4 * WIDTH, 137))
     for dtype, kind, width in kinds:
         z = torch.empty(TOKENS, width, dtype=dtype)
         case = f"{dtype} {kind}, K={width}"
-        yield Launch(case, partial(activation.activation_fwd, z, kind, None, 0.0, None))
+        yield Launch(case, partial(activation.activation_fwd, z, kind, None))
         yield Launch(case, partial(activation.activation_bwd, z, z, kind))
         for r, p in ((16, 0.0), (16, 0.25), (64, 0.1)):
-            A, g = torch.empty(r, width, dtype=dtype), torch.empty(TOKENS, r, dtype=dtype)
-            yield Launch(f"{case}, r={r} p={p}", partial(activation.activation_fwd, z, kind, A, p, seed))
-            da = partial(reductions.packed_lora_linear_da, z, g, 1, p, seed, activation=kind)
+            reader, g = adapted(torch.empty(width, width, dtype=dtype), 1, r, p), torch.empty(TOKENS, r, dtype=dtype)
+            yield Launch(f"{case}, r={r} p={p}", partial(activation.activation_fwd, z, kind, reader))
+            da = partial(reductions.packed_lora_linear_da, z, g, reader, activation=kind)
             yield Launch(f"{case}, r={r} p={p}", da)
 
 
 def residuals(chip: int) -> Iterator[Launch]:
     """The product that closes a block, with every tile that ships."""
     from complora_kernels.kernels import linear
-    from complora_kernels.kernels.rows import RowGroups
 
     streams = ((torch.bfloat16,) * 2, (torch.float32, torch.bfloat16), (torch.float32,) * 2)
     for stream, dtype in streams:
         x, weight, bias = (
             torch.empty(*shape, dtype=dtype) for shape in ((TOKENS, 4 * WIDTH), (WIDTH, 4 * WIDTH), (WIDTH,))
         )
-        A, B = torch.empty(1, 16, 4 * WIDTH, dtype=dtype), torch.empty(1, WIDTH, 16, dtype=dtype)
+        product = adapted(weight, 1, 16, 0.0, bias)
         h, residual = torch.empty(TOKENS, 16, dtype=dtype), torch.empty(TOKENS, WIDTH, dtype=stream)
         for tiles in linear.tiles_of(chip, dtype, crowded=True):
             case = f"{dtype}, residual {stream}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
-            fwd = (x, weight, bias, A, B, h, RowGroups(WIDTH, (0,)), 0.0, None)
-            yield Launch(case, partial(linear.packed_lora_linear_fwd, *fwd, residual=residual, tiles=tiles))
+            fwd = partial(linear.packed_lora_linear_fwd, x, product, h, residual=residual, tiles=tiles)
+            yield Launch(case, fwd)
 
 
 def compile_for(chip: int) -> list[Compiled]:

@@ -67,7 +67,7 @@ GPU_CASE = Case(
 CPU_CASE = Case("bundled CLIP", 8, {"PEFT eager": None, "dense P_perp": None}, r=8, lora_alpha=8.0)
 CASE = GPU_CASE if ON_GPU else CPU_CASE
 NO_MEMORY = 77  # the exit code of a run that does not fit
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "COMPLORA_PLANS")
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "COMPLORA_PLANS", "COMPLORA_CACHE")
 PROGRAM, PART, ITERATIONS = "ViT-B-16-quickgelu", 400, 8000  # a part of all iterations is run
 
 

@@ -1,6 +1,7 @@
 """Comp-LoRA for CLIP: LoRA in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
 
 from complora_kernels.adapters.build import apply_complora
+from complora_kernels.adapters.explain import explain
 from complora_kernels.adapters.interchange import export_peft, import_clip_lora
 from complora_kernels.adapters.manage import (
     adapter_parameters,
@@ -12,6 +13,7 @@ from complora_kernels.adapters.manage import (
     unmerge_adapter,
 )
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
+from complora_kernels.adapters.unload import merge_and_unload, unload
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import GraphedTrainStep
 from complora_kernels.modules import CompLoRALinear, CompLoRAMultiheadAttention
@@ -28,13 +30,16 @@ __all__ = [
     "apply_complora",
     "check_gradients",
     "disable_adapter",
+    "explain",
     "export_peft",
     "import_clip_lora",
     "load_adapter",
     "merge_adapter",
+    "merge_and_unload",
     "print_trainable_parameters",
     "save_adapter",
     "set_recompute",
     "subspace_report",
+    "unload",
     "unmerge_adapter",
 ]

@@ -1,4 +1,7 @@
-"""`AdaptedLinear`: one frozen product with its adapters, as every room from module to launcher takes it."""
+"""`AdaptedLinear`: one frozen product with its adapters, as every room from module to launcher takes it.
+
+`Needs` and `ProductGrads` say which gradients of it a backward pass computes, and hold them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,22 @@ from torch import Tensor
 Rows = Sequence[tuple[int, int]]
 
 
+class Needs(NamedTuple):
+    """The gradients that a backward pass of a product computes."""
+
+    x: bool
+    A: bool  # of every Ã
+    B: bool  # of every B̃
+
+
+class ProductGrads(NamedTuple):
+    """The gradients of a product with P adapters; None for those that are not computed."""
+
+    x: Tensor | None  # [M, K]
+    As: Sequence[Tensor | None]  # each [r, K]
+    Bs: Sequence[Tensor | None]  # each [stop - start, r]
+
+
 class AdaptedLinear(NamedTuple):
     """`y = x W^T + b`, plus `(drop_i(x) Ã_i^T) B̃_i^T` in the rows of adapter i; P adapters, perhaps none.
 
@@ -18,8 +37,8 @@ class AdaptedLinear(NamedTuple):
 
     weight: Tensor  # [out, in], frozen, as the user keeps it: under autocast in a wider dtype than x
     bias: Tensor | None  # [out]
-    As: Sequence[Tensor] = ()  # each Ã [r, in], in the dtype of x
-    Bs: Sequence[Tensor] = ()  # each B̃ [stop - start, r], in the dtype of x
+    As: Sequence[Tensor] = ()  # each Ã [r, in], in the dtype of x; for launchers also one tensor [P, r, in]
+    Bs: Sequence[Tensor] = ()  # each B̃ [stop - start, r], in the dtype of x; also one tensor [P, D, r]
     rows: Rows = ()  # each (start, stop): the rows `start <= n < stop` of the weight that an adapter updates
     dropout_p: float = 0.0  # 0 in evaluation
     seeds: Sequence[Tensor] = ()  # each [1], int64, see `dropout`; none without dropout
@@ -30,6 +49,11 @@ class AdaptedLinear(NamedTuple):
     def rank(self) -> int:
         """The sum of the adapters' ranks, R: h is [M, R]."""
         return sum(len(A) for A in self.As)
+
+    @property
+    def seed(self) -> Tensor | None:
+        """The one key of all masks that kernels draw, [1]; None without dropout."""
+        return self.seeds[0] if self.seeds else None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors in a row, as an autograd Function takes and saves them: weight, bias, seeds, Ãs, B̃s."""
@@ -50,6 +74,11 @@ class AdaptedLinear(NamedTuple):
             tensors[0], tensors[1], As, Bs, self.rows, self.dropout_p, seeds, self.save_h, self.precision
         )
 
-    def gradients(self, dAs: Sequence[Tensor | None], dBs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def needs(self, x: bool, tensors: Sequence[bool]) -> Needs:
+        """The needed gradients, from whether x needs one and whether each of the `tensors` does."""
+        first_B = len(tensors) - len(self.rows)
+        return Needs(x, any(tensors[first_B - len(self.rows) : first_B]), any(tensors[first_B:]))
+
+    def gradients(self, grads: ProductGrads) -> tuple[Tensor | None, ...]:
         """The gradients of all tensors in the order of `tensors`; weight, bias and seeds get none."""
-        return (None, None, *[None] * len(self.seeds), *dAs, *dBs)
+        return (None, None, *[None] * len(self.seeds), *grads.As, *grads.Bs)

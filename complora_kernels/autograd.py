@@ -113,17 +113,9 @@ class PackedLoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, h, *tensors = ctx.saved_tensors
         linear = ctx.linear.with_tensors(tensors)
-        needed = ctx.needs_input_grad
-        needs = (needed[0], *factors_needed(linear, needed[3:]))
+        needs = linear.needs(ctx.needs_input_grad[0], ctx.needs_input_grad[3:])
         with without_autocast(dY):
-            dX, dAs, dBs = backend_of_backward(ctx.backend).packed_lora_linear_bwd(
-                flatten(dY), flatten(x), h, linear, needs
-            )
-        dX = None if dX is None else unflatten(dX, x.shape)
-        return (dX, None, None, *linear.gradients(dAs, dBs))
-
-
-def factors_needed(linear: AdaptedLinear, needed: Sequence[bool]) -> tuple[bool, bool]:
-    """Whether any Ã and any B̃ need a gradient, from the flags of a record's tensors."""
-    first_B = len(needed) - len(linear.rows)
-    return any(needed[first_B - len(linear.rows) : first_B]), any(needed[first_B:])
+            backend = backend_of_backward(ctx.backend)
+            grads = backend.packed_lora_linear_bwd(flatten(dY), flatten(x), h, linear, needs)
+        dX = None if grads.x is None else unflatten(grads.x, x.shape)
+        return (dX, None, None, *linear.gradients(grads))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from complora_kernels import functional, reference
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.autograd import backend_of_backward, factors_needed
+from complora_kernels.autograd import backend_of_backward
 from complora_kernels.backends import REFERENCE, REGISTRY, Backend
 from complora_kernels.backends.torch import Activated, Norm, Normed, Source
 from complora_kernels.common.shapes import flatten
@@ -54,7 +54,7 @@ def norm_lora_linear(
     """
     (linear,), dtype, name = _prepare("norm_lora_linear", x, delta, norm, [linear], precision, backend)
     if name == REFERENCE:
-        return reference.norm_lora_linear(x, delta, *norm, *linear[:5], dropout_masks=fresh_masks(x, linear))
+        return reference.norm_lora_linear(x, delta, norm, linear, dropout_masks=fresh_masks(x, linear))
     stream, y = NormLoRALinearFunction.apply(
         *_flat(x, delta), norm, linear.without_tensors(), dtype, name, *linear.tensors()
     )
@@ -87,9 +87,8 @@ def norm_lora_mlp(
         raise ValueError(f"activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     (fc1, fc2), dtype, name = _prepare("norm_lora_mlp", x, delta, norm, [fc1, fc2], precision, backend)
     if name == REFERENCE:
-        stream, z = reference.norm_lora_linear(x, delta, *norm, *fc1[:5], dropout_masks=fresh_masks(x, fc1))
-        masks = fresh_masks(z, fc2)
-        return stream + reference.activation_lora_linear(z, *fc2[:5], activation=activation, dropout_masks=masks)
+        stream, z = reference.norm_lora_linear(x, delta, norm, fc1, dropout_masks=fresh_masks(x, fc1))
+        return stream + reference.activation_lora_linear(z, activation, fc2, dropout_masks=fresh_masks(z, fc2))
     records = (fc1.without_tensors(), fc2.without_tensors())
     tensors = (*fc1.tensors(), *fc2.tensors())
     y, _ = NormLoRAMLPFunction.apply(*_flat(x, delta), norm, *records, activation, recompute, dtype, name, *tensors)
@@ -237,9 +236,8 @@ def _linear_bwd(
     if not linear.rows:
         dX = dY @ linear.weight.to(dY.dtype) if needs_x else None
         return dX, [None] * len(needed)
-    needs = (needs_x, *factors_needed(linear, needed))
-    dX, dAs, dBs = run.packed_lora_linear_bwd(dY, source, h, linear, needs)
-    return dX, linear.gradients(dAs, dBs)
+    grads = run.packed_lora_linear_bwd(dY, source, h, linear, linear.needs(needs_x, needed))
+    return grads.x, linear.gradients(grads)
 
 
 def _pack(normed: Normed) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from complora_kernels.common.schema import check_type, is_int, is_number
@@ -17,7 +17,12 @@ Sides = Literal["output", "input", "both", "none"]
 ATTENTION_TARGETS = ("q", "k", "v", "o")
 MLP_TARGETS = ("fc1", "fc2")
 TARGETS = ATTENTION_TARGETS + MLP_TARGETS
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}  # adapters of an attention in names
+ALL_LINEAR = "all-linear"
 TOWERS = ("image", "text")
+DEFAULT_RATIO = 0.5
+
+Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +44,27 @@ class CompLoRAConfig:
         subspace_energy: share in (0, 1]; k is the smallest number of directions that holds this share of Σσ² (with
             `subspace_source="activations"`, of the trace of the matrix whose eigenvectors they are).
         subspace_ratio: share in [0, 1]; k = round(ratio · min(out, in)).
-            Exactly one of the three sizes is given, none of them with `sides="none"`.
+            At most one of the three sizes is given, none of them with `sides="none"`; without one the ratio is 0.5.
         subspace_source: "weight" protects the principal directions of the weight, "random" as many random ones:
             the control that tells whether the singular vectors matter. "activations" protects the principal directions
             of the weight's inputs X [M, in] and products Y = X W^T [M, out] on calibration batches: V_k are the top-k
             eigenvectors of X^T X, U_k those of Y^T Y. Not used with `sides="none"`.
         subspace_seed: chooses the random directions of `subspace_source="random"`.
-        target_modules: any of q k v o fc1 fc2 in the residual blocks of the towers, or one regular expression that
-            must match a whole module name; it then selects `nn.Linear` modules of any model.
-        towers: "image", "text" or both. Not used with a regular expression.
-        layers: indices of the residual blocks to adapt in each tower; None adapts all.
+        target_modules: any of q k v o fc1 fc2 in the residual blocks of the towers; or names of modules, or their
+            endings, as in PEFT's lists (`["q_proj", "v_proj"]`); or "all-linear"; or one regular expression that must
+            match a whole module name. All but the first select `nn.Linear` modules of any model, and where a module
+            holds q, k and v in one weight, an adapter for each.
+        exclude_modules: modules that are not adapted though they are selected: names or their endings, or one regular
+            expression that must match a whole module name.
+        rank_pattern: another r for some weights, by the names of their modules or the endings of these. q, k, v and o
+            of an attention that is one module are called `q_proj`, `k_proj`, `v_proj` and `out_proj` in it.
+        alpha_pattern: another lora_alpha, in the same way.
+        towers: "image", "text" or both; a model with one tower needs no other value. Read with q k v o fc1 fc2 alone.
+        layers: indices of the residual blocks to adapt, the same in each tower or, in a dictionary, for each tower;
+            None adapts all. Read with q k v o fc1 fc2 alone.
+        modules_to_save: names of modules, or their endings, that are trained as a whole beside the factors, such as a
+            new "head", and are saved, loaded and exported with them. They are trained in place: `disable_adapter`,
+            `unmerge_adapter` and `unload` leave them as they are.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what was expected.
@@ -65,8 +81,12 @@ class CompLoRAConfig:
     subspace_source: SubspaceSource = "weight"
     subspace_seed: int = 0
     target_modules: tuple[str, ...] | str = ("q", "k", "v")
+    exclude_modules: tuple[str, ...] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     towers: tuple[str, ...] = ("image", "text")
-    layers: tuple[int, ...] | None = None
+    layers: Layers | dict[str, Layers] | None = None
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks = {
@@ -88,31 +108,67 @@ class CompLoRAConfig:
         if self.sides == "none":
             _require(not given, "sides", "none", f"no subspace size, because plain LoRA protects nothing; got {given}")
             return
-        _require(
-            len(given) == 1,
-            "subspace_k, subspace_energy, subspace_ratio",
-            given or None,
-            f'exactly one of the three with sides="{self.sides}"',
-        )
+        if not given:
+            object.__setattr__(self, "subspace_ratio", DEFAULT_RATIO)
+        _require(len(given) <= 1, "subspace_k, subspace_energy, subspace_ratio", given, "at most one of the three")
         check_subspace_size(**self.subspace_size, prefix="subspace_")
 
     def _check_selection(self) -> None:
+        words = self.selects_in_blocks
         if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(
-                    f"target_modules={self.target_modules!r} is not a regular expression: {error}"
-                ) from None
-            _require(self.layers is None, "layers", self.layers, "None when target_modules is a regular expression")
-        else:
+            _check_pattern("target_modules", self.target_modules)
+        elif words:
             object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules, TARGETS))
+        else:
+            object.__setattr__(self, "target_modules", _module_names("target_modules", self.target_modules))
+        if isinstance(self.exclude_modules, str):
+            _check_pattern("exclude_modules", self.exclude_modules)
+        elif self.exclude_modules is not None:
+            object.__setattr__(self, "exclude_modules", _module_names("exclude_modules", self.exclude_modules))
+        for name, valid, expected in (
+            ("rank_pattern", lambda r: is_int(r) and r >= 1, "integers of at least 1 by names of modules"),
+            ("alpha_pattern", lambda alpha: is_number(alpha) and alpha > 0, "positive numbers by names of modules"),
+        ):
+            pattern: Any = getattr(self, name)
+            fits = isinstance(pattern, dict) and all(isinstance(key, str) and valid(pattern[key]) for key in pattern)
+            _require(fits, name, pattern, expected)
+            object.__setattr__(self, name, dict(pattern))
         object.__setattr__(self, "towers", _names("towers", self.towers, TOWERS))
+        names = _tuple(self.modules_to_save)
+        valid = all(isinstance(name, str) and name for name in names)
+        _require(valid, "modules_to_save", self.modules_to_save, "ends of module names")
+        object.__setattr__(self, "modules_to_save", names)
         if self.layers is not None:
-            layers = _tuple(self.layers)
-            valid = bool(layers) and all(is_int(layer) and layer >= 0 for layer in layers)
-            _require(valid, "layers", self.layers, "None or non-negative block indices")
-            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
+            _require(words, "layers", self.layers, f"None unless target_modules are some of {', '.join(TARGETS)}")
+            object.__setattr__(self, "layers", self._sorted_layers())
+
+    def _sorted_layers(self) -> Layers | dict[str, Layers]:
+        if not isinstance(self.layers, dict):
+            return _indices("layers", self.layers)
+        _names("layers", self.layers, self.towers)
+        return {tower: _indices(f"layers[{tower!r}]", self.layers[tower]) for tower in self.layers}
+
+    @property
+    def selects_in_blocks(self) -> bool:
+        """Whether `target_modules` are some of q k v o fc1 fc2, rather than names of modules."""
+        return not isinstance(self.target_modules, str) and set(_tuple(self.target_modules)) <= set(TARGETS)
+
+    def layers_of(self, tower: str) -> Layers | None:
+        """The indices of the residual blocks to adapt in a tower; None: all of them."""
+        return self.layers.get(tower, ()) if isinstance(self.layers, dict) else self.layers
+
+    def rank_of(self, weight: str) -> int:
+        """The rank of an adapted weight, by the name that files give it."""
+        return _by_name(self.rank_pattern, weight, self.r)
+
+    def alpha_of(self, weight: str) -> float:
+        """The lora_alpha of an adapted weight, by the name that files give it."""
+        return _by_name(self.alpha_pattern, weight, self.lora_alpha)
+
+    def scaling_of(self, weight: str) -> float:
+        """The scaling of an adapted weight, by the name that files give it: alpha / r, or alpha / sqrt(r)."""
+        r = self.rank_of(weight)
+        return self.alpha_of(weight) / (math.sqrt(r) if self.use_rslora else r)
 
     @property
     def subspace_size(self) -> dict[str, Any]:
@@ -137,27 +193,74 @@ class CompLoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them (tuples become lists)."""
         fields = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {name: _as_json(value) for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CompLoRAConfig:
         """The inverse of `to_dict`; an unknown field, or one of another type, is an error that names it.
 
-        A regular expression is not compiled: one that comes from a file may take hours.
+        Regular expressions are not compiled: one that comes from a file may take hours.
         """
         hints = get_type_hints(cls)
         unknown = sorted(set(fields) - hints.keys())
         _require(not unknown, "CompLoRAConfig fields", unknown, "fields that this version knows")
         for name, value in fields.items():
             check_type(value, hints[name], name)
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        pattern = values.get("target_modules")
-        if not isinstance(pattern, str):
-            return cls(**values)
-        values["target_modules"] = ""
-        config = cls(**values)
-        object.__setattr__(config, "target_modules", pattern)
+        values: dict[str, Any] = {name: _from_json(value) for name, value in fields.items()}
+        patterns = {n: values[n] for n in ("target_modules", "exclude_modules") if isinstance(values.get(n), str)}
+        uncompiled: dict[str, Any] = dict.fromkeys(patterns, "")
+        config = cls(**values | uncompiled)
+        for name, pattern in patterns.items():
+            object.__setattr__(config, name, pattern)
         return config
+
+
+def module_name_fits(name: str, path: str) -> bool:
+    """Whether a module's path is `name` or ends in it, whole parts at a time."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _by_name(pattern: dict[str, Any], weight: str, default: Any) -> Any:
+    """The value of the first name that fits a weight's; q, k, v and o of an attention have its name, too."""
+    module, _, projection = weight.rpartition(".")
+    for path in (weight, module) if projection in PROJECTIONS.values() else (weight,):
+        for name, value in pattern.items():
+            if module_name_fits(name, path):
+                return value
+    return default
+
+
+def _check_pattern(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{field}={pattern!r} is not a regular expression: {error}") from None
+
+
+def _module_names(field: str, values: Any) -> tuple[str, ...]:
+    values = _tuple(values)
+    valid = bool(values) and all(isinstance(value, str) and value for value in values)
+    _require(valid, field, values, "names of modules, or their endings")
+    return tuple(dict.fromkeys(values))
+
+
+def _indices(field: str, values: Any) -> Layers:
+    layers = _tuple(values)
+    valid = bool(layers) and all(is_int(layer) and layer >= 0 for layer in layers)
+    _require(valid, field, values, "None or non-negative block indices")
+    return tuple(sorted(set(layers)))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_json(part) for key, part in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _names(field: str, values: Any, known: tuple[str, ...]) -> tuple[str, ...]:

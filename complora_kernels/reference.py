@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from complora_kernels.adapted_linear import AdaptedLinear
+
+
+class Norm(NamedTuple):
+    """A frozen LayerNorm over the last dimension."""
+
+    weight: Tensor  # [K]
+    bias: Tensor | None  # [K]
+    eps: float
 
 
 def autocasts(device: str) -> bool:
@@ -62,20 +73,16 @@ def fold_factors(
 
 def packed_lora_linear(
     x: Tensor,  # [..., in]
-    weight: Tensor,  # [out, in]
-    bias: Tensor | None,  # [out]
-    folded_As: Sequence[Tensor],  # each [r, in]
-    folded_Bs: Sequence[Tensor],  # each [rows, r]
-    rows: Sequence[tuple[int, int]],  # the rows of weight that each adapter updates
+    linear: AdaptedLinear,  # weight [out, in]
     *,
     dropout_masks: Sequence[Tensor] | None = None,  # each [..., in], 0 or 1 / (1 - p)
 ) -> Tensor:  # [..., out]
     """`y = x W^T + b`, plus `((m ∘ x) Ã^T) B̃^T` in the rows of each adapter."""
-    y = F.linear(x, weight, bias)  # [..., out]
-    for i, (A, B, (start, stop)) in enumerate(zip(folded_As, folded_Bs, rows, strict=True)):
+    y = F.linear(x, linear.weight, linear.bias)  # [..., out]
+    for i, (A, B, (start, stop)) in enumerate(zip(linear.As, linear.Bs, linear.rows, strict=True)):
         dropped = x if dropout_masks is None else x * dropout_masks[i]
-        update = (dropped @ A.mT) @ B.mT  # [..., rows]
-        y = y + F.pad(update, (start, weight.shape[0] - stop))
+        update = (dropped @ A.mT) @ B.mT  # [..., stop - start]
+        y = y + F.pad(update, (start, len(linear.weight) - stop))
     return y
 
 
@@ -90,9 +97,8 @@ def lora_linear(
     dropout_mask: Tensor | None = None,  # [..., in], 0 or 1 / (1 - p)
 ) -> Tensor:  # [..., out]
     """`y = x W^T + b + scaling · ((m ∘ x) Ã^T) B̃^T`."""
-    masks = None if dropout_mask is None else [dropout_mask]
-    rows = [(0, weight.shape[0])]
-    return packed_lora_linear(x, weight, bias, [folded_A], [scaling * folded_B], rows, dropout_masks=masks)
+    linear = AdaptedLinear(weight, bias, [folded_A], [scaling * folded_B], [(0, len(weight))])
+    return packed_lora_linear(x, linear, dropout_masks=None if dropout_mask is None else [dropout_mask])
 
 
 def complora_linear(
@@ -126,37 +132,27 @@ def complora_linear(
 def norm_lora_linear(
     x: Tensor,  # [..., in]
     delta: Tensor | None,  # [..., in]
-    norm_weight: Tensor,  # [in]
-    norm_bias: Tensor | None,  # [in]
-    eps: float,
-    weight: Tensor,  # [out, in]
-    bias: Tensor | None,  # [out]
-    folded_As: Sequence[Tensor],  # each [r, in]
-    folded_Bs: Sequence[Tensor],  # each [rows, r]
-    rows: Sequence[tuple[int, int]],
+    norm: Norm,
+    linear: AdaptedLinear,  # weight [out, in]
     *,
     dropout_masks: Sequence[Tensor] | None = None,  # each [..., in]
 ) -> tuple[Tensor, Tensor]:  # [..., in], [..., out]
     """`s = x + delta` and `packed_lora_linear(LN(s))`."""
     stream = x if delta is None else x + delta
-    normed = F.layer_norm(stream, stream.shape[-1:], norm_weight, norm_bias, eps)
-    return stream, packed_lora_linear(normed, weight, bias, folded_As, folded_Bs, rows, dropout_masks=dropout_masks)
+    normed = F.layer_norm(stream, stream.shape[-1:], *norm)
+    return stream, packed_lora_linear(normed, linear, dropout_masks=dropout_masks)
 
 
 def activation_lora_linear(
     z: Tensor,  # [..., in]
-    weight: Tensor,  # [out, in]
-    bias: Tensor | None,  # [out]
-    folded_As: Sequence[Tensor],  # each [r, in]
-    folded_Bs: Sequence[Tensor],  # each [rows, r]
-    rows: Sequence[tuple[int, int]],
-    *,
     activation: str,
+    linear: AdaptedLinear,  # weight [out, in]
+    *,
     dropout_masks: Sequence[Tensor] | None = None,  # each [..., in]
 ) -> Tensor:  # [..., out]
     """`packed_lora_linear(act(z))` with `act(z) = z Φ(z)`, "gelu", or `z sigmoid(1.702 z)`, "quick_gelu"."""
     a = F.gelu(z) if activation == "gelu" else z * torch.sigmoid(1.702 * z)
-    return packed_lora_linear(a, weight, bias, folded_As, folded_Bs, rows, dropout_masks=dropout_masks)
+    return packed_lora_linear(a, linear, dropout_masks=dropout_masks)
 
 
 def keep_mask(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from complora_kernels.common import disk_cache
 from complora_kernels.common.schema import is_int, is_number
 from complora_kernels.common.tensor_facts import TensorFacts
 from complora_kernels.common.tracing import has_values
@@ -38,6 +39,7 @@ BasisKind = Literal["principal", "complement"]
 SubspaceSource = Literal["weight", "random", "activations"]
 
 CACHE_BYTES = 512 * 2**20  # host memory for decompositions of weights seen before
+LEAST_KEPT = 128  # bases of weights with min(out, in) from here on are kept on the disk: a decomposition takes 3 ms
 
 
 class Basis(NamedTuple):
@@ -144,12 +146,18 @@ def projection_basis(
             f"subspace_source={config.subspace_source!r}, expected X^T X with {with_data} and None otherwise"
         )
     seed = zlib.crc32(f"{config.subspace_seed}/{name}/{side}".encode())
+    known = _KeptBasis(weight, config, side, seed)
+    basis = known.read()
+    if basis is not None:
+        return basis._replace(matrix=_own(basis.matrix, weight))
     directions, k = _sized_directions(
         source, weight, side, second_moment, **config.subspace_size, seed=seed, name=label, prefix="subspace_"
     )
     narrower: BasisKind = "principal" if 2 * k <= len(directions.vectors) else "complement"
     matrix = directions.vectors[:, :k] if narrower == "principal" else _complement(directions.vectors, k)
-    return Basis(_own(matrix, weight), narrower, k, source.energy(weight, side, directions, k))
+    basis = Basis(_own(matrix, weight), narrower, k, source.energy(weight, side, directions, k))
+    known.write(basis)
+    return basis
 
 
 def align_basis(
@@ -399,6 +407,37 @@ def fingerprint(weight: Tensor) -> str:
     digest = hashlib.blake2b(f"{tuple(data.shape)}/{data.dtype}".encode(), digest_size=16)
     digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class _KeptBasis:
+    """The place of a basis in the cache on the disk; it has none where computing it is as fast as reading it."""
+
+    def __init__(self, weight: Tensor, config: CompLoRAConfig, side: Side, seed: int) -> None:
+        self._key: str | None = None
+        source = SOURCES[config.subspace_source]
+        if source.recomputable and weight.dim() == 2 and not weight.is_meta and min(weight.shape) >= LEAST_KEPT:
+            size = config.subspace_size
+            seed = seed if config.subspace_source == "random" else 0
+            self._d, self._seen = weight.shape[side == "input"], fingerprint(weight)
+            self._known_k = known_k(weight.shape, size["k"], size["ratio"])
+            self._key = f"1/{self._seen}/{side}/{config.subspace_source}/{seed}/{sorted(size.items())}"
+
+    def read(self) -> Basis | None:
+        """The basis, once it is known to be one; None also where the weight's decomposition is in memory."""
+        kept = None if self._key is None or self._seen in _DECOMPOSITIONS else disk_cache.read(self._key)
+        if kept is None:
+            return None
+        matrix, record = kept
+        kind, k, energy = (record.get(name) for name in ("kind", "k", "energy"))
+        if not (is_int(k) and is_number(energy) and 0 <= energy <= 1 + 1e-9 and self._known_k in (None, k)):
+            return None
+        width = {"principal": k, "complement": self._d - k}.get(kind, -1)
+        fits = matrix.shape == (self._d, width) and matrix.is_floating_point() and _is_orthonormal(matrix)
+        return Basis(matrix, kind, k, energy) if fits else None
+
+    def write(self, basis: Basis) -> None:
+        if self._key is not None and basis.matrix.numel() > 0:
+            disk_cache.write(self._key, basis.matrix, {"kind": basis.kind, "k": basis.k, "energy": basis.energy})
 
 
 def _cached(key: str, decompose: Callable[[], tuple[Directions, ...]]) -> tuple[Directions, ...]:

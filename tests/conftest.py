@@ -18,6 +18,8 @@ from complora_kernels.integrations import open_clip
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # No file is there: the shipped plans run, not those that somebody measured on this machine.
 os.environ["COMPLORA_PLANS"] = str(Path(__file__).with_name("plans.json"))
+# No basis is kept on the disk of this machine, and none is read.
+os.environ["COMPLORA_CACHE"] = "0"
 # The tests' tensors are small: a second thread costs more than it brings, many times more on a busy machine.
 if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start

@@ -32,8 +32,12 @@ def test_defaults():
         "subspace_source": "weight",
         "subspace_seed": 0,
         "target_modules": ["q", "k", "v"],
+        "exclude_modules": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "towers": ["image", "text"],
         "layers": None,
+        "modules_to_save": [],
     }
 
 
@@ -64,6 +68,37 @@ def test_selections_are_tuples_in_a_fixed_order():
     assert make(towers="text", layers=2) == make(towers=("text",), layers=(2,))
 
 
+def test_half_of_each_weight_is_protected_by_default():
+    assert CompLoRAConfig() == CompLoRAConfig(subspace_ratio=0.5)
+
+
+def test_names_of_modules_stay_as_they_are():
+    config = make(target_modules=["v_proj", "q_proj", "v_proj"], exclude_modules="visual")
+    assert config.target_modules == ("v_proj", "q_proj")
+    assert config.exclude_modules == "visual"
+    assert not config.selects_in_blocks
+    assert make(exclude_modules=["a.b"]).exclude_modules == ("a.b",)
+
+
+def test_patterns_name_weights_or_their_endings():
+    config = make(
+        r=8, lora_alpha=16, rank_pattern={"attn.q_proj": 2, "mlp": 3, "attn": 4}, alpha_pattern={"q_proj": 5.0}
+    )
+    ranks = {"a.attn.q_proj": 2, "a.attn.v_proj": 4, "attn": 4, "mlp": 3, "a.mlp.fc1": 8, "a.xattn": 8, "a.qattn.q": 8}
+    assert {weight: config.rank_of(weight) for weight in ranks} == ranks
+    assert config.scaling_of("a.attn.q_proj") == 5.0 / 2
+    assert config.scaling_of("a.attn.k_proj") == 16 / 4
+    assert config.scaling_of("elsewhere") == config.scaling == 2.0
+    assert make(use_rslora=True, lora_alpha=6, rank_pattern={"x": 9}).scaling_of("x") == 2.0
+
+
+def test_layers_of_each_tower():
+    config = make(layers={"text": [3, 1, 3]})
+    assert config.layers == {"text": (1, 3)}
+    assert (config.layers_of("text"), config.layers_of("image")) == ((1, 3), ())
+    assert (make(layers=2).layers_of("text"), make().layers_of("text")) == ((2,), None)
+
+
 def test_a_regular_expression_selects_modules_by_name():
     assert make(target_modules=r".*\.(c_fc|c_proj)").target_modules == r".*\.(c_fc|c_proj)"
 
@@ -73,6 +108,9 @@ def test_a_regular_expression_selects_modules_by_name():
     [
         make(),
         make(sides="none", r=1, layers=(0, 11)),
+        make(layers={"image": (1, 2)}, rank_pattern={"attn": 2}, alpha_pattern={"attn": 1.5}),
+        make(target_modules=("q_proj",), exclude_modules="a|b"),
+        make(target_modules="all-linear", exclude_modules=("head",)),
         make(subspace_energy=0.5, subspace_source="random", subspace_seed=7, target_modules="a|b", towers=("text",)),
         make(subspace_ratio=0.5, subspace_source="activations", sides="both"),
     ],
@@ -113,9 +151,8 @@ def test_frozen():
         ({"sides": None}, "sides=None, expected one of"),
         ({"subspace_source": "data"}, "subspace_source='data', expected one of weight, random, activations"),
         ({"subspace_seed": 0.5}, "subspace_seed=0.5, expected an integer"),
-        ({"subspace_k": None}, "subspace_k, subspace_energy, subspace_ratio=None, expected exactly one of the three"),
-        ({"subspace_k": 4, "subspace_energy": 0.5}, "{'k': 4, 'energy': 0.5}, expected exactly one of the three"),
-        ({"subspace_k": 4, "subspace_ratio": 0.5}, "{'k': 4, 'ratio': 0.5}, expected exactly one of the three"),
+        ({"subspace_k": 4, "subspace_energy": 0.5}, "{'k': 4, 'energy': 0.5}, expected at most one of the three"),
+        ({"subspace_k": 4, "subspace_ratio": 0.5}, "{'k': 4, 'ratio': 0.5}, expected at most one of the three"),
         ({"sides": "none", "subspace_k": 4}, "sides='none', expected no subspace size"),
         ({"subspace_k": -1}, "subspace_k=-1, expected an integer of at least 0"),
         ({"subspace_k": 2.5}, "subspace_k=2.5, expected an integer"),
@@ -125,16 +162,28 @@ def test_frozen():
         ({"subspace_ratio": -0.1}, "subspace_ratio=-0.1, expected a share in [0, 1]"),
         ({"subspace_ratio": 1.1}, "subspace_ratio=1.1, expected a share in [0, 1]"),
         ({"subspace_ratio": [0.5]}, "subspace_ratio=[0.5], expected a share"),
-        ({"target_modules": ("q", "w")}, "target_modules=['w'], expected a selection of q, k, v, o, fc1, fc2"),
         ({"target_modules": ()}, "target_modules=(), expected a selection of q, k, v, o, fc1, fc2"),
-        ({"target_modules": None}, "target_modules=[None], expected a selection"),
+        ({"target_modules": None}, "target_modules=(None,), expected names of modules, or their endings"),
+        ({"target_modules": ("q_proj", "")}, "target_modules=('q_proj', ''), expected names of modules"),
+        ({"exclude_modules": ()}, "exclude_modules=(), expected names of modules, or their endings"),
+        ({"exclude_modules": "(q"}, "exclude_modules='(q' is not a regular expression: missing )"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern={'q_proj': 0}, expected integers of at least 1"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern=['q_proj'], expected integers of at least 1 by names of modules"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern={'q_proj': -1}, expected positive numbers by names"),
+        ({"alpha_pattern": {1: 2.0}}, "alpha_pattern={1: 2.0}, expected positive numbers by names of modules"),
         ({"target_modules": "(q"}, "target_modules='(q' is not a regular expression: missing )"),
-        ({"target_modules": "q", "layers": (1,)}, "layers=(1,), expected None when target_modules is a regular"),
+        ({"target_modules": "q", "layers": (1,)}, "layers=(1,), expected None unless target_modules are some of q, k"),
         ({"towers": ("audio",)}, "towers=['audio'], expected a selection of image, text"),
         ({"towers": ()}, "towers=(), expected a selection of image, text"),
         ({"layers": ()}, "layers=(), expected None or non-negative block indices"),
         ({"layers": (0, -1)}, "layers=(0, -1), expected None or non-negative block indices"),
+        ({"layers": {"audio": (1,)}}, "layers=['audio'], expected a selection of image, text"),
+        ({"layers": {"text": (1,)}, "towers": "image"}, "layers=['text'], expected a selection of image"),
+        ({"layers": {}}, "layers=(), expected a selection of image, text"),
+        ({"layers": {"text": (-1,)}}, "layers['text']=(-1,), expected None or non-negative block indices"),
         ({"layers": (1.5,)}, "layers=(1.5,), expected None or non-negative block indices"),
+        ({"modules_to_save": ("head", "")}, "modules_to_save=('head', ''), expected ends of module names"),
+        ({"modules_to_save": 3}, "modules_to_save=3, expected ends of module names"),
         ({"layers": "all"}, "layers='all', expected None or non-negative block indices"),
     ],
 )

@@ -26,6 +26,7 @@ from layers import (
     assert_accurate,
     laid_out,
     make_layer,
+    packed_reference,
     results,
 )
 from numerics import random_basis
@@ -176,8 +177,8 @@ def test_packed_lora_linear(dtype, plan, dropout_p, rows):
     cast = None if masks is None else [m.to(dtype) for m in masks]
     with contextlib.nullcontext() if plan is None else plans.override(plans.Plan(plan)):
         ours = run(packed_lora_linear, dtype, dropout_p=dropout_p)
-    same_dtype = run(reference.packed_lora_linear, dtype, dropout_masks=cast)
-    assert_accurate([ours], [same_dtype], [run(reference.packed_lora_linear, torch.float64, dropout_masks=masks)])
+    same_dtype = run(packed_reference, dtype, dropout_masks=cast)
+    assert_accurate([ours], [same_dtype], [run(packed_reference, torch.float64, dropout_masks=masks)])
 
 
 @pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)

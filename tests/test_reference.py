@@ -9,6 +9,7 @@ from randomness import SIGMAS, assert_unrelated
 from torch import Tensor
 
 from complora_kernels import reference
+from complora_kernels.adapted_linear import AdaptedLinear
 
 M, IN, OUT, R, K_OUT, K_IN = 11, 13, 9, 3, 4, 5
 SCALING = 0.7
@@ -69,7 +70,7 @@ def test_packed_lora_linear(layer):
     x, W, b, m = (layer[name] for name in ("x", "W", "b", "m"))
     As, Bs, rows = [randn(2, IN), randn(3, IN)], [randn(4, 2), randn(2, 3)], [(5, 9), (1, 3)]
     masks = [m, m.flip(0)]
-    y = reference.packed_lora_linear(x, W, b, As, Bs, rows, dropout_masks=masks)
+    y = reference.packed_lora_linear(x, AdaptedLinear(W, b, As, Bs, rows), dropout_masks=masks)
     expected = x @ W.T + b
     expected[:, 5:9] += (masks[0] * x) @ (Bs[0] @ As[0]).T
     expected[:, 1:3] += (masks[1] * x) @ (Bs[1] @ As[1]).T

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from complora_kernels.adapters.calibration import Calibrate, protect_activations
 from complora_kernels.adapters.install import Replacement, install
+from complora_kernels.adapters.whole_modules import whole_modules, whole_tensors
 from complora_kernels.common.wrappers import inside, is_compiled, named_modules, registers_parameters, unwrap, wrappers
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import Target
 from complora_kernels.integrations.selection import select
 from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.subspace import Side
+
+logger = logging.getLogger("complora_kernels")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,7 +27,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply_complora(
     model: Model, config: CompLoRAConfig, *, calibrate: Calibrate | None = None, progress: bool = True
 ) -> Model:
-    """Adapts `model` in place and freezes everything but the new factors; its outputs are unchanged before training.
+    """Adapts `model` in place and freezes everything else; its outputs are unchanged before training.
+
+    Trained are the new factors and what `config.modules_to_save` names.
 
     The targets become `CompLoRALinear`, `CompLoRAMultiheadAttention` or another `CompLoRALayer`, which share the
     original parameters under their old names. Each adapted weight is decomposed once (0.1 to 0.5 s for a [768, 768]
@@ -52,9 +59,10 @@ def apply_complora(
 
     Raises:
         ValueError: the model is adapted already, a target matched nothing or cannot be adapted, a layer index is out of
-            range, k exceeds a weight, or a weight holds NaN; `calibrate` is missing or has no use, did not reach an
-            adapted weight, or gave it NaN or infinite values; a target is wrapped in DistributedDataParallel or
-            FullyShardedDataParallel, which know only the parameters of the plain model, or is itself a compiled module.
+            range, k exceeds a weight or protects all of it, or a weight holds NaN; `modules_to_save` selects nothing,
+            an adapted module or a tied one; `calibrate` is missing or has no use, did not reach an adapted weight, or
+            gave it NaN or infinite values; a target is wrapped in DistributedDataParallel or FullyShardedDataParallel,
+            which know only the parameters of the plain model, or is itself a compiled module.
             The model is then as it was, also when `calibrate` itself fails.
     """
     if config.protects_activations != (calibrate is not None):
@@ -65,26 +73,45 @@ def apply_complora(
         )
     if is_adapted(model):
         raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
-    replacements = build_layers(model, config, progress=progress)
+    replacements = build_layers(model, config)
+    with tqdm(replacements, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
+        for replacement in bar:
+            replacement.layer.compute_bases()
     if calibrate is not None:
         protect_activations(unwrap(model), replacements, calibrate, progress=progress)
+    _check_room(replacements)
     install(model, replacements)
     return model
 
 
-def build_layers(
-    model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None, *, progress: bool
-) -> list[Replacement]:
-    """An adapted layer for each target of `find_targets`, to be installed; the model stays as it is.
+def _check_room(replacements: list[Replacement]) -> None:
+    """Raises ValueError where a projection leaves nothing to train; warns where a rank is above that of the weight."""
+    wide = []
+    for _, _, layer in replacements:
+        for name in layer.weights:
+            label, (A, B) = layer.weight_name(name), layer.factors(name)
+            lengths: dict[Side, int] = {"output": len(B), "input": A.shape[1]}
+            for side, d in lengths.items():
+                basis = layer.basis(name, side)
+                if basis is not None and basis.k >= d:
+                    raise ValueError(
+                        f"{label}: {basis.k} of {d} {side} directions are protected, which leaves nothing to train: "
+                        "expected a smaller subspace_k, subspace_energy or subspace_ratio"
+                    )
+            if len(A) > min(len(B), A.shape[1]):
+                wide.append(f"{label} [{len(B)}, {A.shape[1]}]")
+    if wide:
+        logger.warning("r is above min(out, in), the highest rank of an update, for %s", ", ".join(wide[:4]))
 
-    Those that protect activations have no bases yet.
+
+def build_layers(model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Replacement]:
+    """An adapted layer, without bases, for each target of `find_targets`, to be installed; the model stays as it is.
 
     Raises:
         ValueError: as `apply_complora`.
     """
     targets = find_targets(model, config, paths)
-    with tqdm(targets, "decomposing weights", unit="module", delay=2, leave=False, disable=not progress) as bar:
-        return [Replacement(target.path, target.module, adapt(target, config)) for target in bar]
+    return [Replacement(target.path, target.module, adapt(target, config)) for target in targets]
 
 
 def adapt(target: Target, config: CompLoRAConfig) -> CompLoRALayer:
@@ -108,7 +135,8 @@ def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str
     Raises:
         ValueError: as `apply_complora`.
     """
-    targets = list({id(target.module): target for target in select(model, config, paths)}.values())
+    targets = select(model, config, paths)
+    whole_modules(model, config.modules_to_save, [target.module for target in targets])
     check_wrappers(model, {target.path: target.module for target in targets})
     compiled = {id(inside(wrapper)) for wrapper in wrappers(model) if is_compiled(wrapper)}
     for target in targets:
@@ -120,15 +148,15 @@ def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str
     return targets
 
 
-def check_wrappers(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def check_wrappers(model: nn.Module, modules: Mapping[str, nn.Module], done: str = "adapted") -> None:
     """Raises ValueError where a wrapper around or within `model` has listed the parameters of one of its modules."""
     for wrapper in filter(registers_parameters, wrappers(model)):
         parts = {id(module) for module in wrapper.modules()}
         path = next((path for path, module in modules.items() if id(module) in parts), None)
         if path is not None:
             raise ValueError(
-                f"{path} is inside a {type(wrapper).__name__}, which has listed the parameters of the plain model and "
-                "would leave the adapter's out: expected a model that is adapted first and wrapped then"
+                f"{path} is inside a {type(wrapper).__name__}, which has listed the parameters that the model has now: "
+                f"expected a model that is {done} first and wrapped then"
             )
 
 
@@ -159,15 +187,36 @@ def adapted_model(model: nn.Module) -> nn.Module:
     """
     parts: set[str] = set()
     for path, layer in adapted_layers(model).items():
-        name = layer.path or path  # a layer that was made alone knows no model
-        if not f".{path}".endswith(f".{name}"):
+        part = _adapted_part(path, layer)
+        if part is None:
             raise ValueError(
-                f"{path} was adapted as {name}: expected the whole model that apply_complora was given, no part of it"
+                f"{path} was adapted as {layer.path}: expected the whole model that apply_complora was given, no part "
+                "of it"
             )
-        parts.add(path.removesuffix(name).rstrip("."))
+        parts.add(part)
     if len(parts) > 1:
         raise ValueError(
             f"{', '.join(part or 'the model itself' for part in sorted(parts))} have an adapter each: expected one of "
             "these parts, because an adapter is saved by the names of its own model"
         )
     return dict(named_modules(model))[parts.pop()]
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that an adapter has beside its factors, those of `modules_to_save`, by their names.
+
+    A part of an adapted model has none.
+    """
+    modules, tensors = dict(named_modules(model)), {}
+    for part in dict.fromkeys(_adapted_part(path, layer) for path, layer in adapted_layers(model).items()):
+        if part is not None:
+            layers = adapted_layers(modules[part]).values()
+            found = whole_modules(modules[part], next(iter(layers)).config.modules_to_save, layers)
+            tensors |= whole_tensors({f"{part}.{path}" if part else path: module for path, module in found.items()})
+    return tensors
+
+
+def _adapted_part(path: str, layer: CompLoRALayer) -> str | None:
+    """The path of the model that was adapted, from that of its layer; None where it is not within the given model."""
+    name = layer.path or path  # a layer that was made alone knows no model
+    return path.removesuffix(name).rstrip(".") if f".{path}".endswith(f".{name}") else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -51,8 +51,15 @@ class SavedBases(TypedDict):
     bases_digest: str
 
 
+class SavedModules(TypedDict):
+    """The further key of the entry where whole modules are saved."""
+
+    modules_to_save: dict[str, list[int]]  # the shape of each of their tensors, by its name in the model
+
+
 def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) -> dict[str, Any]:
     """The fields of PEFT's `LoraConfig` for an adapter on exactly the named modules."""
+    modules = list(modules)
     fields = {
         "peft_type": "LORA",
         "task_type": None,
@@ -64,11 +71,18 @@ def peft_fields(config: CompLoRAConfig, modules: Iterable[str], **changes: Any) 
         "target_modules": module_pattern(modules),
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "modules_to_save": list(config.modules_to_save) or None,
+        "rank_pattern": _pattern(modules, config.rank_of, config.r),
+        "alpha_pattern": _pattern(modules, config.alpha_of, config.lora_alpha),
     }
     return fields | changes
+
+
+def _pattern(modules: list[str], value_of: Callable[[str], Any], default: Any) -> dict[str, Any]:
+    """The values other than the default, by regular expressions for the modules that have them."""
+    values = {module: value_of(module) for module in modules}
+    others = sorted({value for value in values.values() if value != default})
+    return {module_pattern(module for module in modules if values[module] == value): value for value in others}
 
 
 def module_pattern(modules: Iterable[str]) -> str:
@@ -78,7 +92,12 @@ def module_pattern(modules: Iterable[str]) -> str:
 
 def peft_key(module: str, factor: str) -> str:
     """The name under which PEFT stores `lora_A` or `lora_B` of a module."""
-    return ".".join(part for part in ("base_model.model", module, factor, "weight") if part)
+    return peft_name(".".join(part for part in (module, factor, "weight") if part))
+
+
+def peft_name(tensor: str) -> str:
+    """The name under which PEFT stores a tensor of a whole module."""
+    return f"base_model.model.{tensor}"
 
 
 def parse_config(text: bytes, path: Path) -> dict[str, Any]:
@@ -116,8 +135,11 @@ def check_config(config: dict[str, Any]) -> Shapes:
         if len(described["shape"]) != 2:
             raise ValueError(f"complora.base_weights.{path}.shape={described['shape']}, expected [out, in]")
         out_features, in_features = described["shape"]
-        shapes[peft_key(path, "lora_A")] = (own.r, in_features)
-        shapes[peft_key(path, "lora_B")] = (out_features, own.r)
+        shapes[peft_key(path, "lora_A")] = (own.rank_of(path), in_features)
+        shapes[peft_key(path, "lora_B")] = (out_features, own.rank_of(path))
+    if own.modules_to_save:
+        check_type(saved, SavedModules, "complora")
+        shapes |= {peft_name(name): tuple(shape) for name, shape in saved["modules_to_save"].items()}
     if not own.source.recomputable:
         check_type(saved, SavedBases, "complora")
         if not re.fullmatch("[0-9a-f]{64}", saved["bases_digest"]):  # it becomes a part of a file's name

@@ -15,20 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels import functional, subspace
-from complora_kernels.adapters.build import adapt, adapted_layers, build_layers, find_targets, is_adapted
-from complora_kernels.adapters.configuration import peft_key
+from complora_kernels.adapters.build import (
+    adapt,
+    adapted_layers,
+    build_layers,
+    find_targets,
+    is_adapted,
+    trained_tensors,
+)
+from complora_kernels.adapters.configuration import peft_key, peft_name
 from complora_kernels.adapters.install import Replacement, install
+from complora_kernels.adapters.whole_modules import check_finite, whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes
+from complora_kernels.common.sharded import reshard, whole
 from complora_kernels.common.wrappers import named_modules
-from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
+from complora_kernels.config import ATTENTION_TARGETS, PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
-from complora_kernels.modules.protected import PROJECTED_SIDES
+from complora_kernels.modules.protected import PROJECTED_SIDES, mark_folded
 
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side
-
-PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
-MAX_LOST = 1e-4  # share of its norm that a loaded factor may lose: rounding loses a few 1e-6, other bases a few percent
 
 
 class AdaptedWeight(NamedTuple):
@@ -72,25 +78,28 @@ def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
     """
     folded: FactorPairs = {}
     for path, (layer, name) in weights.items():
-        A, B = layer.factors(name)  # [r, in], [out, r]
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != layer.config.r or B.shape[1] != layer.config.r:
+        A, B = map(whole, layer.factors(name))  # [r, in], [out, r]
+        r = layer.config.rank_of(path)
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
             raise ValueError(
                 f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)}, expected [r, in] and [out, r] "
-                f"with r={layer.config.r}: gather sharded parameters first (FSDP.summon_full_params)"
+                f"with r={r}: gather sharded parameters first (FSDP.summon_full_params)"
             )
-        folded_A, folded_B = _project(A, layer.basis(name, "input")), _project(B.mT, layer.basis(name, "output")).mT
-        _check_update(path, folded_A, folded_B, layer.config.scaling)
+        folded_A = _project(A, layer.projection(name, "input", A))
+        folded_B = _project(B.mT, layer.projection(name, "output", B)).mT
+        _check_update(path, folded_A, folded_B, layer.config.scaling_of(path))
         folded[path] = (folded_A, folded_B)
     return folded
 
 
 def warn_of_trained(model: nn.Module) -> None:
     """Warns of parameters that are trained beside the adapters: none of the files holds them."""
+    saved = {id(tensor) for tensor in trained_tensors(model).values()}
     trained = {
         f"{path}.{name}" if path else name: parameter
         for path, module in named_modules(model)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
+        if parameter.requires_grad and id(parameter) not in saved
     }
     for path, layer in adapted_layers(model).items():
         weights = {rows.parameter for rows in layer.weights.values()}  # frozen, or an error, as their biases are
@@ -100,10 +109,21 @@ def warn_of_trained(model: nn.Module) -> None:
                 trained.pop(f"{path}.{name}" if path else name, None)
     if trained:
         warnings.warn(
-            f"{_listed(trained)} require a gradient and are no part of the adapter: they are not saved with it. Save "
-            "them yourself, or freeze what is not trained",
+            f"{_listed(trained)} require a gradient and are no part of the adapter: they are not saved with it. Name "
+            "their modules in modules_to_save, save them yourself, or freeze what is not trained",
             stacklevel=3,
         )
+
+
+def file_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `modules_to_save` of an adapted model under the names of the weights file.
+
+    Raises:
+        ValueError: one holds NaN or infinite values.
+    """
+    tensors = trained_tensors(model)
+    check_finite(tensors)
+    return {peft_name(name): whole(tensor) for name, tensor in tensors.items()}
 
 
 def factor_tensors(factors: FactorPairs) -> dict[str, Tensor]:
@@ -157,38 +177,50 @@ def check_factors(factors: FactorPairs, weights: dict[str, AdaptedWeight], confi
     for path, (layer, name) in weights.items():
         out_features, in_features = layer.original_weight(name).shape
         shapes = tuple(tuple(factor.shape) for factor in factors[path])
-        expected = ((config.r, in_features), (out_features, config.r))
+        r = config.rank_of(path)
+        expected = ((r, in_features), (out_features, r))
         if shapes != expected:
             raise ValueError(
                 f"{path} has factors A and B of shapes {shapes[0]} and {shapes[1]}, expected {expected[0]} and "
                 f"{expected[1]}: the adapter is for another rank or model"
             )
         A, B = (factor.to(layer.factors(name)[0].dtype) for factor in factors[path])
-        _check_update(path, A, B, config.scaling)
+        _check_update(path, A, B, config.scaling_of(path))
 
 
 def fill_adapter(
-    model: nn.Module, config: CompLoRAConfig, factors: FactorPairs, bases: Bases | None = None, *, progress: bool
+    model: nn.Module,
+    config: CompLoRAConfig,
+    factors: FactorPairs,
+    bases: Bases | None = None,
+    whole: dict[str, Tensor] | None = None,
 ) -> None:
     """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
 
-    The bases, given or own, are turned until folding leaves the factors as they are.
+    The bases, given or own, are turned until folding leaves the factors as they are; no weight is decomposed. `whole`
+    are the tensors of `modules_to_save`, which `check_whole_tensors` has accepted.
     """
     changes = Changes()
+    reshard(model)
     if is_adapted(model):
         layers = adapted_layers(model)
     else:
-        replacements = build_layers(model, config, factors, progress=progress)
+        replacements = build_layers(model, config, factors)
         install(model, replacements, changes)
         layers = _by_path(model, replacements)
     weights = adapted_weights(layers)
-    for key, basis in (own_bases(weights) if bases is None else bases).items():
-        path, side = key
-        layer, name = weights[path]
-        layer.set_basis(name, side, _aligned_basis(basis, path, side, factors[path]), changes)
+    for path, (layer, name) in weights.items():
+        A, B = factors[path]
+        for side in PROJECTED_SIDES[config.sides]:
+            layer.follow(name, side, B.mT if side == "output" else A, changes, bases and bases[path, side])
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
+    if whole:
+        modules = whole_modules(model, config.modules_to_save, ())
+        changes.copy([whole_tensors(modules)[name] for name in whole], list(whole.values()))
     changes.make()
+    for factor in own:
+        mark_folded(factor)
 
 
 def own_bases(weights: dict[str, AdaptedWeight]) -> Bases:
@@ -207,36 +239,13 @@ def _project(factor: Tensor, basis: subspace.Basis | None) -> Tensor:
     return functional.project_complement(factor, basis.matrix, basis_kind=basis.kind)
 
 
-def _aligned_basis(
-    basis: subspace.Basis, path: str, side: subspace.Side, factors: tuple[Tensor, Tensor]
-) -> subspace.Basis:
-    """The basis, turned so that folding leaves the factors of a weight as they are.
-
-    Raises:
-        ValueError: no basis of its size does.
-    """
-    A, B = factors
-    factor = B.mT if side == "output" else A  # [r, d]
-    aligned = basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))
-    wide, matrix = factor.cpu().double(), aligned.matrix.cpu().double()  # autocast and TF32 leave float64 alone
-    lost = wide @ matrix  # [r, m]
-    lost = lost if basis.kind == "principal" else wide - lost @ matrix.T
-    if not lost.norm() <= MAX_LOST * wide.norm():
-        raise ValueError(
-            f"{path}: projecting the {side} side with k={basis.k} changes the saved factor by "
-            f"{float(lost.norm() / wide.norm()):.2g} of its norm, expected at most {MAX_LOST}: the adapter was saved "
-            "with other subspaces"
-        )
-    return aligned
-
-
 def _smallest_layers(
     model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None
 ) -> dict[str, CompLoRALayer]:
     """The layers that `config` would make of a plain model, but of rank 1 and without bases."""
     no_size: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
-    selection = ATTENTION_TARGETS if isinstance(config.target_modules, str) else config.target_modules
-    smallest = dataclasses.replace(config, r=1, sides="none", target_modules=selection, **no_size)
+    nothing: dict[str, Any] = {"exclude_modules": None, "layers": None, "rank_pattern": {}}
+    smallest = dataclasses.replace(config, r=1, sides="none", target_modules=ATTENTION_TARGETS, **nothing, **no_size)
     try:
         targets = find_targets(model, config, paths)
         return _by_path(model, [Replacement(*target[:2], adapt(target, smallest)) for target in targets])

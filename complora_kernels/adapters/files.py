@@ -184,8 +184,9 @@ def _read_tensors(path: Path, declared: Callable[[dict[str, str]], Shapes]) -> t
             found = file.get_slice(name)
             if tuple(found.get_shape()) != shape:
                 raise ValueError(f"{name} has shape {tuple(found.get_shape())}, expected {shape}")
-            if found.get_dtype() not in FLOATING:
-                raise ValueError(f"{name} has dtype {found.get_dtype()}, expected one of {', '.join(FLOATING)}")
+            dtypes = (*FLOATING, "I64") if len(shape) == 0 else FLOATING  # a BatchNorm counts its batches
+            if found.get_dtype() not in dtypes:
+                raise ValueError(f"{name} has dtype {found.get_dtype()}, expected one of {', '.join(dtypes)}")
         return metadata, {name: file.get_tensor(name) for name in shapes}
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from complora_kernels.adapters.whole_modules import whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.integrations import Integration, find
@@ -31,7 +32,7 @@ class Replacement(NamedTuple):
 
 
 def install(model: nn.Module, replacements: Sequence[Replacement], changes: Changes | None = None) -> None:
-    """Makes `model`, in wrappers or not, an adapted one, and freezes everything but the new factors.
+    """Makes `model`, in wrappers or not, an adapted one, and freezes all but the new factors and `modules_to_save`.
 
     At once, or as a part of `changes`. The layers replace the modules wherever they are children, so that shared
     modules stay shared. Towers fold the factors of all their layers at once, residual blocks of the adapted towers are
@@ -47,9 +48,11 @@ def install(model: nn.Module, replacements: Sequence[Replacement], changes: Chan
                 if child in layers:
                     pending.draft(parent._modules)[name] = layers[child]
         pending.add_hook(model, lambda module: module.register_load_state_dict_pre_hook(check_before_load))
+        whole = whole_modules(model, replacements[0].layer.config.modules_to_save, layers)
+        trained = {id(tensor) for tensor in whole_tensors(whole).values() if tensor.is_floating_point()}
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                pending.set_attribute(parameter, "requires_grad", False)
+            if parameter.requires_grad != (id(parameter) in trained):
+                pending.set_attribute(parameter, "requires_grad", not parameter.requires_grad)
         for module, added in _extensions(model, layers).items():
             extend(module, added, pending)
 
@@ -71,6 +74,7 @@ def _extensions(model: nn.Module, layers: Collection[nn.Module]) -> dict[nn.Modu
     added: defaultdict[nn.Module, list[type[Extension]]] = defaultdict(list)
     for module, extension in (pair for library in libraries for pair in library.truncation(model)):
         added[module].append(extension)
+    truncated = len(added) > 0
     scoped = {module for module, extensions in added.items() if issubclass(extensions[-1], Scoped)}
     whole = [] if isinstance(model, GraphModule) else [(model, Scoped)]  # a GraphModule writes its class's forward anew
     towers = (pair for library in libraries for pair in library.towers(model))
@@ -78,11 +82,12 @@ def _extensions(model: nn.Module, layers: Collection[nn.Module]) -> dict[nn.Modu
         if module not in scoped and _folds(module, layers, scoped):
             added[module].append(extension)
             scoped.add(module)
-    for library in libraries:
-        for module, extension in library.callers(model, layers):
-            added[module].append(extension)
-    for library, block in _fusible_blocks(model, libraries, layers):
+    for module, extension in (pair for library in libraries for pair in library.callers(model, layers)):
+        added[module].append(extension)
+    fusible, reasons = _fusible_blocks(model, libraries, layers)
+    for library, block in fusible:
         added[block].append(library.FusedBlock)
+    _log_fusion(len(fusible), reasons, truncated)
     return added
 
 
@@ -94,23 +99,36 @@ def _folds(module: nn.Module, layers: Collection[nn.Module], scoped: set[nn.Modu
 
 def _fusible_blocks(
     model: nn.Module, libraries: Sequence[Integration], layers: Collection[nn.Module]
-) -> Iterator[tuple[Integration, nn.Module]]:
-    """The residual blocks of the adapted towers, also those without an adapter: gradients pass through them."""
+) -> tuple[list[tuple[Integration, nn.Module]], dict[str, str]]:
+    """The residual blocks of the adapted towers that can be fused, and by path why the others cannot.
+
+    Blocks without an adapter are among them: gradients pass through them.
+    """
     blocks = [(library, block) for library in libraries for block in library.residual_blocks(model)]
     adapted = {block.tower for _, block in blocks if any(part in layers for part in block.module.modules())}
-    for tower in sorted(adapted):
-        reasons: dict[str, str] = {}
-        for library, block in blocks:
-            if block.tower == tower:
-                parts = library.parts_of_block(block.module)
-                if isinstance(parts, str):
-                    reasons[block.path] = parts
-                else:
-                    yield library, block.module
-        if reasons:
-            path, reason = next(iter(reasons.items()))
-            others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            logger.warning("%s%s keeps its own forward pass, with adapters in it: %s", path, others, reason)
+    fusible, reasons = [], {}
+    for library, block in blocks:
+        if block.tower in adapted:
+            parts = library.parts_of_block(block.module)
+            if isinstance(parts, str):
+                reasons[block.path] = parts
+            else:
+                fusible.append((library, block.module))
+    return fusible, reasons
+
+
+def _log_fusion(fused: int, reasons: dict[str, str], truncated: bool) -> None:
+    """Says how the adapted model will run, as a warning where it runs slower than it could."""
+    of_all = f"{fused} of {fused + len(reasons)} residual blocks are fused"
+    of_all += ", texts are truncated" if truncated else ""
+    if not reasons and fused:
+        logger.info("%s", of_all)
+    elif not reasons:
+        logger.info("0 residual blocks are fused: adapters only, because the model has none of a known library")
+    else:
+        path, reason = next(iter(reasons.items()))
+        others = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        logger.warning("%s; %s%s keeps its own forward pass, with adapters in it: %s", of_all, path, others, reason)
 
 
 def _square_masks(model: nn.Module) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ from complora_kernels.adapters.factors import (
     common_config,
     factor_tensors,
     file_factors,
+    file_tensors,
     fill_adapter,
     warn_of_trained,
     weights_to_fill,
@@ -84,6 +85,10 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         if path in modules.values() and "" not in modules:
             packed[path] = layer
     config = common_config(layers)
+    for path, layer in packed.items():
+        names = [layer.weight_name(name) for name in layer.weights]
+        if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in names):
+            raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
     with replaced_adapter(directory) as staging:
         factors = file_factors(adapted_weights(layers))
         for path, layer in packed.items():
@@ -95,7 +100,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 A, B = factors[path]  # [n·r, d], [3d, n·r]
                 factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
-        write_files(staging, fields, factor_tensors(factors))
+        write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
@@ -161,7 +166,8 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
     with reading(path, "an adapter of CLIP-LoRA for this model", errors=ValueError):
         weights, metadata = _read_clip_lora(path)
         config, towers = _clip_lora_config(model, metadata)
-        by_tower = [find_targets(model, dataclasses.replace(config, towers=(tower,))) for tower in towers]
+        alone = [dataclasses.replace(config, towers=tower, layers=config.layers_of(tower)) for tower in towers]
+        by_tower = [find_targets(model, own) for own in alone]
         layers = [target.path for targets in by_tower for target in targets]
         sources = {
             f"{layer}.{PROJECTIONS[name]}": f"layer_{i}.{CLIP_LORA_PROJECTIONS[name]}"
@@ -174,7 +180,7 @@ def import_clip_lora(model: Model, path: str | os.PathLike[str], *, progress: bo
         }
         check_factors(factors, weights_to_fill(model, config), config)
         factors = {target: (A.float(), B.float()) for target, (A, B) in factors.items()}
-        fill_adapter(unwrap(model), config, factors, progress=progress)
+        fill_adapter(unwrap(model), config, factors)
     return model
 
 
@@ -220,12 +226,7 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
     towers = CLIP_LORA_TOWERS[metadata["encoder"]]
     blocks = [block.tower for library in find(model) for block in library.residual_blocks(model)]
     position = CLIP_LORA_POSITIONS[metadata["position"]]
-    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers}
-    if metadata["position"] != "all" and len(set(chosen.values())) > 1:
-        raise ValueError(
-            f"position={metadata['position']!r}, which is other blocks in each tower of this model "
-            f"({chosen}), expected the same in both"
-        )
+    chosen = {tower: tuple(position(blocks.count(tower))) for tower in towers if tower in blocks}
     try:
         config = CompLoRAConfig(
             r=metadata["r"],
@@ -234,7 +235,7 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
             sides="none",
             target_modules=tuple(metadata["params"]),
             towers=towers,
-            layers=None if metadata["position"] == "all" else chosen[towers[0]] or None,
+            layers=None if metadata["position"] == "all" or not chosen else chosen,
         )
     except ValueError as error:
         raise ValueError(f"its metadata make no configuration: {error}") from None

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model
+from complora_kernels.adapters.build import adapted_layers, adapted_model, trained_tensors
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
+from complora_kernels.common.sharded import reshard
 from complora_kernels.modules.layer import CompLoRALayer, switched_off
 from complora_kernels.modules.protected import PROJECTED_SIDES
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The factors A and B of every adapted weight, to hand to an optimizer.
+    """The factors A and B of every adapted weight, and the parameters of `modules_to_save`, to hand to an optimizer.
 
     Raises:
         ValueError: `model` has no adapter.
@@ -26,13 +27,15 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The factors with their names in the plain model, such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
-    return [
+    """What the adapter trains, by names in the plain model such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
+    factors = [
         (f"{path}.{name}" if path else name, parameter)
         for path, layer in adapted_layers(model).items()
         for name, parameter in layer.named_parameters()
         if name.startswith(("lora_A", "lora_B"))
     ]
+    whole = trained_tensors(model).items()
+    return factors + [(name, tensor) for name, tensor in whole if isinstance(tensor, nn.Parameter)]
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -48,11 +51,12 @@ def check_gradients(model: nn.Module) -> None:
     It finds an adapter that is silently ignored because the model reads its weight without calling its module. A
     gradient that is zero counts as one: A's is zero in the first step, because B still is.
     """
+    _require_state(adapted_layers(model), merged=False)
     missing = [name for name, parameter in named_adapter_parameters(model) if parameter.grad is None]
     if missing:
         raise RuntimeError(
             f"no gradient reached {', '.join(missing)}: expected one for every adapter after a backward pass. "
-            "Is its tower part of the loss, and was the model neither merged nor disabled?"
+            "Is its tower part of the loss, and was the adapter not disabled?"
         )
 
 
@@ -90,7 +94,9 @@ def subspace_report(model: nn.Module) -> list[SubspaceReport]:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes what it did before it was adapted.
+    """Within the context the model computes what it did before it was adapted, but for `modules_to_save`.
+
+    Those are trained in place, and no copy of what they were is kept: they compute what they have learned.
 
     That holds on the thread that entered the context and on the threads of the backward passes that it starts. With
     activation checkpointing, call `backward` within the context too, because it computes the forward pass again.
@@ -110,7 +116,10 @@ def merge_adapter(model: nn.Module) -> None:
     """Adds every update to its frozen weight, `W ← W + ΔW` rounded once to W's dtype, and keeps the originals.
 
     The model then computes with plain layers; memory grows by the adapted weights until `unmerge_adapter`. Its state
-    dict is that of a plain model with the update inside, plus the factors.
+    dict is that of a plain model with the update inside, plus the factors and a mark `lora_merged` for each layer: an
+    adapted model, which would add the update again, refuses to load it. See also `merge_and_unload`.
+
+    Of a model that `fully_shard` has sharded, every process calls this, and keeps its own part of the merged weights.
 
     All weights are merged or, when the call fails or is interrupted, none. The parameters stay the same objects and get
     other memory: a CUDA graph, or a tensor that shares memory with a weight, keeps the original values.
@@ -122,14 +131,22 @@ def merge_adapter(model: nn.Module) -> None:
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=False)
-    _require_untied(model, layers)
     changes = Changes()
+    merge_layers(model, layers, changes)
+    changes.make()
+
+
+def merge_layers(
+    model: nn.Module, layers: dict[str, CompLoRALayer], changes: Changes, *, safe_merge: bool = True
+) -> None:
+    """Merges these layers of `model`, as a part of `changes`; errors as `merge_adapter`."""
+    reshard(model)
+    _require_untied(model, layers)
     for path, layer in layers.items():
         try:
-            layer.merge(changes)
+            layer.merge(changes, safe_merge=safe_merge)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    changes.make()
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -141,6 +158,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     layers = adapted_layers(model)
     _require_state(layers, merged=True)
+    reshard(model)
     changes = Changes()
     for layer in layers.values():
         layer.unmerge(changes)
@@ -148,9 +166,10 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Raw factors and bases by name, for a checkpoint from which training goes on exactly; `save_adapter` is for use.
+    """Raw factors, bases and `modules_to_save` by name, for a checkpoint from which training goes on exactly.
 
-    Names are those of the model that was adapted, without the prefix of a container around it, as in `save_adapter`.
+    `save_adapter` is for use. Names are those of the model that was adapted, without the prefix of a container around
+    it, as there.
     The tensors are the model's own: clone what must outlast the next step.
 
     Raises:
@@ -158,7 +177,9 @@ def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """
     part = _part_with_names(model)
     state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in named_adapter_parameters(part)}
+    state |= {name: tensor.detach() for name, tensor in trained_tensors(part).items()}
     for path, layer in adapted_layers(part).items():
+        layer.compute_bases()
         state |= {name: basis for name, basis in layer.named_buffers(prefix=path) if "_basis" in name[len(path) :]}
     return state
 

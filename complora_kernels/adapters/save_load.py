@@ -3,8 +3,8 @@
 The files hold the folded factors `Ã = A P_in` and `B̃ = P_out B`, without the scaling: an ordinary LoRA of the same
 function. Raw factors under the same names would load elsewhere and silently compute something else.
 
-Bases are computed from the base weights again when an adapter is loaded. Bases of activations cannot be: they are saved
-in a third file, which this package alone reads.
+Bases are computed from the base weights again, when a loaded adapter is trained. Those of activations cannot be: they
+are saved in a third file, which this package alone reads.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from complora_kernels import subspace
-from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers, is_adapted
-from complora_kernels.adapters.configuration import FORMAT_VERSION, module_pattern, peft_fields, peft_key
+from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers, is_adapted, trained_tensors
+from complora_kernels.adapters.configuration import FORMAT_VERSION, module_pattern, peft_fields, peft_key, peft_name
 from complora_kernels.adapters.factors import (
     PROJECTIONS,
     AdaptedWeight,
@@ -30,6 +31,7 @@ from complora_kernels.adapters.factors import (
     common_config,
     factor_tensors,
     file_factors,
+    file_tensors,
     fill_adapter,
     own_bases,
     warn_of_trained,
@@ -37,8 +39,10 @@ from complora_kernels.adapters.factors import (
 )
 from complora_kernels.adapters.files import WEIGHTS_FILE, read_adapter, read_bases, write_adapter
 from complora_kernels.adapters.replacement import replaced_adapter
+from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common import base_weights
 from complora_kernels.common.files import reading
+from complora_kernels.common.sharded import writes_files
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import activations
@@ -53,7 +57,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The factors are saved folded, in their own dtype (float32), as PEFT's `base_model.model.<path>.lora_A.weight`; in
     attention the path ends in q_proj, k_proj, v_proj or out_proj, whatever the library. Stock PEFT reads the adapter
     where modules of these names are called; for `nn.MultiheadAttention` use `export_peft`. A merged model is saved as
-    if it were not.
+    if it were not. The modules of `modules_to_save` are saved as a whole, as `base_model.model.<path>.<tensor>`.
 
     Names are those of the model that `apply_complora` was given, without what is around it: torch.compile's wrapper,
     DataParallel, DistributedDataParallel, AveragedModel, or a container that holds it, such as a LightningModule. The
@@ -61,6 +65,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     With `subspace_source="activations"` the bases are written too, as `adapter_bases-<digest>.safetensors`: 4·d·k bytes
     for each projected side of a weight, with d - k for k where that is less. Only `load_adapter` reads it.
+
+    Of a model that `fully_shard` has sharded, every process calls this, and the first of them writes the files.
 
     An adapter that is there already is replaced as a whole: the files are written and synced beside it, then moved
     into place, bases and configuration first and weights last. A call that fails leaves the old one. A process that is
@@ -72,7 +78,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         OSError: `directory` cannot be written to; or the new adapter is in place, as the message then says, but the
             system did not confirm that it is on the disk.
         ValueError: `model` has no adapter, is a part of an adapted model or holds several, its layers differ in
-            configuration, or a factor holds NaN or infinity or is not whole (sharded).
+            configuration, or a factor holds NaN or infinity or is not whole (FullyShardedDataParallel).
 
     Warns:
         UserWarning: other parameters are trained too, and are not in the files.
@@ -81,13 +87,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     layers = adapted_layers(part)
     config = common_config(layers)
     weights = adapted_weights(layers)
-    with replaced_adapter(directory) as staging:
-        factors = file_factors(weights)
-        bases = {} if config.source.recomputable else own_bases(weights)
-        described = _adapter_config(config, weights, activations(part), bases)
-        matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
-        warn_of_trained(model)
-        write_adapter(staging, described, factor_tensors(factors), matrices)
+    factors = file_factors(weights)
+    bases = {} if config.source.recomputable else own_bases(weights)
+    trained = file_tensors(part)
+    described = _adapter_config(config, weights, activations(part), bases)
+    if trained:
+        shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(part).items()}
+        described["complora"]["modules_to_save"] = shapes
+    matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
+    warn_of_trained(model)
+    if writes_files(part):
+        with replaced_adapter(directory) as staging:
+            write_adapter(staging, described, factor_tensors(factors) | trained, matrices)
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:
@@ -96,6 +107,12 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
     The model then computes exactly the saved update, also when its weights are a half-precision copy of those that the
     adapter was trained on: bases computed from rounded weights are turned until they leave the factors as they are. The
     bases of activations are the saved ones, whatever those of an adapted model were.
+
+    Bases are computed from the weights when something needs them: the first forward pass in which a factor gets a
+    gradient (5 s for q, k, v of ViT-B/16 on two cores), or after something has written to a factor (other than through
+    `.data`, which torch does not count), `subspace_report`, a raw state, torch.compile. Until then the saved factors,
+    which are folded, are used as they are, and whether they lie in the complement is not checked beyond their rank.
+
     Everything is checked before the model is changed, and if anything fails it stays as it was.
 
     The files need not be trusted: they run no code and no regular expression (the names in them say what is adapted),
@@ -105,17 +122,18 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         model: plain, or adapted with the same configuration and not merged; or a wrapper around it (see
             `save_adapter`), or a container that holds it as the only part with modules of the saved names.
         directory: written by `save_adapter`.
-        progress: show a progress bar while weights are decomposed, as `apply_complora`.
+        progress: show a progress bar while the base weights are compared with those that the adapter was trained on.
 
     Returns:
-        The same model. Its raw factors are now the saved ones, trainable.
+        The same model. Its raw factors and the modules of `modules_to_save` are now the saved ones, trainable.
 
     Raises:
         FileNotFoundError: a file is missing, that of the bases too where they are those of activations.
         OSError: a file cannot be read.
         ValueError: a file is truncated or was changed, or contradicts itself; the adapter is for another configuration,
             rank, set of layers or model, or was trained on other base weights; it holds NaN or infinite values; the
-            subspaces that it declares leave no room for its update; or, of a plain model, as `apply_complora`.
+            subspaces that it declares leave no room for the rank of its update; or, of a plain model, as
+            `apply_complora`.
         RuntimeError: the adapter in the model is merged.
     """
     saved, tensors = read_adapter(directory)
@@ -124,12 +142,14 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         paths = saved["complora"]["base_weights"].keys()
         part = adapted_model(model) if is_adapted(model) else _plain_model(model, paths)
         weights = weights_to_fill(part, config, paths)
-        factors = _to_factors(tensors, weights)
+        own = whole_tensors(whole_modules(part, config.modules_to_save, ()))
+        factors, whole = _sorted(tensors, weights, own)
         check_factors(factors, weights, config)
-        _check_base_weights(saved["complora"]["base_weights"], weights)
+        check_whole_tensors(whole, own)
+        _check_base_weights(saved["complora"]["base_weights"], weights, progress=progress)
         _check_activations(saved["complora"]["activations"], activations(part))
         bases = None if config.source.recomputable else _saved_bases(directory, saved, weights)
-        fill_adapter(part, config, factors, bases, progress=progress)
+        fill_adapter(part, config, factors, bases, whole)
     return model
 
 
@@ -138,13 +158,15 @@ def _adapter_config(
 ) -> dict[str, Any]:
     from complora_kernels import __version__
 
-    attention = [path for path, (_, name) in weights.items() if name]
-    # Where q_proj, k_proj, v_proj are no modules PEFT drops their factors without a word, but warns of this pattern.
-    patterns = {"rank_pattern": {module_pattern(attention): config.r}} if attention else {}
+    fields = peft_fields(config, weights)
+    attention = [path for path, (_, name) in weights.items() if name and config.rank_of(path) == config.r]
+    if attention:
+        # PEFT drops factors of q_proj, k_proj, v_proj that are no modules without a word, but warns of this pattern.
+        fields["rank_pattern"] |= {module_pattern(attention): config.r}
     described = {
         _basis_key(*key): {"kind": basis.kind, "k": basis.k, "energy": basis.energy} for key, basis in bases.items()
     }
-    return peft_fields(config, weights, **patterns) | {
+    return fields | {
         "complora": {
             "format_version": FORMAT_VERSION,
             "package_version": __version__,
@@ -158,10 +180,15 @@ def _adapter_config(
     }
 
 
-def _to_factors(tensors: dict[str, Tensor], weights: Iterable[str]) -> FactorPairs:
+def _sorted(
+    tensors: dict[str, Tensor], weights: Iterable[str], whole: Iterable[str]
+) -> tuple[FactorPairs, dict[str, Tensor]]:
+    """The factors of the weights in a file and the tensors of `modules_to_save`, by the names of the model."""
     keys = {path: (peft_key(path, "lora_A"), peft_key(path, "lora_B")) for path in weights}
-    check_names(WEIGHTS_FILE, tensors, {key for pair in keys.values() for key in pair})
-    return {path: (tensors[A], tensors[B]) for path, (A, B) in keys.items()}
+    names = {name: peft_name(name) for name in whole}
+    check_names(WEIGHTS_FILE, tensors, {key for pair in keys.values() for key in pair} | set(names.values()))
+    factors = {path: (tensors[A], tensors[B]) for path, (A, B) in keys.items()}
+    return factors, {name: tensors[key] for name, key in names.items()}
 
 
 def _saved_bases(directory: str | os.PathLike[str], saved: dict[str, Any], weights: dict[str, AdaptedWeight]) -> Bases:
@@ -215,15 +242,18 @@ def _has_all(modules: dict[str, nn.Module], prefix: str, paths: Iterable[str]) -
     return all(any(prefix + module in modules for module in _module_paths(path)) for path in paths)
 
 
-def _check_base_weights(saved: dict[str, base_weights.Description], weights: dict[str, AdaptedWeight]) -> None:
+def _check_base_weights(
+    saved: dict[str, base_weights.Description], weights: dict[str, AdaptedWeight], *, progress: bool
+) -> None:
     """Raises ValueError naming the first weight that is not the one that the adapter was trained on."""
-    for path, (layer, name) in weights.items():
-        apart = base_weights.relative_distance(base_weights.describe(layer.original_weight(name)), saved[path])
-        if not apart <= base_weights.TOLERANCE:
-            raise ValueError(
-                f"this adapter was trained on other base weights: {path} is about {apart:.2g} |W| away from what it "
-                f"was then, expected at most {base_weights.TOLERANCE} (half-precision copies are within 0.004)"
-            )
+    with tqdm(weights.items(), "comparing weights", unit="weight", delay=2, leave=False, disable=not progress) as bar:
+        for path, (layer, name) in bar:
+            apart = base_weights.relative_distance(base_weights.describe(layer.original_weight(name)), saved[path])
+            if not apart <= base_weights.TOLERANCE:
+                raise ValueError(
+                    f"this adapter was trained on other base weights: {path} is about {apart:.2g} |W| away from what "
+                    f"it was then, expected at most {base_weights.TOLERANCE} (half-precision copies are within 0.004)"
+                )
 
 
 def _check_activations(saved: dict[str, str], own: dict[str, str]) -> None:

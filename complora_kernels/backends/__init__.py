@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, dtype
 
-from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
 from complora_kernels.backends.extension import ExtensionBackend
-from complora_kernels.backends.torch import FactorGrads, Norm, Normed, Source, TorchBackend
+from complora_kernels.backends.torch import Norm, Normed, Source, TorchBackend
 from complora_kernels.backends.triton import TritonBackend
 
 ENVIRONMENT_VARIABLE = "COMPLORA_BACKEND"
@@ -96,11 +96,11 @@ class Backend(Protocol):
         """
 
     def packed_lora_linear_bwd(
-        self, dY: Tensor, source: Source, h: Tensor, linear: AdaptedLinear, needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
+        self, dY: Tensor, source: Source, h: Tensor, linear: AdaptedLinear, needs: Needs
+    ) -> ProductGrads:
         """`g_i = dY_i B̃_i`, `dX = dY W + Σ_i m_i ∘ (g_i Ã_i)`, `dÃ_i = g_i^T drop_i(x)`, `dB̃_i = dY_i^T h_i`.
 
-        dY is [M, N]; x [M, K] is taken from its source; `needs` says which of dX, dÃ and dB̃ are computed.
+        dY is [M, N]; x [M, K] is taken from its source.
         """
 
     def norm_fwd(
@@ -193,12 +193,12 @@ def _unavailable(name: str) -> str | None:
     return REGISTRY[name].unavailable()
 
 
-_said: dict[str, object] = {}  # the call that gave each message
+messages_said: dict[str, object] = {}  # the call that gave each message
 
 
 def _say_once(message: str) -> None:
     call = object()
-    if _said.setdefault(message, call) is call:  # one step: of several threads one says it
+    if messages_said.setdefault(message, call) is call:  # one step: of several threads one says it
         logger.warning(message)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from complora_kernels import reference
-from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.backends.torch import QUICK_GELU, FactorGrads, Source, TorchBackend, input_of
+from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
+from complora_kernels.backends.torch import QUICK_GELU, Source, TorchBackend, input_of
 from complora_kernels.dropout import scaled_masks
 
 
@@ -25,14 +25,10 @@ def packed_lora_linear(
 ) -> Tensor:  # [..., N], in the dtype of x
     """`reference.packed_lora_linear` in float32 or wider, rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    weight, bias, As, Bs, rows, *_ = linear
-    bias = None if bias is None else bias.to(x.dtype).to(wide)
-    As, Bs = ([factor.to(wide) for factor in factors] for factors in (As, Bs))
+    rounded = linear.with_tensors([None if tensor is None else tensor.to(x.dtype) for tensor in linear.tensors()])
+    widened = linear.with_tensors([None if tensor is None else tensor.to(wide) for tensor in rounded.tensors()])
     with reference.without_autocast(x):
-        y = reference.packed_lora_linear(
-            x.to(wide), weight.to(x.dtype).to(wide), bias, As, Bs, rows, dropout_masks=masks
-        )
-    return y.to(x.dtype)
+        return reference.packed_lora_linear(x.to(wide), widened, dropout_masks=masks).to(x.dtype)
 
 
 class DifferentiableBackend(TorchBackend):
@@ -60,14 +56,13 @@ class DifferentiableBackend(TorchBackend):
         source: Source,  # gives x [M, K]
         h: Tensor,  # not read
         linear: AdaptedLinear,  # weight [N, K]
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
+        needs: Needs,
+    ) -> ProductGrads:
         """`g = dY B̃`, `dX = dY W + m ∘ (g Ã)`, `dÃ = g^T (m ∘ x)`, `dB̃ = dY^T h` with `h = (m ∘ x) Ã^T`."""
-        needs_x, needs_A, needs_B = needs
         x = input_of(source)
         wide = torch.promote_types(x.dtype, torch.float32)
         wide_x, dY = x.to(wide), dY.to(wide)
-        dX = dY @ linear.weight.to(x.dtype).to(wide) if needs_x else None
+        dX = dY @ linear.weight.to(x.dtype).to(wide) if needs.x else None
         adapters = len(linear.As)
         dAs: list[Tensor | None] = [None] * adapters
         dBs: list[Tensor | None] = [None] * adapters
@@ -79,11 +74,11 @@ class DifferentiableBackend(TorchBackend):
             g = own_dY @ B.to(wide)  # [M, r]
             if dX is not None:
                 dX = dX + m * (g @ A.to(wide))
-            if needs_A:
+            if needs.A:
                 dAs[i] = (g.mT @ dropped).to(A.dtype)
-            if needs_B:
+            if needs.B:
                 dBs[i] = (own_dY.mT @ (dropped @ A.to(wide).mT)).to(B.dtype)
-        return None if dX is None else dX.to(x.dtype), dAs, dBs
+        return ProductGrads(None if dX is None else dX.to(x.dtype), dAs, dBs)
 
     def activation_bwd(
         self,

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
 from complora_kernels.backends import build, plans
 from complora_kernels.backends.support import split_like, unsupported_heights, unsupported_ranks, unsupported_tensors
 from complora_kernels.backends.torch import (
-    FactorGrads,
     Source,
     TorchBackend,
     input_grad,
@@ -82,23 +81,22 @@ class ExtensionBackend(TorchBackend):
         source: Source,  # gives x [M, K]
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
-        needs_x, needs_A, needs_B = needs
+        needs: Needs,
+    ) -> ProductGrads:
         As, Bs, rows, seeds = linear.As, linear.Bs, linear.rows, linear.seeds
-        x = input_of(source, shape_only=not needs_A)
+        x = input_of(source, shape_only=not needs.A)
         plan = plans.choose_for(x, linear, "torch").name
-        g = _g(dY, linear) if needs_A or (needs_x and plan != "merge") else dY.new_empty(0, h.shape[1])
-        dX = self._input_grad(dY, g, linear, plan, x.dtype) if needs_x else None
-        dAs: Sequence[Tensor | None] = [None] * len(As)
-        dBs: Sequence[Tensor | None] = [None] * len(Bs)
-        if needs_A or needs_B:
+        g = _g(dY, linear) if needs.A or (needs.x and plan != "merge") else dY.new_empty(0, h.shape[1])
+        dX = self._input_grad(dY, g, linear, plan, x.dtype) if needs.x else None
+        dAs: Any = [None] * len(As)
+        dBs: Any = [None] * len(Bs)
+        if needs.A or needs.B:
             starts, height, seed = [start for start, _ in rows], len(Bs[0]), seeds[0] if seeds else None
             dA, dB = torch.ops.complora.packed_lora_linear_factor_grads(
-                dY, x, h, g, starts, height, linear.dropout_p, seed, [needs_A, needs_B]
+                dY, x, h, g, starts, height, linear.dropout_p, seed, [needs.A, needs.B]
             )
-            dAs, dBs = dA.unbind() if needs_A else dAs, dB.unbind() if needs_B else dBs
-        return dX, dAs, dBs
+            dAs, dBs = dA if needs.A else dAs, dB if needs.B else dBs
+        return ProductGrads(dX, dAs, dBs)
 
     def _input_grad(
         self,

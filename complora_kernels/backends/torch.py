@@ -13,23 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
 from complora_kernels.backends import plans
 from complora_kernels.common.shapes import flatten, unflatten
 from complora_kernels.common.tracing import is_checkpointed_selectively
 from complora_kernels.dropout import drop, dropout_mask
+from complora_kernels.reference import Norm
 
 QUICK_GELU = 1.702  # quick_gelu(z) = z · sigmoid(1.702 z), the GELU of OpenAI's CLIP models
-
-FactorGrads = Sequence[Tensor | None]
-
-
-class Norm(NamedTuple):
-    """A frozen LayerNorm over the last dimension."""
-
-    weight: Tensor  # [K]
-    bias: Tensor | None  # [K]
-    eps: float
 
 
 class Normed(NamedTuple):
@@ -167,40 +158,39 @@ class TorchBackend:
         source: Source,  # gives x [M, K]
         h: Tensor,  # [M, R]
         linear: AdaptedLinear,  # weight [N, K]
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
-        needs_x, needs_A, needs_B = needs
+        needs: Needs,
+    ) -> ProductGrads:
         As, Bs, rows, seeds = linear.As, linear.Bs, linear.rows, linear.seeds
-        x = input_of(source, shape_only=not needs_A)
+        x = input_of(source, shape_only=not needs.A)
         dAs: list[Tensor | None] = [None] * len(As)
         dBs: list[Tensor | None] = [None] * len(Bs)
         dX = None
-        if needs_B:
+        if needs.B:
             # each [rows, r], as (h^T dY)^T rather than dY^T h: the long dimension of dY stays the contiguous one
             dBs = [(h_i.mT @ dY[:, start:stop]).mT for h_i, (start, stop) in zip(_split(h, As), rows, strict=True)]
         plan = plans.choose_for(x, linear, "torch").name
-        if not (needs_A or needs_x):
-            return None, dAs, dBs
-        if plan == "merge" and not needs_A:
-            return input_grad(dY, x.new_empty(0), linear, plan, x.dtype), dAs, dBs
+        if not (needs.A or needs.x):
+            return ProductGrads(None, dAs, dBs)
+        if plan == "merge" and not needs.A:
+            return ProductGrads(input_grad(dY, x.new_empty(0), linear, plan, x.dtype), dAs, dBs)
         gs = [dY[:, start:stop] @ B for B, (start, stop) in zip(Bs, rows, strict=True)]  # each [M, r]
         if seeds:
             wide = sum_dtype(plan, x.dtype)
-            dX = dY.to(wide) @ linear.weight.to(x.dtype).to(wide) if needs_x else None
+            dX = dY.to(wide) @ linear.weight.to(x.dtype).to(wide) if needs.x else None
             for i, (A, g, seed) in enumerate(zip(As, gs, seeds, strict=True)):
                 mask = dropout_mask(dY, x.shape, seed, linear.dropout_p)  # [M, K], drawn once for both gradients
-                if needs_A:
+                if needs.A:
                     dAs[i] = g.mT @ drop(x, mask, linear.dropout_p)
                 if dX is not None:
                     dX += drop(g.to(wide) @ A.to(wide), mask, linear.dropout_p)
             dX = None if dX is None else dX.to(x.dtype)
         else:
             g = torch.cat(gs, 1) if len(gs) > 1 else gs[0]  # [M, R]
-            if needs_A:
+            if needs.A:
                 dAs = list((g.mT @ x).split_with_sizes([A.shape[0] for A in As]))
-            if needs_x:
+            if needs.x:
                 dX = input_grad(dY, g, linear, plan, x.dtype)
-        return dX, dAs, dBs
+        return ProductGrads(dX, dAs, dBs)
 
     def norm_fwd(
         self,

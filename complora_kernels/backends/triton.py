@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
 from complora_kernels.backends import hardware, plans
 from complora_kernels.backends.support import split_like, unsupported_ranks, unsupported_tensors
 from complora_kernels.backends.torch import (
     Activated,
-    FactorGrads,
     Norm,
     Normed,
     Source,
     add_residual,
     block_diagonal,
+    input_grad,
     input_of,
 )
 from complora_kernels.common.shapes import check_device, flatten, unflatten
 from complora_kernels.common.tracing import is_dispatched, is_plain
-from complora_kernels.kernels.rows import MAX_GROUPS, MAX_NORM_WIDTH, RowGroups, row_groups
+from complora_kernels.kernels.rows import MAX_NORM_WIDTH, groups_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,9 +97,10 @@ class TritonBackend:
             return reason
         if (reason := unsupported_ranks(linear)) is not None:
             return reason
-        if row_groups(linear.rows, len(linear.weight)) is None:
-            rows = list(linear.rows)
-            return f"rows={rows} are not distinct ones of at most {MAX_GROUPS} equal groups of the weight's rows"
+        try:
+            groups_of(linear)
+        except ValueError as error:
+            return str(error)
         return None
 
     def unsupported_norm(self, x: Tensor, *others: Tensor | None) -> str | None:
@@ -154,8 +155,18 @@ class TritonBackend:
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
         if h is None and residual is None and _is_registered(x, *linear.tensors()):
-            others = (_starts(linear), linear.dropout_p, _seed(linear), linear.save_h, linear.precision)
-            return torch.ops.complora_triton.packed_lora_linear_fwd(x, *linear[:4], *others)
+            return torch.ops.complora_triton.packed_lora_linear_fwd(
+                x,
+                linear.weight,
+                linear.bias,
+                linear.As,
+                linear.Bs,
+                _starts(linear),
+                linear.dropout_p,
+                linear.seed,
+                linear.save_h,
+                linear.precision,
+            )
         return _linear_fwd(x, linear, h, residual)
 
     def packed_lora_linear_bwd(
@@ -164,18 +175,19 @@ class TritonBackend:
         source: Source,  # gives x [M, K]
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, FactorGrads, FactorGrads]:
+        needs: Needs,
+    ) -> ProductGrads:
         if isinstance(source, Tensor) and _is_registered(dY, source, h, *linear.tensors()):
-            factors = (linear.As, linear.Bs, _starts(linear), linear.dropout_p, _seed(linear))
+            factors = (linear.As, linear.Bs, _starts(linear), linear.dropout_p, linear.seed)
             dX, dA, dB = torch.ops.complora_triton.packed_lora_linear_bwd(
                 dY, source, h, linear.weight, *factors, needs, linear.precision
             )
         else:
             dX, dA, dB = _linear_bwd(dY, source, h, linear, needs)
-        needs_x, needs_A, needs_B = needs
         nothing: list[Tensor | None] = [None] * len(linear.rows)
-        return dX if needs_x else None, dA.unbind() if needs_A else nothing, dB.unbind() if needs_B else nothing
+        return ProductGrads(
+            dX if needs.x else None, dA.unbind() if needs.A else nothing, dB.unbind() if needs.B else nothing
+        )
 
     def norm_fwd(
         self,
@@ -185,13 +197,12 @@ class TritonBackend:
         dtype: torch.dtype,
         reader: AdaptedLinear,
     ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
-        k = kernels()
-        seed, A = _seed(reader), k.launch.stacked(reader.As) if reader.As else None  # [P, r, K]
-        inside = A if dtype.itemsize == 2 else None  # float32 rows and Ã do not fit beside each other
-        stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside, reader.dropout_p, seed)
-        if A is not None and inside is None:
-            h = k.linear.packed_lora_linear_h(normed, A, reader.dropout_p, seed)
-        return stream, Normed(stream, mean, rstd, norm, dtype), normed, h if reader.As else None
+        k, adapted = kernels(), len(reader.rows) > 0
+        inside = reader if adapted and dtype.itemsize == 2 else None  # float32 rows and Ã do not fit beside each other
+        stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside)
+        if adapted and inside is None:
+            h = k.linear.packed_lora_linear_h(normed, reader)
+        return stream, Normed(stream, mean, rstd, norm, dtype), normed, h if adapted else None
 
     def norm_bwd(
         self,
@@ -207,13 +218,12 @@ class TritonBackend:
         activation: str,
         reader: AdaptedLinear,
     ) -> tuple[Tensor, Tensor | None]:
-        k = kernels()
-        seed, A = _seed(reader), k.launch.stacked(reader.As) if reader.As else None  # [P, r, K]
-        inside = None if A is None or (reader.seeds and len(A) > 1) else A.flatten(0, 1)  # the kernel draws one mask
-        a, h = k.activation.activation_fwd(z, activation, inside, reader.dropout_p, seed)
-        if A is not None and inside is None:
-            h = k.linear.packed_lora_linear_h(a, A, reader.dropout_p, seed)
-        return a, h if reader.As else None
+        k, adapters = kernels(), len(reader.rows)
+        inside = reader if adapters == 1 or (adapters and not reader.seeds) else None  # the kernel draws one mask
+        a, h = k.activation.activation_fwd(z, activation, inside)
+        if adapters and inside is None:
+            h = k.linear.packed_lora_linear_h(a, reader)
+        return a, h if adapters else None
 
     def activation_bwd(
         self,
@@ -230,35 +240,32 @@ def _linear_fwd(
     h: Any,  # [M, P r], or None
     residual: Tensor | None,  # [M, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
-    k, weight, save_h = kernels(), linear.weight, linear.save_h
-    A, B = k.launch.stacked(linear.As), k.launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
-    groups, seed, p = _groups(linear), _seed(linear), linear.dropout_p
-    bias = None if linear.bias is None else linear.bias.to(x.dtype).contiguous()
+    k, linear, save_h = kernels(), _stacked(linear), linear.save_h
     plan = _plan(x, linear)
     if plan.name == "fused":
         if h is None and plan.h != "inside":
-            h = k.linear.packed_lora_linear_h(x, A, p, seed)
-        product = (x, weight.to(x.dtype), bias, A, B, h, groups, p, seed)
-        y, h = k.linear.packed_lora_linear_fwd(*product, residual=residual, store_h=save_h, tiles=plan.tiles)
+            h = k.linear.packed_lora_linear_h(x, linear)
+        y, h = k.linear.packed_lora_linear_fwd(x, linear, h, residual=residual, tiles=plan.tiles)
         return y, h if save_h else x.new_empty(0, h.shape[1])
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
     if plan.name == "merge":
-        y = F.linear(x, k.factors.merge_weight(weight, A, B, groups, x.dtype), bias)  # x (W + ΔW)^T + b
-        h = k.linear.packed_lora_linear_h(x, A, p, seed) if h is None and save_h else h
+        y = F.linear(x, k.factors.merge_weight(linear, x.dtype), bias)  # x (W + ΔW)^T + b
+        h = k.linear.packed_lora_linear_h(x, linear) if h is None and save_h else h
     elif plan.name == "concat":
         if h is None:
-            xh = k.linear.packed_lora_linear_h(x, A, p, seed, beside_x=True)  # [M, K + R]
+            xh = k.linear.packed_lora_linear_h(x, linear, beside_x=True)  # [M, K + R]
             h = xh[:, x.shape[1] :]
         else:
             xh = _beside(x, h)
-        wide = _beside(weight.to(x.dtype), block_diagonal(linear))  # [N, K + R]
+        wide = _beside(linear.weight.to(x.dtype), block_diagonal(linear))  # [N, K + R]
         y = F.linear(xh, wide, bias)  # [x | h] [W | B̃]^T + b
     else:
-        h = k.linear.packed_lora_linear_h(x, A, p, seed) if h is None else h
-        y = F.linear(x, weight.to(x.dtype), bias)
-        for h_p, B_p, (start, stop) in zip(h.split(A.shape[1], 1), linear.Bs, linear.rows, strict=True):
+        h = k.linear.packed_lora_linear_h(x, linear) if h is None else h
+        y = F.linear(x, linear.weight.to(x.dtype), bias)
+        for h_p, B_p, (start, stop) in zip(h.chunk(len(linear.rows), 1), linear.Bs, linear.rows, strict=True):
             y[:, start:stop].addmm_(h_p, B_p.mT)
     y = add_residual(y, residual)
-    return y, h.contiguous() if h is not None and save_h else x.new_empty(0, A.shape[0] * A.shape[1])
+    return y, h.contiguous() if h is not None and save_h else x.new_empty(0, linear.rank)
 
 
 def _linear_bwd(
@@ -266,29 +273,25 @@ def _linear_bwd(
     source: Source,  # gives x [M, K]
     h: Tensor,  # [M, P r]
     linear: AdaptedLinear,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dX [M, K], dÃ [P, r, K], dB̃ [P, D, r]; of no elements where they are not needed
-    k, weight, p, seed = kernels(), linear.weight, linear.dropout_p, _seed(linear)
-    needs_x, needs_A, needs_B = needs
+    k, linear, dropping = kernels(), _stacked(linear), linear.dropout_p > 0
     x = input_of(source, shape_only=True)
-    A, B = k.launch.stacked(linear.As), k.launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
-    h, groups, plan = h.contiguous(), _groups(linear), _plan(x, linear)
-    product = weight.to(x.dtype) if needs_x and plan.name != "merge" else weight
+    h, plan = h.contiguous(), _plan(x, linear)
     dX, dA = x.new_empty(0), x.new_empty(0)
-    if needs_x and plan.name == "fused" and plan.h == "inside":
-        dX, g = k.linear.packed_lora_linear_dx(dY, product, A, B, None, groups, p, seed, tiles=plan.tiles)
-        _, dB = k.reductions.packed_lora_linear_db(dY, h, B, groups, compute_g=False, compute_dB=needs_B)
+    if needs.x and plan.name == "fused" and plan.h == "inside":
+        dX, g = k.linear.packed_lora_linear_dx(dY, linear, None, tiles=plan.tiles)
+        _, dB = k.reductions.packed_lora_linear_db(dY, h, linear, compute_g=False, compute_dB=needs.B)
     else:
-        g, dB = k.reductions.packed_lora_linear_db(dY, h, B, groups, compute_g=needs_x or needs_A, compute_dB=needs_B)
-        if needs_x and plan.name == "merge":
-            dX = dY @ k.factors.merge_weight(weight, A, B, groups, x.dtype)  # dY (W + ΔW)
-        elif needs_x and plan.name == "concat" and p == 0:
-            dX = torch.cat([dY, g], 1) @ torch.cat([product, *linear.As])  # [dY | g] [W ; Ã]
-        elif needs_x and plan.name == "addmm" and p == 0:
-            dX = torch.addmm(dY @ product, g, torch.cat(list(linear.As)))  # dY W, then + g Ã
-        elif needs_x:  # a dropout mask stands between g Ã and the sum, whatever the plan
-            dX, _ = k.linear.packed_lora_linear_dx(dY, product, A, B, g, groups, p, seed, tiles=plan.tiles)
-    if needs_A:
+        compute_g = needs.x or needs.A
+        g, dB = k.reductions.packed_lora_linear_db(dY, h, linear, compute_g=compute_g, compute_dB=needs.B)
+        if needs.x and plan.name == "merge":
+            dX = dY @ k.factors.merge_weight(linear, x.dtype)  # dY (W + ΔW)
+        elif needs.x and plan.name in ("concat", "addmm") and not dropping:
+            dX = input_grad(dY, g, linear, plan.name, x.dtype)
+        elif needs.x:  # a dropout mask stands between g Ã and the sum, whatever the plan
+            dX, _ = k.linear.packed_lora_linear_dx(dY, linear, g, tiles=plan.tiles)
+    if needs.A:
         dA = _factor_grad(source, g, linear)
     return dX, dA, dB
 
@@ -301,7 +304,7 @@ def _factor_grad(source: Source, g: Tensor, linear: AdaptedLinear) -> Tensor:  #
     elif isinstance(source, Activated):
         given["activation"] = source.activation
     x = source if isinstance(source, Tensor) else source.input
-    return kernels().reductions.packed_lora_linear_da(x, g, len(linear.As), linear.dropout_p, _seed(linear), **given)
+    return kernels().reductions.packed_lora_linear_da(x, g, linear, **given)
 
 
 def _plan(x: Tensor, linear: AdaptedLinear) -> plans.Plan:
@@ -311,22 +314,15 @@ def _plan(x: Tensor, linear: AdaptedLinear) -> plans.Plan:
     return plan
 
 
-def _groups(linear: AdaptedLinear) -> RowGroups:
-    groups = row_groups(linear.rows, len(linear.weight))
-    if groups is None:
-        raise ValueError(
-            f"starts={_starts(linear)} with Bs {_shapes(linear.Bs)}, expected distinct ones of equal groups of "
-            f"{len(linear.weight)} rows"
-        )
-    return groups
+def _stacked(linear: AdaptedLinear) -> AdaptedLinear:
+    """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches."""
+    As: Any = kernels().launch.stacked(linear.As)
+    Bs: Any = kernels().launch.stacked(linear.Bs)
+    return linear._replace(As=As, Bs=Bs)
 
 
 def _starts(linear: AdaptedLinear) -> list[int]:
     return [start for start, _ in linear.rows]
-
-
-def _seed(linear: AdaptedLinear) -> Tensor | None:
-    return linear.seeds[0] if linear.seeds else None
 
 
 def _beside(left: Tensor, right: Tensor) -> Tensor:
@@ -357,8 +353,8 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _check_linear(x: Tensor, linear: AdaptedLinear) -> None:
-    weight, bias, As, Bs, rows, p = linear[:6]
-    seed = _seed(linear)
+    weight, bias, As, Bs = linear.weight, linear.bias, linear.As, linear.Bs
+    rows, p, seed = linear.rows, linear.dropout_p, linear.seed
     if not 1 <= len(As) == len(Bs) == len(rows):
         raise ValueError(
             f"As, Bs, starts have lengths {len(As)}, {len(Bs)}, {len(rows)}, expected equal ones of at least 1"
@@ -440,7 +436,7 @@ def _packed_lora_linear_bwd(
         raise ValueError(
             f"dY {list(dY.shape)}, h {list(h.shape)}, needs={list(needs)}, expected [M, N], [M, P r] and three"
         )
-    return _linear_bwd(dY, x, h, linear, needs)
+    return _linear_bwd(dY, x, h, linear, Needs(*needs))
 
 
 def _fold_factors(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from complora_kernels.common.sharded import is_sharded, local, sharded_like
+
 Table = TypeVar("Table", bound="dict[Any, Any] | set[Any]")
 
 
@@ -49,9 +51,9 @@ class Changes:
         self.draft(module._non_persistent_buffers_set).update(stand_in._non_persistent_buffers_set)
 
     def remove_buffer(self, module: nn.Module, name: str) -> None:
-        """Removes a buffer that `set_buffer` set."""
+        """Removes a buffer, such as `set_buffer` sets."""
         del self.draft(module._buffers)[name]
-        self.draft(module._non_persistent_buffers_set).remove(name)
+        self.draft(module._non_persistent_buffers_set).discard(name)
 
     def add_hook(self, module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> None:
         """Adds to `module` the hook that `register(module)` would."""
@@ -64,15 +66,22 @@ class Changes:
                 self.draft(vars(module)[name]).update(table)
 
     def exchange(self, parameter: Tensor, values: Tensor) -> None:
-        """Gives a parameter other memory, of the same shape, dtype and device; what it had stays as it is."""
-        self.set_attribute(parameter, "data", values)
-        # A backward pass that saved the parameter would find other values: torch then raises an error.
-        self._do.append(partial(torch._C._increment_version, [parameter]))
+        """Gives a parameter other memory, of the same shape, dtype and device; what it had stays as it is.
+
+        A sharded parameter, whose memory `fully_shard` knows by its address, is written to.
+        """
+        if is_sharded(parameter):
+            self.copy([parameter], [values])
+        else:
+            self.set_attribute(parameter, "data", values)
+            # A backward pass that saved the parameter would find other values: torch then raises an error.
+            self._do.append(partial(torch._C._increment_version, [parameter]))
 
     def copy(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Writes into the memory of the tensors, by whose address a CUDA graph or an optimizer may know them."""
-        own = [tensor.detach() for tensor in tensors]
-        given = [value.detach().to(tensor) for tensor, value in zip(own, values, strict=True)]
+        own = [local(tensor) for tensor in tensors]
+        parts = [local(sharded_like(value.detach(), tensor)) for tensor, value in zip(tensors, values, strict=True)]
+        given = [part.to(tensor) for tensor, part in zip(own, parts, strict=True)]
         copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
         self._do.append(partial(copy, own, given))
         self._undo.append(partial(copy, own, [tensor.clone() for tensor in own]))

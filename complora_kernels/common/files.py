@@ -112,16 +112,17 @@ def open_to_append(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "r+b")
 
 
-def write_new(path: Path, content: bytes) -> None:
+def write_new(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Writes a new file and forces it to the disk. Raises FileExistsError where a file or a link exists already."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666), "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a temporary file beside `path`, forces it to the disk, and moves it into place.
+def write_atomically(path: Path, content: bytes | str, *, sync: bool = True) -> None:
+    """Writes a temporary file beside `path`, forces it to the disk unless `sync` is False, and moves it into place.
 
     Raises:
         OSError: the file cannot be written; what was there before is still there.
@@ -130,7 +131,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     with writing(path):
         try:
-            write_new(temporary, data)
+            write_new(temporary, data, sync=sync)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import contextlib
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -12,12 +15,28 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
-from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_current_level
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+Function = TypeVar("Function", bound=FunctionType)
 
 CHECKPOINT = "torch.utils.checkpoint"
 _VMAP_MODE = _dispatch_key_parse("VmapMode")
+
+
+def runs_while_compiled(function: Function) -> Function:
+    """Lets torch.compile call `function` while it traces, and take the result for a constant.
+
+    It does not compile it on its own either, where code that it left to Python calls it.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 def is_followed() -> bool:
@@ -48,6 +67,11 @@ def is_dispatched(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0 or not is_plain(x)
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether `tensor` has a shape and no values: one on the meta device, or of torch's FakeTensorMode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is of torch's own class, and of no subclass that may see operations or have no memory."""
     return type(tensor) in (Tensor, nn.Parameter)
@@ -64,8 +88,7 @@ class Unscriptable(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
             f"torch.jit.script cannot compile an adapted model ({type(self).__name__}), merged or not: use "
-            "torch.jit.trace or torch.export, or script a plain model that has loaded the merged one's state dict "
-            "(strict=False)"
+            "torch.jit.trace or torch.export, or script what merge_and_unload makes of it"
         )
 
 
@@ -78,16 +101,37 @@ def check_followed(x: Tensor) -> None:
         )
 
 
+@contextlib.contextmanager
+def computed_at_once(device: torch.device) -> Iterator[None]:
+    """Within it operations on tensors with values compute theirs, without gradients, whoever follows what is around."""
+    jit: Any = torch._C
+    state = jit._get_tracing_state()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_disable_current_modes())
+            stack.enter_context(temporarily_clear_interpreter_stack())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            jit._set_tracing_state(None)
+            yield
+    finally:
+        jit._set_tracing_state(state)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that torch.func's transforms have wrapped, or `tensor` itself."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether the values of `tensor` can be read now; fakes, tracers and torch.func's wrapped tensors have none."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
     return plain and not tensor.is_meta and _get_tracing_state() is None
 
 
-# torch.compile calls them while it traces and takes the results for constants: it guards the transforms itself. It does
-# not compile them on their own either, where code that it left to Python calls them.
+# torch.compile takes their results for constants: it guards the transforms itself.
 for _asked in (is_followed, is_exported, is_checkpointed_selectively):
-    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    _frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
-    _skip = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
-    _frames.set_code_exec_strategy(_asked.__code__, _skip)
+    runs_while_compiled(_asked)

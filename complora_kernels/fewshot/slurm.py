@@ -17,7 +17,7 @@ from complora_kernels.fewshot.jobs import Job, run_alone
 from complora_kernels.fewshot.outcomes import results_of
 
 _SUBMITTED = "_submitted.pkl"  # the end of the names of submitit's files of tasks
-_MOST_TASKS = 1000  # Slurm's default limit on the tasks of an array
+MAX_ARRAY_TASKS = 1000  # Slurm's default limit on the tasks of an array
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -76,8 +76,8 @@ def run_on_slurm(
     submitted = {name: task for name, task in under_way.items() if name in remaining}
     fresh = [job for name, job in remaining.items() if name not in submitted]
     console.print(f"{len(submitted)} runs were under way, {len(fresh)} are submitted", highlight=False)
-    for first in range(0, len(fresh), _MOST_TASKS):
-        part = fresh[first : first + _MOST_TASKS]
+    for first in range(0, len(fresh), MAX_ARRAY_TASKS):
+        part = fresh[first : first + MAX_ARRAY_TASKS]
         tasks = executor.map_array(ClusterRun(), part)
         submitted |= {job.run.name: task for job, task in zip(part, tasks, strict=True)}
     while submitted:

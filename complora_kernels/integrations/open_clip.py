@@ -210,15 +210,9 @@ def text_tower(model: nn.Module) -> TextTower | None:
     """The text tower of a model that reads a text's feature where the text ends, under a mask over its context.
 
     None where it is read elsewhere or every position is handed on (`pool_type`, CoCa's class token, `output_tokens`),
-    and for classes that are not open_clip's own, where either may be. OpenAI's transformer, whose blocks keep the mask,
-    is called without one, and therefore not truncated.
+    and for classes that are not open_clip's own, where either may be, OpenAI's among them: their blocks keep the mask.
     """
     is_clip = is_of(own_class(model), PACKAGES, ("CLIP", "CustomTextCLIP"))
-    if is_clip and _is_openai(model):
-        transformer: Any = model.get_submodule("transformer")
-        mask = getattr(transformer.resblocks[0], "attn_mask", None)
-        last = _last_block(transformer, model.get_submodule("ln_final"))
-        return TextTower(transformer, mask, None, last) if isinstance(mask, Tensor) else None
     if is_clip and hasattr(model, "text_pool_type"):
         holder, pool_type, eos_id = model, model.text_pool_type, getattr(model, "text_eos_id", None)
     else:
@@ -246,16 +240,13 @@ def last_image_block(visual: nn.Module) -> LastBlock | None:
     methods = {"_embeds", "_pool", "_global_pool"} & vars(visual).keys()
     if methods or not is_of(own_class(visual), PACKAGES, ("VisionTransformer",)):
         return None
-    pool_type = getattr(visual, "pool_type", "tok" if _is_openai(visual) else None)
+    is_openai = own_class(visual).__module__.partition(".")[0] == "clip"
+    pool_type = getattr(visual, "pool_type", "tok" if is_openai else None)
     if pool_type != "tok" or getattr(visual, "attn_pool", None) is not None:
         return None
     if getattr(visual, "output_tokens", False):
         return None
     return _last_block(getattr(visual, "transformer", None), getattr(visual, "ln_post", None))
-
-
-def _is_openai(module: nn.Module) -> bool:
-    return own_class(module).__module__.partition(".")[0] == "clip"
 
 
 def _last_block(transformer: Any, norm: Any) -> LastBlock | None:

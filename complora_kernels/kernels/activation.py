@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
@@ -120,14 +121,14 @@ def activation_bwd_kernel(
 def activation_fwd(
     z: Tensor,  # [M, K]
     activation: str,
-    A: Tensor | None,  # [r, K], contiguous, of one adapter, or of all without dropout; None: h is not computed
-    dropout_p: float,
-    seed: Tensor | None,  # [1]
-) -> tuple[Tensor, Tensor]:  # a [M, K], h [M, r]
+    reader: AdaptedLinear | None,  # the product that reads a, of one adapter or without dropout; None: no h
+) -> tuple[Tensor, Tensor]:  # a [M, K], h [M, P r]
     """`a = act(z)` and `h = drop(a) Ã^T` in one pass over z."""
     z = launch.contiguous_rows(z)
+    A = None if reader is None else launch.stacked(reader.As).flatten(0, 1)  # [P r, K]
+    seed = None if reader is None else reader.seed
     (M, K), R = z.shape, 1 if A is None else len(A)
-    dropout = dropout_lanes(0.0 if A is None else dropout_p)
+    dropout = dropout_lanes(0.0 if reader is None else reader.dropout_p)
     a = launch.empty((M, K), z.dtype, z.device)
     h = launch.empty((0 if A is None else M, R), z.dtype, z.device)
     block_m, block_k = (32, 32) if launch.INTERPRETED or z.dtype == torch.float32 else (32, 64)

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.kept import keep
-from complora_kernels.kernels.rows import RowGroups
+from complora_kernels.kernels.rows import groups_of
 
 
 class Job(NamedTuple):
@@ -224,14 +225,12 @@ def fold_factors(
 
 
 def merge_weight(
-    weight: Tensor,  # [N, K]
-    A: Tensor,  # [P, r, K], contiguous
-    B: Tensor,  # [P, D, r], contiguous
-    groups: RowGroups,
+    linear: AdaptedLinear,  # weight [N, K]
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K]
     """`round(W + B̃_p Ã_p)` in the rows of adapter p: from a float32 W the one rounding that the plain product needs."""
-    (N, K), (P, R, _) = weight.shape, A.shape
+    weight, A, B = linear.weight, launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
+    (N, K), (P, R, _), groups = weight.shape, A.shape, groups_of(linear)
     merged = launch.empty((N, K), dtype, weight.device)
     block_n, block_k = (32, 32) if launch.INTERPRETED else (64, 64)
     grid = (N // groups.size * triton.cdiv(groups.size, block_n), triton.cdiv(K, block_k))

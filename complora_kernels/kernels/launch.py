@@ -37,8 +37,10 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as one contiguous tensor; without a copy where they lie one after the other."""
+def stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
+    """Tensors of one shape as one contiguous tensor; without a copy where they lie one after the other, or are one."""
+    if isinstance(tensors, Tensor):
+        return tensors
     first = tensors[0]
     if len(tensors) == 1:
         return first.contiguous().unsqueeze(0)

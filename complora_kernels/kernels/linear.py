@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.dropout import Dropout, dropout_lanes, keep_mask
-from complora_kernels.kernels.rows import RowGroups
+from complora_kernels.kernels.rows import RowGroups, groups_of
 
 MAX_INSIDE_R = 64  # ranks that h and g have inside the kernel of a large product
 MAX_BLOCK_R = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}  # float32 has no tensor cores: fewer registers
@@ -367,15 +368,14 @@ def packed_lora_linear_dx_kernel(
 
 def packed_lora_linear_h(
     x: Tensor,  # [M, K]
-    A: Tensor,  # [P, r, K], contiguous
-    dropout_p: float,
-    seed: Tensor | None,  # [1]
+    linear: AdaptedLinear,  # its As and dropout are read
     *,
     beside_x: bool = False,
 ) -> Tensor:  # [M, P r], or [M, K + P r] = [x | h] beside x
     """`h_p = drop_p(x) Ã_p^T` in one pass over x, which it can copy beside h on the way."""
+    A, seed = launch.stacked(linear.As), linear.seed  # [P, r, K]
     (M, K), (P, R, _) = x.shape, A.shape
-    dropout = dropout_lanes(dropout_p)
+    dropout = dropout_lanes(linear.dropout_p)
     if not dropout.bits:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     width = K + P * R if beside_x else P * R
@@ -417,25 +417,21 @@ def packed_lora_linear_h(
 
 def packed_lora_linear_fwd(
     x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    bias: Tensor | None,  # [N]
-    A: Tensor,  # [P, r, K], contiguous
-    B: Tensor,  # [P, D, r], contiguous
+    linear: AdaptedLinear,  # weight [N, K]
     h: Tensor | None,  # [M, P r]; None: computed inside, where `fits_inside`
-    groups: RowGroups,
-    dropout_p: float,
-    seed: Tensor | None,  # [1]
     *,
     residual: Tensor | None = None,  # [M, N]
-    store_h: bool = True,
     tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r], or [0, P r] when it is neither given nor stored
     """`y = x W^T + b + h_p B̃_p^T` in the rows of adapter p, plus a residual, in the wider dtype of both."""
+    weight, store_h, seed, groups = linear.weight.to(x.dtype), linear.save_h, linear.seed, groups_of(linear)
+    bias = None if linear.bias is None else linear.bias.to(x.dtype).contiguous()
+    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
     (M, K), N, (P, R, _) = x.shape, weight.shape[0], A.shape
     compute_h = h is None
     if compute_h and R > MAX_INSIDE_R:
         raise ValueError(f"h=None with rank {R}, expected h above rank {MAX_INSIDE_R}")
-    dropout = dropout_lanes(dropout_p) if compute_h else Dropout(0, 0, 1.0)
+    dropout = dropout_lanes(linear.dropout_p) if compute_h else Dropout(0, 0, 1.0)
     cut = _tiles_for((x, weight), tiles, crowded=dropout.bits > 0 or residual is not None)
     residual = None if residual is None else launch.contiguous_rows(residual)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -486,19 +482,16 @@ def packed_lora_linear_fwd(
 
 def packed_lora_linear_dx(
     dY: Tensor,  # [M, N]
-    weight: Tensor,  # [N, K]
-    A: Tensor,  # [P, r, K], contiguous
-    B: Tensor,  # [P, D, r], contiguous
+    linear: AdaptedLinear,  # weight [N, K]
     g: Tensor | None,  # [M, P r]; None: computed inside, where `fits_inside`
-    groups: RowGroups,
-    dropout_p: float,
-    seed: Tensor | None,  # [1]
     *,
     tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # dX [M, K], g [M, P r]
     """`dX = dY W + Σ_p m_p ∘ (g_p Ã_p)`."""
+    weight, seed, groups = linear.weight.to(dY.dtype), linear.seed, groups_of(linear)
+    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
     (M, N), K, (P, R, _) = dY.shape, weight.shape[1], A.shape
-    dropout = dropout_lanes(dropout_p)
+    dropout = dropout_lanes(linear.dropout_p)
     compute_g = g is None
     if compute_g and R > MAX_INSIDE_R:
         raise ValueError(f"g=None with rank {R}, expected g above rank {MAX_INSIDE_R}")

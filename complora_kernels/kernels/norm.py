@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
@@ -162,17 +163,16 @@ def norm_fwd(
     bias: Tensor | None,  # [K]
     eps: float,
     dtype: torch.dtype,
-    A: Tensor | None,  # [P, r, K], contiguous, of that dtype; None: h is not computed
-    dropout_p: float,
-    seed: Tensor | None,  # [1]
+    reader: AdaptedLinear | None,  # the product that reads n, of that dtype; None: h is not computed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # s, n [M, K], mean, rstd [M], h [M, P r]
     """`s = x + delta`, `n = LN(s)` in `dtype`, and `h_p = drop_p(n) Ã_p^T` of half-precision n. K <= 2048."""
     (M, K), device = x.shape, x.device
     if K > MAX_NORM_WIDTH:
         raise ValueError(f"x {tuple(x.shape)}, expected rows of at most {MAX_NORM_WIDTH}")
     x, delta = launch.contiguous_rows(x), None if delta is None else launch.contiguous_rows(delta)
+    A, seed = (None, None) if reader is None else (launch.stacked(reader.As), reader.seed)  # [P, r, K]
     P, R = (0, 1) if A is None else A.shape[:2]
-    dropout = dropout_lanes(dropout_p if A is not None else 0.0)
+    dropout = dropout_lanes(0.0 if reader is None else reader.dropout_p)
     if A is not None and not dropout.bits:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     wide = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)

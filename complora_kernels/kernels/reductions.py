@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.activation import KINDS, activate
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
-from complora_kernels.kernels.rows import RowGroups
+from complora_kernels.kernels.rows import groups_of
 
 PROGRAMS = 264  # the splits aim for so many: two for each multiprocessor of an H100 or H200
 ROWS_PER_SPLIT = 256  # at least: below, storing and adding partial sums would cost more than it brings
@@ -209,13 +210,13 @@ def sum_partials(
 def packed_lora_linear_db(
     dY: Tensor,  # [M, N]
     h: Tensor,  # [M, P r]; not read unless dB̃ is computed
-    B: Tensor,  # [P, D, r], contiguous
-    groups: RowGroups,
+    linear: AdaptedLinear,  # its Bs and rows are read
     *,
     compute_g: bool,
     compute_dB: bool,
 ) -> tuple[Tensor, Tensor]:  # g [M, P r], dB̃ [P, D, r]; of no elements where they are not computed
     """`g_p = dY_p B̃_p` and `dB̃_p = dY_p^T h_p` in one pass over dY."""
+    B, groups = launch.stacked(linear.Bs), groups_of(linear)  # [P, D, r]
     M, (P, D, R), dtype, device = dY.shape[0], B.shape, dY.dtype, dY.device
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
     block_m, widest, warps = (
@@ -262,9 +263,7 @@ def packed_lora_linear_db(
 def packed_lora_linear_da(
     x: Tensor,  # [M, K]
     g: Tensor,  # [M, P r]
-    adapters: int,  # P
-    dropout_p: float,
-    seed: Tensor | None,  # [1]
+    linear: AdaptedLinear,  # the number of its adapters and its dropout are read
     *,
     norm: Sequence[Tensor | None] | None = None,  # mean, rstd [M], weight, bias [K]
     activation: str | None = None,
@@ -272,8 +271,9 @@ def packed_lora_linear_da(
     """`dÃ_p = g_p^T drop_p(x)` in one pass over x; with `drop_p(LN(x))` or `drop_p(act(x))` where these are given."""
     (M, K), dtype, device = x.shape, g.dtype, x.device
     mean, rstd, weight, bias = norm or (None,) * 4
+    adapters, seed = len(linear.rows), linear.seed
     P, R = adapters, g.shape[1] // adapters
-    dropout = dropout_lanes(dropout_p)
+    dropout = dropout_lanes(linear.dropout_p)
     if not dropout.bits:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])

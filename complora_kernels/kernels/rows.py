@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
+
+from complora_kernels.adapted_linear import AdaptedLinear
 
 NO_ADAPTER = 15
 MAX_GROUPS = 7  # a group takes four bits of a positive int32
@@ -27,7 +29,23 @@ class RowGroups(NamedTuple):
         return sum(group << (4 * adapter) for group, adapter in enumerate(self.adapters) if adapter != NO_ADAPTER)
 
 
-def row_groups(rows: Sequence[tuple[int, int]], N: int) -> RowGroups | None:
+def groups_of(linear: AdaptedLinear) -> RowGroups:
+    """The groups of rows of a product's weight.
+
+    Raises:
+        ValueError: groups of one size do not fill the weight.
+    """
+    groups = row_groups(tuple(linear.rows), len(linear.weight))
+    if groups is None:
+        raise ValueError(
+            f"rows={list(linear.rows)}, expected distinct ones of at most {MAX_GROUPS} equal groups of "
+            f"{len(linear.weight)} rows"
+        )
+    return groups
+
+
+@lru_cache
+def row_groups(rows: tuple[tuple[int, int], ...], N: int) -> RowGroups | None:
     """The groups that the adapters' rows are; None where groups of one size do not fill the N rows of the weight."""
     size = rows[0][1] - rows[0][0]
     starts = [start for start, _ in rows]

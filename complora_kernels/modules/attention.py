@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from complora_kernels.common.changes import Changes, joined
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
 from complora_kernels.modules.layer import clone_as
 from complora_kernels.modules.masks import additive_mask, known_causal
@@ -112,6 +113,11 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         layer._adapt(config, names, projection_rows(attention), path)
         layer._qkv_same_embed_dim = False  # else nn.TransformerEncoderLayer reads the weights past this module
         return layer
+
+    def unload(self, changes: Changes | None = None) -> None:
+        with joined(changes) as pending:
+            super().unload(pending)
+            pending.draft(vars(self))["_qkv_same_embed_dim"] = True
 
     def forward(
         self,

@@ -40,6 +40,21 @@ def extend(module: nn.Module, extensions: Iterable[type[Extension]], changes: Ch
     changes.set_attribute(module, "__class__", cls)
 
 
+def restore(module: nn.Module, changes: Changes) -> None:
+    """Gives `module` the class back that it had before `extend`.
+
+    Raises:
+        ValueError: others have subclassed the extended class since, as `fully_shard` does.
+    """
+    cls = type(module)
+    while len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], Extension):
+        cls = cls.__bases__[1]
+    if issubclass(cls, Extension):
+        raise ValueError(f"a {own_class(module).__name__} has become a {cls.__name__}, expected one that is unchanged")
+    if cls is not type(module):
+        changes.set_attribute(module, "__class__", cls)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` before `extend`, also where others have subclassed it since."""
     extended = [cls.__bases__ for cls in type(module).__mro__]

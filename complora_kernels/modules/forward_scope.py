@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from complora_kernels import functional
+from complora_kernels.common.sharded import is_sharded
 from complora_kernels.modules.extend import Extension, has_user_hooks
 from complora_kernels.modules.layer import CompLoRALayer, fold
 from complora_kernels.modules.masks import known_causal
@@ -78,12 +79,14 @@ class Scope(NamedTuple):
     reading: Reading | None
 
 
-class _Thread(threading.local):
+class Running(threading.local):
+    """The scopes that run on a thread."""
+
     def __init__(self) -> None:  # no class attribute, because torch.compile guards on the dict of a thread
         self.scopes: tuple[Scope, ...] = ()  # the innermost comes last
 
 
-_THREAD = _Thread()
+RUNNING = Running()
 
 
 class Scoped(Extension):
@@ -124,15 +127,15 @@ def run_in_scope(
     layers: FoldedLayers, reading: Reading | None, run: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """The result of `run(*args, **kwargs)` in a scope on this thread. No generator: an interrupt could strand it."""
-    outer = _THREAD.scopes
+    outer = RUNNING.scopes
     try:
         try:
-            _THREAD.scopes = (*outer, Scope(torch.is_grad_enabled(), _dispatch(), layers, reading))
+            RUNNING.scopes = (*outer, Scope(torch.is_grad_enabled(), _dispatch(), layers, reading))
             return run(*args, **kwargs)
         finally:
-            _THREAD.scopes = outer
+            RUNNING.scopes = outer
     finally:
-        _THREAD.scopes = outer  # again: an interrupt may have broken the first off
+        RUNNING.scopes = outer  # again: an interrupt may have broken the first off
 
 
 # ---- folded factors
@@ -153,23 +156,25 @@ def adapted_below(module: nn.Module) -> list[CompLoRALayer]:
 
 def fold_below(module: nn.Module) -> FoldedLayers:
     """Folds the factors of the active layers of `adapted_below` in one call, unless scalings or dtypes are mixed."""
-    groups: dict[Any, list[CompLoRALayer]] = {}
+    groups: dict[Any, list[tuple[CompLoRALayer, str]]] = {}
     for layer in adapted_below(module):
         name = next(iter(layer.weights))
         frozen = layer.frozen_parameter(name)
         if layer.active and isinstance(frozen, Tensor):  # torch.fx's tracer puts stand-ins in the place of parameters
             A, _ = layer.factors(name)
+            if is_sharded(A):
+                continue  # its own block gathers it, and then folds it
             dtype = functional.compute_dtype(frozen)
-            groups.setdefault((layer.config.scaling, dtype, A.dtype, A.device), []).append(layer)
+            for name in layer.weights:
+                groups.setdefault((layer.scaling_of(name), dtype, A.dtype, A.device), []).append((layer, name))
     layers: FoldedLayers = {}
     for (scaling, dtype, *_), group in groups.items():
-        inputs = [layer.fold_inputs(name) for layer in group for name in layer.weights]
-        folded = iter(zip(inputs, *fold(inputs, scaling, dtype), strict=True))
-        for layer in group:
-            weights = {}
-            for name, ((A, B, *_), folded_A, scaled_B) in zip(layer.weights, folded, strict=False):
-                weights[name] = FoldedWeight((A, B), folded_A, scaled_B)
-            layers[layer] = FoldedLayer(tuple(layer._buffers.values()), weights)
+        inputs = [layer.fold_inputs(name) for layer, name in group]
+        for (layer, name), (A, B, *_), folded_A, scaled_B in zip(
+            group, inputs, *fold(inputs, scaling, dtype), strict=True
+        ):
+            folded = layers.setdefault(layer, FoldedLayer(tuple(layer._buffers.values()), {}))
+            folded.weights[name] = FoldedWeight((A, B), folded_A, scaled_B)
     return layers
 
 
@@ -177,7 +182,7 @@ def factors_in_scope(
     layer: CompLoRALayer, names: tuple[str, ...], dtype: torch.dtype
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The result of `layer.fold_factors`, from the running scopes where one of them has it."""
-    for running in reversed(_THREAD.scopes):
+    for running in reversed(RUNNING.scopes):
         folded = running.layers.get(layer)
         if folded is not None and _is_valid(running, folded, layer, names, dtype):
             weights = [folded.weights[name] for name in names]
@@ -210,9 +215,9 @@ def _dispatch() -> object:
 
 def current_reading() -> Reading | None:
     """Where the innermost running tower reads its feature; None under torch.compile, which computes all positions."""
-    if torch.compiler.is_compiling() or not _THREAD.scopes:
+    if torch.compiler.is_compiling() or not RUNNING.scopes:
         return None
-    return _THREAD.scopes[-1].reading
+    return RUNNING.scopes[-1].reading
 
 
 def reading_of(

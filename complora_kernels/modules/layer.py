@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from complora_kernels import functional
 from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
-from complora_kernels.config import CompLoRAConfig
-from complora_kernels.modules.protected import ProtectedLayer, WeightRows
+from complora_kernels.config import PROJECTIONS, CompLoRAConfig
+from complora_kernels.modules.protected import MERGED, ProtectedLayer, WeightRows
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
 
@@ -44,6 +45,9 @@ class CompLoRALayer(ProtectedLayer):
     """
 
     disabled: bool
+    _scalings: dict[str, float]
+    _made_from: tuple[type[nn.Module], type[nn.Module]]  # the class that was adapted, and that of the layer
+    _added: tuple[str, ...]  # names in `vars(self)` that the plain module does not have
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r] of one adapted weight."""
@@ -52,18 +56,30 @@ class CompLoRALayer(ProtectedLayer):
     def original_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter as it was before merging."""
         parameter, start, stop = self.weights[name]
-        return self.get_buffer(_original_name(parameter))[start:stop] if self.merged else self.base_weight(name)
+        return whole(self.get_buffer(_original_name(parameter)))[start:stop] if self.merged else self.base_weight(name)
 
     def fold_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, differentiable, cast to `dtype` at the end."""
-        return fold([self.fold_inputs(name) for name in names], self.config.scaling, dtype)
+        scalings = {self.scaling_of(name) for name in names}
+        if len(scalings) > 1:
+            folded = [self.fold_factors((name,), dtype) for name in names]
+            return [As[0] for As, _ in folded], [Bs[0] for _, Bs in folded]
+        return fold([self.fold_inputs(name) for name in names], scalings.pop(), dtype)
+
+    def scaling_of(self, name: str) -> float:
+        """The scaling of one adapted weight."""
+        return self._scalings[name]
+
+    def weight_name(self, name: str) -> str:
+        """The name of one adapted weight in files: the layer's path, in attention with the projection's name."""
+        return f"{self.path}.{PROJECTIONS[name]}" if name else self.path
 
     def fold_inputs(self, name: str) -> FoldInputs:
-        """The raw factors of one adapted weight and its bases."""
-        A, B = self.factors(name)
-        on_output, on_input = self.basis(name, "output"), self.basis(name, "input")
+        """The raw factors of one adapted weight and the bases that project them."""
+        A, B = map(whole, self.factors(name))
+        on_output, on_input = self.projection(name, "output", B), self.projection(name, "input", A)
         return FoldInputs(
             A,
             B,
@@ -82,17 +98,17 @@ class CompLoRALayer(ProtectedLayer):
 
     @torch.no_grad()
     @torch.inference_mode(False)  # a parameter must not become an inference tensor
-    def merged_weights(self) -> dict[str, Tensor]:
+    def merged_weights(self, *, safe_merge: bool = True) -> dict[str, Tensor]:
         """The parameters that adapters live in, `ΔW` added in float32 or wider and rounded once; nothing is changed.
 
         Raises:
-            ValueError: the update holds NaN or infinite values.
+            ValueError: the update holds NaN or infinite values, and `safe_merge` is True.
         """
         merged: dict[str, Tensor] = {}
         for name, (parameter, start, stop) in self.weights.items():
-            target = merged.setdefault(parameter, self.get_parameter(parameter).detach().clone())
+            target = merged.setdefault(parameter, whole(self.get_parameter(parameter).detach()).clone())
             delta = self.get_delta_weight(name)
-            if not torch.isfinite(delta).all():
+            if safe_merge and not torch.isfinite(delta).all():
                 raise ValueError(
                     f"the update of {parameter}[{start}:{stop}] holds NaN or infinite values, expected finite ones"
                 )
@@ -100,8 +116,8 @@ class CompLoRALayer(ProtectedLayer):
             rows.copy_(rows + delta)  # the sum is in the wider of the two dtypes, and rounded by the copy
         return merged
 
-    def merge(self, changes: Changes | None = None) -> None:
-        """Gives the parameters `merged_weights()` for memory and keeps what they had for `unmerge`.
+    def merge(self, changes: Changes | None = None, *, safe_merge: bool = True) -> None:
+        """Gives the parameters `merged_weights(...)` for memory and keeps what they had for `unmerge`.
 
         At once, or as one of `changes`.
 
@@ -112,10 +128,12 @@ class CompLoRALayer(ProtectedLayer):
         if self.merged:
             raise RuntimeError("the adapter is merged already; unmerge it first")
         with joined(changes) as pending:
-            for name, weight in self.merged_weights().items():
+            for name, weight in self.merged_weights(safe_merge=safe_merge).items():
                 parameter = self.get_parameter(name)
-                pending.set_buffer(self, _original_name(name), parameter.data)
+                kept = parameter.detach().clone() if is_sharded(parameter) else parameter.data
+                pending.set_buffer(self, _original_name(name), kept)
                 pending.exchange(parameter, weight)
+            pending.set_buffer(self, MERGED, torch.tensor(True, device=parameter.device), persistent=True)
             pending.draft(vars(self))["merged"] = True
 
     def unmerge(self, changes: Changes | None = None) -> None:
@@ -127,10 +145,36 @@ class CompLoRALayer(ProtectedLayer):
         if not self.merged:
             raise RuntimeError("the adapter is not merged; merge it first")
         with joined(changes) as pending:
-            for name in {rows.parameter for rows in self.weights.values()}:
+            for name in dict.fromkeys(rows.parameter for rows in self.weights.values()):
                 pending.exchange(self.get_parameter(name), self.get_buffer(_original_name(name)))
                 pending.remove_buffer(self, _original_name(name))
+            pending.remove_buffer(self, MERGED)
             pending.draft(vars(self))["merged"] = False
+
+    def unload(self, changes: Changes | None = None) -> None:
+        """Makes the layer, where it stands, a module of the class that was adapted, without factors and bases.
+
+        It keeps its parameters as they are, merged or not, its submodules, hooks and training mode. At once, or as one
+        of `changes`.
+
+        Raises:
+            ValueError: the class of the layer was changed since it was adapted, as `fully_shard` does.
+        """
+        plain, adapted = self._made_from
+        if type(self) is not adapted:
+            raise ValueError(f"a {adapted.__name__} has become a {type(self).__name__}, expected one that is unchanged")
+        own_buffers = {MERGED, *(_original_name(rows.parameter) for rows in self.weights.values())}
+        with joined(changes) as pending:
+            self._remove_bases(pending)
+            for name in pending.draft(self._buffers).keys() & own_buffers:
+                pending.remove_buffer(self, name)
+            for table in (self._parameters, self._modules):
+                for name in ("lora_A", "lora_B"):
+                    pending.draft(table).pop(name, None)
+            attributes = pending.draft(vars(self))
+            for name in self._added:
+                del attributes[name]
+            pending.set_attribute(self, "__class__", plain)
 
     def _require_frozen(self, weight: Tensor, bias: Tensor | None) -> None:
         """Raises ValueError where an active layer would leave out a gradient that is asked for."""
@@ -153,26 +197,35 @@ class CompLoRALayer(ProtectedLayer):
         return len(values) > 0 and any(self in layers for layers in values)
 
     def _replicate_for_data_parallel(self) -> Any:
-        """For another thread of the same forward pass."""
+        """For another thread of the same forward pass, which could not keep what it computes."""
+        if self._without_bases():
+            raise RuntimeError(
+                f"{self._path or type(self).__name__} has no bases yet, expected them before DataParallel copies the "
+                "model: subspace_report(model) computes them"
+            )
         replica = super()._replicate_for_data_parallel()
         replica.disabled = self.disabled or self._switched_off
         return replica
 
     def _init_adapter(self, config: CompLoRAConfig, weights: dict[str, WeightRows], path: str) -> None:
         """Common to the `from_...` constructors, once the frozen parameters are in place."""
+        before = vars(self).keys() - {"_made_from"}
         self.config = config
         self.weights = weights
         self.disabled = False
         self.merged = False
         self._init_bases(path)
+        self._scalings = {name: config.scaling_of(self.weight_name(name)) for name in weights}
+        self._added = (*(vars(self).keys() - before), "_added")
 
     def _new_factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A Kaiming-uniform as in `nn.Linear`, B zero: the update starts at nothing."""
         weight = self.base_weight(name)  # [out, in]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        A = torch.empty(self.config.r, weight.shape[1], dtype=dtype, device=weight.device)  # [r, in]
+        r = self.config.rank_of(self.weight_name(name))
+        A = torch.empty(r, weight.shape[1], dtype=dtype, device=weight.device)  # [r, in]
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        B = torch.zeros(weight.shape[0], self.config.r, dtype=dtype, device=weight.device)  # [out, r]
+        B = torch.zeros(weight.shape[0], r, dtype=dtype, device=weight.device)  # [out, r]
         return nn.Parameter(A), nn.Parameter(B)
 
 
@@ -198,6 +251,7 @@ def clone_as(module: nn.Module, cls: type[Layer]) -> Layer:
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_load_state_dict_post_hooks"):
         clone.__dict__[name] = module.__dict__[name].copy()  # `module` must not get what the adapter adds
     clone.__dict__.pop("_compiled_call_impl", None)  # left by module.compile(): it calls `module`
+    clone._made_from = type(module), cls
     return clone
 
 

@@ -3,6 +3,10 @@
 A layer adapts one or more weights. Each has a name ("" in a linear layer; q, k, v, o in attention) and consists of
 neighbouring rows of one of the layer's parameters. Bases follow their weights: when a state dict brings others they are
 computed again, and where they cannot be computed from a weight alone such a state dict is refused.
+
+A basis takes a decomposition of its weight, so it is computed when something first asks for it: training, a report, a
+raw state, torch.compile. Folded factors that were loaded lie in the complement already; as long as nothing writes to
+them, a forward pass without gradients, a merge and a save take them as they are.
 """
 
 from __future__ import annotations
@@ -12,11 +16,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from complora_kernels import subspace
 from complora_kernels.common import base_weights
 from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.sharded import whole
+from complora_kernels.common.tensor_facts import TensorFacts
+from complora_kernels.common.tracing import computed_at_once, is_exported, is_fake, runs_while_compiled, unwrapped
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Float32State
 
@@ -26,6 +34,11 @@ PROJECTED_SIDES: dict[str, tuple[subspace.Side, ...]] = {
     "both": ("output", "input"),
     "none": (),
 }
+
+
+MAX_LOST = 1e-4  # share of its norm that a loaded factor may lose: rounding loses a few 1e-6, other bases a few percent
+_FOLDED: TensorFacts[bool] = TensorFacts()  # of the loaded factors, until they are written to
+MERGED = "lora_merged"  # a buffer in the state dict of a merged layer, whose weights hold the update
 
 
 class WeightRows(NamedTuple):
@@ -43,13 +56,23 @@ class ProtectedLayer(Float32State):
     weights: dict[str, WeightRows]
     merged: bool
 
+    def original_weight(self, name: str) -> Tensor:  # [out, in]
+        """The frozen weight of one adapter as it was before merging."""
+        raise NotImplementedError
+
     def _init_bases(self, path: str) -> None:
-        """Computes the bases, once the frozen parameters, `config` and `weights` are in place."""
+        """Checks what bases are computed from, once the frozen parameters, `config` and `weights` are in place."""
         self._path = path
         self._about_bases: dict[tuple[str, str], tuple[subspace.BasisKind, int, float]] = {}
         self._basis_of: dict[str, str] = {}
         self._calibrated_on: dict[str, base_weights.Description] = {}
-        self.update_bases()
+        self._loaded: dict[tuple[str, str], Tensor] = {}
+        for name in self.weights:
+            weight = self.base_weight(name)
+            subspace.check_weight(weight, self._label(name))
+            subspace.check_k(weight, self.config.subspace_k, self._label(name), "subspace_")
+            if not self.config.source.recomputable:
+                self._calibrated_on[name] = base_weights.describe(weight)
         self.register_load_state_dict_post_hook(_update_bases_after_load)
 
     @property
@@ -63,8 +86,8 @@ class ProtectedLayer(Float32State):
 
     def base_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter, a view."""
-        parameter, start, stop = self.weights[name]
-        return self.get_parameter(parameter)[start:stop]
+        _, start, stop = self.weights[name]
+        return whole(self.frozen_parameter(name))[start:stop]
 
     def basis(self, name: str, side: subspace.Side) -> subspace.Basis | None:
         """The basis that projects one side of one adapted weight; None where the side is not projected.
@@ -72,15 +95,69 @@ class ProtectedLayer(Float32State):
         Raises:
             RuntimeError: the side is projected, but `protect_activations` has not been called yet.
         """
+        if side not in PROJECTED_SIDES[self.config.sides]:
+            return None
+        if (name, side) not in self._about_bases:
+            self.compute_bases()
         about = self._about_bases.get((name, side))
-        if about is not None:
-            return subspace.Basis(self.get_buffer(_basis_name(name, side)), *about)
-        if side in PROJECTED_SIDES[self.config.sides]:
+        if about is None:
             raise RuntimeError(
                 f'{self._label(name)} has no {side} basis yet, expected one: with subspace_source="activations" '
                 "apply_complora(model, config, calibrate=...) computes it, protect_activations that of a single layer"
             )
-        return None
+        return subspace.Basis(self.get_buffer(_basis_name(name, side)), *about)
+
+    def projection(
+        self,
+        name: str,
+        side: subspace.Side,
+        factor: Tensor,  # the raw A or B
+    ) -> subspace.Basis | None:
+        """The basis that is to project a factor; None where its side is not projected, or it lies in the complement."""
+        if side not in PROJECTED_SIDES[self.config.sides]:
+            return None
+        if torch.compiler.is_compiling() and not is_exported():
+            self.compute_bases()
+        elif (name, side) not in self._about_bases and self._is_folded(name, side, factor):
+            return None
+        return self.basis(name, side)
+
+    def _is_folded(self, name: str, side: str, factor: Tensor) -> bool:
+        """Whether a factor is a loaded one that is not to be trained now and was not written to."""
+        loaded = (name, side) in self._loaded
+        if is_exported():
+            if self.training or not loaded:
+                raise RuntimeError(
+                    f"{self._label(name)} has no {side} basis yet, expected one before the model is exported to be "
+                    "trained: subspace_report(model) computes it"
+                )
+            return True  # the program keeps the factor
+        if is_fake(self.frozen_parameter(name)):
+            return True  # it has no values, and neither has what is computed
+        keeps_factor = torch.jit.is_tracing() and not self.training
+        due = torch.is_grad_enabled() and factor.requires_grad and not keeps_factor
+        return loaded and not due and _FOLDED.get(factor) is True
+
+    @runs_while_compiled
+    def compute_bases(self) -> bool:
+        """Computes all bases that can be computed from the weights and are not there yet; returns True.
+
+        Raises:
+            ValueError: a loaded factor does not lie in the complement.
+        """
+        missing = self._without_bases()
+        if missing:
+            changes = Changes()
+            with computed_at_once(self.frozen_parameter(missing[0]).device):
+                for name in missing:
+                    self._set_bases(name, changes)
+            changes.make()
+        return True
+
+    def _without_bases(self) -> list[str]:
+        """The adapted weights whose bases can be computed from them and are not there yet."""
+        sides = PROJECTED_SIDES[self.config.sides] if self.config.source.recomputable else ()
+        return [name for name in self.weights if any((name, side) not in self._about_bases for side in sides)]
 
     def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis, changes: Changes | None = None) -> None:
         """Replaces the basis of one side of one adapted weight: at once, or as one of `changes`."""
@@ -88,6 +165,54 @@ class ProtectedLayer(Float32State):
             pending.set_buffer(self, _basis_name(name, side), basis.matrix)
             pending.draft(self._about_bases)[name, side] = (basis.kind, basis.k, basis.energy)
             self._describe_basis(name, side, basis.matrix, pending)
+
+    def follow(
+        self, name: str, side: subspace.Side, factor: Tensor, changes: Changes, basis: subspace.Basis | None = None
+    ) -> None:
+        """Lets a basis leave a loaded factor [r, d] as it is, as one of `changes`.
+
+        `basis`, or the one that is there, is turned at once; one that is not there yet, when it is computed.
+
+        Raises:
+            ValueError: no basis of its size does.
+        """
+        if basis is None and (name, side) in self._about_bases:
+            basis = self.basis(name, side)
+        if basis is None:
+            weight = self.original_weight(name)
+            size = self.config.subspace_size
+            k = subspace.known_k(weight.shape, size["k"], size["ratio"])
+            if k is not None and factor.shape[1] - k < len(factor):
+                self._check_room(name, side, factor, k)
+            changes.draft(self._loaded)[name, side] = factor.detach().clone()
+        else:
+            self.set_basis(name, side, self._aligned(name, side, basis, factor), changes)
+
+    def _check_room(self, name: str, side: str, factor: Tensor, k: int) -> None:
+        rank = int(torch.linalg.matrix_rank(factor.double().cpu(), rtol=MAX_LOST))
+        if rank > factor.shape[1] - k:
+            raise ValueError(
+                f"{self._label(name)}: the saved factor of the {side} side has rank {rank}, expected at most "
+                f"{factor.shape[1] - k} beside k={k} protected directions"
+            )
+
+    def _aligned(self, name: str, side: str, basis: subspace.Basis, factor: Tensor) -> subspace.Basis:
+        """The basis, turned so that folding leaves a factor [r, d] as it is.
+
+        Raises:
+            ValueError: no basis of its size does.
+        """
+        aligned = basis._replace(matrix=subspace.align_basis(basis.matrix, factor, kind=basis.kind))
+        wide, matrix = factor.cpu().double(), aligned.matrix.cpu().double()  # autocast and TF32 leave float64 alone
+        lost = wide @ matrix  # [r, m]
+        lost = lost if basis.kind == "principal" else wide - lost @ matrix.T
+        if not lost.norm() <= MAX_LOST * wide.norm():
+            raise ValueError(
+                f"{self._label(name)}: projecting the {side} side with k={basis.k} changes the saved factor by "
+                f"{float(lost.norm() / wide.norm()):.2g} of its norm, expected at most {MAX_LOST}: the adapter was "
+                "saved with other subspaces"
+            )
+        return aligned
 
     def describe_bases(self, matrices: Mapping[str, Tensor], changes: Changes) -> None:
         """Sets the fingerprints to those of these bases, by the names of their buffers, as one of `changes`."""
@@ -100,6 +225,16 @@ class ProtectedLayer(Float32State):
             sketch = base_weights.describe_projection(matrix).float()  # [8]; not every device has float64
             device = self.frozen_parameter(name).device
             changes.set_buffer(self, _fingerprint_name(name, side), sketch.to(device), persistent=True)
+
+    def _remove_bases(self, changes: Changes) -> None:
+        """Removes the bases and what follows a state dict into the layer, as one of `changes`."""
+        for key in self._about_bases:
+            for name in (_basis_name(*key), _fingerprint_name(*key)):
+                if name in self._buffers:
+                    changes.remove_buffer(self, name)
+        hooks = changes.draft(self._load_state_dict_post_hooks)
+        for handle in [handle for handle, hook in hooks.items() if hook is _update_bases_after_load]:
+            del hooks[handle]
 
     def protect_activations(
         self,
@@ -115,7 +250,9 @@ class ProtectedLayer(Float32State):
             ValueError: another source, a second moment of another shape or with NaN, or an energy that takes more
                 directions than min(out, in).
         """
-        self._set_bases(name, second_moment)
+        changes = Changes()
+        self._set_bases(name, changes, second_moment)
+        changes.make()
 
     def _load_from_state_dict(
         self,
@@ -132,6 +269,8 @@ class ProtectedLayer(Float32State):
             error_msgs.append(refusal)
             state_dict.update(self.state_dict(prefix=prefix))  # a copy of torch's: the modules below stay too
             return
+        for name in {name for name, _ in self._loaded}:
+            self._basis_of.setdefault(name, subspace.fingerprint(self.base_weight(name)))
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
@@ -144,6 +283,11 @@ class ProtectedLayer(Float32State):
         """Why a state dict, in which the layer's names begin with `prefix`, cannot be loaded; None where it can."""
         if self.merged:
             return f"{prefix.rstrip('.')} is merged, expected an unmerged adapter: call unmerge_adapter first"
+        if f"{prefix}{MERGED}" in state_dict:
+            return (
+                f"{prefix}{MERGED}: the state dict is of a merged model, whose weights hold the update: expected "
+                "one of an unmerged model (unmerge_adapter gives it), or a plain model to load it into (strict=False)"
+            )
         if self.config.source.recomputable:
             return None
         others = [name for name in self._calibrated_on if not self._is_calibrated_on(name, prefix, state_dict)]
@@ -168,28 +312,27 @@ class ProtectedLayer(Float32State):
         Those of activations stay: they cannot be computed from a weight, and only half-precision copies of the weights
         that the model was calibrated on are loaded into it.
         """
+        changes = Changes()
         for name in self.weights:
             weight = self.base_weight(name)
             subspace.check_weight(weight, self._label(name))
-            if not self.config.source.recomputable:
-                subspace.check_k(weight, self.config.subspace_k, self._label(name), "subspace_")
-                self._calibrated_on.setdefault(name, base_weights.describe(weight))
-                continue
-            seen = subspace.fingerprint(weight)
-            if self._basis_of.get(name) != seen:
-                self._set_bases(name)
-                self._basis_of[name] = seen
-
-    def _set_bases(self, name: str, second_moment: Tensor | None = None) -> None:
-        weight, path = self.base_weight(name), self._weight_path(name)
-        bases: dict[subspace.Side, subspace.Basis] = {
-            side: subspace.projection_basis(weight, self.config, side, path, second_moment=second_moment)
-            for side in PROJECTED_SIDES[self.config.sides]
-        }
-        changes = Changes()
-        for side, basis in bases.items():
-            self.set_basis(name, side, basis, changes)
+            if name in self._basis_of and self._basis_of[name] != subspace.fingerprint(weight):
+                for side in PROJECTED_SIDES[self.config.sides]:
+                    changes.draft(self._loaded).pop((name, side), None)
+                if any(name == other for other, _ in self._about_bases):
+                    self._set_bases(name, changes)
         changes.make()
+
+    def _set_bases(self, name: str, changes: Changes, second_moment: Tensor | None = None) -> None:
+        weight, path = unwrapped(self.original_weight(name)), self._weight_path(name)
+        loaded = changes.draft(self._loaded)
+        for side in PROJECTED_SIDES[self.config.sides]:
+            basis = subspace.projection_basis(weight, self.config, side, path, second_moment=second_moment)
+            factor = loaded.get((name, side))
+            basis = basis if factor is None else self._aligned(name, side, basis, factor)
+            self.set_basis(name, side, basis, changes)
+        if self.config.source.recomputable:
+            changes.draft(self._basis_of)[name] = subspace.fingerprint(weight)
 
     def _weight_path(self, name: str) -> str:
         return ".".join(part for part in (self._path, name) if part)
@@ -215,6 +358,11 @@ class ProtectedLayer(Float32State):
         apart = float((loaded.cpu().double() - own.cpu().double()).norm()) / math.sqrt(base_weights.SKETCHES)
         columns = self.get_buffer(_basis_name(name, side)).shape[1]  # |U U^T|²
         return apart <= base_weights.TOLERANCE * math.sqrt(columns)
+
+
+def mark_folded(factor: Tensor) -> None:
+    """Takes down that a raw factor, as it is now, is the one that `follow` was given."""
+    _FOLDED.set(factor, True)
 
 
 def check_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -70,7 +70,7 @@ def _longest(
     eos_id: int | None,
 ) -> int | None:
     """The number of positions up to the last end of a text; None where it cannot be read now."""
-    if not _is_on_device(text):
+    if not is_on_device(text):
         return _read_longest(text, eos_id)
     known = None if text.is_inference() else _LONGEST.get(text)  # a write to an inference tensor would go unseen
     if known is not None and known[0] == eos_id:
@@ -88,7 +88,8 @@ def _ends(text: Tensor, eos_id: int | None) -> Tensor:  # [N]
     return text.argmax(-1) if eos_id is None else (text == eos_id).int().argmax(-1)  # 0 where there is no eos_id
 
 
-def _is_on_device(text: Tensor) -> bool:
+def is_on_device(text: Tensor) -> bool:
+    """Whether the host would wait for the device to read a text."""
     return text.device.type != "cpu"
 
 

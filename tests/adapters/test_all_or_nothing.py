@@ -211,6 +211,15 @@ def load(model: Any, folder: Path) -> None:
     ck.load_adapter(model, folder / "adapter", progress=False)
 
 
+def load_with_head(model: Any, folder: Path) -> None:
+    if not (folder / "head").exists():
+        settings = config(target_modules="0", subspace_k=2, modules_to_save="2")
+        trained = ck.apply_complora(linears(), settings, progress=False)
+        nn.init.ones_(trained[2].weight)
+        ck.save_adapter(trained, folder / "head")
+    ck.load_adapter(model, folder / "head", progress=False)
+
+
 def load_raw(model: Any, _: Path) -> None:
     load_raw_adapter_state(model, {name: tensor + 1 for name, tensor in raw_adapter_state(model).items()})
 
@@ -221,9 +230,13 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], None]]] = {
     "import_clip_lora": (clip, import_clip_lora),
     "load_adapter, plain": (clip, load),
     "load_adapter, adapted": (adapted_clip, load),
+    "load_adapter, modules_to_save": (linears, load_with_head),
     "load_raw_adapter_state": (adapted_clip, load_raw),
     "merge_adapter": (adapted_clip, lambda model, _: ck.merge_adapter(model)),
     "unmerge_adapter": (merged_clip, lambda model, _: ck.unmerge_adapter(model)),
+    "unload": (adapted_clip, lambda model, _: ck.unload(model)),
+    "unload, merged": (merged_clip, lambda model, _: ck.unload(model)),
+    "merge_and_unload": (adapted_clip, lambda model, _: ck.merge_and_unload(model)),
     "set_recompute": (adapted_clip, lambda model, _: ck.set_recompute(model, "mlp")),
 }
 

@@ -305,12 +305,23 @@ def test_a_model_that_a_clip_lora_file_does_not_fit(tmp_path, model, message):
 
 
 def test_blocks_that_differ_between_towers(tmp_path):
-    clip_lora_file(tmp_path / "w.pt", position="half-up", layers=1)
+    """The file numbers the chosen blocks, those of the text tower first: 2 and 3 of four, then 1 of two."""
+    weights = clip_lora_file(tmp_path / "w.pt", position="half-up", layers=2)
+    del weights["layer_3"]
+    saved = torch.load(tmp_path / "w.pt")
+    torch.save({**saved, "weights": weights}, tmp_path / "w.pt")
     model = small_clip()
-    model.transformer.resblocks.append(small_clip().transformer.resblocks[0])
-    model.transformer.resblocks.append(small_clip().transformer.resblocks[0])
-    with Unchanged(model), pytest.raises(ValueError, match=r"position='half-up', .*'text': \(2, 3\), 'image': \(1,\)"):
-        ck.import_clip_lora(model, tmp_path / "w.pt", progress=False)
+    for _ in range(2):
+        model.transformer.resblocks.append(small_clip().transformer.resblocks[0])
+    ck.import_clip_lora(model, tmp_path / "w.pt", progress=False)
+    layers = adapted_layers(model)
+    paths = ["transformer.resblocks.2", "transformer.resblocks.3", "visual.transformer.resblocks.1"]
+    assert set(layers) == {f"{path}.attn" for path in paths}
+    for i, path in enumerate(paths):
+        for name, attribute in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
+            A, B = layers[f"{path}.attn"].factors(name)
+            assert torch.equal(A, weights[f"layer_{i}"][attribute]["w_lora_A"])
+            assert torch.equal(B, weights[f"layer_{i}"][attribute]["w_lora_B"])
 
 
 class Exploit:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from failures import Unchanged
 from tiny_models import (
     LAYOUTS,
     batch,
@@ -242,8 +243,9 @@ def test_unmerge_restores_every_bit(make, dtype):
     before, state = frozen(model), set(model.state_dict())
     outputs = features(model, inputs[0].to(dtype), inputs[1])
     ck.merge_adapter(model)
-    assert set(model.state_dict()) == state
+    assert set(model.state_dict()) == state | {f"{path}.lora_merged" for path in adapted_layers(model)}
     ck.unmerge_adapter(model)
+    assert set(model.state_dict()) == state
     assert_bit_identical(model, before)
     assert torch.equal(features(model, inputs[0].to(dtype), inputs[1]), outputs)
     assert not any("unmerged" in name for name, _ in model.named_buffers())
@@ -262,6 +264,21 @@ def test_a_merged_model_computes_the_same_and_its_weights_load_into_a_plain_one(
     torch.testing.assert_close(merged, dict(with_updates(plain, model, options, half_of).state_dict()))
     plain.load_state_dict(merged)
     torch.testing.assert_close(features(plain, *inputs), outputs)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_dict_of_a_merged_model_is_not_loaded_into_an_adapted_one(strict):
+    """Its weights hold the update, which the factors would add a second time."""
+    model, inputs = adapted(), batch()
+    merged = copy.deepcopy(model)
+    ck.merge_adapter(merged)
+    for part in ("", f"{BLOCK}.attn"):
+        state = merged.get_submodule(part).state_dict()
+        with Unchanged(model), pytest.raises(RuntimeError, match="lora_merged: the state dict is of a merged model"):
+            model.get_submodule(part).load_state_dict(state, strict=strict)
+    ck.unmerge_adapter(merged)
+    model.load_state_dict(merged.state_dict(), strict=strict)
+    assert torch.equal(features(model, *inputs), features(merged, *inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

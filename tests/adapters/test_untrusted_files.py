@@ -163,7 +163,7 @@ LIES: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "scaling": (("complora", "config", "lora_alpha"), 1e308, "lora_alpha=8.0 contradicts complora, expected 1e+308"),
     "rank": (("complora", "config", "r"), 10**12, "r=3 contradicts complora, expected 1000000000000"),
     "subspace": (("complora", "config", "subspace_k"), 10**12, "subspace_k=1000000000000, expected at most min(out"),
-    "no room": (("complora", "config", "subspace_k"), 6, "changes the saved factor by"),
+    "no room": (("complora", "config", "subspace_k"), 6, r"has rank 2, expected at most 0 beside k=6"),
     "norm": (("complora", "base_weights", "0", "norm"), 1e300, "other base weights: 0 is about"),
     "sketch": (("complora", "base_weights", "0", "sketch"), [0.5], "other base weights: 0 is about inf"),
     "dimensions": (("complora", "base_weights", "0", "shape"), [12], "base_weights.0.shape=[12], expected [out, in]"),

@@ -25,7 +25,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(hardware, "gpu_unavailable", lambda: "there is no GPU")
     monkeypatch.setattr(build, "failure", lambda half: f"the {half} half was not built")
-    monkeypatch.setattr(backends, "_said", {})
+    monkeypatch.setattr(backends, "messages_said", {})
 
 
 @pytest.fixture

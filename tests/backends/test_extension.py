@@ -28,6 +28,7 @@ from layers import (
     assert_accurate,
     laid_out,
     make_layer,
+    packed_reference,
     results,
 )
 from numerics import EPS, assert_as_accurate_as_reference, random_basis
@@ -617,8 +618,8 @@ def test_packed_lora_linear(dtype, dropout_p, rows):
         return {f"{i} of y, dx, dAs, dBs": tensor.detach() for i, tensor in enumerate((y, *gradients))}
 
     mine = run(philox(packed_lora_linear), dtype, dropout_p=dropout_p)
-    same_dtype = run(reference.packed_lora_linear, dtype, dropout_masks=masks and [m.to(dtype) for m in masks])
-    assert_accurate([mine], [same_dtype], [run(reference.packed_lora_linear, torch.float64, dropout_masks=masks)])
+    same_dtype = run(packed_reference, dtype, dropout_masks=masks and [m.to(dtype) for m in masks])
+    assert_accurate([mine], [same_dtype], [run(packed_reference, torch.float64, dropout_masks=masks)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from layers import LEAVES, Layer, assert_accurate, laid_out, make_layer, results
+from layers import LEAVES, Layer, assert_accurate, laid_out, make_layer, packed_reference, results
 from numerics import random_basis
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -130,8 +130,8 @@ def test_packed_lora_linear(plan, rows, dropout_p):
     with plans.override(plan):
         mine = run(packed_lora_linear, dtype, dropout_p=dropout_p, backend="triton")
     cast = None if masks is None else [m.to(dtype) for m in masks]
-    same_dtype = run(reference.packed_lora_linear, dtype, dropout_masks=cast)
-    assert_accurate([mine], [same_dtype], [run(reference.packed_lora_linear, torch.float64, dropout_masks=masks)])
+    same_dtype = run(packed_reference, dtype, dropout_masks=cast)
+    assert_accurate([mine], [same_dtype], [run(packed_reference, torch.float64, dropout_masks=masks)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -486,7 +486,7 @@ def test_what_the_kernels_do_not_serve(monkeypatch, caplog, changed, reason):
         packed(**changed)
     monkeypatch.delenv("COMPLORA_BACKEND")
     monkeypatch.setattr(TritonBackend, "automatic", True)
-    monkeypatch.setattr(backends, "_said", {})
+    monkeypatch.setattr(backends, "messages_said", {})
     caplog.set_level(logging.WARNING, "complora_kernels")
     expected = packed(**changed, backend="torch")
     for _ in range(2):

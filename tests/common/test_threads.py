@@ -235,7 +235,7 @@ def test_threads_get_one_class_for_an_extension(switching):
 
 
 def test_of_several_threads_one_says_what_is_said_once(switching, monkeypatch, caplog):
-    monkeypatch.setattr(backends, "_said", {})
+    monkeypatch.setattr(backends, "messages_said", {})
     in_threads(lambda _: [backends._say_once(f"message {n}") for n in range(50)])
     assert sorted(caplog.messages) == sorted(f"message {n}" for n in range(50))
 

@@ -376,7 +376,7 @@ def test_arrays_have_at_most_slurms_limit_of_tasks(tmp_path, monkeypatch):
         parts.append(len(jobs))
         return [SimpleNamespace(done=lambda: True, job=job) for job in jobs]
 
-    monkeypatch.setattr(slurm, "_MOST_TASKS", 10)
+    monkeypatch.setattr(slurm, "MAX_ARRAY_TASKS", 10)
     monkeypatch.setattr(submitit.AutoExecutor, "map_array", submit)
     collected = []
     monkeypatch.setattr(slurm, "collect", lambda job, task, *rest: collected.append((job, task.job)))

@@ -141,13 +141,8 @@ def test_a_text_tower_alone_truncates_and_computes_the_ends_alone():
     assert open_clip.text_tower(text_tower(pool_type="last", no_causal_mask=True).model) is None
 
 
-def test_openais_towers_compute_the_positions_that_are_read_alone_in_their_last_blocks():
-    row = openai()
-    assert positions_of_blocks(row)[:2] == [5, 1]
-    tower = open_clip.text_tower(row.model)
-    assert tower is not None
-    assert tower.last_block is not None
-    assert tower.last_block.alone is row.model.transformer.resblocks[1]
+def test_openais_image_tower_computes_the_class_token_alone_in_its_last_block():
+    assert positions_of_blocks(openai()) == [5, 1, 12, 12]  # and texts, whose masks the blocks keep, as a whole
 
 
 def positions_of_blocks(row: Any) -> list[int]:

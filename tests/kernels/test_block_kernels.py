@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triton_device import DEVICE, masks_of
 
 from complora_kernels import set_recompute
-from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.adapted_linear import AdaptedLinear, Needs
 from complora_kernels.backends import REGISTRY
 from complora_kernels.backends.torch import Activated, Norm, TorchBackend, activate
 from complora_kernels.blocks import norm_lora_linear
@@ -115,7 +115,7 @@ def test_rows_and_weights_of_any_strides_make_no_difference():
         stream, normed, n, h = TRITON.norm_fwd(place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED]))
         dx = TRITON.norm_bwd(place(dn), place(x), normed)
         affine = (normed.mean, normed.rstd, *moved[:2])
-        dA = reductions.packed_lora_linear_da(place(x), g, 1, 0.25, SEED, norm=affine)
+        dA = reductions.packed_lora_linear_da(place(x), g, reader([A], 0.25, [SEED]), norm=affine)
         a, h2 = TRITON.activation_fwd(place(x), "gelu", reader([A], 0.25, [SEED]))
         assert h is not None
         assert h2 is not None
@@ -173,7 +173,7 @@ def test_factor_gradients_of_what_is_computed_again(dtype, kind, p, monkeypatch)
     for plan in ("fused", "concat") if dtype == torch.float32 else ("concat",):
         monkeypatch.setenv("COMPLORA_PLAN", plan)
         linear = AdaptedLinear(weight, None, As, Bs, rows, p, seeds)
-        dX, dAs, dBs = TRITON.packed_lora_linear_bwd(dY, source, h, linear, (True, True, True))
+        dX, dAs, dBs = TRITON.packed_lora_linear_bwd(dY, source, h, linear, Needs(True, True, True))
         exact = factor_grads(exact_value, dY.double(), [B.double() for B in Bs])
         for ours, expected, truth in zip(dAs, factor_grads(value, dY, Bs), exact, strict=True):
             assert ours is not None

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from triton_device import DEVICE, drawn_p, masks_of
 
 from complora_kernels import reference
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import factors, launch, linear, reductions
 from complora_kernels.kernels.dropout import dropout_lanes
 from complora_kernels.kernels.rows import MAX_GROUPS, NO_ADAPTER, RowGroups, row_groups
@@ -46,6 +47,16 @@ class Product:
     p: float
     seed: Tensor | None  # [1]
 
+    @property
+    def linear(self) -> AdaptedLinear:
+        seeds = [] if self.seed is None else [self.seed]
+        return AdaptedLinear(self.weight, self.bias, list(self.A), list(self.B), self.rows, self.p, seeds)
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        D, slots = self.groups
+        return [(slots.index(slot) * D, slots.index(slot) * D + D) for slot in range(len(self.A))]
+
 
 def make_product(
     M: int, K: int, D: int, r: int, slots: tuple[int, ...] = (0,), p: float = 0.0, dtype: torch.dtype = torch.float32
@@ -66,18 +77,17 @@ def make_product(
 
 def by_kernels(of: Product) -> dict[str, Tensor]:
     """Everything that the kernels compute, the large products with h and g given and, where they may be, inside."""
-    h = linear.packed_lora_linear_h(of.x, of.A, of.p, of.seed)
-    beside_x = linear.packed_lora_linear_h(of.x, of.A, of.p, of.seed, beside_x=True)
+    h = linear.packed_lora_linear_h(of.x, of.linear)
+    beside_x = linear.packed_lora_linear_h(of.x, of.linear, beside_x=True)
     assert torch.equal(beside_x, torch.cat([of.x, h], 1))
-    given: Any = (of.groups, of.p, of.seed)
-    y, _ = linear.packed_lora_linear_fwd(of.x, of.weight, of.bias, of.A, of.B, h, *given)
-    g, dB = reductions.packed_lora_linear_db(of.dY, h, of.B, of.groups, compute_g=True, compute_dB=True)
-    dX, _ = linear.packed_lora_linear_dx(of.dY, of.weight, of.A, of.B, g, *given)
-    dA = reductions.packed_lora_linear_da(of.x, g, len(of.A), of.p, of.seed)
+    y, _ = linear.packed_lora_linear_fwd(of.x, of.linear, h)
+    g, dB = reductions.packed_lora_linear_db(of.dY, h, of.linear, compute_g=True, compute_dB=True)
+    dX, _ = linear.packed_lora_linear_dx(of.dY, of.linear, g)
+    dA = reductions.packed_lora_linear_da(of.x, g, of.linear)
     result = {"h": h, "y": y, "g": g, "dB": dB, "dX": dX, "dA": dA}
     if linear.fits_inside(of.A.shape[1], of.x.dtype, of.p):
-        y, h = linear.packed_lora_linear_fwd(of.x, of.weight, of.bias, of.A, of.B, None, *given)
-        dX, g = linear.packed_lora_linear_dx(of.dY, of.weight, of.A, of.B, None, *given)
+        y, h = linear.packed_lora_linear_fwd(of.x, of.linear, None)
+        dX, g = linear.packed_lora_linear_dx(of.dY, of.linear, None)
         result |= {"y, h inside": y, "h inside": h, "dX, g inside": dX, "g inside": g}
     return result
 
@@ -89,15 +99,13 @@ def by_formulas(of: Product, dtype: torch.dtype) -> dict[str, Tensor]:
     bias = None if of.bias is None else of.bias.to(dtype)
     masks = masks_of(SEED, len(A), x.shape, of.p)
     masks = None if masks is None else [m.to(dtype) for m in masks]
-    D, slots = of.groups
-    rows = [(slots.index(slot) * D, slots.index(slot) * D + D) for slot in range(len(A))]
     x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
-    y = reference.packed_lora_linear(x, weight, bias, list(A), list(B), rows, dropout_masks=masks)
+    y = reference.packed_lora_linear(x, AdaptedLinear(weight, bias, list(A), list(B), of.rows), dropout_masks=masks)
     dX, dA, dB = torch.autograd.grad(y, (x, A, B), dY)
     with torch.no_grad():
         dropped = [x] * len(A) if masks is None else [x * m for m in masks]
         h = torch.cat([x_p @ A_p.mT for x_p, A_p in zip(dropped, A, strict=True)], 1)
-        g = torch.cat([dY[:, start:stop] @ B_p for (start, stop), B_p in zip(rows, B, strict=True)], 1)
+        g = torch.cat([dY[:, start:stop] @ B_p for (start, stop), B_p in zip(of.rows, B, strict=True)], 1)
     result = {"h": h, "y": y.detach(), "g": g, "dB": dB, "dX": dX, "dA": dA}
     if linear.fits_inside(A.shape[1], of.x.dtype, of.p):
         result |= {"y, h inside": result["y"], "h inside": h, "dX, g inside": dX, "g inside": g}
@@ -153,16 +161,15 @@ def test_products(dtype, data):
 def test_products_of_parts_are_those_of_the_whole():
     """g alone, dB alone and y without h stored are, bit for bit, what they are together."""
     of = make_product(70, 33, 40, 5, (1, NONE, 0), 0.25, torch.bfloat16)
-    h = linear.packed_lora_linear_h(of.x, of.A, of.p, of.seed)
-    db: Any = (of.dY, h, of.B, of.groups)
+    h = linear.packed_lora_linear_h(of.x, of.linear)
+    db: Any = (of.dY, h, of.linear)
     g, dB = reductions.packed_lora_linear_db(*db, compute_g=True, compute_dB=True)
     only_g, _ = reductions.packed_lora_linear_db(*db, compute_g=True, compute_dB=False)
     _, only_dB = reductions.packed_lora_linear_db(*db, compute_g=False, compute_dB=True)
     assert torch.equal(only_g, g)
     assert torch.equal(only_dB, dB)
-    given: Any = (of.x, of.weight, of.bias, of.A, of.B, None, of.groups, of.p, of.seed)
-    y, _ = linear.packed_lora_linear_fwd(*given)
-    only_y, no_h = linear.packed_lora_linear_fwd(*given, store_h=False)
+    y, _ = linear.packed_lora_linear_fwd(of.x, of.linear, None)
+    only_y, no_h = linear.packed_lora_linear_fwd(of.x, of.linear._replace(save_h=False), None)
     assert torch.equal(only_y, y)
     assert no_h.shape == (0, 10)
 
@@ -203,7 +210,7 @@ def test_nothing_is_written_beside_the_results(dtype, p, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(reductions.torch, "empty", only_partial_sums)
         by_kernels(of)
-    factors.merge_weight(of.weight, of.A, of.B, of.groups, dtype)
+    factors.merge_weight(of.linear, dtype)
     bases = [None, random_basis(37, 5).to(DEVICE)]
     factors.fold_factors([of.A[0], of.B[0]], bases, [False] * 2, [False, True], 1.0, dtype)
     assert len(around) >= 2 * 12
@@ -222,16 +229,17 @@ def test_masks_are_those_of_the_reference(p, adapters, monkeypatch):
     ones, identity = torch.ones(M, K, device=DEVICE), torch.eye(K, device=DEVICE)
     A = B = identity.expand(adapters, K, K).contiguous()
     weight = torch.zeros(adapters * D, K, device=DEVICE)
-    h = linear.packed_lora_linear_h(ones, A, p, seed)
+    product = AdaptedLinear(weight, None, list(A), list(B), [(i * D, (i + 1) * D) for i in slots], p, [seed])
+    h = linear.packed_lora_linear_h(ones, product)
     assert torch.equal(h, expected)
-    y, _ = linear.packed_lora_linear_fwd(ones, weight, None, A, B, h, RowGroups(D, slots), p, seed)
+    y, _ = linear.packed_lora_linear_fwd(ones, product, h)
     assert torch.equal(y, expected)
     g = identity.repeat(1, adapters)  # g_p = I: dA_p = m_p
-    assert torch.equal(reductions.packed_lora_linear_da(ones, g, adapters, p, seed), torch.stack(masks).float())
+    assert torch.equal(reductions.packed_lora_linear_da(ones, g, product), torch.stack(masks).float())
     powers = torch.cat([2.0**i * ones for i in slots], 1)  # dX = Σ 2^i m_i, from which the masks can be told
     scale = 1 / (1 - drawn_p(p))
     bits = torch.stack([2.0**i * (m > 0).double() for i, m in enumerate(masks)]).sum(0)
-    dX, _ = linear.packed_lora_linear_dx(powers, weight, A, B, powers, RowGroups(D, slots), p, seed)
+    dX, _ = linear.packed_lora_linear_dx(powers, product, powers)
     assert torch.equal((dX.double() / scale).round(), bits)
     assert torch.allclose(dX.double(), bits * scale, rtol=1e-6, atol=0)  # float32 sums of three terms
 
@@ -240,18 +248,19 @@ def test_masks_are_those_of_the_reference(p, adapters, monkeypatch):
     A, B = (matrix.bfloat16().expand(adapters, r, -1).contiguous() for matrix in (identity[first:], identity[:r, :r]))
     assert linear.fits_inside(r, torch.bfloat16, p)
     weight, ones, powers = weight[: adapters * r].bfloat16(), ones.bfloat16(), powers.unflatten(1, (adapters, D))
-    inside: Any = (A, B, None, RowGroups(r, slots), p, seed)
-    y, h = linear.packed_lora_linear_fwd(ones, weight, None, *inside)
+    inside = AdaptedLinear(weight, None, list(A), list(B), [(i * r, (i + 1) * r) for i in slots], p, [seed])
+    y, h = linear.packed_lora_linear_fwd(ones, inside, None)
     assert torch.equal(h, wide[:, :, first:].flatten(1))
     assert torch.equal(y, h)
-    dX, _ = linear.packed_lora_linear_dx(powers[:, :, :r].flatten(1).bfloat16(), weight, *inside)
+    dX, _ = linear.packed_lora_linear_dx(powers[:, :, :r].flatten(1).bfloat16(), inside, None)
     assert torch.equal((dX[:, first:].double() / scale).round(), bits[:, first:])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 2])
 def test_masks_of_any_seed(seed):
-    x, identity = torch.ones(33, 40, device=DEVICE), torch.eye(40, device=DEVICE)[None]
-    h = linear.packed_lora_linear_h(x, identity, 0.5, torch.tensor([seed], device=DEVICE))
+    x, identity = torch.ones(33, 40, device=DEVICE), torch.eye(40, device=DEVICE)
+    seeds = [torch.tensor([seed], device=DEVICE)]
+    h = linear.packed_lora_linear_h(x, AdaptedLinear(identity, None, [identity], [identity], [(0, 40)], 0.5, seeds))
     assert torch.equal(h, 2 * reference.keep_mask(seed, 0, (33, 40), 0.5).to(DEVICE).float())
 
 
@@ -333,7 +342,7 @@ def test_merge_weight_rounds_once(dtype, r, layout):
     of = make_product(1, 40, 33, r, (1, NONE, 0), dtype=dtype)
     for weight in (of.weight, randn(99, 40)):
         weight = matrix(weight, layout)
-        merged = factors.merge_weight(weight, of.A, of.B, of.groups, dtype)
+        merged = factors.merge_weight(replace(of, weight=weight).linear, dtype)
         exact = weight.double()
         for slot in (0, 1):
             rows = slice(33 * of.groups.adapters.index(slot), 33 * of.groups.adapters.index(slot) + 33)
@@ -398,7 +407,7 @@ def test_tf32_only_where_torch_allows_it():
     ids=str,
 )
 def test_row_blocks(rows, N, expected):
-    groups = row_groups(rows, N)
+    groups = row_groups(tuple(rows), N)
     assert groups == (None if expected is None else (N // len(expected), expected))
     if groups is not None:
         assert len(groups.adapters) <= MAX_GROUPS
@@ -459,15 +468,14 @@ def test_grids_fit_the_device_for_any_number_of_rows(kernel, monkeypatch):
     of = make_product(1, 1, 1, 1, p=0.25)
     M = 2**23
     x, dY, hg = (torch.ones(1, 1, device=DEVICE).expand(M, 1) for _ in range(3))
-    given: Any = (of.groups, of.p, of.seed)
     with monkeypatch.context() as patch:
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         {
-            "h": lambda: linear.packed_lora_linear_h(x, of.A, of.p, of.seed),
-            "fwd": lambda: linear.packed_lora_linear_fwd(x, of.weight, None, of.A, of.B, hg, *given),
-            "dx": lambda: linear.packed_lora_linear_dx(dY, of.weight, of.A, of.B, hg, *given),
-            "db": lambda: reductions.packed_lora_linear_db(dY, hg, of.B, of.groups, compute_g=True, compute_dB=True),
-            "da": lambda: reductions.packed_lora_linear_da(x, hg, 1, of.p, of.seed),
+            "h": lambda: linear.packed_lora_linear_h(x, of.linear),
+            "fwd": lambda: linear.packed_lora_linear_fwd(x, of.linear, hg),
+            "dx": lambda: linear.packed_lora_linear_dx(dY, of.linear, hg),
+            "db": lambda: reductions.packed_lora_linear_db(dY, hg, of.linear, compute_g=True, compute_dB=True),
+            "da": lambda: reductions.packed_lora_linear_da(x, hg, of.linear),
         }[kernel]()
     (grid,) = recorded.grids
     assert grid[0] < 2**31

@@ -107,7 +107,7 @@ def no_recompilation() -> Iterator[None]:
 def nothing_is_left() -> Iterator[None]:
     yield
     assert forward_scope.current_reading() is None
-    assert not forward_scope._THREAD.scopes
+    assert not forward_scope.RUNNING.scopes
 
 
 # ---- one fold
@@ -697,7 +697,7 @@ def test_an_interrupt_at_any_line_leaves_no_scope():
         with torch.no_grad():
             layer.lora_B.add_(1)
         assert torch.equal(layer(x), layer_by_layer(lambda layer: layer(x))(layer)), line
-        assert not forward_scope._THREAD.scopes
+        assert not forward_scope.RUNNING.scopes
     assert line > 50
 
 

@@ -424,7 +424,7 @@ def reads(monkeypatch) -> list[Tensor]:
         read.append(text)
         return original(text, eos_id)
 
-    monkeypatch.setattr(truncation, "_is_on_device", lambda _text: True)
+    monkeypatch.setattr(truncation, "is_on_device", lambda _text: True)
     monkeypatch.setattr(truncation, "_read_longest", observed)
     return read
 
@@ -471,7 +471,7 @@ def test_a_cuda_graph_keeps_what_is_known(reads, monkeypatch):
     moved = copy.deepcopy(model)  # whose mask was not seen yet
     assert not reads
     monkeypatch.undo()
-    monkeypatch.setattr(truncation, "_is_on_device", lambda _text: True)
+    monkeypatch.setattr(truncation, "is_on_device", lambda _text: True)
     assert_truncated(model, text, 16)
     monkeypatch.setattr(truncation, "_is_capturing", lambda _text: True)
     assert_truncated(model, text, 16)

@@ -95,7 +95,7 @@ def cuda_graphs_on_cpu() -> Iterator[None]:
     """The CPU is the device that graphs are for, and its tensors count as a device's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "CUDAGraphs", CUDAGraphsOnCPU)
-        patch.setattr(truncation, "_is_on_device", lambda _text: True)
+        patch.setattr(truncation, "is_on_device", lambda _text: True)
         patch.setattr(truncation, "_is_capturing", lambda _text: CUDAGraphsOnCPU.capturing)
         yield
 

@@ -13,6 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from complora_kernels import reference
+from complora_kernels.adapted_linear import AdaptedLinear
+
 HALF = (torch.bfloat16, torch.float16)
 
 DTYPES = (torch.float64, torch.float32, *HALF)
@@ -139,3 +142,10 @@ class Recorder(TorchDispatchMode):
     def live_bytes(self, *excluded: Tensor) -> int:
         known = {StorageWeakRef(tensor.untyped_storage()) for tensor in excluded}
         return sum(size for ref, size in self._storages.items() if ref not in known and not ref.expired())
+
+
+def packed_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, As: Any, Bs: Any, rows: Any, *, dropout_masks: Any = None
+) -> Tensor:
+    """`reference.packed_lora_linear`, called as `functional.packed_lora_linear` is."""
+    return reference.packed_lora_linear(x, AdaptedLinear(weight, bias, As, Bs, rows), dropout_masks=dropout_masks)
