@@ -166,17 +166,27 @@ BIASES_APART = ["timm EVA", "timm EVA 02", "timm BEiT", "timm Swin v2"]
 
 
 @pytest.mark.parametrize("name", BIASES_APART)
-def test_attention_that_does_not_call_qkv_is_made_to_by_words_alone(name):
+@pytest.mark.parametrize("target_modules", [("q", "v"), ["qkv"], r".*attn\.qkv"], ids=str)
+def test_attention_that_does_not_call_qkv_is_made_to(name, target_modules):
     model, inputs, features, _ = made(name)
     calls: list[Any] = []
-    with pytest.raises(ValueError, match=r"matched .*attn\.qkv, which its parent, a .*Attention, uses without"):
-        ck.apply_complora(model, config(target_modules=r".*attn\.qkv"), progress=False)
-    ck.apply_complora(copy.deepcopy(model), config(target_modules=r".*attn\.proj"), progress=False)
-    model = ck.apply_complora(model, config(), progress=False)
+    model = ck.apply_complora(model, config(target_modules=target_modules), progress=False)
     for layer in adapted_layers(model).values():
         layer.register_forward_hook(lambda layer, *_: calls.append(layer))
-    features(copy.deepcopy(model), inputs)
-    assert len(calls) == len(adapted_layers(model))
+    features(model, inputs)
+    assert calls == list(adapted_layers(model).values())
+    assert all(isinstance(layer, CompLoRAPackedLinear) for layer in calls)
+    model = ck.unload(model)
+    assert not any(block.module.get_submodule("attn").qkv_bias_separate for block in integration.residual_blocks(model))
+
+
+def test_attention_alone_that_does_not_call_qkv_is_refused():
+    model = nn.ModuleDict({"attention": Attention(24, qkv_bias=True)})
+    with pytest.raises(
+        ValueError, match=r"matched attention\.qkv, which its parent, a Attention, uses without calling"
+    ):
+        ck.apply_complora(model, config(target_modules=r".*qkv"), progress=False)
+    ck.apply_complora(model, config(target_modules=r".*proj"), progress=False)
 
 
 def test_attention_of_an_older_timm_without_the_switch_is_refused():
