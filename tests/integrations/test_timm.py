@@ -180,6 +180,21 @@ def test_attention_that_does_not_call_qkv_is_made_to(name, target_modules):
     assert not any(block.module.get_submodule("attn").qkv_bias_separate for block in integration.residual_blocks(model))
 
 
+@pytest.mark.parametrize("name", BIASES_APART)
+def test_calibration_reaches_the_projections_of_such_attention(name):
+    model, inputs, features, _ = made(name)
+    given: list[Any] = []
+    attention: Any = next(iter(integration.residual_blocks(model))).module.get_submodule("attn")
+    hook = attention.register_forward_pre_hook(lambda _, args: given.append(args[0].flatten(0, -2)))
+    options = config(subspace_source="activations", sides="input", subspace_k=2, layers=[0])
+    ck.apply_complora(model, options, calibrate=lambda model: features(model, inputs), progress=False)
+    hook.remove()
+    V = torch.linalg.svd(given[0]).Vh[:2].T  # [in, 2]
+    for name in "qkv":
+        basis = attention.qkv.basis(name, "input").matrix
+        torch.testing.assert_close(basis @ basis.T, V @ V.T)
+
+
 def test_attention_alone_that_does_not_call_qkv_is_refused():
     model = nn.ModuleDict({"attention": Attention(24, qkv_bias=True)})
     with pytest.raises(
