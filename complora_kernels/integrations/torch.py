@@ -84,6 +84,13 @@ def attention_target(
     return Target(path, module, rows, functools.partial(cls.from_attention, names=names))
 
 
+def attention_targets(model: nn.Module) -> Iterator[Target]:
+    """Every plain `nn.MultiheadAttention` of a model whose q, k and v are packed, with all adapters."""
+    for path, module in named_modules(model):
+        if type(module) is nn.MultiheadAttention and not isinstance(parts_of_multihead(path, module), str):
+            yield attention_target(path, module, ATTENTION_TARGETS)
+
+
 def missing(model: nn.Module, tower: str) -> str | None:
     return None
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torchvision
 from oracle import expected, results
-from rows import Row, called, in_float64
+from rows import Row, called, in_float64, with_random_weights
 from tiny_models import config, randomise
-from torch import nn
+from torch import Tensor, nn
 from torch_models import OF_TORCH, D, L, N, vit
 
 import complora_kernels as ck
@@ -46,6 +46,35 @@ def test_activations():
     assert integration.activations(vit().model) == {"image": "GELU"}
     assert any_torch.activations(made("torch encoder").model) == {"text": "gelu"}
     assert any_torch.activations(nn.Linear(2, 2)) == {}
+
+
+class Pool(nn.Module):
+    """Attention that is in no block."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(D, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, L, D]
+        return self.attend(x[:, :1], x, x)[0].flatten(1)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", "att.*", ["attend"]], ids=str)
+def test_attention_anywhere_is_adapted_by_its_name(target_modules, tmp_path):
+    plain, inputs = with_random_weights(Pool()).double(), {"x": torch.randn(N, L, D, dtype=torch.float64)}
+    options = config(target_modules=target_modules, sides="both")
+    model = randomise(ck.apply_complora(copy.deepcopy(plain), options, progress=False))
+    assert list(adapted_layers(model)["attend"].weights) == ["q", "k", "v", "o"]
+    torch.testing.assert_close(results(model, inputs, called), expected(plain, model, options, inputs, called))
+    ck.save_adapter(model, tmp_path)
+    loaded = ck.load_adapter(plain, tmp_path, progress=False)
+    torch.testing.assert_close(called(loaded, inputs), called(model, inputs))
+
+
+@pytest.mark.parametrize("options", [{"kdim": 8, "vdim": 8}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_attention_that_cannot_be_adapted_is_not_among_the_names(options):
+    with pytest.raises(ValueError, match=r"expected a match among: attend\.out_proj"):
+        ck.apply_complora(Pool(**options), config(target_modules="attend"), progress=False)
 
 
 # ---- the fast path
