@@ -87,9 +87,10 @@ class Integration(Protocol):
 
 def find(model: nn.Module) -> list[Integration]:
     """The integrations that know `model` or a part of it, at least that of any torch module, which comes last."""
-    from complora_kernels.integrations import open_clip, timm, torch, torchvision  # here: they import what is above
+    # Here, because they import what is above.
+    from complora_kernels.integrations import open_clip, timm, torch, torchvision, transformers
 
-    libraries: tuple[Integration, ...] = (open_clip, timm, torchvision, torch)
+    libraries: tuple[Integration, ...] = (open_clip, timm, torchvision, transformers, torch)
     return [library for library in libraries if library.recognises(model)]
 
 

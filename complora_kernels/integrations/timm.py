@@ -214,23 +214,27 @@ def parts_of_block(block: nn.Module) -> BlockParts | str:
     if _name(mlp) != "timm.layers.mlp.Mlp":
         return f"mlp is a {_name(mlp)}, expected timm's Mlp"
     wrong = (
-        _wrong_identity("", block, ("ls1", "drop_path1", "ls2", "drop_path2"))
+        _wrong_identity("", block, ("drop_path1", "drop_path2"))
+        or _wrong_scale("ls1", parts["ls1"])
+        or _wrong_scale("ls2", parts["ls2"])
         or _wrong_identity("mlp.", mlp, ("drop1", "norm", "drop2"))
         or _wrong_norm("norm1", parts["norm1"])
         or _wrong_norm("norm2", parts["norm2"])
         or wrong_linear("mlp.fc1", mlp.fc1)
         or wrong_linear("mlp.fc2", mlp.fc2)
     )
-    attention = wrong or _parts_of_attention(parts["attn"])
+    attention = wrong or _parts_of_attention(parts["attn"], parts["ls1"])
     if isinstance(attention, str):
         return attention
     activation = activation_of(mlp.act, PACKAGES)
     if activation is None:
         return f"mlp.act is {mlp.act}, expected GELU or QuickGELU"
-    return BlockParts(parts["norm1"], attention, parts["norm2"], mlp.fc1, activation, mlp.fc2)
+    return BlockParts(
+        parts["norm1"], attention, parts["norm2"], mlp.fc1, activation, mlp.fc2, getattr(parts["ls2"], "gamma", None)
+    )
 
 
-def _parts_of_attention(attention: Any) -> AttentionParts | str:
+def _parts_of_attention(attention: Any, scale_out: Any) -> AttentionParts | str:
     if _name(attention) != "timm.layers.attention.Attention":
         return f"attn is a {_name(attention)}, expected the Attention of timm's VisionTransformer"
     qkv = attention.qkv
@@ -245,12 +249,20 @@ def _parts_of_attention(attention: Any) -> AttentionParts | str:
     packed = Projection("qkv", qkv, qkv.weight, qkv.bias)
     dropout_p = attention.attn_drop.p if attention.training else 0.0
     scale = None if attention.fused_attn else attention.scale  # torch's own function is called without it
-    return AttentionParts((packed,), attention.proj, attention.proj, attention.num_heads, False, scale, dropout_p)
+    out: Any = attention.proj
+    project_out = out if is_identity(scale_out) else lambda mixed: scale_out(out(mixed))
+    return AttentionParts((packed,), out, project_out, attention.num_heads, False, scale, dropout_p)
 
 
 def _wrong_identity(prefix: str, module: nn.Module, names: tuple[str, ...]) -> str | None:
     wrong = next((name for name in names if not is_identity(module._modules.get(name))), None)
     return wrong and f"{prefix}{wrong} is {module._modules[wrong]}, expected nn.Identity"
+
+
+def _wrong_scale(name: str, scale: Any) -> str | None:
+    """Why what follows a branch is neither absent nor timm's scale of each feature."""
+    known = is_identity(scale) or _name(scale) == "timm.layers.layer_scale.LayerScale"
+    return None if known else f"{name} is {scale}, expected LayerScale or nn.Identity"
 
 
 def _wrong_norm(name: str, norm: Any) -> str | None:

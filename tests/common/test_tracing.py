@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import complora_kernels as ck
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.blocks import Norm, norm_lora_linear, norm_lora_mlp
+from complora_kernels.blocks import ACTIVATIONS, Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.functional import complora_linear, fold_factors, lora_linear, project_complement
 
 BACKENDS = ("torch", "extension")
@@ -66,7 +66,7 @@ def test_second_derivatives_of_a_layer(backend, dropout_p):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("dropout_p", "with_delta"), [(0.0, False), (0.1, True)])
 def test_second_derivatives_of_a_block(backend, activation, dropout_p, with_delta):
     x, delta = torch.randn(2, 2, 3, dtype=D).requires_grad_().unbind()

@@ -151,8 +151,8 @@ def positions_of_blocks(row: Any) -> list[int]:
     lengths = []
     fused = CompLoRABlock.run_fused
 
-    def observed(block: CompLoRABlock, x: Any, mask: Any) -> Any:
-        y, parts = fused(block, x, mask), block.parts()
+    def observed(block: CompLoRABlock, x: Any, mask: Any, **options: Any) -> Any:
+        y, parts = fused(block, x, mask, **options), block.parts()
         assert y is not None
         assert isinstance(parts, BlockParts)
         lengths.append(y.shape[0 if parts.attention.sequence_first else 1])

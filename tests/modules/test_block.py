@@ -185,7 +185,11 @@ def test_fifty_steps_fused_and_not(backend, dropout, monkeypatch):
 
 # ---- activations
 
-OWN = {"gelu": F.gelu, "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z)}
+OWN = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+}
 
 
 @pytest.mark.parametrize("scale", [1, 10])
@@ -474,7 +478,7 @@ def test_norm_lora_linear_refuses():
 
 def test_norm_lora_mlp_refuses():
     x, fc1, fc2 = torch.randn(4, D), AdaptedLinear(torch.randn(5, D), None), AdaptedLinear(torch.randn(D, 5), None)
-    with pytest.raises(ValueError, match="activation='relu', expected one of gelu, quick_gelu"):
+    with pytest.raises(ValueError, match="activation='relu', expected one of gelu, gelu_tanh, quick_gelu"):
         norm_lora_mlp(x, None, norm_of(), fc1, fc2, "relu")
     with pytest.raises(ValueError, match=r"fc1 \(5, 32\) and fc2 \(31, 5\), expected transposed shapes"):
         norm_lora_mlp(x, None, norm_of(), fc1, AdaptedLinear(torch.randn(31, 5), None), "gelu")

@@ -37,7 +37,7 @@ OF_TIMM: dict[str, Callable[[], Row]] = {
     "timm ViT, QuickGELU and a norm before": functools.partial(vit, act_layer="quick_gelu", pre_norm=True),
     "timm ViT, norms of q and k": functools.partial(vit, 0, qk_norm=True),
     "timm DeiT, two class tokens": tiny("deit_tiny_distilled_patch16_224", 2),
-    "timm DeiT 3, scaled residuals": tiny("deit3_small_patch16_224"),
+    "timm DeiT 3, scaled residuals": tiny("deit3_small_patch16_224", 2),
     "timm EVA 02": tiny("eva02_tiny_patch14_224"),
     "timm EVA": tiny("eva_giant_patch14_224"),
     "timm EVA 02, three projections": tiny("eva02_base_patch16_clip_224"),
