@@ -261,8 +261,8 @@ def _wrong_identity(prefix: str, module: nn.Module, names: tuple[str, ...]) -> s
 
 def _wrong_scale(name: str, scale: Any) -> str | None:
     """Why what follows a branch is neither absent nor timm's scale of each feature."""
-    known = is_identity(scale) or _name(scale) == "timm.layers.layer_scale.LayerScale"
-    return None if known else f"{name} is {scale}, expected LayerScale or nn.Identity"
+    known = is_of(type(scale), ("timm",), ("LayerScale",)) and hasattr(scale, "gamma")
+    return None if known or is_identity(scale) else f"{name} is {scale}, expected LayerScale or nn.Identity"
 
 
 def _wrong_norm(name: str, norm: Any) -> str | None:

@@ -167,7 +167,7 @@ def test_a_library_with_three_projections_is_fused_folded_once_and_read_at_one_p
         return fold(As, *arguments, **options)
 
     def observed_block(block: CompLoRABlock, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        y = fused(block, x, mask, **options)
+        y = fused(block, x, mask)
         lengths.append(None if y is None else y.shape[1])
         return y
 

@@ -12,7 +12,6 @@ import timm
 import torch
 from oracle import expected, results
 from rows import Row, in_float64
-from timm.layers.activations import GELUTanh
 from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp
 from timm.layers.norm import RmsNorm
@@ -86,7 +85,6 @@ OTHER_PARTS: dict[str, tuple[Any, str]] = {
     "dropped projection": (set_part("attn.proj_drop", nn.Dropout(0.1)), "attn.proj_drop is Dropout"),
     "gate": (set_part("attn.gate", nn.Linear(24, 24)), "attn has a gate"),
     "other activation": (set_part("mlp.act", nn.ReLU()), "mlp.act is ReLU"),
-    "approximate GELU": (set_part("mlp.act", GELUTanh()), "mlp.act is GELUTanh"),
     "other norm": (set_part("norm1", RmsNorm(24)), "norm1 is a RmsNorm"),
     "fast norm": (set_fast_norm, "norm2 computes in the dtype of autocast"),
     "other MLP": (set_part("mlp", GluMlp(24)), "mlp is a timm.layers.mlp.GluMlp"),

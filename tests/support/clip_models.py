@@ -18,6 +18,7 @@ from torch import Tensor
 N, WIDTH, CONTEXT, WORDS, DIM = 3, 24, 12, 20, 16
 TEXT: dict[str, Any] = {"context_length": CONTEXT, "vocab_size": WORDS, "width": WIDTH, "heads": 2, "layers": 2}
 SIGLIP_TEXT = {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+SIGLIP2_TEXT = {**SIGLIP_TEXT, "act_kwargs": {"approximate": "tanh"}}
 
 
 def images() -> Tensor:
@@ -79,6 +80,7 @@ OF_CLIP: dict[str, Callable[[], Row]] = {
     "open_clip text tower, all tokens": functools.partial(text_tower, no_causal_mask=True, pool_type="last"),
     "open_clip with timm": functools.partial(with_trunk, TEXT, "token"),
     "open_clip SigLIP": functools.partial(with_trunk, SIGLIP_TEXT, "map"),
+    "open_clip SigLIP 2": functools.partial(with_trunk, SIGLIP2_TEXT, "map"),
     "open_clip CoCa": coca,
     "OpenAI's CLIP": openai,
 }

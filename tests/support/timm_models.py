@@ -35,6 +35,7 @@ OF_TIMM: dict[str, Callable[[], Row]] = {
     "timm ViT, pooled by attention": functools.partial(vit, global_pool="map", class_token=False),
     "timm ViT without biases": functools.partial(vit, qkv_bias=False, proj_bias=False),
     "timm ViT, QuickGELU and a norm before": functools.partial(vit, act_layer="quick_gelu", pre_norm=True),
+    "timm ViT, GELU by its tanh": functools.partial(vit, act_layer="gelu_tanh"),
     "timm ViT, norms of q and k": functools.partial(vit, 0, qk_norm=True),
     "timm DeiT, two class tokens": tiny("deit_tiny_distilled_patch16_224", 2),
     "timm DeiT 3, scaled residuals": tiny("deit3_small_patch16_224", 2),
