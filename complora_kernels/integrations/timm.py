@@ -2,11 +2,13 @@
 
 Their q, k and v are packed in one linear layer, or three layers. EVA, BEiT and Swin v2 keep the biases of q and v apart
 and then use the weight of `qkv` without calling it; they have a switch, which makes them call it and add the biases to
-what it returns. Plain pre-norm blocks are fused.
+what it returns. Pre-norm blocks are fused, with scaled residuals, rotations and relative positions; those of Swin are
+not.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -25,9 +27,10 @@ from complora_kernels.integrations.parts import (
 )
 from complora_kernels.integrations.torch import linear_target, packed_target
 from complora_kernels.integrations.torch import peft_modules as peft_modules  # what it says holds here too
-from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection
+from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
 from complora_kernels.modules.extend import Extension, own_class
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped
+from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.packed import CompLoRAPackedLinear
 
 PACKAGES = ("torch", "timm")
@@ -41,6 +44,17 @@ PACKED = {  # attention whose `qkv` gives q, k and v side by side; tiny_vit's, f
     "timm.models.swin_transformer_v2.WindowAttention",
     "timm.models.vision_transformer_relpos.RelPosAttention",
     "timm.models.vision_transformer_sam.Attention",
+}
+SELF_ATTENTION = (
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.beit.Attention",
+    "timm.models.eva.EvaAttention",
+)
+BLOCKS = {  # blocks that can be fused, and the arguments that follow x
+    "timm.models.vision_transformer.Block": ("attn_mask", "is_causal"),
+    "timm.models.eva.EvaBlock": ("rope", "attn_mask", "is_causal"),
+    "timm.models.beit.Block": ("shared_rel_pos_bias",),
 }
 FIRST_LINEARS = ("fc1", "fc1_g", "fc1_x")  # those of an MLP; with a gate it may have two
 
@@ -190,7 +204,9 @@ def last_block(tower: Any) -> LastBlock | None:
 
 
 class FusedBlock(CompLoRABlock):
-    """A `Block` of timm's ViT; with a mask it runs its own forward pass."""
+    """A block of ViT, EVA or BEiT; with a mask it runs its own forward pass."""
+
+    attn: Any
 
     def parts(self) -> BlockParts | str:
         return parts_of_block(self)
@@ -198,71 +214,97 @@ class FusedBlock(CompLoRABlock):
     def forward(
         self,
         x: Tensor,  # [N, L, d]
-        *args: Any,  # a mask, and whether it is causal
+        *args: Any,  # those that BLOCKS names
         **kwargs: Any,
     ) -> Tensor:  # [N, L, d]; [N, 1, d] where the first position alone is read
-        masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        y = None if masked else self.run_fused(x, None)
+        given = dict(zip(BLOCKS[_name(self)], args, strict=False)) | kwargs
+        rope, bias = given.pop("rope", None), given.pop("shared_rel_pos_bias", None)
+        y = None
+        if all(value is None or value is False for value in given.values()):
+            if getattr(self.attn, "relative_position_bias_table", None) is not None:
+                own = self.attn._get_rel_pos_bias()  # [1, heads, L, L]
+                bias = own if bias is None else own + bias
+            y = self.run_fused(x, bias, rotate=None if rope is None else _rotation(self.attn, rope))
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
+def _rotation(attention: Any, rope: Tensor) -> Rotation:
+    """How the library rotates queries and keys at the positions that are not a class token or the like."""
+    rotate = sys.modules[own_class(attention).__module__].apply_rot_embed_cat
+    options = {"half": True} if getattr(attention, "rotate_half", False) else {}
+    first = attention.num_prefix_tokens
+
+    def rotated(x: Tensor) -> Tensor:  # [N, heads, L, d / heads]
+        return torch.cat([x[:, :, :first], rotate(x[:, :, first:], rope, **options)], 2).to(x.dtype)
+
+    return lambda q, k: (rotated(q), rotated(k))
+
+
 def parts_of_block(block: nn.Module) -> BlockParts | str:
-    if _name(block) != "timm.models.vision_transformer.Block":
-        return f"it is a {_name(block)}, expected the Block of timm's VisionTransformer"
-    parts: dict[str, Any] = block._modules
-    mlp = parts["mlp"]
+    if _name(block) not in BLOCKS:
+        return f"it is a {_name(block)}, expected one of {', '.join(BLOCKS)}"
+    parts: Any = block
+    mlp, scales = parts.mlp, [_scale(block, number) for number in "12"]
     if _name(mlp) != "timm.layers.mlp.Mlp":
         return f"mlp is a {_name(mlp)}, expected timm's Mlp"
     wrong = (
         _wrong_identity("", block, ("drop_path1", "drop_path2"))
-        or _wrong_scale("ls1", parts["ls1"])
-        or _wrong_scale("ls2", parts["ls2"])
+        or next((scale for scale in scales if isinstance(scale, str)), None)
         or _wrong_identity("mlp.", mlp, ("drop1", "norm", "drop2"))
-        or _wrong_norm("norm1", parts["norm1"])
-        or _wrong_norm("norm2", parts["norm2"])
+        or _wrong_norm("norm1", parts.norm1)
+        or _wrong_norm("norm2", parts.norm2)
         or wrong_linear("mlp.fc1", mlp.fc1)
         or wrong_linear("mlp.fc2", mlp.fc2)
     )
-    attention = wrong or _parts_of_attention(parts["attn"], parts["ls1"])
+    attention = wrong or _parts_of_attention(parts.attn, scales[0])
     if isinstance(attention, str):
         return attention
     activation = activation_of(mlp.act, PACKAGES)
     if activation is None:
         return f"mlp.act is {mlp.act}, expected GELU or QuickGELU"
-    return BlockParts(
-        parts["norm1"], attention, parts["norm2"], mlp.fc1, activation, mlp.fc2, getattr(parts["ls2"], "gamma", None)
-    )
+    return BlockParts(parts.norm1, attention, parts.norm2, mlp.fc1, activation, mlp.fc2, scales[1])
 
 
-def _parts_of_attention(attention: Any, scale_out: Any) -> AttentionParts | str:
-    if _name(attention) != "timm.layers.attention.Attention":
-        return f"attn is a {_name(attention)}, expected the Attention of timm's VisionTransformer"
-    qkv = attention.qkv
-    if type(qkv) not in (nn.Linear, CompLoRAPackedLinear):
-        return f"attn.qkv is a {type(qkv).__name__}, expected a plain linear layer or one with adapters on q, k, v"
-    if getattr(attention, "gate", None) is not None:
-        return "attn has a gate, expected none"
+def _scale(block: nn.Module, number: str) -> Any:  # [d]
+    """What the features of a branch are multiplied by, or why it is not known; None where they are not."""
+    scale = getattr(block, f"ls{number}", None)
+    if is_of(type(scale), ("timm",), ("LayerScale",)):
+        return scale.gamma  # pyright: ignore[reportOptionalMemberAccess]
+    if not is_identity(scale):
+        return f"ls{number} is {scale}, expected LayerScale or nn.Identity"
+    return getattr(block, f"gamma_{number}", None)
+
+
+def _parts_of_attention(attention: Any, scale_out: Tensor | None) -> AttentionParts | str:
+    if _name(attention) not in SELF_ATTENTION:
+        return f"attn is a {_name(attention)}, expected one of {', '.join(SELF_ATTENTION)}"
+    if getattr(attention, "gate", None) is not None or getattr(attention, "num_kv_groups", 1) > 1:
+        return "attn has a gate, or fewer keys than queries, expected neither"
+    packed = getattr(attention, "q_proj", None) is None
+    names = ("qkv",) if packed else ("q_proj", "k_proj", "v_proj")
+    for name in names:
+        if type(attention._modules[name]) not in (nn.Linear, CompLoRAPackedLinear if packed else CompLoRALinear):
+            return f"attn.{name} is a {type(attention._modules[name]).__name__}, expected it plain or adapted by words"
     wrong = _wrong_identity("attn.", attention, ("q_norm", "k_norm", "norm", "proj_drop"))
     wrong = wrong or wrong_linear("attn.proj", attention.proj)
     if wrong is not None:
         return wrong
-    packed = Projection("qkv", qkv, qkv.weight, qkv.bias)
+    linears: list[nn.Linear] = [attention._modules[name] for name in names]
+    kept = zip(("qkv",) if packed else "qkv", linears, strict=True)
+    projections = [Projection(name, linear, linear.weight, linear.bias) for name, linear in kept]
+    if packed and getattr(attention, "q_bias", None) is not None:
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])  # [3d]
+        projections = [projections[0]._replace(bias=bias)]
     dropout_p = attention.attn_drop.p if attention.training else 0.0
     scale = None if attention.fused_attn else attention.scale  # torch's own function is called without it
-    out: Any = attention.proj
-    project_out = out if is_identity(scale_out) else lambda mixed: scale_out(out(mixed))
-    return AttentionParts((packed,), out, project_out, attention.num_heads, False, scale, dropout_p)
+    out: nn.Linear = attention.proj
+    project_out = out if scale_out is None else lambda mixed: scale_out * out(mixed)
+    return AttentionParts(tuple(projections), out, project_out, attention.num_heads, False, scale, dropout_p)
 
 
 def _wrong_identity(prefix: str, module: nn.Module, names: tuple[str, ...]) -> str | None:
     wrong = next((name for name in names if not is_identity(module._modules.get(name))), None)
     return wrong and f"{prefix}{wrong} is {module._modules[wrong]}, expected nn.Identity"
-
-
-def _wrong_scale(name: str, scale: Any) -> str | None:
-    """Why what follows a branch is neither absent nor timm's scale of each feature."""
-    known = is_of(type(scale), ("timm",), ("LayerScale",)) and hasattr(scale, "gamma")
-    return None if known or is_identity(scale) else f"{name} is {scale}, expected LayerScale or nn.Identity"
 
 
 def _wrong_norm(name: str, norm: Any) -> str | None:

@@ -12,6 +12,7 @@ import timm
 import torch
 from oracle import expected, results
 from rows import Row, in_float64
+from timm.layers.diff_attention import DiffAttention
 from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp
 from timm.layers.norm import RmsNorm
@@ -88,7 +89,7 @@ OTHER_PARTS: dict[str, tuple[Any, str]] = {
     "other norm": (set_part("norm1", RmsNorm(24)), "norm1 is a RmsNorm"),
     "fast norm": (set_fast_norm, "norm2 computes in the dtype of autocast"),
     "other MLP": (set_part("mlp", GluMlp(24)), "mlp is a timm.layers.mlp.GluMlp"),
-    "other attention": (set_part("attn", Attention(24)), "attn is a timm.models.beit.Attention"),
+    "other attention": (set_part("attn", DiffAttention(24)), "attn is a timm.layers.diff_attention.DiffAttention"),
     "one adapter on all of qkv": (
         lambda block: set_part("attn.qkv", ck.CompLoRALinear.from_linear(block.attn.qkv, config()))(block),
         "attn.qkv is a CompLoRALinear",

@@ -25,8 +25,11 @@ def vit(fused: int = 2, **options: Any) -> Row:
     return of_timm("vit_tiny_patch16_224", fused, **{**TINY, **options})
 
 
-def tiny(name: str, fused: int = 0) -> Callable[[], Row]:
-    return functools.partial(of_timm, name, fused, **TINY)
+def tiny(name: str, fused: int = 0, **options: Any) -> Callable[[], Row]:
+    return functools.partial(of_timm, name, fused, **TINY, **options)
+
+
+SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 
 
 OF_TIMM: dict[str, Callable[[], Row]] = {
@@ -40,10 +43,11 @@ OF_TIMM: dict[str, Callable[[], Row]] = {
     "timm DeiT, two class tokens": tiny("deit_tiny_distilled_patch16_224", 2),
     "timm DeiT 3, scaled residuals": tiny("deit3_small_patch16_224", 2),
     "timm EVA 02": tiny("eva02_tiny_patch14_224"),
-    "timm EVA": tiny("eva_giant_patch14_224"),
+    "timm EVA": tiny("eva_giant_patch14_224", 2),
     "timm EVA 02, three projections": tiny("eva02_base_patch16_clip_224"),
-    "timm DINOv3": tiny("vit_small_patch16_dinov3"),
-    "timm BEiT": tiny("beit_base_patch16_224"),
+    "timm DINOv3": tiny("vit_small_patch16_dinov3", 2),
+    "timm BEiT": tiny("beit_base_patch16_224", 2),
+    "timm BEiT, one table of positions": tiny("beit_base_patch16_224", 2, **SHARED),
     "timm ViT, relative positions, norms after": tiny("vit_relpos_medium_patch16_rpn_224"),
     "timm Swin": functools.partial(of_timm, "swin_tiny_patch4_window7_224", 0, **SWIN),
     "timm Swin v2": functools.partial(of_timm, "swinv2_tiny_window8_256", 0, **SWIN),
