@@ -60,10 +60,10 @@ class CLIPLoRAFile(TypedDict):
 def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes the adapter as `peft.PeftModel.from_pretrained(plain_model, directory)` reads it, with the same outputs.
 
-    PEFT has one adapter for the whole of an `nn.MultiheadAttention`. With n of q, k, v adapted it gets rank n·r, A
-    stacked and B block-diagonal, and an alpha that keeps the scaling; PEFT's adapter of the output projection, which
-    always comes with it, is zero. In an `nn.MultiheadAttention`, PEFT ignores dropout, and in half precision its
-    forward passes change the frozen weights.
+    PEFT has one adapter for the whole of an `nn.MultiheadAttention` or of a packed linear layer. With n of q, k, v
+    adapted it gets rank n·r, A stacked and B block-diagonal, and an alpha that keeps the scaling. In an
+    `nn.MultiheadAttention`, PEFT's adapter of the output projection, which always comes with it, is zero, PEFT ignores
+    dropout, and in half precision its forward passes change the frozen weights.
 
     The files replace those in `directory` as `save_adapter` replaces them; PEFT does not notice a pair that a killed
     process left mismatched. Writing them does not need PEFT. Wrappers, containers and other trained parameters are
@@ -77,50 +77,51 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     part = adapted_model(model)
     layers = adapted_layers(part)
+    packed: dict[str, CompLoRALayer] = {}
     for path, layer in layers.items():
         modules = peft_modules(part, path, layer)
         if isinstance(modules, str):
             raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
+        if path in modules.values() and "" not in modules:
+            packed[path] = layer
     config = common_config(layers)
-    attentions = {path: layer for path, layer in layers.items() if isinstance(layer, CompLoRAMultiheadAttention)}
-    for path, layer in attentions.items():
+    for path, layer in packed.items():
         names = [layer.weight_name(name) for name in layer.weights]
         if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in names):
             raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
     with replaced_adapter(directory) as staging:
         factors = file_factors(adapted_weights(layers))
-        for path, layer in attentions.items():
+        for path, layer in packed.items():
             parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
             factors[path] = _stacked(layer, parts)
-        fields = _fields_with_attention(config, attentions, list(factors))
-        for path in attentions:
-            A, B = factors[path]  # [n·r, d], [3d, n·r]
-            factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
+        fields = _fields_of_packed(config, packed, list(factors))
+        for path, layer in packed.items():
+            if isinstance(layer, CompLoRAMultiheadAttention):
+                A, B = factors[path]  # [n·r, d], [3d, n·r]
+                factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
         write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
-    """One pair A [n·r, d], B [3d, n·r]: `B A` has the updates of q, k, v above each other, 0 for one not adapted."""
-    A = torch.cat([A for A, _ in parts.values()])  # [n·r, d]
+    """One pair A [n·r, in], B [3d, n·r]: `B A` has the updates of q, k, v above each other, 0 for one not adapted."""
+    A = torch.cat([A for A, _ in parts.values()])  # [n·r, in]
     diagonal = torch.block_diag(*(B for _, B in parts.values()))  # [n·d, n·r]
     rows = torch.cat([torch.arange(layer.weights[name].start, layer.weights[name].stop) for name in parts])  # [n·d]
-    B = diagonal.new_zeros(3 * A.shape[1], A.shape[0])  # [3d, n·r]
+    B = diagonal.new_zeros(3 * diagonal.shape[0] // len(parts), A.shape[0])  # [3d, n·r]
     B[rows] = diagonal
     return A, B
 
 
-def _fields_with_attention(
-    config: CompLoRAConfig, attentions: dict[str, CompLoRAMultiheadAttention], modules: list[str]
-) -> dict[str, Any]:
-    """PEFT's configuration, with rank n·r and alpha · n (alpha · √n with rsLoRA) for attention."""
-    if not attentions:
+def _fields_of_packed(config: CompLoRAConfig, packed: dict[str, CompLoRALayer], modules: list[str]) -> dict[str, Any]:
+    """PEFT's configuration, with rank n·r and alpha · n (alpha · √n with rsLoRA) for packed weights."""
+    if not packed:
         return peft_fields(config, modules)
-    n = len(next(iter(attentions.values())).weights)
+    n = len(next(iter(packed.values())).weights)
     r, alpha = n * config.r, config.lora_alpha * (math.sqrt(n) if config.use_rslora else n)
-    if len(attentions) == len(modules):
+    if len(packed) == len(modules):
         return peft_fields(config, modules, r=r, lora_alpha=alpha)
-    pattern = module_pattern(attentions)
+    pattern = module_pattern(packed)
     return peft_fields(config, modules, rank_pattern={pattern: r}, alpha_pattern={pattern: alpha})
 
 

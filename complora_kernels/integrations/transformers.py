@@ -81,6 +81,10 @@ def missing(model: nn.Module, tower: str) -> str | None:
     return None
 
 
+def callers(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[nn.Module, type[Extension]]]:
+    return []
+
+
 def activations(model: nn.Module) -> dict[str, str]:
     found = {}
     for block in residual_blocks(model):
