@@ -89,6 +89,7 @@ BASELINES = {
     "PEFT, torch.compile": Baseline(baselines.by_peft, f"plain LoRA: no projection; {COMPILES}", compiled=True),
     "PEFT eager, prompts cut": Baseline(baselines.by_peft, PLAIN, cut=True),
     "PEFT, prompts cut, one CUDA graph": Baseline(baselines.by_peft, PLAIN, cut=True, graphed=True),
+    "ours on transformers' CLIP": Baseline(transformers_clip.by_ours),
     "PEFT on transformers' CLIP": Baseline(transformers_clip.by_peft, PLAIN),
     "PEFT on transformers' CLIP, one CUDA graph": Baseline(transformers_clip.by_peft, PLAIN, graphed=True),
     "dense P_perp": Baseline(linear(baselines.DenseProjectorLinear), DENSE),
@@ -147,6 +148,7 @@ GPU_CASES = [
         256,
         {
             "PEFT eager": "step/PEFT",
+            "ours on transformers' CLIP": None,
             "PEFT on transformers' CLIP": None,
             "torch.compile of folded factors": "step/compiled",
             "dense P_perp": "step/dense P_perp",
@@ -208,7 +210,12 @@ CPU_CASES = [
     Case(
         "ViT-B-32-quickgelu",
         8,
-        {"PEFT eager": "step/PEFT, CPU", "PEFT on transformers' CLIP": None, "dense P_perp": "step/dense P_perp, CPU"},
+        {
+            "PEFT eager": "step/PEFT, CPU",
+            "ours on transformers' CLIP": None,
+            "PEFT on transformers' CLIP": None,
+            "dense P_perp": "step/dense P_perp, CPU",
+        },
     ),
     Case("ViT-S-32", 8, {"CLIP-LoRA's layer": None, "CLIP-LoRA's own code": None}, **RECIPE),
     Case(
@@ -357,7 +364,8 @@ def time_all(
 def remark(name: str, case: Case) -> str:
     """What is known of a baseline in a case; ours has nothing to hide."""
     baseline = BASELINES.get(name, Baseline(None))
-    whole = case.prompts and baseline.make is not None and not baseline.cut and FLOOR not in baseline.remark
+    theirs = baseline.make is not None and not name.startswith("ours")
+    whole = case.prompts and theirs and not baseline.cut and FLOOR not in baseline.remark
     return "; ".join(filter(None, [baseline.remark, WHOLE if whole else ""]))
 
 

@@ -1,4 +1,4 @@
-"""The baseline that most people have: transformers' own CLIP, with the weights of open_clip's, adapted by PEFT."""
+"""transformers' own CLIP with the weights of open_clip's: adapted by PEFT, which most people have, and by ours."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import complora_kernels as ck
 from benchmarks import baselines
 from benchmarks.baselines import Adapter, Trainee
+from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.config import CompLoRAConfig
 
 ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
@@ -57,6 +59,18 @@ def by_peft(plain: Any, weights: dict[str, Adapter], config: CompLoRAConfig) -> 
     model = with_weights_of(plain)
     paths = {name: f"clip.{their_name(name)}" for name in weights}
     return Trainee(model, baselines.adapt_by_peft(model, paths, weights, config), plain=True)
+
+
+def by_ours(plain: Any, weights: dict[str, Adapter], config: CompLoRAConfig) -> Trainee:
+    model, factors = with_weights_of(plain), {}
+    ck.apply_complora(model.clip, config, progress=False)
+    layers = adapted_layers(model)
+    for name, (A, B, _) in weights.items():
+        factors[name] = layers[f"clip.{their_name(name)}"].factors("")
+        with torch.no_grad():
+            factors[name][0].copy_(A)
+            factors[name][1].copy_(B)
+    return Trainee(model, factors)
 
 
 def with_weights_of(plain: Any) -> TransformersCLIP:

@@ -9,6 +9,7 @@ stream passes through each autograd node, so that its gradient is added where th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.dropout import fresh_masks
 from complora_kernels.reference import without_autocast
 
-ACTIVATIONS = ("gelu", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 __all__ = ["ACTIVATIONS", "Norm", "norm_lora_linear", "norm_lora_mlp"]
 
 
@@ -34,17 +35,16 @@ def norm_lora_linear(
     x: Tensor,  # [..., in]
     delta: Tensor | None,  # [..., in]
     norm: Norm,
-    linear: AdaptedLinear,
-    *,
+    *linears: AdaptedLinear,  # each [out, in]
     precision: str | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:  # [..., in], [..., out]
-    """`s = x + delta` and `packed_lora_linear(LN(s), ...)`: residual, LayerNorm and the product that reads it.
+) -> tuple[Tensor, ...]:  # [..., in], each [..., out]
+    """`s = x + delta` and `packed_lora_linear(LN(s), ...)`: residual, LayerNorm and the products that read it.
 
         ds = d_s + LN'(dn)    LN'(dn) = rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))    ŝ = (s - mean) · rstd
 
-    where dn is the product's input gradient and d_s that of the first result. `precision` None is that of the record,
-    whose seeds and `save_h` are not read: new ones are drawn. The product runs in autocast's dtype
+    where dn is the sum of the products' input gradients and d_s that of the first result. `precision` None is that of
+    each record, whose seeds and `save_h` are not read: new ones are drawn. The products run in autocast's dtype
     where that is on, else in that of x; LayerNorm in float32, or float64 when x is. Of the activations s, mean,
     rstd [M] and h [M, r] are saved. Without delta the first result is a view of x: it is not to be written to.
 
@@ -52,13 +52,17 @@ def norm_lora_linear(
         ValueError: as `packed_lora_linear`; a norm that does not fit or requires a gradient.
         RuntimeError: a backend that was asked for by name does not support the arguments.
     """
-    (linear,), dtype, name = _prepare("norm_lora_linear", x, delta, norm, [linear], precision, backend)
+    records, dtype, name = _prepare("norm_lora_linear", x, delta, norm, linears, precision, backend)
     if name == REFERENCE:
-        return reference.norm_lora_linear(x, delta, norm, linear, dropout_masks=fresh_masks(x, linear))
-    stream, y = NormLoRALinearFunction.apply(
-        *_flat(x, delta), norm, linear.without_tensors(), dtype, name, *linear.tensors()
-    )
-    return stream.view(x.shape), y.view(*x.shape[:-1], y.shape[-1])
+        pairs = [
+            reference.norm_lora_linear(x, delta, norm, linear, dropout_masks=fresh_masks(x, linear))
+            for linear in records
+        ]
+        return pairs[0][0], *(y for _, y in pairs)
+    tensors = (tensor for linear in records for tensor in linear.tensors())
+    parts = [linear.without_tensors() for linear in records]
+    stream, *ys = NormLoRALinearFunction.apply(*_flat(x, delta), norm, parts, dtype, name, *tensors)
+    return stream.view(x.shape), *(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 def norm_lora_mlp(
@@ -75,9 +79,9 @@ def norm_lora_mlp(
 ) -> Tensor:  # [..., in]
     """`s + fc2(act(fc1(LN(s))))` with `s = x + delta`: the second half of a residual block.
 
-    `act` is "gelu", `z Φ(z)`, or "quick_gelu", `z · sigmoid(1.702 z)`. Of the activations s, mean, rstd [M], h of both
-    products and z [M, hidden] are saved; with `recompute` z is not, and the backward pass computes fc1 again. Otherwise
-    as `norm_lora_linear`.
+    `act` is "gelu", `z Φ(z)`, "gelu_tanh", `z (1 + tanh(√(2/π) (z + 0.044715 z³))) / 2`, or "quick_gelu",
+    `z · sigmoid(1.702 z)`. Of the activations s, mean, rstd [M], h of both products and z [M, hidden] are saved; with
+    `recompute` z is not, and the backward pass computes fc1 again. Otherwise as `norm_lora_linear`.
 
     Raises:
         ValueError: as `norm_lora_linear`; another activation.
@@ -96,10 +100,10 @@ def norm_lora_mlp(
 
 
 class NormLoRALinearFunction(torch.autograd.Function):
-    """`s = x + delta` and `y = n W^T + b + (drop(n) Ã^T) B̃^T` per adapter with `n = LN(s)`.
+    """`s = x + delta` and products `y = n W^T + b + (drop(n) Ã^T) B̃^T` per adapter with `n = LN(s)`.
 
-    Of the activations it saves s, its means and deviations, and h = drop(n) Ã^T. The last arguments are the tensors of
-    the record.
+    Of the activations it saves s, its means and deviations, and h = drop(n) Ã^T of each product. The last arguments are
+    the tensors of one record after the other.
     """
 
     @staticmethod
@@ -108,36 +112,43 @@ class NormLoRALinearFunction(torch.autograd.Function):
         x: Tensor,  # [M, K]
         delta: Tensor | None,  # [M, K]
         norm: Norm,
-        linear: AdaptedLinear,
+        linears: Sequence[AdaptedLinear],
         dtype: torch.dtype,
         backend: str,
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        run, whole = REGISTRY[backend], linear.with_tensors(tensors)
+    ) -> tuple[Tensor, ...]:
+        run, wholes = REGISTRY[backend], _with_tensors(linears, tensors)
         with without_autocast(x):
-            stream, normed, n, h = run.norm_fwd(x, delta, norm, dtype, whole)
-            y, h = _linear_fwd(run, n, whole, h)
-        ctx.save_for_backward(*_pack(normed), h, *whole._replace(bias=None).tensors())
-        ctx.eps, ctx.dtype, ctx.linear, ctx.backend = norm.eps, dtype, linear, backend
+            stream, normed, n, h = run.norm_fwd(x, delta, norm, dtype, wholes[0])
+            products = [_linear_fwd(run, n, wholes[0], h), *(_linear_fwd(run, n, whole, None) for whole in wholes[1:])]
+        kept = (tensor for whole in wholes for tensor in whole._replace(bias=None).tensors())
+        ctx.save_for_backward(*_pack(normed), *(h for _, h in products), *kept)
+        ctx.eps, ctx.dtype, ctx.linears, ctx.backend = norm.eps, dtype, linears, backend
         ctx.set_materialize_grads(False)
         stream = x.view_as(x) if delta is None else stream
         if not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(stream)  # the first adapted block: below it no gradient is asked for
-        return stream, y
+        return stream, *(y for y, _ in products)
 
     @staticmethod
-    def backward(ctx: Any, d_stream: Tensor | None, dY: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors
-        normed, h, linear = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5], ctx.linear.with_tensors(saved[6:])
-        needs_stream = any(ctx.needs_input_grad[:2])
-        dx, d_linear = d_stream, [None] * len(linear.tensors())
-        if dY is not None:
-            run = backend_of_backward(ctx.backend)
-            dY, d_stream = dY.resolve_neg(), None if d_stream is None else d_stream.resolve_neg()  # kernels read memory
-            with without_autocast(dY):
-                dn, d_linear = _linear_bwd(run, dY, normed, h, linear, needs_stream, ctx.needs_input_grad[6:])
-                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream else None
-        return dx, dx if ctx.needs_input_grad[1] else None, *[None] * 4, *d_linear
+    def backward(ctx: Any, d_stream: Tensor | None, *dYs: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        saved, needed, first = ctx.saved_tensors, ctx.needs_input_grad, 5 + len(dYs)
+        normed, hs, linears = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5:first], ctx.linears
+        needs_stream, run = any(needed[:2]), backend_of_backward(ctx.backend)
+        dn, dx, d_tensors = None, d_stream, []
+        with without_autocast(normed.x):
+            source = normed if len(dYs) == 1 or not any(needed[6:]) else normed.compute()  # once for all products
+            for dY, h, linear in zip(dYs, hs, _with_tensors(linears, saved[first:]), strict=True):
+                needs = needed[6 + len(d_tensors) :][: len(linear.tensors())]
+                d_input, d_linear = None, [None] * len(needs)
+                if dY is not None:
+                    dY = dY.resolve_neg()  # kernels read memory
+                    d_input, d_linear = _linear_bwd(run, dY, source, h, linear, needs_stream, needs)
+                dn = d_input if dn is None else dn if d_input is None else dn + d_input
+                d_tensors += d_linear
+            if dn is not None:
+                dx = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
+        return dx, dx if needed[1] else None, *[None] * 4, *d_tensors
 
 
 class NormLoRAMLPFunction(torch.autograd.Function):
@@ -240,6 +251,12 @@ def _linear_bwd(
     return grads.x, linear.gradients(grads)
 
 
+def _with_tensors(linears: Sequence[AdaptedLinear], tensors: Sequence[Any]) -> list[AdaptedLinear]:
+    """Whole records again, from the tensors of one after the other."""
+    remaining = iter(tensors)
+    return [linear.with_tensors(list(itertools.islice(remaining, len(linear.tensors())))) for linear in linears]
+
+
 def _pack(normed: Normed) -> tuple[Tensor | None, ...]:
     return normed.x, normed.mean, normed.rstd, normed.norm.weight, normed.norm.bias
 
@@ -264,7 +281,7 @@ def _prepare(
         ValueError, RuntimeError: as `norm_lora_linear`.
     """
     linears = [linear._replace(precision=precision) for linear in linears] if precision else linears
-    _check(x, delta, norm, linears)
+    _check(x, delta, norm, linears, in_a_row=operation == "norm_lora_mlp")
     dtype = functional.compute_dtype(x)
 
     def unsupported(backend: Backend) -> str | None:
@@ -281,7 +298,7 @@ def _prepare(
     return [functional.for_backend(x, linear, dtype, name) for linear in linears], dtype, name
 
 
-def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear]) -> None:
+def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear], *, in_a_row: bool) -> None:
     width = x.shape[-1:]
     for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
         if tensor is None:
@@ -298,8 +315,9 @@ def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[Adapte
         if len(set(lengths)) > 1:
             raise ValueError(f"As, Bs, rows have lengths {', '.join(map(str, lengths))}, expected equal ones")
         functional.check_linear(hidden, linear)
-        hidden = x.new_empty(1).expand(*x.shape[:-1], len(linear.weight))
-    if len(linears) == 2 and linears[1].weight.shape != (shape := linears[0].weight.shape)[::-1]:
+        if in_a_row:
+            hidden = x.new_empty(1).expand(*x.shape[:-1], len(linear.weight))
+    if in_a_row and linears[1].weight.shape != (shape := linears[0].weight.shape)[::-1]:
         raise ValueError(f"fc1 {tuple(shape)} and fc2 {tuple(linears[1].weight.shape)}, expected transposed shapes")
 
 

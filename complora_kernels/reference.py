@@ -6,6 +6,7 @@ Gradients come from autograd. Products run in the dtype of `x`; projections in f
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -150,8 +151,13 @@ def activation_lora_linear(
     *,
     dropout_masks: Sequence[Tensor] | None = None,  # each [..., in]
 ) -> Tensor:  # [..., out]
-    """`packed_lora_linear(act(z))` with `act(z) = z Φ(z)`, "gelu", or `z sigmoid(1.702 z)`, "quick_gelu"."""
-    a = F.gelu(z) if activation == "gelu" else z * torch.sigmoid(1.702 * z)
+    """`packed_lora_linear(act(z))` with an activation of `blocks.norm_lora_mlp`."""
+    if activation == "quick_gelu":
+        a = z * torch.sigmoid(1.702 * z)
+    elif activation == "gelu_tanh":
+        a = 0.5 * z * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    else:
+        a = F.gelu(z)
     return packed_lora_linear(a, linear, dropout_masks=dropout_masks)
 
 

@@ -125,17 +125,20 @@ def packed_lora_linear(s: dict[str, int]) -> Case:
 
 
 def norm_lora_linear(s: dict[str, int]) -> Case:
-    fc, norm = Packed(s), Norm(torch.randn(s["in"], device=DEVICE), None, 1e-5)
+    """Two products read the norm."""
+    first, second, norm = Packed(s, "1"), Packed(s, "2"), Norm(torch.randn(s["in"], device=DEVICE), None, 1e-5)
 
     def ours(t: Tensors, dropout_p: float = 0.0, **options: Any) -> Sequence[Tensor]:
-        return blocks.norm_lora_linear(t["x"], t["delta"], norm, fc.adapted(t, dropout_p), **options)
+        linears = (first.adapted(t, dropout_p), second.adapted(t, dropout_p))
+        return blocks.norm_lora_linear(t["x"], t["delta"], norm, *linears, **options)
 
     def plain(t: Tensors) -> list[Tensor]:
         stream = t["x"] + t["delta"]
-        return [stream, fc.plain(F.layer_norm(stream, (s["in"],), norm.weight.double(), None, norm.eps), t)]
+        normed = F.layer_norm(stream, (s["in"],), norm.weight.double(), None, norm.eps)
+        return [stream, first.plain(normed, t), second.plain(normed, t)]
 
     x = torch.randn(s["batch"], s["length"], s["in"])
-    return Case({"x": x, "delta": x.roll(1), **fc.leaves}, ours, plain)
+    return Case({"x": x, "delta": x.roll(1), **first.leaves, **second.leaves}, ours, plain)
 
 
 def norm_lora_mlp(s: dict[str, int]) -> Case:

@@ -28,8 +28,10 @@ from tqdm import tqdm
 from complora_kernels.adapters.install import Replacement
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import is_compiled
+from complora_kernels.integrations import find
 from complora_kernels.modules import CompLoRALayer, CompLoRAMultiheadAttention
 from complora_kernels.modules.attention import CompLoRAAttentionLayer
+from complora_kernels.modules.extend import extend
 
 Calibrate = Callable[[Any], object]
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -133,10 +135,14 @@ def _recording(
 ) -> Iterator[None]:
     """Puts the model in evaluation mode and adds hooks that sum the inputs of the weights, within the context.
 
-    The layers, which have no bases yet, are disabled. Only the flags `training` are set, because a model's own
-    `train()` may do more.
+    The layers, which have no bases yet, are disabled. Modules that would use a weight without calling what holds it are
+    extended, as they will be in the adapted model. Only the flags `training` are set, because a model's own `train()`
+    may do more.
     """
     layers = [layer for _, _, layer in replacements]
+    adapted = {module for _, module, _ in replacements}
+    callers = [pair for library in find(model) for pair in library.callers(model, adapted)]
+    classes = [(module, type(module)) for module, _ in callers]
     training = [(module, module.training) for module in (*model.modules(), *layers)]
     hooks = [hook for path, module, layer in replacements for hook in _hooks(module, layer, moments[path])]
 
@@ -144,6 +150,8 @@ def _recording(
         changes = Changes()
         for module, mode in training:
             changes.draft(vars(module))["training"] = mode
+        for module, cls in classes:
+            changes.set_attribute(module, "__class__", cls)
         for layer in layers:
             changes.draft(vars(layer))["disabled"] = False
         for module, hook in hooks:
@@ -155,6 +163,8 @@ def _recording(
     changes = Changes()
     for module, _ in training:
         changes.draft(vars(module))["training"] = False
+    for module, extension in callers:
+        extend(module, [extension], changes)
     for layer in layers:
         changes.draft(vars(layer))["disabled"] = True
     for module, hook in hooks:

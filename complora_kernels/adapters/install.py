@@ -83,6 +83,8 @@ def _extensions(model: nn.Module, layers: Collection[nn.Module]) -> dict[nn.Modu
         if module not in scoped and _folds(module, layers, scoped):
             added[module].append(extension)
             scoped.add(module)
+    for module, extension in (pair for library in libraries for pair in library.callers(model, layers)):
+        added[module].append(extension)
     fusible, reasons = _fusible_blocks(model, libraries, layers)
     for library, block in fusible:
         added[block].append(library.FusedBlock)

@@ -61,10 +61,10 @@ class CLIPLoRAFile(TypedDict):
 def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library: Exported | None = None) -> None:
     """Writes the adapter as `peft.PeftModel.from_pretrained(plain_model, directory)` reads it, with the same outputs.
 
-    PEFT has one adapter for the whole of an `nn.MultiheadAttention`. With n of q, k, v adapted it gets rank n·r, A
-    stacked and B block-diagonal, and an alpha that keeps the scaling; PEFT's adapter of the output projection, which
-    always comes with it, is zero. In an `nn.MultiheadAttention`, PEFT ignores dropout, and in half precision its
-    forward passes change the frozen weights.
+    PEFT has one adapter for the whole of an `nn.MultiheadAttention` or of a packed linear layer. With n of q, k, v
+    adapted it gets rank n·r, A stacked and B block-diagonal, and an alpha that keeps the scaling. In an
+    `nn.MultiheadAttention`, PEFT's adapter of the output projection, which always comes with it, is zero, PEFT ignores
+    dropout, and in half precision its forward passes change the frozen weights.
 
     The files replace those in `directory` as `save_adapter` replaces them; PEFT does not notice a pair that a killed
     process left mismatched. Writing them does not need PEFT. Wrappers, containers and other trained parameters are
@@ -86,7 +86,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
     part = adapted_model(model)
     layers = adapted_layers(part)
     config, weights, names = common_config(layers), adapted_weights(layers), {}
-    attentions: dict[str, CompLoRAMultiheadAttention] = {}
+    packed: dict[str, CompLoRALayer] = {}
     if library is not None:
         names = linear_names(library, weights)
         config = _renamed(config, names)
@@ -95,21 +95,22 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
             modules = peft_modules(part, path, layer)
             if isinstance(modules, str):
                 raise ValueError(f"{path} cannot be exported: {modules}. merge_adapter gives plain weights")
-            if isinstance(layer, CompLoRAMultiheadAttention):
-                attentions[path] = layer
-    for path, layer in attentions.items():
+            if path in modules.values() and "" not in modules:
+                packed[path] = layer
+    for path, layer in packed.items():
         own = [layer.weight_name(name) for name in layer.weights]
         if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in own):
             raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
     with replaced_adapter(directory) as staging:
         factors = {names.get(weight, weight): pair for weight, pair in file_factors(weights).items()}
-        for path, layer in attentions.items():
+        for path, layer in packed.items():
             parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
             factors[path] = _stacked(layer, parts)
-        fields = _fields_with_attention(config, attentions, list(factors))
-        for path in attentions:
-            A, B = factors[path]  # [n·r, d], [3d, n·r]
-            factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
+        fields = _fields_of_packed(config, packed, list(factors))
+        for path, layer in packed.items():
+            if isinstance(layer, CompLoRAMultiheadAttention):
+                A, B = factors[path]  # [n·r, d], [3d, n·r]
+                factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
         warn_of_trained(model)
         write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
 
@@ -124,26 +125,24 @@ def _renamed(config: CompLoRAConfig, names: dict[str, str]) -> CompLoRAConfig:
 
 
 def _stacked(layer: CompLoRALayer, parts: FactorPairs) -> tuple[Tensor, Tensor]:
-    """One pair A [n·r, d], B [3d, n·r]: `B A` has the updates of q, k, v above each other, 0 for one not adapted."""
-    A = torch.cat([A for A, _ in parts.values()])  # [n·r, d]
+    """One pair A [n·r, in], B [3d, n·r]: `B A` has the updates of q, k, v above each other, 0 for one not adapted."""
+    A = torch.cat([A for A, _ in parts.values()])  # [n·r, in]
     diagonal = torch.block_diag(*(B for _, B in parts.values()))  # [n·d, n·r]
     rows = torch.cat([torch.arange(layer.weights[name].start, layer.weights[name].stop) for name in parts])  # [n·d]
-    B = diagonal.new_zeros(3 * A.shape[1], A.shape[0])  # [3d, n·r]
+    B = diagonal.new_zeros(3 * diagonal.shape[0] // len(parts), A.shape[0])  # [3d, n·r]
     B[rows] = diagonal
     return A, B
 
 
-def _fields_with_attention(
-    config: CompLoRAConfig, attentions: dict[str, CompLoRAMultiheadAttention], modules: list[str]
-) -> dict[str, Any]:
-    """PEFT's configuration, with rank n·r and alpha · n (alpha · √n with rsLoRA) for attention."""
-    if not attentions:
+def _fields_of_packed(config: CompLoRAConfig, packed: dict[str, CompLoRALayer], modules: list[str]) -> dict[str, Any]:
+    """PEFT's configuration, with rank n·r and alpha · n (alpha · √n with rsLoRA) for packed weights."""
+    if not packed:
         return peft_fields(config, modules)
-    n = len(next(iter(attentions.values())).weights)
+    n = len(next(iter(packed.values())).weights)
     r, alpha = n * config.r, config.lora_alpha * (math.sqrt(n) if config.use_rslora else n)
-    if len(attentions) == len(modules):
+    if len(packed) == len(modules):
         return peft_fields(config, modules, r=r, lora_alpha=alpha)
-    pattern, fields = module_pattern(attentions), peft_fields(config, modules)
+    pattern, fields = module_pattern(packed), peft_fields(config, modules)
     patterns = {"rank_pattern": {pattern: r}, "alpha_pattern": {pattern: alpha}}
     return fields | {name: fields[name] | values for name, values in patterns.items()}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from complora_kernels import reference
 from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
-from complora_kernels.backends.torch import QUICK_GELU, Source, TorchBackend, input_of
+from complora_kernels.backends.torch import GELU, QUICK_GELU, Source, TorchBackend, input_of
 from complora_kernels.dropout import scaled_masks
 
 
@@ -86,9 +86,9 @@ class DifferentiableBackend(TorchBackend):
         z: Tensor,  # [M, K]
         activation: str,
     ) -> Tensor:  # [M, K]
-        """`dz = da ∘ act'(z)`: `Φ(z) + z φ(z)`, or `σ + 1.702 z σ (1 - σ)` with `σ = sigmoid(1.702 z)`."""
-        if activation == "gelu":
-            return torch.ops.aten.gelu_backward(da, z)
+        """`dz = da ∘ act'(z)`: torch's for GELU, or `σ + 1.702 z σ (1 - σ)` with `σ = sigmoid(1.702 z)`."""
+        if activation in GELU:
+            return torch.ops.aten.gelu_backward(da, z, approximate=GELU[activation])
         wide = torch.promote_types(z.dtype, torch.float32)
         scaled = QUICK_GELU * z.to(wide)
         sigmoid = scaled.sigmoid()

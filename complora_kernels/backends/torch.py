@@ -20,6 +20,7 @@ from complora_kernels.common.tracing import is_checkpointed_selectively
 from complora_kernels.dropout import drop, dropout_mask
 from complora_kernels.reference import Norm
 
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # how torch approximates `z · Φ(z)`
 QUICK_GELU = 1.702  # quick_gelu(z) = z · sigmoid(1.702 z), the GELU of OpenAI's CLIP models
 
 
@@ -44,7 +45,7 @@ class Activated(NamedTuple):
     """`act(z)` as the input of a product, held by z: a backward pass computes it again."""
 
     z: Tensor  # [M, K]
-    activation: str  # "gelu" or "quick_gelu"
+    activation: str  # "gelu", "gelu_tanh" or "quick_gelu"
 
     @property
     def input(self) -> Tensor:
@@ -232,8 +233,8 @@ class TorchBackend:
         z: Tensor,  # [M, K]
         activation: str,
     ) -> Tensor:  # [M, K]
-        if activation == "gelu":
-            return torch.ops.aten.gelu_backward(da, z)
+        if activation in GELU:
+            return torch.ops.aten.gelu_backward(da, z, approximate=GELU[activation])
         scaled = QUICK_GELU * z  # act(z) = silu(1.702 z) / 1.702, whose slope is that of silu at 1.702 z
         if z.dtype == torch.float16:
             scaled.clamp_(-1e4, 1e4)  # the slope is 0 or 1 there; an infinite 1.702 z, beyond 38487, would make it NaN
@@ -257,9 +258,9 @@ def _affine(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """`z · Φ(z)` or `z · sigmoid(1.702 z)`."""
-    if activation == "gelu":
-        return F.gelu(z)
+    """`z · Φ(z)`, exact or with the tanh of `blocks.norm_lora_mlp`, or `z · sigmoid(1.702 z)`."""
+    if activation in GELU:
+        return F.gelu(z, approximate=GELU[activation])
     if z.requires_grad and torch.is_grad_enabled():  # a backward pass that is differentiated again
         return (QUICK_GELU * z).sigmoid() * z
     return (QUICK_GELU * z).sigmoid_().mul_(z)

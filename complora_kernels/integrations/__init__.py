@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from torch import nn
 
+from complora_kernels.common.wrappers import named_modules
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
 from complora_kernels.modules.extend import Extension
 from complora_kernels.modules.forward_scope import Scoped
@@ -63,7 +64,10 @@ class Integration(Protocol):
         """Why a tower that `model` has gives no residual blocks, in words; None where it has no such tower."""
 
     def uncalled(self, parent: nn.Module) -> Collection[str]:
-        """The names of the `nn.Linear` children whose weights `parent` uses without calling them."""
+        """The names of the children whose weights `parent`, if it is plain, uses without calling them."""
+
+    def callers(self, model: nn.Module, layers: Collection[nn.Module]) -> Iterable[tuple[nn.Module, type[Extension]]]:
+        """The modules that use weights of `layers` without calling these, each with an extension that calls them."""
 
     def parts_of_block(self, block: nn.Module) -> BlockParts | str:
         """The parts of a residual block, or the reason why it cannot be fused."""
@@ -83,9 +87,10 @@ class Integration(Protocol):
 
 def find(model: nn.Module) -> list[Integration]:
     """The integrations that know `model` or a part of it, at least that of any torch module, which comes last."""
-    from complora_kernels.integrations import open_clip, torch  # here, because they import what is above
+    # Here, because they import what is above.
+    from complora_kernels.integrations import open_clip, timm, torch, torchvision, transformers
 
-    libraries: tuple[Integration, ...] = (open_clip, torch)
+    libraries: tuple[Integration, ...] = (open_clip, timm, torchvision, transformers, torch)
     return [library for library in libraries if library.recognises(model)]
 
 
@@ -96,5 +101,10 @@ def activations(model: nn.Module) -> dict[str, str]:
 
 def peft_modules(model: nn.Module, path: str, layer: CompLoRALayer) -> dict[str, str] | str:
     """The modules that PEFT adapts for a layer of `model`, or why it cannot, by the library that knows the most."""
-    answers = [library.peft_modules(path, layer) for library in find(model)]
+    libraries = find(model)
+    parent, _, name = path.rpartition(".")
+    module = dict(named_modules(model))[parent]
+    if any(name in library.uncalled(module) for library in libraries):
+        return f"a plain {type(module).__name__} uses its weights without calling it, so PEFT's adapter has no effect"
+    answers = [library.peft_modules(path, layer) for library in libraries]
     return next((answer for answer in answers if isinstance(answer, dict)), answers[0])

@@ -1,14 +1,15 @@
 """The models of open_clip, and the towers of OpenAI's package: by what their modules have and not by their version.
 
 A residual block has `attn`, `mlp.c_fc` and `mlp.c_proj`; the image tower is what lies below `visual`, the text tower
-what lies in `transformer` or `text`. This covers ViT CLIP models (quickgelu or not) and `CustomTextCLIP`.
+what lies in `transformer`, `text` or CoCa's `text_decoder`. This covers ViT CLIP models (quickgelu or not),
+`CustomTextCLIP`, CoCa, and each tower alone: an image tower is known by its `conv1`.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,60 +19,64 @@ from torch.nn import functional as F
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import ATTENTION_TARGETS, MLP_TARGETS, CompLoRAConfig
 from complora_kernels.integrations import Block, Target
-from complora_kernels.integrations.torch import linear_target
-from complora_kernels.integrations.torch import peft_modules as peft_linear
+from complora_kernels.integrations.parts import (
+    NORMS,
+    activation_of,
+    is_identity,
+    is_of,
+    parts_of_multihead,
+    wrong_linear,
+    wrong_norm,
+)
+from complora_kernels.integrations.torch import attention_target, linear_target
+from complora_kernels.integrations.torch import peft_modules as peft_modules_of_torch
 from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection
 from complora_kernels.modules.extend import Extension, own_class
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped, run_in_scope
 from complora_kernels.modules.layer import CompLoRALayer, clone_as
-from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.masks import known_causal
 from complora_kernels.modules.truncation import TextTower, reading_of_texts
 
 PACKAGES = ("torch", "open_clip", "clip")  # classes of these packages are known by their names
-NORMS = ("LayerNorm", "LayerNormFp32")  # torch's own and open_clip's, which compute in float32 and round
-ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
-LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, CompLoRALinear)
 PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
-TOWERS = {"visual": "image", "transformer": "text", "text": "text"}
+TOWERS = {"visual": "image", "transformer": "text", "text": "text", "text_decoder": "text"}
 
 
 def recognises(model: nn.Module) -> bool:
     return any(True for _ in residual_blocks(model))
 
 
-def _is_known(cls: type, names: Collection[str]) -> bool:
-    """Whether a class is torch's, open_clip's or OpenAI's of such a name: a namesake may compute something else."""
-    return cls.__name__ in names and cls.__module__.partition(".")[0] in PACKAGES
-
-
 # ---- what is adapted
 
 
 def residual_blocks(model: nn.Module) -> Iterator[Block]:
+    """The blocks, counted through each tower: those of CoCa's decoder come last, its cross attention after the rest."""
+    towers = {"transformer": "image"} if _is_image_tower(model) else TOWERS
+    layers: Counter[str] = Counter()
     for path, module in named_modules(model):
-        tower = TOWERS.get(_root(path))
+        tower = towers.get(_root(path))
         mlp = getattr(module, "mlp", None)
         if tower and hasattr(module, "attn") and hasattr(mlp, "c_fc") and hasattr(mlp, "c_proj"):
-            yield Block(path, module, tower, int(path.rpartition(".")[2]))
+            yield Block(path, module, tower, layers[tower])
+            layers[tower] += 1
+
+
+def _is_image_tower(model: nn.Module) -> bool:
+    return hasattr(unwrap(model), "conv1")
 
 
 def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
     projections = [name for name in ATTENTION_TARGETS if name in names]
     if projections:
         path, attention = f"{block.path}.attn", unwrap(block.module.get_submodule("attn"))
-        if isinstance(attention, nn.MultiheadAttention):
-            adapt: Callable[..., CompLoRALayer] = CompLoRAMultiheadAttention.from_attention
-        elif CompLoRAAttention.recognises(attention):
-            adapt = CompLoRAAttention.from_attention
-        else:
+        if not isinstance(attention, nn.MultiheadAttention) and not CompLoRAAttention.recognises(attention):
             raise ValueError(
                 f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: "
                 "expected nn.MultiheadAttention or the attention of open_clip 4"
             )
-        adapt = functools.partial(adapt, names=projections)
-        yield Target(path, attention, projection_rows(attention, projections), adapt)
+        cls = CompLoRAMultiheadAttention if isinstance(attention, nn.MultiheadAttention) else CompLoRAAttention
+        yield attention_target(path, attention, projections, cls)
     for target, name in zip(MLP_TARGETS, ("mlp.c_fc", "mlp.c_proj"), strict=True):
         if target in names:
             yield linear_target(f"{block.path}.{name}", unwrap(block.module.get_submodule(name)))
@@ -79,6 +84,8 @@ def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
 
 def missing(model: nn.Module, tower: str) -> str | None:
     model = unwrap(model)
+    if _is_image_tower(model):
+        return None
     if tower == "text":
         known = any(hasattr(model, name) for name in ("transformer", "text"))
         return "its text tower has no residual blocks (attn, mlp.c_fc, mlp.c_proj)" if known else None
@@ -98,6 +105,10 @@ def uncalled(parent: nn.Module) -> Collection[str]:
     return parent._modules if type(parent).__name__ == "AttentionPool2d" else ()
 
 
+def callers(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[nn.Module, type[Extension]]]:
+    return []
+
+
 def _root(path: str) -> str:
     return path.partition(".")[0]
 
@@ -111,22 +122,15 @@ def activations(model: nn.Module) -> dict[str, str]:
 
 
 def peft_modules(path: str, layer: CompLoRALayer) -> dict[str, str] | str:
+    if not isinstance(layer, CompLoRAAttention):
+        return peft_modules_of_torch(path, layer)
     inputs = [name for name in ("q", "k", "v") if name in layer.weights]
-    if isinstance(layer, CompLoRAMultiheadAttention):
-        if "o" in layer.weights:
-            return (
-                "o is adapted, expected q, k, v alone: PEFT adds the update of an nn.MultiheadAttention's output "
-                "projection twice (https://github.com/huggingface/peft/pull/3774)"
-            )
-        return dict.fromkeys(inputs, path)  # one adapter for the whole module
-    if isinstance(layer, CompLoRAAttention):
-        if inputs:
-            return (
-                f"{', '.join(inputs)} are adapted, expected an nn.MultiheadAttention: this attention keeps q, k and v "
-                "in one parameter, for which PEFT has no module"
-            )
-        return {"o": f"{path}.out_proj"}
-    return peft_linear(path, layer)
+    if inputs:
+        return (
+            f"{', '.join(inputs)} are adapted, expected an nn.MultiheadAttention: this attention keeps q, k and v "
+            "in one parameter, for which PEFT has no module"
+        )
+    return {"o": f"{path}.out_proj"}
 
 
 # ---- towers
@@ -172,7 +176,19 @@ class TextModel4(TextModel):
         return run_in_scope({}, reading_of_texts(text_tower(self), text), plain._encode_text, text, *args, **kwargs)
 
 
+class TextTransformer(Extension):
+    """`TextModel` for a text tower alone, which is called with the texts."""
+
+    def forward(self, text: Tensor, *args: Any, **kwargs: Any) -> Any:  # [N, L] to [N, D]
+        plain: Any = super()
+        if torch.compiler.is_compiling():
+            return plain.forward(text, *args, **kwargs)
+        return run_in_scope({}, reading_of_texts(text_tower(self), text), plain.forward, text, *args, **kwargs)
+
+
 def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:
+    if _is_image_tower(model):
+        return [(unwrap(model), ImageTower)]
     modules = dict(named_modules(model))
     roots = dict.fromkeys(_root(block.path) for block in residual_blocks(model))
     return [(modules[root], ImageTower if root == "visual" else Scoped) for root in roots]
@@ -181,9 +197,12 @@ def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:
 def truncation(model: nn.Module) -> list[tuple[nn.Module, type[Extension]]]:
     model = unwrap(model)
     tower = text_tower(model)
-    if tower is None or not hasattr(model, "encode_text"):
+    if tower is None:
         return []
-    extension = TextModel4 if hasattr(model, "_encode_text") else TextModel
+    if not hasattr(model, "encode_text"):
+        extension: type[Extension] = TextTransformer
+    else:
+        extension = TextModel4 if hasattr(model, "_encode_text") else TextModel
     return [(model, extension), (unwrap(tower.transformer), Scoped)]
 
 
@@ -191,16 +210,15 @@ def text_tower(model: nn.Module) -> TextTower | None:
     """The text tower of a model that reads a text's feature where the text ends, under a mask over its context.
 
     None where it is read elsewhere or every position is handed on (`pool_type`, CoCa's class token, `output_tokens`),
-    and for classes that are not open_clip's own, where either may be.
+    and for classes that are not open_clip's own, where either may be, OpenAI's among them: their blocks keep the mask.
     """
-    if not _is_known(own_class(model), ("CLIP", "CustomTextCLIP")):
-        return None
-    if hasattr(model, "text_pool_type"):
+    is_clip = is_of(own_class(model), PACKAGES, ("CLIP", "CustomTextCLIP"))
+    if is_clip and hasattr(model, "text_pool_type"):
         holder, pool_type, eos_id = model, model.text_pool_type, getattr(model, "text_eos_id", None)
     else:
-        holder = getattr(model, "text", None)
+        holder = getattr(model, "text", None) if is_clip else model
         pool_type, eos_id = getattr(holder, "pool_type", None), getattr(holder, "eos_id", None)
-        if not isinstance(holder, nn.Module) or not _is_known(own_class(holder), ("TextTransformer",)):
+        if not isinstance(holder, nn.Module) or not is_of(own_class(holder), PACKAGES, ("TextTransformer",)):
             return None
     transformer, mask = getattr(holder, "transformer", None), getattr(holder, "attn_mask", None)
     if not isinstance(transformer, nn.Module) or not isinstance(mask, Tensor):
@@ -220,9 +238,11 @@ def last_image_block(visual: nn.Module) -> LastBlock | None:
     class or methods that are not open_clip's own, where either may be.
     """
     methods = {"_embeds", "_pool", "_global_pool"} & vars(visual).keys()
-    if methods or not _is_known(own_class(visual), ("VisionTransformer",)):
+    if methods or not is_of(own_class(visual), PACKAGES, ("VisionTransformer",)):
         return None
-    if getattr(visual, "pool_type", None) != "tok" or getattr(visual, "attn_pool", None) is not None:
+    is_openai = own_class(visual).__module__.partition(".")[0] == "clip"
+    pool_type = getattr(visual, "pool_type", "tok" if is_openai else None)
+    if pool_type != "tok" or getattr(visual, "attn_pool", None) is not None:
         return None
     if getattr(visual, "output_tokens", False):
         return None
@@ -231,9 +251,9 @@ def last_image_block(visual: nn.Module) -> LastBlock | None:
 
 def _last_block(transformer: Any, norm: Any) -> LastBlock | None:
     """The last block between a known transformer and a known norm, where it is fused and run once."""
-    if not isinstance(transformer, nn.Module) or not _is_known(own_class(transformer), ("Transformer",)):
+    if not isinstance(transformer, nn.Module) or not is_of(own_class(transformer), PACKAGES, ("Transformer",)):
         return None
-    if not _is_known(type(norm), (*NORMS, "Identity")):
+    if not is_of(type(norm), PACKAGES, (*NORMS, "Identity")):
         return None
     if getattr(transformer, "grad_checkpointing", False):  # the block would run again by itself, without a scope
         return None
@@ -272,7 +292,7 @@ class FusedBlock(CompLoRABlock):
 
 def parts_of_block(block: nn.Module) -> BlockParts | str:
     cls = own_class(block)
-    if not _is_known(cls, ("ResidualAttentionBlock",)):
+    if not is_of(cls, PACKAGES, ("ResidualAttentionBlock",)):
         return f"it is a {cls.__module__}.{cls.__name__}, expected a ResidualAttentionBlock of open_clip"
     if "attention" in vars(block):
         return "it has an attention method of its own, expected that of its class"
@@ -283,46 +303,44 @@ def parts_of_block(block: nn.Module) -> BlockParts | str:
     for name in ("ls_1", "ls_2"):
         if name in parts and not isinstance(parts[name], nn.Identity):
             return f"{name} is a {type(parts[name]).__name__}, expected nn.Identity"
-    for name in ("ln_1", "ln_2"):
-        norm = parts[name]
-        if not isinstance(norm, nn.LayerNorm) or not _is_known(type(norm), NORMS) or norm.weight is None:
-            return f"{name} is a {type(norm).__name__}, expected a LayerNorm with weights"
     mlp = parts["mlp"]
     if not isinstance(mlp, nn.Sequential) or list(mlp._modules) != ["c_fc", "gelu", "c_proj"]:
         return f"mlp consists of {', '.join(mlp._modules)}, expected a Sequential of c_fc, gelu, c_proj"
     fc1, gelu, fc2 = mlp._modules.values()
-    if type(fc1) not in LINEARS or type(fc2) not in LINEARS:
-        return f"mlp has a {type(fc1).__name__} and a {type(fc2).__name__}, expected linear layers"
-    if not _is_known(type(gelu), ACTIVATIONS) or getattr(gelu, "approximate", "none") != "none":
-        return f"mlp.gelu is {gelu}, expected GELU or QuickGELU"
-    attention = _parts_of_attention(parts["attn"])
+    wrong = (
+        wrong_norm("ln_1", parts["ln_1"], PACKAGES)
+        or wrong_norm("ln_2", parts["ln_2"], PACKAGES)
+        or wrong_linear("mlp.c_fc", fc1)
+        or wrong_linear("mlp.c_proj", fc2)
+    )
+    attention = wrong or _parts_of_attention(parts["attn"])
     if isinstance(attention, str):
         return attention
-    return BlockParts(parts["ln_1"], attention, parts["ln_2"], fc1, ACTIVATIONS[type(gelu).__name__], fc2)  # pyright: ignore[reportArgumentType]
+    activation = activation_of(gelu, PACKAGES)
+    if activation is None:
+        return f"mlp.gelu is {gelu}, expected GELU or QuickGELU"
+    return BlockParts(parts["ln_1"], attention, parts["ln_2"], fc1, activation, fc2)  # pyright: ignore[reportArgumentType]
 
 
 def _parts_of_attention(attn: Any) -> AttentionParts | str:
-    known = type(attn) in (nn.MultiheadAttention, CompLoRAMultiheadAttention, CompLoRAAttention)
-    if not known and not CompLoRAAttention.recognises(attn):
-        return f"attn is a {type(attn).__name__}, expected nn.MultiheadAttention or the attention of open_clip 4"
-    weight, bias = attn.in_proj_weight, attn.in_proj_bias
-    if weight is None or getattr(attn, "bias_k", None) is not None or getattr(attn, "add_zero_attn", False):
-        return "attn projects keys or values of other sizes, or adds some, expected plain self-attention"
-    if type(attn.out_proj) not in LINEARS:
-        return f"attn.out_proj is a {type(attn.out_proj).__name__}, expected a linear layer"
-    projections = (Projection("qkv", attn, weight, bias),)
-    project_out = getattr(attn, "project_out", attn.out_proj)
     if isinstance(attn, nn.MultiheadAttention):
-        dropout_p, first = attn.dropout if attn.training else 0.0, not attn.batch_first
-        return AttentionParts(projections, attn.out_proj, project_out, attn.num_heads, first, None, dropout_p)
+        return parts_of_multihead("attn", attn)
+    if type(attn) is not CompLoRAAttention and not CompLoRAAttention.recognises(attn):
+        return f"attn is a {type(attn).__name__}, expected nn.MultiheadAttention or the attention of open_clip 4"
+    if attn.in_proj_weight is None:
+        return "attn projects keys or values of other sizes, expected plain self-attention"
+    wrong = wrong_linear("attn.out_proj", attn.out_proj)
+    if wrong is not None:
+        return wrong
     for name in ("ln_q", "ln_k", "ln_inner", "out_drop"):
-        part = getattr(attn, name)
-        if not isinstance(part, nn.Identity) and not (isinstance(part, nn.Dropout) and part.p == 0):
-            return f"attn.{name} is {part}, expected nn.Identity"
+        if not is_identity(getattr(attn, name)):
+            return f"attn.{name} is {getattr(attn, name)}, expected nn.Identity"
     if attn.head_scale is not None or getattr(attn, "logit_scale", None) is not None:
         return "attn scales its heads or its cosines, expected scaled dot-product attention"
+    packed = Projection("qkv", attn, attn.in_proj_weight, attn.in_proj_bias)
+    project_out = getattr(attn, "project_out", attn.out_proj)
     dropout_p = attn.attn_drop.p if attn.training else 0.0
-    return AttentionParts(projections, attn.out_proj, project_out, attn.num_heads, False, attn.scale, dropout_p)
+    return AttentionParts((packed,), attn.out_proj, project_out, attn.num_heads, False, attn.scale, dropout_p)
 
 
 class CompLoRAAttention(CompLoRAAttentionLayer):
@@ -368,7 +386,7 @@ class CompLoRAAttention(CompLoRAAttentionLayer):
         if getattr(attention, "logit_scale", None) is not None:
             raise ValueError(f"{label} uses scaled cosine attention, expected scaled dot-product attention")
         layer = clone_as(attention, cls)
-        layer._adapt(config, names, path)
+        layer._adapt(config, names, projection_rows(attention), path)
         return layer
 
     def forward(

@@ -18,7 +18,7 @@ from complora_kernels.config import (
     module_name_fits,
 )
 from complora_kernels.integrations import Block, Integration, Target, find
-from complora_kernels.integrations.torch import linear_target
+from complora_kernels.integrations.torch import attention_targets, linear_target
 
 IN_BLOCKS = 'in residual blocks, target_modules=("q", "k", "v", "o") adapts it'
 
@@ -200,7 +200,8 @@ class _Named:
 
 
 def _parts_of_blocks(model: nn.Module, libraries: Iterable[Integration]) -> Iterable[Target]:
-    """The targets of all residual blocks that can be adapted, with all their adapters."""
+    """All residual blocks' targets and torch's attention anywhere, where they can be adapted, with all adapters."""
+    yield from attention_targets(model)
     for library in libraries:
         for block in library.residual_blocks(model):
             for names in (ATTENTION_TARGETS, MLP_TARGETS):

@@ -1,7 +1,10 @@
 """The activation inside an MLP: what follows from it, and its gradient.
 
 gelu:        act(z) = z Φ(z)                   act'(z) = Φ(z) + z φ(z)
+gelu_tanh:   act(z) = z σ(2u)                  act'(z) = σ + 2u' z σ (1 - σ)
 quick_gelu:  act(z) = z σ(1.702 z)             act'(z) = σ + 1.702 z σ (1 - σ)
+
+with u = √(2/π) (z + 0.044715 z³) and σ(2u) = (1 + tanh u) / 2.
 
 a = act(z)      h = drop(a) Ã^T [M, r]      dz = da ∘ act'(z)
 """
@@ -21,8 +24,8 @@ from complora_kernels.kernels import launch
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 
-GELU, QUICK_GELU = tl.constexpr(1), tl.constexpr(2)
-KINDS = {"gelu": 1, "quick_gelu": 2}
+GELU, QUICK_GELU, GELU_TANH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+KINDS = {"gelu": 1, "quick_gelu": 2, "gelu_tanh": 3}
 
 
 @triton.jit
@@ -30,6 +33,8 @@ def activate(z, KIND: tl.constexpr):
     """`act(z)` of float32 values."""
     if KIND == GELU:
         return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+    if KIND == GELU_TANH:
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     return z * tl.sigmoid(1.702 * z)
 
 
@@ -38,6 +43,9 @@ def activation_slope(z, KIND: tl.constexpr):
     """`act'(z)` of float32 values."""
     if KIND == GELU:
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    if KIND == GELU_TANH:
+        sigma = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return sigma + 1.5957691216057308 * (1 + 0.134145 * z * z) * z * sigma * (1 - sigma)
     sigma = tl.sigmoid(1.702 * z)
     return sigma + 1.702 * z * sigma * (1 - sigma)
 

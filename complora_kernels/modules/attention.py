@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from complora_kernels import functional
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.config import ATTENTION_TARGETS, CompLoRAConfig
-from complora_kernels.modules.float32_state import Factors
-from complora_kernels.modules.forward_scope import factors_in_scope
-from complora_kernels.modules.layer import CompLoRALayer, clone_as, require_plain
+from complora_kernels.modules.layer import clone_as
 from complora_kernels.modules.masks import additive_mask, known_causal
+from complora_kernels.modules.packed import PackedLayer, packed_rows
 from complora_kernels.modules.protected import WeightRows
 
 
-class CompLoRAAttentionLayer(CompLoRALayer):
+class CompLoRAAttentionLayer(PackedLayer):
     """Attention whose weights of q, k and v are packed; `in_proj_weight` [3d, d] and `out_proj` stay as they were."""
 
     in_proj_weight: nn.Parameter  # [3d, d]
     in_proj_bias: nn.Parameter | None  # [3d]
     out_proj: nn.Linear
     num_heads: int
-    lora_A: Factors  # each [r, d]
-    lora_B: Factors  # each [d, r]
-
-    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """The raw factors `A` [r, d] and `B` [d, r] of q, k, v or o."""
-        return getattr(self.lora_A, name), getattr(self.lora_B, name)  # get_parameter refuses functional_call's tensors
-
-    def _adapt(self, config: CompLoRAConfig, names: Collection[str] | None, path: str) -> None:
-        given = config.target_modules if names is None else names
-        names = () if isinstance(given, str) else [name for name in ATTENTION_TARGETS if name in given]
-        if not names:
-            raise ValueError(
-                f"target_modules={config.target_modules!r} selects nothing in {path or 'the attention'}, "
-                f"expected some of {', '.join(ATTENTION_TARGETS)}"
-            )
-        require_plain(self, path or "attention", self.in_proj_weight, self.out_proj.weight)
-        self._init_adapter(config, projection_rows(self, names), path)
-        factors = {name: self._new_factors(name) for name in names}
-        self.lora_A = Factors({name: A for name, (A, _) in factors.items()}).train(self.training)
-        self.lora_B = Factors({name: B for name, (_, B) in factors.items()}).train(self.training)
 
     def _project_qkv(
         self,
@@ -85,29 +63,11 @@ class CompLoRAAttentionLayer(CompLoRALayer):
             x, self.out_proj.weight, self.out_proj.bias, ("o",), [(0, self.out_proj.out_features)]
         )
 
-    def _packed_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, ...], rows: list[tuple[int, int]]
-    ) -> Tensor:
-        if not names or not self.active:
-            return F.linear(x, weight, bias)
-        dtype = functional.compute_dtype(x)
-        self._require_frozen(weight, bias)
-        folded_As, scaled_Bs = factors_in_scope(self, names, dtype)
-        return functional.packed_lora_linear(
-            x, weight, bias, folded_As, scaled_Bs, rows, dropout_p=self.config.lora_dropout, training=self.training
-        )
 
-    def extra_repr(self) -> str:
-        adapters = ", ".join(self.weights)
-        return f"{super().extra_repr()} r={self.config.r}, sides={self.config.sides}, adapters={adapters}"
-
-
-def projection_rows(attention: Any, names: Iterable[str]) -> dict[str, WeightRows]:
-    """Where the weights of some of q, k, v, o lie in an attention with `in_proj_weight` [3d, d] and `out_proj`."""
+def projection_rows(attention: Any) -> dict[str, WeightRows]:
+    """Where the weights of q, k, v, o lie in an attention with `in_proj_weight` [3d, d] and `out_proj`."""
     d = attention.out_proj.in_features
-    rows = {name: WeightRows("in_proj_weight", i * d, (i + 1) * d) for i, name in enumerate(("q", "k", "v"))}
-    rows["o"] = WeightRows("out_proj.weight", 0, d)
-    return {name: rows[name] for name in names}
+    return packed_rows("in_proj_weight", d) | {"o": WeightRows("out_proj.weight", 0, d)}
 
 
 class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
@@ -150,7 +110,7 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ValueError(f"{label} uses bias_k/bias_v or add_zero_attn, expected neither")
         layer = clone_as(attention, cls)
-        layer._adapt(config, names, path)
+        layer._adapt(config, names, projection_rows(attention), path)
         layer._qkv_same_embed_dim = False  # else nn.TransformerEncoderLayer reads the weights past this module
         return layer
 

@@ -4,6 +4,8 @@
     o = attention(q, k, v) W_o^T + …                               torch's fused attention, packed_lora_linear
     y = (s + o) + fc2(act(fc1(LN2(s + o))))                        norm_lora_mlp
 
+Layer scale multiplies what is added, o and the result of fc2, by a frozen vector: the second one's rows are scaled.
+
 What the parts of a block are, and whether they are those of a plain pre-norm block, an integration says
 (`complora_kernels.integrations`). A block of another kind keeps its own forward pass.
 """
@@ -60,8 +62,12 @@ class BlockParts(NamedTuple):
     attention: AttentionParts
     norm2: nn.LayerNorm
     fc1: nn.Linear
-    activation: str  # "gelu" or "quick_gelu"
+    activation: str  # one of `blocks.ACTIVATIONS`
     fc2: nn.Linear
+    scale: Tensor | None = None  # [d], frozen: what fc2 gives is multiplied by it before it is added
+
+
+Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of queries and keys, each [N, heads, L, d / heads]
 
 
 class CompLoRABlock(Extension):
@@ -77,9 +83,12 @@ class CompLoRABlock(Extension):
 
     Attributes:
         recompute: "none", or "mlp" to compute fc1 again in the backward pass instead of saving its result.
+        recorders: the Python module of the forward hooks by which a library records what is asked for. Where the
+            block is fused, nothing is.
     """
 
     recompute: str = "none"
+    recorders: str = ""
 
     def parts(self) -> BlockParts | str:
         """The parts of the block as they are now, or the reason why it cannot be fused."""
@@ -89,22 +98,33 @@ class CompLoRABlock(Extension):
         self,
         x: Tensor,  # [N, L, d], or [L, N, d]
         attn_mask: Tensor | None,  # [L, L] or [N · heads, L, L], added to the logits
+        *,
+        is_causal: bool = False,
+        rotate: Rotation | None = None,
     ) -> Tensor | None:  # shaped as x; [N, 1, d], or [1, N, d], where the first position alone is read
-        """The block by fused operations; None where its own forward pass has to run."""
+        """The block by fused operations; None where its own forward pass has to run.
+
+        A mask [N, 1 or heads, L, L] is one of torch's `scaled_dot_product_attention`: added, or True where a pair takes
+        part. `is_causal` is that of the same function, for blocks that get no mask. `rotate` embeds the positions in
+        queries and keys.
+        """
         parts = self._fusible_parts(x)
         if parts is None:
             return None
         attention, norm1, dtype = parts.attention, _norm(parts.norm1), functional.compute_dtype(x)
         first = attention.sequence_first
-        one = reading_of(self, x, sequence_first=first) if attn_mask is None or attn_mask.dim() == 2 else None
+        for_all = is_causal or rotate is not None or (attn_mask is not None and attn_mask.dim() > 2)
+        one = None if for_all else reading_of(self, x, sequence_first=first)
         if one is None:
             stream, (q, k, v) = _project(x, norm1, attention, "qkv", dtype)
         else:
             stream, (k, v) = _project(x, norm1, attention, "kv", dtype)
             stream = take(stream, one.positions, sequence_first=first)  # [N, 1, d], or [1, N, d]
             stream, (q,) = _project(stream, norm1, attention, "q", dtype)
-        delta = attention.project_out(_attend(attention, q, k, v, attn_mask, one))
-        fc1, fc2 = _linear(parts.fc1, dtype), _linear(parts.fc2, dtype)
+        if rotate is not None:
+            q, k = rotate(q, k)
+        delta = attention.project_out(_attend(attention, q, k, v, attn_mask, is_causal, one))
+        fc1, fc2 = _linear(parts.fc1, dtype), _scaled(_linear(parts.fc2, dtype), parts.scale)
         recompute = self.recompute == "mlp"
         y = norm_lora_mlp(stream, delta, _norm(parts.norm2), fc1, fc2, parts.activation, recompute=recompute)
         # A tower that gave positions takes them from y again: every position of y holds the one that was computed.
@@ -115,7 +135,9 @@ class CompLoRABlock(Extension):
         if not _is_plain(x) or _global_hooks():
             return None
         parts = self.parts()
-        if isinstance(parts, str) or any(has_user_hooks(module) for module in self.modules() if module is not self):
+        if isinstance(parts, str) or any(
+            has_user_hooks(module, self.recorders) for module in self.modules() if module is not self
+        ):
             return None
         attention, fc1, fc2 = parts.attention, parts.fc1, parts.fc2
         layers = (*(projection.layer for projection in attention.projections), attention.out, fc1, fc2)
@@ -126,7 +148,7 @@ class CompLoRABlock(Extension):
             return parts
         modules = (parts.norm1, parts.norm2, fc1, fc2, attention.out)
         frozen = [tensor for module in (*attention.projections, *modules) for tensor in (module.weight, module.bias)]
-        return None if any(p is not None and p.requires_grad for p in frozen) else parts
+        return None if any(p is not None and p.requires_grad for p in (*frozen, parts.scale)) else parts
 
 
 def _project(
@@ -138,14 +160,14 @@ def _project(
 ) -> tuple[Tensor, list[Tensor]]:  # shaped as x; each [N, heads, L, d / heads]
     """The stream, whose values are those of x, and the heads of some of q, k and v."""
     order = (1, 2, 0, 3) if attention.sequence_first else (0, 2, 1, 3)
-    stream, heads = x, []
-    for projection in attention.projections:
-        names = [name for name in projection.names if name in wanted]
-        if names:
-            stream, packed = norm_lora_linear(stream, None, norm, _product(projection, names, dtype))
-            # Unbound before they are permuted: the gradients of the heads are then packed by one copy.
-            parts = packed.unflatten(-1, (len(names), attention.heads, -1)).unbind(2)
-            heads += [part.permute(order) for part in parts]
+    chosen = [(own, [name for name in own.names if name in wanted]) for own in attention.projections]
+    chosen = [(projection, names) for projection, names in chosen if names]
+    stream, *products = norm_lora_linear(x, None, norm, *(_product(*each, dtype) for each in chosen))
+    heads: list[Tensor] = []
+    for packed, (_, names) in zip(products, chosen, strict=True):
+        # Unbound before they are permuted: the gradients of the heads are then packed by one copy.
+        parts = packed.unflatten(-1, (len(names), attention.heads, -1)).unbind(2)
+        heads += [part.permute(order) for part in parts]
     return stream, heads
 
 
@@ -155,12 +177,15 @@ def _attend(
     k: Tensor,  # [N, heads, S, d / heads]
     v: Tensor,  # [N, heads, S, d / heads]
     attn_mask: Tensor | None,
+    causal: bool,
     one: Reading | None,  # L is 1: the position's row of the mask is added
 ) -> Tensor:  # [N, L, d], or [L, N, d]
     """Attention by torch's fused kernels, causal where the mask is known to be."""
-    causal, bias = False, None
+    bias = None
     if attn_mask is not None:
-        if one is not None:
+        if attn_mask.dim() == 4:
+            bias = _rounded(attn_mask, q.dtype)
+        elif one is not None:
             attn_mask = attn_mask.to(q.device, q.dtype)
             rows = attn_mask[:1] if one.positions is None else attn_mask[one.positions]  # [N, S]
             bias = rows[:, None, None]  # [N, 1, 1, S]
@@ -170,6 +195,13 @@ def _attend(
         q, k, v, attn_mask=bias, dropout_p=attention.dropout_p, is_causal=causal, scale=attention.scale
     )  # [N, heads, L, d / heads]
     return mixed.permute((2, 0, 1, 3) if attention.sequence_first else (0, 2, 1, 3)).flatten(2)
+
+
+def _rounded(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in the dtype of the logits. Its lowest number takes the place of lower ones: no row becomes all -inf."""
+    if mask.dtype in (torch.bool, dtype):
+        return mask
+    return mask.clamp_min(torch.finfo(dtype).min).to(dtype)
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
@@ -194,6 +226,15 @@ def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> Ad
 def _linear(linear: nn.Linear, dtype: torch.dtype) -> AdaptedLinear:
     rows = {"": (0, linear.out_features)} if isinstance(linear, CompLoRALinear) else {}
     return _adapted(linear, linear.weight, linear.bias, rows, dtype)
+
+
+def _scaled(linear: AdaptedLinear, scale: Tensor | None) -> AdaptedLinear:
+    """The product whose result is `scale ∘ y`: that of the scaled weight, bias and factors."""
+    if scale is None:
+        return linear
+    bias = None if linear.bias is None else scale * linear.bias
+    Bs = [(scale[:, None] * B).to(B.dtype) for B in linear.Bs]
+    return linear._replace(weight=scale[:, None] * linear.weight, bias=bias, Bs=Bs)
 
 
 def _adapted(

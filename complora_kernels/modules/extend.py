@@ -62,10 +62,14 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return own[-1] if own else type(module)
 
 
-def has_user_hooks(module: nn.Module) -> bool:
-    """Whether somebody hooked the call of a module, or put another forward method on it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any(hooks)
+def has_user_hooks(module: nn.Module, recorders: str = "") -> bool:
+    """Whether somebody hooked the call of a module, or put another forward method on it.
+
+    Forward hooks of the Python module `recorders` do not count.
+    """
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", "?") != recorders]
+    others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any((hooks, *others))
 
 
 _EXTENDED: dict[tuple[type, type], type[nn.Module]] = {}

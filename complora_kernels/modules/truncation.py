@@ -36,7 +36,7 @@ def reading_of_texts(tower: TextTower | None, text: Any) -> Reading | None:
     The ends of texts on a device are read once for each tensor and version, which waits for the device. A CUDA graph
     keeps the length of the texts it was captured with: the whole context where they were not encoded before.
     """
-    return find_reading(tower, text) if tower is not None and _is_readable(text) else None
+    return find_reading(tower, text) if tower is not None and is_readable(text) else None
 
 
 def find_reading(tower: TextTower, text: Tensor) -> Reading:
@@ -51,16 +51,23 @@ def find_reading(tower: TextTower, text: Tensor) -> Reading:
 
 def _exact_length(tower: TextTower, text: Tensor) -> int:
     """The number of positions, rounded up, that decide about the features; L where it cannot be known now."""
-    L = text.shape[1]
     if not has_been_read(tower.attn_mask):  # it was moved to another device, or copied
         if _is_capturing(text):
-            return L
+            return text.shape[1]
         recognise_causal_mask(tower.attn_mask)
-    longest = _longest(text, tower.eos_id)
-    return L if longest is None else min(L, -(-longest // MULTIPLE) * MULTIPLE)
+    return length_of_texts(text, tower.eos_id)
 
 
-def _is_readable(text: Any) -> bool:
+def length_of_texts(text: Tensor, eos_id: int | None) -> int:
+    """The number of positions of `text` [N, L] up to the last end of a text, rounded up; L where it cannot be read now.
+
+    A text ends at the first `eos_id`, or at the first of its largest id where that is None.
+    """
+    longest = _longest(text, eos_id) if is_readable(text) else None
+    return text.shape[-1] if longest is None else min(text.shape[-1], -(-longest // MULTIPLE) * MULTIPLE)
+
+
+def is_readable(text: Any) -> bool:
     """Whether `text` holds ids [N, L] whose values can be had now."""
     return has_values(text) and text.dtype in (torch.int64, torch.int32) and text.dim() == 2 and text.numel() > 0
 

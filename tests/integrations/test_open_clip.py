@@ -8,15 +8,17 @@ import pytest
 import stand_in
 import torch
 from blocks import plain_block
+from clip_models import TEXT as TEXT_OF_CLIP
+from clip_models import coca, image_tower, openai, text_tower, with_trunk
 from tiny_models import LAYOUTS, TEXT, clip, clip_4, config, frozen_weight
 from torch import nn
 
 import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.integrations import find, open_clip
+from complora_kernels.integrations import find, open_clip, timm
 from complora_kernels.integrations import torch as any_torch
 from complora_kernels.integrations.selection import select
-from complora_kernels.modules.block import BlockParts
+from complora_kernels.modules.block import BlockParts, CompLoRABlock
 
 ALL = ("q", "k", "v", "o", "fc1", "fc2")
 
@@ -102,10 +104,83 @@ def test_modules_that_peft_adapts(case):
 def test_modules_that_peft_adapts_in_any_model():
     model = ck.apply_complora(nn.Sequential(nn.Linear(6, 6)), config(target_modules="0"), progress=False)
     assert any_torch.peft_modules("0", adapted_layers(model)["0"]) == {"": "0"}
-    attention = ck.CompLoRAMultiheadAttention.from_attention(nn.MultiheadAttention(TEXT["width"], 2), config())
-    assert "has no modules of its own for its adapters" in any_torch.peft_modules("attn", attention)
+    attention = stand_in.Attention(TEXT["width"], 2)
+    layer = open_clip.CompLoRAAttention.from_attention(attention, config())
+    assert "has no modules of its own for its adapters" in any_torch.peft_modules("attn", layer)
 
 
 def test_the_other_attention_is_recognised_by_what_it_has():
     assert open_clip.CompLoRAAttention.recognises(stand_in.Attention(8, 2))
     assert not open_clip.CompLoRAAttention.recognises(nn.MultiheadAttention(8, 2))
+
+
+# ---- towers alone, and CoCa
+
+
+def test_the_towers_of_a_tower_alone():
+    image, text = image_tower().model, text_tower().model
+    assert {block.tower for block in open_clip.residual_blocks(image)} == {"image"}
+    assert {block.tower for block in open_clip.residual_blocks(text)} == {"text"}
+    assert [module for module, _ in open_clip.towers(nn.DataParallel(image))] == [image]
+    for model, absent in ((image, "text"), (text, "image")):
+        with pytest.raises(ValueError, match=f"matched nothing in the {absent} tower"):
+            ck.apply_complora(model, config(towers=absent), progress=False)
+
+
+def test_an_image_tower_alone_computes_the_class_token_alone_in_its_last_block():
+    assert positions_of_blocks(image_tower()) == [5, 1]
+
+
+def test_a_text_tower_alone_truncates_and_computes_the_ends_alone():
+    lengths: list[Any] = []
+    model, inputs, features, _ = text_tower()
+    ck.apply_complora(model, config(), progress=False)
+    model.transformer.resblocks[0].ln_1.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    features(model, inputs)
+    assert lengths == [8]  # the longest text has 7 of 12
+    assert open_clip.text_tower(text_tower(pool_type="last", no_causal_mask=True).model) is None
+
+
+def test_openais_image_tower_computes_the_class_token_alone_in_its_last_block():
+    assert positions_of_blocks(openai()) == [5, 1, 12, 12]  # and texts, whose masks the blocks keep, as a whole
+
+
+def positions_of_blocks(row: Any) -> list[int]:
+    """The number of positions that each block of an adapted model computes."""
+    ck.apply_complora(row.model, config(), progress=False)
+    lengths = []
+    fused = CompLoRABlock.run_fused
+
+    def observed(block: CompLoRABlock, x: Any, mask: Any, **options: Any) -> Any:
+        y, parts = fused(block, x, mask, **options), block.parts()
+        assert y is not None
+        assert isinstance(parts, BlockParts)
+        lengths.append(y.shape[0 if parts.attention.sequence_first else 1])
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompLoRABlock, "run_fused", observed)
+        row.features(row.model, row.inputs)
+    return lengths
+
+
+def test_blocks_of_cocas_decoder_come_after_those_of_its_text_tower(caplog):
+    model = coca().model
+    paths = [block.path for block in open_clip.residual_blocks(model) if block.tower == "text"]
+    stems = ("text.transformer.resblocks", "text_decoder.resblocks", "text_decoder.cross_attn")
+    assert paths == [f"{stem}.{i}" for stem in stems for i in range(2)]
+    ck.apply_complora(model, config(towers="text", layers=[2, 5]), progress=False)
+    assert list(adapted_layers(model)) == [f"{paths[2]}.attn", f"{paths[5]}.attn"]
+    assert f"{paths[4]} (and 1 more) keeps its own forward pass, with adapters in it: it consists of" in caplog.text
+
+
+def test_images_by_timm_and_texts_by_open_clip():
+    model = with_trunk(TEXT_OF_CLIP, "token").model
+    assert find(model) == [open_clip, timm, any_torch]
+    found = select(model, config(target_modules=("q",), layers=[0]))
+    assert [target.path for target in found] == [
+        "visual.trunk.blocks.0.attn.qkv",
+        "text.transformer.resblocks.0.attn",
+    ]
+    assert {module for module, _ in open_clip.truncation(model)} == {model, model.text.transformer}
+    assert [module for module, _ in timm.towers(model)] == [model.visual.trunk]

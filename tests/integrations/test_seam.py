@@ -134,6 +134,10 @@ class Library(SimpleNamespace):
         return [(model, Tower)]
 
     @staticmethod
+    def callers(_model: nn.Module, _layers: Any) -> list[Any]:
+        return []
+
+    @staticmethod
     def truncation(_model: nn.Module) -> list[Any]:
         return []
 

@@ -21,7 +21,7 @@ from complora_kernels import set_recompute
 from complora_kernels.adapted_linear import AdaptedLinear, Needs
 from complora_kernels.backends import REGISTRY
 from complora_kernels.backends.torch import Activated, Norm, TorchBackend, activate
-from complora_kernels.blocks import norm_lora_linear
+from complora_kernels.blocks import ACTIVATIONS, norm_lora_linear
 from complora_kernels.kernels import reductions
 
 HALF = (torch.bfloat16, torch.float16)
@@ -127,7 +127,7 @@ def test_rows_and_weights_of_any_strides_make_no_difference():
         assert all(torch.equal(ours, other) for ours, other in zip(placed, expected, strict=True)), layout
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_activations(dtype, activation, p):
@@ -146,7 +146,7 @@ def test_activations(dtype, activation, p):
         assert_accurate(dz, TORCH.activation_bwd(da, z, activation), exact, "dz", dtype)
 
 
-@pytest.mark.parametrize("kind", ["normed", "normed without bias", "gelu", "quick_gelu"])
+@pytest.mark.parametrize("kind", ["normed", "normed without bias", *ACTIVATIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_factor_gradients_of_what_is_computed_again(dtype, kind, p, monkeypatch):

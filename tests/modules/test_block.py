@@ -185,7 +185,11 @@ def test_fifty_steps_fused_and_not(backend, dropout, monkeypatch):
 
 # ---- activations
 
-OWN = {"gelu": F.gelu, "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z)}
+OWN = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+}
 
 
 @pytest.mark.parametrize("scale", [1, 10])
@@ -454,6 +458,19 @@ def test_set_recompute_refuses():
     assert copy.deepcopy(model).visual[0].recompute == "mlp"
 
 
+@pytest.mark.parametrize("read", [0, 1])
+def test_a_norm_one_of_whose_products_nobody_reads(read):
+    x, linears = torch.randn(4, D, dtype=torch.float64, requires_grad=True), []
+    for _ in range(2):
+        A, B, W = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, D), (5, 2), (5, D)))
+        linears.append(AdaptedLinear(W, None, [A.requires_grad_()], [B.requires_grad_()], [(0, 5)]))
+    leaves = (x, linears[read].As[0], linears[read].Bs[0])
+    norm = Norm(*(torch.rand(2, D, dtype=torch.float64)), 1e-5)
+    of_both = torch.autograd.grad(norm_lora_linear(x, None, norm, *linears)[1 + read].sin().sum(), leaves)
+    alone = torch.autograd.grad(norm_lora_linear(x, None, norm, linears[read])[1].sin().sum(), leaves)
+    torch.testing.assert_close(of_both, alone)
+
+
 def norm_of(width: int = D) -> Norm:
     return Norm(torch.ones(width), torch.zeros(width), 1e-5)
 
@@ -474,7 +491,7 @@ def test_norm_lora_linear_refuses():
 
 def test_norm_lora_mlp_refuses():
     x, fc1, fc2 = torch.randn(4, D), AdaptedLinear(torch.randn(5, D), None), AdaptedLinear(torch.randn(D, 5), None)
-    with pytest.raises(ValueError, match="activation='relu', expected one of gelu, quick_gelu"):
+    with pytest.raises(ValueError, match="activation='relu', expected one of gelu, gelu_tanh, quick_gelu"):
         norm_lora_mlp(x, None, norm_of(), fc1, fc2, "relu")
     with pytest.raises(ValueError, match=r"fc1 \(5, 32\) and fc2 \(31, 5\), expected transposed shapes"):
         norm_lora_mlp(x, None, norm_of(), fc1, AdaptedLinear(torch.randn(31, 5), None), "gelu")

@@ -52,8 +52,8 @@ def fusing(patch: pytest.MonkeyPatch, fused: bool) -> None:
     """Lets blocks compute by fused operations, which must be possible, or by their own forward pass."""
     original = CompLoRABlock.run_fused
 
-    def run_fused(block: CompLoRABlock, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
-        y = original(block, x, attn_mask) if fused else None
+    def run_fused(block: CompLoRABlock, x: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor | None:
+        y = original(block, x, attn_mask, **options) if fused else None
         assert not fused or y is not None
         return y
 

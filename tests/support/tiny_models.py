@@ -76,7 +76,7 @@ def expected_delta(weight: Tensor, A: Tensor, B: Tensor, config: ck.CompLoRAConf
     U, _, Vh = torch.linalg.svd(weight.detach().double())
     P_out = torch.eye(len(U), dtype=U.dtype) - U[:, :k] @ U[:, :k].T
     P_in = torch.eye(len(Vh), dtype=U.dtype) - Vh[:k].T @ Vh[:k]
-    delta = B.detach().double() @ A.detach().double()
+    delta = B.double() @ A.double()
     delta = P_out @ delta if config.sides in ("output", "both") else delta
     delta = delta @ P_in if config.sides in ("input", "both") else delta
     return delta * config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)

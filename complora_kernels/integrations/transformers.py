@@ -1,0 +1,235 @@
+"""CLIP, SigLIP, SigLIP 2, DINOv2 and DINOv3 of Hugging Face transformers, as a whole, a tower alone or with a head.
+
+A residual block is known by its class, which is looked up by its name and package: the library is not imported. Its
+attention keeps q, k and v in three linear layers; SwiGLU keeps two, or one of twice the width, in the place of fc1.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from complora_kernels.common.wrappers import named_modules, unwrap
+from complora_kernels.integrations import Block, Target
+from complora_kernels.integrations.torch import linear_target, peft_modules, uncalled
+from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
+from complora_kernels.modules.extend import Extension, own_class
+from complora_kernels.modules.forward_scope import Scoped
+from complora_kernels.modules.linear import CompLoRALinear
+from complora_kernels.modules.truncation import length_of_texts
+
+__all__ = ["FusedBlock", "peft_modules", "uncalled"]
+
+BLOCKS = {  # classes of residual blocks, and what the names of the classes of their parts begin with
+    "CLIPEncoderLayer": "CLIP",
+    "SiglipEncoderLayer": "Siglip",
+    "Siglip2EncoderLayer": "Siglip2",
+    "Dinov2Layer": "Dinov2",
+    "Dinov2WithRegistersLayer": "Dinov2WithRegisters",
+    "DINOv3ViTLayer": "DINOv3ViT",
+}
+PLAIN = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+SCALED = ("norm1", "attention", "norm2", "mlp", "layer_scale1", "layer_scale2", "drop_path")
+LINEARS = {
+    "q": ("q_proj", "query"),
+    "k": ("k_proj", "key"),
+    "v": ("v_proj", "value"),
+    "o": ("out_proj", "o_proj", "dense"),
+    "fc1": ("fc1", "up_proj", "gate_proj", "weights_in"),
+    "fc2": ("fc2", "down_proj", "weights_out"),
+}
+WORDS = {name: word for word, names in LINEARS.items() for name in names}
+ACTIVATIONS = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "QuickGELUActivation": "quick_gelu"}
+RECORDED = ("output_hidden_states", "output_attentions")
+EXACT = {"GELUActivation": "GELU", "QuickGELUActivation": "QuickGELU"}  # as adapters of other libraries name them
+
+
+def recognises(model: nn.Module) -> bool:
+    return any(True for _ in residual_blocks(model))
+
+
+def _is_known(module: Any, names: Collection[str]) -> bool:
+    """Whether a module is of a class of transformers with such a name: a namesake may compute something else."""
+    cls = own_class(module)
+    return cls.__name__ in names and cls.__module__.partition(".")[0] == "transformers"
+
+
+# ---- what is adapted
+
+
+def residual_blocks(model: nn.Module) -> Iterator[Block]:
+    for path, module in named_modules(model):
+        layer = path.rpartition(".")[2]
+        if layer.isdigit() and _is_known(module, BLOCKS):
+            config: Any = getattr(unwrap(module.get_submodule("mlp")), "config", None)
+            is_text = "text" in getattr(config, "model_type", "")
+            yield Block(path, module, "text" if is_text else "image", int(layer))
+
+
+def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
+    for path, module in named_modules(block.module):
+        if WORDS.get(path.rpartition(".")[2]) in names:
+            yield linear_target(f"{block.path}.{path}", module)
+
+
+def missing(model: nn.Module, tower: str) -> str | None:
+    return None
+
+
+def callers(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[nn.Module, type[Extension]]]:
+    return []
+
+
+def activations(model: nn.Module) -> dict[str, str]:
+    found = {}
+    for block in residual_blocks(model):
+        name = type(_activation(block.module.get_submodule("mlp"))).__name__
+        found[block.tower] = EXACT.get(name, name)
+    return found
+
+
+def _activation(mlp: Any) -> Any:
+    return _first(mlp, "activation_fn", "act_fn", "activation")
+
+
+# ---- towers
+
+
+class TextFeatures(Extension):
+    """A `CLIPModel` that computes no positions after the longest text of the batch, in steps of 8.
+
+    Features and gradients are those of the whole context, up to rounding; with dropout the masks are drawn for other
+    shapes, so that they are equal in distribution only. `last_hidden_state` of the texts and what hooks see end where
+    the longest text does, as if the tokenizer had padded to it. The whole context is computed under torch.compile,
+    where hidden states or attentions are asked for, and by `text_model` when it is called alone.
+    """
+
+    text_model: Any
+
+    def get_text_features(
+        self,
+        input_ids: Tensor,  # [N, L]
+        attention_mask: Tensor | None = None,  # [N, L]
+        position_ids: Tensor | None = None,  # [1, L] or [N, L]
+        **kwargs: Any,
+    ) -> Any:
+        plain: Any = super()
+        given = (input_ids, attention_mask, position_ids)
+        asked = (kwargs.get(name, getattr(self.text_model.config, name, False)) for name in RECORDED)
+        if not torch.compiler.is_compiling() and not any(asked) and all(t is None or t.dim() == 2 for t in given):
+            eos_id = self.text_model.eos_token_id
+            length = length_of_texts(input_ids, None if eos_id == 2 else eos_id)  # 2: a text ends at its largest id
+            given = (None if tensor is None else tensor[:, :length] for tensor in given)
+        return plain.get_text_features(*given, **kwargs)
+
+
+def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:
+    """The modules that hold the lists of blocks: every adapted layer of a tower is below one."""
+    modules = dict(named_modules(model))
+    lists = dict.fromkeys(block.path.rpartition(".")[0] for block in residual_blocks(model))
+    return [(modules[path.rpartition(".")[0]], Scoped) for path in lists]
+
+
+def truncation(model: nn.Module) -> list[tuple[nn.Module, type[Extension]]]:
+    """A `CLIPModel`, whose text features are read where a text ends under a causal mask."""
+    model = unwrap(model)
+    if not _is_known(model, ["CLIPModel"]):
+        return []
+    text_model = unwrap(model.get_submodule("text_model"))
+    return [(model, TextFeatures)] if _is_known(text_model, ["CLIPTextModel"]) else []
+
+
+# ---- residual blocks
+
+
+class FusedBlock(CompLoRABlock):
+    """An encoder layer. Under other implementations of attention than eager and sdpa it runs its own forward pass."""
+
+    recorders = "transformers.utils.output_capturing"
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def parts(self) -> BlockParts | str:
+        return parts_of_block(self)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [N, L, d]
+        attention_mask: Tensor | None = None,  # [N, 1, L, L]: added to the logits, or True where a pair takes part
+        **kwargs: Any,
+    ) -> Tensor:  # [N, L, d]
+        # Newer versions checkpoint in the outermost `forward` of a class, which is this one, older ones in `__call__`.
+        in_forward = type(self).__call__ is nn.Module.__call__
+        if in_forward and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            run = functools.partial(self._run_layer, **kwargs)
+            return self._gradient_checkpointing_func(run, hidden_states, attention_mask)
+        return self._run_layer(hidden_states, attention_mask, **kwargs)
+
+    def _run_layer(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        attention: Any = self._modules.get("self_attn") or self._modules["attention"]
+        # Tensors that other implementations of attention take, such as a position bias, are unknown here.
+        others = any(isinstance(value, Tensor) and value.dim() > 0 for value in kwargs.values())
+        recorded = kwargs.get("output_attentions", attention.config.output_attentions)
+        if not others and not recorded and (attention_mask is None or attention_mask.dim() == 4):
+            is_causal = attention_mask is None and attention.config._attn_implementation == "sdpa"
+            is_causal = is_causal and kwargs.get("is_causal", attention.is_causal)
+            rotate = _rotation(self, kwargs.get("position_embeddings"))
+            y = self.run_fused(hidden_states, attention_mask, is_causal=is_causal, rotate=rotate)
+            if y is not None:
+                return y
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+
+def _rotation(block: nn.Module, positions: tuple[Tensor, Tensor] | None) -> Rotation | None:
+    """How the library rotates queries and keys by the cosines and sines of their positions."""
+    if positions is None:
+        return None
+    rotate = sys.modules[own_class(block).__module__].apply_rotary_pos_emb
+    return lambda q, k: rotate(q, k, *positions)
+
+
+def parts_of_block(block: nn.Module) -> BlockParts | str:
+    if not _is_known(block, BLOCKS):
+        return f"it is a {own_class(block).__name__}, expected one of {', '.join(BLOCKS)}"
+    kind, modules = BLOCKS[own_class(block).__name__], dict[str, Any](block._modules)
+    names = SCALED if "layer_scale1" in modules else PLAIN
+    if modules.keys() != set(names):
+        return f"it consists of {', '.join(modules)}, expected {', '.join(names)}"
+    norm1, attention, norm2, mlp, *others = parts = [modules[name] for name in names]
+    expected = ("LayerNorm", f"{kind}Attention", "LayerNorm", f"{kind}MLP", *[f"{kind}LayerScale"] * 2)
+    for name, part, cls in zip(names, parts, expected, strict=False):
+        known = type(part) is nn.LayerNorm and part.weight is not None if cls == "LayerNorm" else _is_known(part, [cls])
+        if not known:
+            return f"{name} is a {type(part).__name__}, expected a {cls}"
+    if others and getattr(others[2], "drop_prob", 0.0):
+        return f"drop_path has drop_prob={others[2].drop_prob}, expected none"
+    holders = {"fc1": mlp, "fc2": mlp}
+    linears = {word: _first(holders.get(word, attention), *found) for word, found in LINEARS.items()}
+    for word, linear in linears.items():
+        if type(linear) not in (nn.Linear, CompLoRALinear):
+            return f"{word} is a {type(linear).__name__}, expected a linear layer"
+    config, activation = attention.config, _activation(mlp)
+    if config._attn_implementation not in ("eager", "sdpa"):
+        return f"its attention is {config._attn_implementation!r}, expected 'eager' or 'sdpa'"
+    if not _is_known(activation, ACTIVATIONS):
+        return f"the activation of mlp is a {type(activation).__name__}, expected one of {', '.join(ACTIVATIONS)}"
+    project_out = out = linears["o"]
+    if others:
+        project_out = lambda mixed: others[0](out(mixed))
+    dropout_p = _first(attention, "dropout", "attention_dropout") if attention.training else 0.0
+    heads, scale = _first(attention, "num_heads", "num_attention_heads"), _first(attention, "scale", "scaling")
+    projections = tuple(Projection(name, linears[name], linears[name].weight, linears[name].bias) for name in "qkv")
+    inner = AttentionParts(projections, out, project_out, heads, False, scale, dropout_p)
+    mlp_scale = others[1].lambda1 if others else None
+    kind = ACTIVATIONS[type(activation).__name__]
+    return BlockParts(norm1, inner, norm2, linears["fc1"], kind, linears["fc2"], mlp_scale)
+
+
+def _first(module: Any, *names: str) -> Any:
+    """The first of these attributes that a module has; None where it has none."""
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)

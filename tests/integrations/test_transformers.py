@@ -1,0 +1,204 @@
+"""What is particular to transformers' models: recorded outputs, checkpointing, attention, and truncated texts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import CONTEXT, END, make
+from small_clip import assert_close
+from tiny_models import config, randomise
+from torch import Tensor, nn
+
+import complora_kernels as ck
+from complora_kernels.integrations import activations, find, open_clip
+from complora_kernels.integrations import torch as any_torch
+from complora_kernels.integrations import transformers as library
+from complora_kernels.integrations.selection import select
+from complora_kernels.modules.block import BlockParts, CompLoRABlock
+
+ALL = ("q", "k", "v", "o", "fc1", "fc2")
+
+
+def adapted(model: nn.Module, **options: Any) -> Any:
+    return randomise(ck.apply_complora(model, config(**{"target_modules": ALL, **options}), progress=False))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[tuple[int, bool]]:
+    """The length of the sequences that each residual block got, and whether it ran by fused operations."""
+    seen, run = [], CompLoRABlock.run_fused
+
+    def observed(block: CompLoRABlock, x: Tensor, *arguments: Any, **options: Any) -> Tensor | None:
+        y = run(block, x, *arguments, **options)
+        seen.append((x.shape[1], y is not None))
+        return y
+
+    monkeypatch.setattr(CompLoRABlock, "run_fused", observed)
+    return seen
+
+
+# ---- what is known
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "CLIPVisionModel", "Siglip2Model", "Dinov2Model", "DINOv3ViTModel"])
+def test_models_are_recognised_plain_adapted_and_in_wrappers(name):
+    model = make(f"{name}, sdpa").model
+    assert find(model) == [library, any_torch]
+    assert open_clip not in find(adapted(model))
+    assert find(model) == find(nn.DataParallel(model)) == find(nn.Sequential(nn.Linear(2, 2), model))
+    assert len([block for block in library.residual_blocks(model) if block.tower == "image"]) == 2
+
+
+def test_a_namesake_is_not_known():
+    class CLIPEncoderLayer(nn.Module):
+        pass
+
+    assert not library.recognises(nn.Sequential(CLIPEncoderLayer()))
+
+
+def test_targets_of_a_gated_mlp_are_both_products_in_the_place_of_fc1():
+    model = make("DINOv3ViTModel, SwiGLU, sdpa").model
+    paths = [target.path for target in select(model, config(target_modules=("fc1",)))]
+    assert {path.rpartition(".")[2] for path in paths} == {"gate_proj", "up_proj"}
+    assert len(paths) == 4
+
+
+def test_activations_have_the_names_that_open_clip_gives_them():
+    assert activations(make("CLIPModel, sdpa").model) == {"image": "QuickGELU", "text": "QuickGELU"}
+    assert activations(make("Dinov2Model, sdpa").model) == {"image": "GELU"}
+    assert activations(make("SiglipVisionModel, sdpa").model) == {"image": "GELUTanh"}
+
+
+def test_why_a_block_is_not_fused(caplog):
+    (block, *_) = library.residual_blocks(make("CLIPVisionModel, sdpa").model)
+    module: Any = block.module
+    assert isinstance(library.parts_of_block(module), BlockParts)
+    changed = copy.deepcopy(module)
+    changed.mlp.activation_fn = nn.ReLU()
+    assert "the activation of mlp is a ReLU, expected one of GELUActivation" in str(library.parts_of_block(changed))
+    changed = copy.deepcopy(module)
+    changed.layer_norm2 = nn.Identity()
+    assert "layer_norm2 is a Identity, expected a LayerNorm" in str(library.parts_of_block(changed))
+    changed = copy.deepcopy(module)
+    changed.dropout = nn.Dropout(0.5)
+    assert "it consists of" in str(library.parts_of_block(changed))
+    changed = copy.deepcopy(module)
+    changed.self_attn.config._attn_implementation = "flash_attention_2"
+    assert "its attention is 'flash_attention_2', expected 'eager' or 'sdpa'" in str(library.parts_of_block(changed))
+    adapted(make("DINOv3ViTModel, SwiGLU, sdpa").model)
+    assert (
+        "layer.0 (and 1 more) keeps its own forward pass, with adapters in it: mlp is a DINOv3ViTGatedMLP"
+        in caplog.text
+    )
+
+
+# ---- outputs
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("model", ["CLIPModel", "SiglipVisionModel", "Dinov2Model"])
+def test_hidden_states_and_attentions_are_recorded(model, attention, runs):
+    """Twice: the library leaves its hooks in the model, which is as fast as before where nothing is recorded."""
+    plain, inputs, _, fused = make(f"{model}, {attention}")
+    ours = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL), progress=False)
+    asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    for _ in range(2):
+        for mine, theirs in zip(parts_of(ours(**inputs, **asked)), parts_of(plain(**inputs, **asked)), strict=True):
+            assert mine.shape == theirs.shape
+            assert_close(mine, theirs, 1e-6)  # eager attention takes its softmax in float32
+    runs.clear()
+    ours(**inputs)
+    assert [fused for _, fused in runs] == [True] * fused
+
+
+def parts_of(output: Any) -> list[Tensor]:
+    """All tensors in an output, also those of the outputs and tuples in it."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [tensor for value in values for tensor in parts_of(value)]
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("kind", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("name", ["CLIPVisionModel, sdpa", "CLIPModel, eager", "DINOv3ViTModel, sdpa"])
+def test_checkpointing_computes_each_block_again_in_the_backward_pass(name, kind, monkeypatch):
+    model, inputs, features, blocks = make(name)
+    model = adapted(model, lora_dropout=0.3).train()
+    calls, parts = [], CompLoRABlock._fusible_parts
+    monkeypatch.setattr(CompLoRABlock, "_fusible_parts", lambda *given: [calls.append(1), parts(*given)][1])
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(1)
+        leaf = inputs["pixel_values"].clone().requires_grad_()  # reentrant checkpointing follows an input's gradient
+        output = features(model, {**inputs, "pixel_values": leaf})
+        calls.clear()
+        output.square().sum().backward()
+        gradients = [leaf.grad, *(parameter.grad for parameter in ck.adapter_parameters(model))]
+        model.zero_grad()
+        return [output.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+    expected = results()
+    assert calls == []
+    model.gradient_checkpointing_enable({"use_reentrant": kind})
+    again = results()
+    assert len(calls) == blocks
+    assert len(again) == len(expected)
+    for mine, theirs in zip(again, expected, strict=True):
+        assert_close(mine, theirs, 1e-10)
+
+
+def test_attention_that_cannot_be_fused_is_the_library_s(runs):
+    model, inputs, *_ = make("CLIPVisionModel, sdpa")
+    model = adapted(model)
+    expected = model(**inputs).pooler_output
+    model.config._attn_implementation = "flex_attention"
+    with pytest.MonkeyPatch.context() as patch:
+        interface = type(model.encoder.layers[0].self_attn).forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+        patch.setitem(interface, "flex_attention", interface["sdpa"])
+        assert_close(model(**inputs).pooler_output, expected, 1e-12)
+    assert [fused for _, fused in runs] == [True, True, False, False]
+
+
+def test_dropout_of_attention_weights_is_drawn_in_training_alone():
+    model, inputs, *_ = make("CLIPVisionModel, sdpa")
+    model = adapted(model)
+    for block in library.residual_blocks(model):
+        attention: Any = block.module.get_submodule("self_attn")
+        attention.dropout = 0.5
+    assert torch.equal(model(**inputs).pooler_output, model(**inputs).pooler_output)
+    model.train()
+    assert not torch.equal(model(**inputs).pooler_output, model(**inputs).pooler_output)
+
+
+# ---- truncated texts
+
+
+@pytest.mark.parametrize("name", ["CLIPModel, sdpa", "CLIPModel, eager", "CLIPModel, masked texts, sdpa"])
+def test_texts_are_truncated_in_steps_of_8(name, runs):
+    model, inputs, *_ = make(name)
+    model, whole = adapted(model), inputs["input_ids"]
+    output = model.get_text_features(**{key: value for key, value in inputs.items() if key != "pixel_values"})
+    assert runs == [(16, True)] * 2  # the longest text ends at the twelfth of 20 positions
+    alone = model.text_model(**{key: value for key, value in inputs.items() if key != "pixel_values"})
+    assert runs[2:] == [(CONTEXT, True)] * 2
+    assert_close(output.pooler_output, model.text_projection(alone.pooler_output), 1e-12)
+    assert_close(output.last_hidden_state, alone.last_hidden_state[:, :16], 1e-12)
+    runs.clear()
+    whole[0, CONTEXT - 1] = END  # another end, which is not the first
+    model.get_text_features(whole)
+    whole[0, : CONTEXT - 1] = 2
+    model.get_text_features(whole)
+    assert [length for length, _ in runs] == [16, 16, CONTEXT, CONTEXT]
+
+
+def test_texts_are_whole_where_all_their_positions_are_read(runs):
+    model, inputs, *_ = make("SiglipModel, sdpa")
+    adapted(model).get_text_features(inputs["input_ids"])
+    model = adapted(make("CLIPModel, sdpa").model)
+    output = model.get_text_features(inputs["input_ids"], output_hidden_states=True)
+    assert output.hidden_states[0].shape[1] == CONTEXT
+    assert {length for length, _ in runs} == {CONTEXT}
