@@ -138,19 +138,17 @@ def _selection(model: nn.Module, weights: set[tuple[str, str]]) -> dict[str, Any
     candidates: list[dict[str, Any]] = []
     if weights <= known.keys():
         places = [known[weight] for weight in weights]
-        words, towers = (
-            tuple(set(part)) for part in ([word for word, *_ in places], [tower for _, tower, _ in places])
-        )
+        words, towers = tuple({word for word, *_ in places}), tuple({tower for _, tower, _ in places})
         layers = {each: tuple(sorted({layer for _, tower, layer in places if tower == each})) for each in towers}
         one = layers[towers[0]] if len(set(layers.values())) == 1 else layers
         candidates += [{"target_modules": words, "towers": towers, "layers": chosen} for chosen in (None, one)]
     paths = sorted({path for path, _ in weights})
     candidates.append({"target_modules": tuple(paths), "layers": None})
-    if not any(name for _, name in weights):
-        candidates.append({"target_modules": module_pattern(paths), "layers": None})
     for fields in candidates:
         if {(target.path, name) for target in _targets(model, **fields) for name in target.weights} == weights:
             return fields
+    if not any(name for _, name in weights):
+        return {"target_modules": module_pattern(paths), "layers": None}
     raise ValueError(
         "target_modules, towers and layers cannot select exactly what it adapts, expected the same projections in all "
         "adapted layers of every tower"
