@@ -81,7 +81,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
             q, k, v of an attention that keeps them in one parameter of its own, or a layer of a class that is not one
-            of this package's; or `library` has no such weight. Also as `save_adapter`.
+            of this package's; or `library` has no such weight, or is given with `modules_to_save`. Also as
+            `save_adapter`.
     """
     part = adapted_model(model)
     layers = adapted_layers(part)
@@ -89,6 +90,11 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
     packed: dict[str, CompLoRALayer] = {}
     if library is not None:
         names = linear_names(library, weights)
+        if config.modules_to_save:
+            raise ValueError(
+                f"library={library!r} with modules_to_save={config.modules_to_save!r}, expected none: names of whole "
+                "modules are not translated"
+            )
         config = _renamed(config, names)
     else:
         for path, layer in layers.items():

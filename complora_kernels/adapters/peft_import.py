@@ -135,17 +135,20 @@ def _selection(model: nn.Module, weights: set[tuple[str, str]]) -> dict[str, Any
     for word, tower in itertools.product(TARGETS, TOWERS):
         for layer, target in enumerate(_targets(model, target_modules=(word,), towers=(tower,))):
             known |= {(target.path, name): (word, tower, layer) for name in target.weights}
+    candidates: list[dict[str, Any]] = []
     if weights <= known.keys():
         places = [known[weight] for weight in weights]
-        towers = tuple({tower for _, tower, _ in places})
+        words, towers = tuple({word for word, *_ in places}), tuple({tower for _, tower, _ in places})
         layers = {each: tuple(sorted({layer for _, tower, layer in places if tower == each})) for each in towers}
         one = layers[towers[0]] if len(set(layers.values())) == 1 else layers
-        for chosen in (None, one):
-            fields = {"target_modules": tuple({word for word, *_ in places}), "towers": towers, "layers": chosen}
-            if {(target.path, name) for target in _targets(model, **fields) for name in target.weights} == weights:
-                return fields
+        candidates += [{"target_modules": words, "towers": towers, "layers": chosen} for chosen in (None, one)]
+    paths = sorted({path for path, _ in weights})
+    candidates.append({"target_modules": tuple(paths), "layers": None})
+    for fields in candidates:
+        if {(target.path, name) for target in _targets(model, **fields) for name in target.weights} == weights:
+            return fields
     if not any(name for _, name in weights):
-        return {"target_modules": module_pattern(sorted(path for path, _ in weights)), "layers": None}
+        return {"target_modules": module_pattern(paths), "layers": None}
     raise ValueError(
         "target_modules, towers and layers cannot select exactly what it adapts, expected the same projections in all "
         "adapted layers of every tower"

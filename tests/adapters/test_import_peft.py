@@ -193,7 +193,7 @@ def test_an_exported_adapter_without_updates_comes_back(tmp_path):
 @pytest.mark.parametrize("sides", ["output", "input", "both"])
 def test_a_projected_import(tmp_path, sides, caplog):
     theirs = saved_by_peft(tmp_path, plain(), r=3, lora_alpha=6, target_modules=["0", "2"])
-    settings = ck.CompLoRAConfig(sides=sides, subspace_k=4, r=7, lora_dropout=0.5, exclude_modules=["2"])
+    settings = ck.CompLoRAConfig(sides=sides, subspace_k=4, r=7, lora_dropout=0.5, exclude_modules=("2",))
     model = imported(tmp_path, plain(), projected=settings)
     rows = {row.path: row for row in ck.subspace_report(model)}
     for index in ("0", "2"):

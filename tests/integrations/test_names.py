@@ -113,6 +113,9 @@ def test_an_export_that_the_library_has_no_names_for(tmp_path):
     other: Any = "timm"
     with Unchanged(model), pytest.raises(ValueError, match="library='timm', expected None or 'transformers'"):
         ck.export_peft(model, tmp_path / "a", library=other)
+    model = adapted(small_clip(), modules_to_save=("ln_final",))
+    with Unchanged(model), pytest.raises(ValueError, match=r"modules_to_save=\('ln_final',\), expected none"):
+        ck.export_peft(model, tmp_path / "a", library="transformers")
     assert contents(tmp_path) == {}
 
 
