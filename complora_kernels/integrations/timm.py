@@ -224,6 +224,7 @@ class FusedBlock(CompLoRABlock):
             if getattr(self.attn, "relative_position_bias_table", None) is not None:
                 own = self.attn._get_rel_pos_bias()  # [1, heads, L, L]
                 bias = own if bias is None else own + bias
+            bias = bias[None] if bias is not None and bias.dim() == 3 else bias  # older versions share [heads, L, L]
             y = self.run_fused(x, bias, rotate=None if rope is None else _rotation(self.attn, rope))
         return super().forward(x, *args, **kwargs) if y is None else y
 

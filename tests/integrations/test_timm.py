@@ -12,11 +12,11 @@ import timm
 import torch
 from oracle import expected, results
 from rows import Row, in_float64
-from timm.layers.diff_attention import DiffAttention
 from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp
 from timm.layers.norm import RmsNorm
 from timm.models.beit import Attention
+from timm.models.vision_transformer_sam import Attention as SamAttention
 from timm_models import OF_TIMM, TINY, vit
 from tiny_models import config, randomise
 from torch import nn
@@ -89,7 +89,7 @@ OTHER_PARTS: dict[str, tuple[Any, str]] = {
     "other norm": (set_part("norm1", RmsNorm(24)), "norm1 is a RmsNorm"),
     "fast norm": (set_fast_norm, "norm2 computes in the dtype of autocast"),
     "other MLP": (set_part("mlp", GluMlp(24)), "mlp is a timm.layers.mlp.GluMlp"),
-    "other attention": (set_part("attn", DiffAttention(24)), "attn is a timm.layers.diff_attention.DiffAttention"),
+    "other attention": (set_part("attn", SamAttention(24)), "attn is a timm.models.vision_transformer_sam"),
     "one adapter on all of qkv": (
         lambda block: set_part("attn.qkv", ck.CompLoRALinear.from_linear(block.attn.qkv, config()))(block),
         "attn.qkv is a CompLoRALinear",
