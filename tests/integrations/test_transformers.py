@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import CONTEXT, END, make
+from model_zoo import make
 from small_clip import assert_close
 from tiny_models import config, randomise
 from torch import Tensor, nn
+from transformers_models import CONTEXT, END
 
 import complora_kernels as ck
 from complora_kernels.integrations import activations, find, open_clip

@@ -14,6 +14,7 @@ import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
 
 Features = Callable[[Any, dict[str, Tensor]], Tensor]
+Compute = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]  # called (inputs, factors)
 
 
 class Called(nn.Module):
@@ -29,13 +30,17 @@ class Called(nn.Module):
 
 def results(model: nn.Module, inputs: dict[str, Tensor], features: Features) -> dict[str, Tensor]:
     """The features and the gradients of the floating-point inputs and of the factors of an adapted model."""
-    factors: dict[str, Tensor] = {
+    return _differentiated(lambda inputs, _: features(model, inputs), inputs, factors_of(model))
+
+
+def factors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The factors of an adapted model, as `path.name.A` and `path.name.B`."""
+    return {
         f"{path}.{name}.{letter}": factor
         for path, layer in adapted_layers(model).items()
         for name in layer.weights
         for letter, factor in zip("AB", layer.factors(name), strict=True)
     }
-    return _differentiated(lambda inputs, _: features(model, inputs), inputs, factors)
 
 
 def expected(
@@ -46,29 +51,29 @@ def expected(
     features: Features,
 ) -> dict[str, Tensor]:
     """What `results` of the adapted model should be, by the factors that it has."""
-    factors = {
-        f"{path}.{name}.{letter}": factor.detach().double()
-        for path, layer in adapted_layers(adapted).items()
-        for name in layer.weights
-        for letter, factor in zip("AB", layer.factors(name), strict=True)
-    }
+    factors = {name: factor.detach().double() for name, factor in factors_of(adapted).items()}
+    return _differentiated(updated(plain, config, features), inputs, factors)
+
+
+def updated(plain: nn.Module, config: ck.CompLoRAConfig, features: Features) -> Compute:
+    """The features of the plain model as a function of its inputs and of the factors of an adapted one."""
     called = Called(plain, features)
 
     def compute(inputs: dict[str, Tensor], factors: dict[str, Tensor]) -> Tensor:
-        updated = {name: parameter.detach() for name, parameter in called.named_parameters()}
+        state = {name: parameter.detach() for name, parameter in called.named_parameters()}
         for key in factors:
             if key.endswith(".A"):
                 path, name = key.removesuffix(".A").rsplit(".", 1)
                 parameter, part = weight_of(plain.get_submodule(path), name)
                 whole = f"model.{path}.{parameter}"
-                weights = list(updated[whole].chunk(3)) if part is not None else [updated[whole]]
+                weights = list(state[whole].chunk(3)) if part is not None else [state[whole]]
                 A, B = factors[key], factors[f"{path}.{name}.B"]
                 frozen = weights[part or 0]
                 weights[part or 0] = frozen + expected_delta(frozen, A, B, config, half_of(frozen))
-                updated[whole] = torch.cat(weights)
-        return functional_call(called, updated, (inputs,))
+                state[whole] = torch.cat(weights)
+        return functional_call(called, state, (inputs,))
 
-    return _differentiated(compute, inputs, factors)
+    return compute
 
 
 def weight_of(module: nn.Module, name: str) -> tuple[str, int | None]:
@@ -79,7 +84,7 @@ def weight_of(module: nn.Module, name: str) -> tuple[str, int | None]:
 
 
 def _differentiated(
-    compute: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor],
+    compute: Compute,
     inputs: dict[str, Tensor],
     factors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -90,6 +95,10 @@ def _differentiated(
     factors = {name: factor.requires_grad_() for name, factor in factors.items()}
     y = compute(inputs, factors)
     leaves = {name: value for name, value in (inputs | factors).items() if value.requires_grad}
-    weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).sin().view_as(y)  # no direction is left out
-    gradients = torch.autograd.grad(y, tuple(leaves.values()), weights)
+    gradients = torch.autograd.grad(weighted(y).sum(), tuple(leaves.values()))
     return {"y": y.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+def weighted(y: Tensor) -> Tensor:
+    """Features times weights that leave no direction out."""
+    return y * torch.linspace(-1, 2, y.numel(), dtype=torch.float64).sin().view_as(y)
