@@ -251,6 +251,8 @@ def _clip_lora_config(model: nn.Module, metadata: CLIPLoRAMetadata) -> tuple[Com
     for name, known in (("encoder", CLIP_LORA_TOWERS), ("position", CLIP_LORA_POSITIONS)):
         if metadata[name] not in known:
             raise ValueError(f"{name}={metadata[name]!r}, expected one of {', '.join(known)}")
+    if unknown := [name for name in metadata["params"] if name not in CLIP_LORA_PROJECTIONS]:
+        raise ValueError(f"params has {', '.join(unknown)}, expected some of {', '.join(CLIP_LORA_PROJECTIONS)}")
     towers = CLIP_LORA_TOWERS[metadata["encoder"]]
     blocks = [block.tower for library in find(model) for block in library.residual_blocks(model)]
     position = CLIP_LORA_POSITIONS[metadata["position"]]

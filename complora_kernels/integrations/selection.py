@@ -20,7 +20,7 @@ from complora_kernels.config import (
 from complora_kernels.integrations import Block, Integration, Target, find
 from complora_kernels.integrations.torch import attention_targets, linear_target
 
-IN_BLOCKS = 'in residual blocks, target_modules=("q", "k", "v", "o") adapts it'
+WORDS = {projection: word for word, projection in PROJECTIONS.items()}
 
 
 def select(model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Target]:
@@ -160,7 +160,7 @@ class _Named:
         for name in (target_modules,) if isinstance(target_modules, str) else target_modules:
             if not any(map(_matcher(name if isinstance(target_modules, str) else (name,)), known)):
                 listed = ", ".join(list(self.linears)[:8] or list(self.parts)[:8])
-                words = "" if name not in PROJECTIONS.values() else f" ({IN_BLOCKS})"
+                words = _hint(name)
                 raise ValueError(
                     f"target_modules={target_modules!r} matched no nn.Linear by its whole name"
                     f"{'' if isinstance(target_modules, str) else f' or its ending {name!r}'}, "
@@ -192,8 +192,8 @@ class _Named:
             if parent is not None:
                 raise ValueError(
                     f"target_modules={target_modules!r} matched {path}, which its parent, a {type(parent).__name__}, "
-                    "uses without calling it: an adapter there would have no effect. Expected a module that is called "
-                    f"({IN_BLOCKS})"
+                    "uses without calling it: an adapter there would have no effect. Expected a module that is called"
+                    + _hint(path.rpartition(".")[2])
                 )
             targets.append(linear_target(path, module))
         return targets
@@ -217,6 +217,11 @@ def _matcher(names: str | tuple[str, ...]) -> Callable[[str], bool]:
         pattern = re.compile(names)
         return lambda path: pattern.fullmatch(path) is not None
     return lambda path: any(module_name_fits(name, path) for name in names)
+
+
+def _hint(name: str) -> str:
+    """How a projection of an attention is named otherwise, for messages."""
+    return f' (in residual blocks, target_modules=("{WORDS[name]}",) adapts it)' if name in WORDS else ""
 
 
 def _weights(target: Target) -> set[str]:

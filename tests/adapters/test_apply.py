@@ -478,11 +478,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "part of a name": (clip, {"target_modules": "c_fc"}, "matched no nn.Linear by its whole name"),
     "out_proj": (clip, {"target_modules": r".*\.out_proj"}, r"attn\.out_proj.*MultiheadAttention.*\(\"o\",\)"),
-    "encoder layer": (
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2)),
-        {"target_modules": r".*\.linear1"},
-        r"0\.linear1, which its parent, a TransformerEncoderLayer",
-    ),
     "no image tower": (Net, {}, "the model has no image tower that is known, it is a Net"),
     "no text tower": (Net, {"towers": "text"}, "the model has no text tower"),
     "no linear layers": (lambda: nn.Sequential(nn.ReLU()), {"target_modules": ".*"}, "none"),

@@ -273,7 +273,7 @@ REFUSED = {
     "flat weights": (lambda s: s.update(weights=[1]), "it.weights is a list, expected an object"),
     "encoder": (lambda s: s["metadata"].update(encoder="image"), "encoder='image', expected one of text, vision, both"),
     "position": (lambda s: s["metadata"].update(position="top"), "position='top', expected one of all, bottom"),
-    "params": (lambda s: s["metadata"].update(params=["x"]), r"make no configuration: target_modules=\['x'\]"),
+    "params": (lambda s: s["metadata"].update(params=["x"]), "params has x, expected some of q, k, v, o"),
     "alpha": (lambda s: s["metadata"].update(alpha="1"), "it.metadata.alpha='1', expected a finite number"),
     "no alpha": (lambda s: s["metadata"].update(alpha=0), "make no configuration: lora_alpha=0, expected a positive"),
 }

@@ -72,7 +72,7 @@ def test_both_generations_of_open_clip_read_each_others_adapters(tmp_path, sourc
         assert_close(loaded[name], update, ROUNDING)
 
 
-@pytest.mark.parametrize("k", [0, 5, 20, 32])
+@pytest.mark.parametrize("k", [0, 5, 20, 31])
 def test_round_trip_for_every_size_of_the_subspace(tmp_path, k):
     model = saved(tmp_path, subspace_k=k)
     loaded = ck.load_adapter(small_clip(), tmp_path, progress=False)
