@@ -453,9 +453,9 @@ def test_a_small_adapter_is_realised_in_bfloat16(monkeypatch, ratio, twice_round
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": torch.float64}, "x: dtype torch.float64"),
-    ({"rows": [(0, 8), (8, 24)]}, r"rows=\[\(0, 8\), \(8, 24\)\] are not distinct ones of at most 7 equal groups"),
-    ({"rows": [(0, 12), (6, 18)]}, r"rows=\[\(0, 12\), \(6, 18\)\] are not distinct ones of at most 7 equal groups"),
-    ({"rows": [(0, 3)]}, r"rows=\[\(0, 3\)\] are not distinct ones of at most 7 equal groups"),
+    ({"rows": [(0, 8), (8, 24)]}, r"rows=\[\(0, 8\), \(8, 24\)\], expected distinct ones of at most 7 equal groups"),
+    ({"rows": [(0, 12), (6, 18)]}, r"rows=\[\(0, 12\), \(6, 18\)\], expected distinct ones of at most 7 equal groups"),
+    ({"rows": [(0, 3)]}, r"rows=\[\(0, 3\)\], expected distinct ones of at most 7 equal groups"),
     (
         {"rows": [(0, 12), (12, 24)], "ranks": (2, 3)},
         r"the adapters have ranks \[2, 3\], the kernels support equal ones",

@@ -465,7 +465,7 @@ def test_a_norm_one_of_whose_products_nobody_reads(read):
         A, B, W = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, D), (5, 2), (5, D)))
         linears.append(AdaptedLinear(W, None, [A.requires_grad_()], [B.requires_grad_()], [(0, 5)]))
     leaves = (x, linears[read].As[0], linears[read].Bs[0])
-    norm = Norm(*(torch.rand(2, D, dtype=torch.float64)), 1e-5)
+    norm = Norm(torch.rand(D, dtype=torch.float64), torch.rand(D, dtype=torch.float64), 1e-5)
     of_both = torch.autograd.grad(norm_lora_linear(x, None, norm, *linears)[1 + read].sin().sum(), leaves)
     alone = torch.autograd.grad(norm_lora_linear(x, None, norm, linears[read])[1].sin().sum(), leaves)
     torch.testing.assert_close(of_both, alone)
