@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from complora_kernels.adapted_linear import AdaptedLinear
@@ -35,7 +35,7 @@ def groups_of(linear: AdaptedLinear) -> RowGroups:
     Raises:
         ValueError: groups of one size do not fill the weight.
     """
-    groups = row_groups(tuple(linear.rows), len(linear.weight))
+    groups = row_groups(linear.rows, len(linear.weight))
     if groups is None:
         raise ValueError(
             f"rows={list(linear.rows)}, expected distinct ones of at most {MAX_GROUPS} equal groups of "
@@ -44,8 +44,7 @@ def groups_of(linear: AdaptedLinear) -> RowGroups:
     return groups
 
 
-@lru_cache
-def row_groups(rows: tuple[tuple[int, int], ...], N: int) -> RowGroups | None:
+def row_groups(rows: Sequence[tuple[int, int]], N: int) -> RowGroups | None:
     """The groups that the adapters' rows are; None where groups of one size do not fill the N rows of the weight."""
     size = rows[0][1] - rows[0][0]
     starts = [start for start, _ in rows]

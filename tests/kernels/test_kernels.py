@@ -407,7 +407,7 @@ def test_tf32_only_where_torch_allows_it():
     ids=str,
 )
 def test_row_blocks(rows, N, expected):
-    groups = row_groups(tuple(rows), N)
+    groups = row_groups(rows, N)
     assert groups == (None if expected is None else (N // len(expected), expected))
     if groups is not None:
         assert len(groups.adapters) <= MAX_GROUPS
