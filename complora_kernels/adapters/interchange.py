@@ -31,6 +31,7 @@ from complora_kernels.adapters.files import require_file, write_files
 from complora_kernels.adapters.replacement import replaced_adapter
 from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
+from complora_kernels.common.sharded import has_shards
 from complora_kernels.common.wrappers import unwrap
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find, peft_modules
@@ -85,6 +86,11 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
             `save_adapter`.
     """
     part = adapted_model(model)
+    if has_shards(part):
+        raise ValueError(
+            "model is sharded, expected a whole one: save_adapter gathers it, and load_adapter gives a whole model, "
+            "which can be exported"
+        )
     layers = adapted_layers(part)
     config, weights, names = common_config(layers), adapted_weights(layers), {}
     packed: dict[str, CompLoRALayer] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from complora_kernels.adapters.build import adapted_layers, adapted_model, trained_tensors
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
-from complora_kernels.common.sharded import reshard
+from complora_kernels.common.sharded import reshard, whole
 from complora_kernels.modules.layer import CompLoRALayer, switched_off
 from complora_kernels.modules.protected import PROJECTED_SIDES
 
@@ -222,8 +222,8 @@ def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:
         assert basis is not None
         bases.append(basis)
         left = _project(left, basis.matrix.double(), basis.kind, side)
-    A, B = (factor.double() for factor in layer.factors(name))  # [r, in], [out, r]
-    raw = layer.config.scaling * B @ A  # [out, in]
+    A, B = (whole(factor).double() for factor in layer.factors(name))  # [r, in], [out, r]
+    raw = layer.scaling_of(name) * B @ A  # [out, in]
     norm = delta.norm()
     return SubspaceReport(
         path=f"{path}.{name}" if name else path,

@@ -42,7 +42,7 @@ from complora_kernels.adapters.replacement import replaced_adapter
 from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common import base_weights
 from complora_kernels.common.files import reading
-from complora_kernels.common.sharded import writes_files
+from complora_kernels.common.sharded import has_shards, is_first_process
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import activations
@@ -84,21 +84,29 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         UserWarning: other parameters are trained too, and are not in the files.
     """
     part = adapted_model(model)
+    if not has_shards(part):
+        with replaced_adapter(directory) as staging:
+            write_adapter(staging, *_content(part, model))
+        return
+    content = _content(part, model)  # all processes gather it together, whatever the first one finds at the directory
+    if is_first_process():
+        with replaced_adapter(directory) as staging:
+            write_adapter(staging, *content)
+
+
+def _content(part: nn.Module, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The configuration, the tensors and the bases that are saved of an adapted model, which is a part of `model`."""
     layers = adapted_layers(part)
-    config = common_config(layers)
-    weights = adapted_weights(layers)
-    factors = file_factors(weights)
+    config, weights = common_config(layers), adapted_weights(layers)
+    factors, trained = file_factors(weights), file_tensors(part)
     bases = {} if config.source.recomputable else own_bases(weights)
-    trained = file_tensors(part)
     described = _adapter_config(config, weights, activations(part), bases)
     if trained:
         shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(part).items()}
         described["complora"]["modules_to_save"] = shapes
-    matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
     warn_of_trained(model)
-    if writes_files(part):
-        with replaced_adapter(directory) as staging:
-            write_adapter(staging, described, factor_tensors(factors) | trained, matrices)
+    matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
+    return described, factor_tensors(factors) | trained, matrices
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:

@@ -45,7 +45,12 @@ def reshard(model: nn.Module) -> None:
             sharded.reshard()
 
 
-def writes_files(model: nn.Module) -> bool:
-    """Whether this process is to write the files of a model: of one that is sharded, the first process."""
+def has_shards(model: nn.Module) -> bool:
+    """Whether parameters of a model are sharded, or were until a forward pass that now begins or has just ended."""
     modules = any(hasattr(module, "reshard") and hasattr(module, "unshard") for module in model.modules())
-    return not (modules or any(map(is_sharded, model.parameters()))) or distributed.get_rank() == 0
+    return modules or any(map(is_sharded, model.parameters()))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes the files of a model that all of them hold."""
+    return distributed.get_rank() == 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from complora_kernels.config import CompLoRAConfig
+from complora_kernels.config import TARGETS, CompLoRAConfig
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
 from complora_kernels.fewshot.files import file_name
 from complora_kernels.fewshot.methods import METHODS, Method
@@ -176,11 +176,14 @@ class TrainConfig:
         if all(size is None for size in sizes.values()):
             sizes["subspace_ratio"] = 0.5
         shared = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "towers")
-        return CompLoRAConfig(
+        config = CompLoRAConfig(
             **{name: getattr(self, name) for name in shared},
             **({} if changes["sides"] == "none" else {**sizes, "subspace_seed": seed}),
             **changes,
         )
+        if not config.selects_in_blocks:
+            raise ValueError(f"target_modules={self.target_modules!r}, expected some of {', '.join(TARGETS)}")
+        return config
 
     def kept(self) -> tuple[str, ...]:
         """The data sets whose zero-shot accuracy is measured before and after."""

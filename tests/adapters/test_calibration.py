@@ -136,7 +136,8 @@ def test_an_energy_that_takes_more_directions_than_the_weight_has_rows_is_refuse
     message = r"subspace_energy=0.9999, expected at most 0\.9\d+ for .*resblocks.0.mlp.c_proj of shape \(32, 128\)"
     with Unchanged(model), pytest.raises(ValueError, match=message):
         adapt(model, subspace_energy=0.9999, target_modules=("fc2",))
-    adapt(model, subspace_energy=0.9999, target_modules=("fc2",), sides="output")  # Y has no more than 32
+    with Unchanged(model), pytest.raises(ValueError, match=r"32 of 32 output directions .*leaves nothing to train"):
+        adapt(model, subspace_energy=0.9999, target_modules=("fc2",), sides="output")  # Y has no more than 32
 
 
 class Net(nn.Module):

@@ -404,7 +404,6 @@ UNKNOWN: dict[str, tuple[Callable[[Any], Any], str]] = {
         "ls_2 is a LayerScale, expected nn.Identity",
     ),
     "activation": (lambda block: setattr(block.mlp, "gelu", nn.SiLU()), r"mlp.gelu is SiLU\(\), expected GELU"),
-    "tanh": (lambda block: setattr(block.mlp, "gelu", nn.GELU("tanh")), "approximate='tanh'.*, expected GELU"),
     "norm": (lambda block: setattr(block, "ln_1", nn.RMSNorm(D)), "ln_1 is a RMSNorm, expected a LayerNorm"),
     "part": (lambda block: block.add_module("ln_3", nn.LayerNorm(D)), "it consists of .*ln_3, expected attn, ln_1"),
     "mlp": (lambda block: block.mlp.append(nn.Identity()), "mlp consists of c_fc, gelu, c_proj, 3, expected"),
