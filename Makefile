@@ -9,7 +9,8 @@ ARGS ?=
 EXTENSION = build/.extension
 BUILD = PATH="$(CURDIR)/.venv/bin:$$PATH"
 CPP = $(wildcard csrc/* tests/cuda_on_cpu/*)
-PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --benchmark-disable
+# Files in the order of their names: by default those of few tests, among them the longest, would come last.
+PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --benchmark-disable
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help

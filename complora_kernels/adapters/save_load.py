@@ -86,16 +86,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     part = adapted_model(model)
     if not has_shards(part):
         with replaced_adapter(directory) as staging:
-            write_adapter(staging, *_content(part, model))
+            content = _content(part)
+            warn_of_trained(model)
+            write_adapter(staging, *content)
         return
-    content = _content(part, model)  # all processes gather it together, whatever the first one finds at the directory
+    content = _content(part)  # all processes gather it together, whatever the first one finds at the directory
+    warn_of_trained(model)
     if is_first_process():
         with replaced_adapter(directory) as staging:
             write_adapter(staging, *content)
 
 
-def _content(part: nn.Module, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """The configuration, the tensors and the bases that are saved of an adapted model, which is a part of `model`."""
+def _content(part: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The configuration, the tensors and the bases that are saved of an adapted model."""
     layers = adapted_layers(part)
     config, weights = common_config(layers), adapted_weights(layers)
     factors, trained = file_factors(weights), file_tensors(part)
@@ -104,7 +107,6 @@ def _content(part: nn.Module, model: nn.Module) -> tuple[dict[str, Any], dict[st
     if trained:
         shapes = {name: list(tensor.shape) for name, tensor in trained_tensors(part).items()}
         described["complora"]["modules_to_save"] = shapes
-    warn_of_trained(model)
     matrices = {_basis_key(*key): basis.matrix for key, basis in bases.items()}
     return described, factor_tensors(factors) | trained, matrices
 
