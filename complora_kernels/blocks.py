@@ -59,7 +59,7 @@ def norm_lora_linear(
             for linear in records
         ]
         return pairs[0][0], *(y for _, y in pairs)
-    tensors = (tensor for linear in records for tensor in linear.tensors())
+    tensors = itertools.chain.from_iterable(linear.tensors() for linear in records)
     parts = [linear.without_tensors() for linear in records]
     stream, *ys = NormLoRALinearFunction.apply(*_flat(x, delta), norm, parts, dtype, name, *tensors)
     return stream.view(x.shape), *(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
@@ -121,7 +121,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         with without_autocast(x):
             stream, normed, n, h = run.norm_fwd(x, delta, norm, dtype, wholes[0])
             products = [_linear_fwd(run, n, wholes[0], h), *(_linear_fwd(run, n, whole, None) for whole in wholes[1:])]
-        kept = (tensor for whole in wholes for tensor in whole._replace(bias=None).tensors())
+        kept = itertools.chain.from_iterable(whole._replace(bias=None).tensors() for whole in wholes)
         ctx.save_for_backward(*_pack(normed), *(h for _, h in products), *kept)
         ctx.eps, ctx.dtype, ctx.linears, ctx.backend = norm.eps, dtype, linears, backend
         ctx.set_materialize_grads(False)

@@ -78,7 +78,9 @@ class CompLoRALayer(ProtectedLayer):
 
     def fold_inputs(self, name: str) -> FoldInputs:
         """The raw factors of one adapted weight and the bases that project them."""
-        A, B = map(whole, self.factors(name))
+        A, B = self.factors(name)
+        if is_sharded(A):
+            A, B = whole(A), whole(B)
         on_output, on_input = self.projection(name, "output", B), self.projection(name, "input", A)
         return FoldInputs(
             A,
