@@ -10,7 +10,9 @@ EXTENSION = build/.extension
 BUILD = PATH="$(CURDIR)/.venv/bin:$$PATH"
 CPP = $(wildcard csrc/* tests/cuda_on_cpu/*)
 # Files in the order of their names: by default those of few tests, among them the longest, would come last.
-PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --benchmark-disable
+# A worker that dies ends the run: pytest-xdist 3.8 waits for ever when another takes its files over.
+PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=loadfile --no-loadscope-reorder \
+	--benchmark-disable
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help

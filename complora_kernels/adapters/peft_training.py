@@ -12,7 +12,9 @@ from torch import nn
 from complora_kernels.adapters.peft_folder import INITIALISATIONS
 from complora_kernels.common.changes import Changes
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.modules.extend import extend, own_class
+from complora_kernels.integrations import find
+from complora_kernels.modules.block import CompLoRABlock
+from complora_kernels.modules.extend import extend, own_class, restore
 from complora_kernels.modules.peft_linear import AcceleratedLinear
 
 if TYPE_CHECKING:
@@ -60,13 +62,14 @@ def peft_config(config: CompLoRAConfig, target_modules: str | Collection[str], *
 def accelerate_peft(model: Model) -> Model:
     """Lets the LoRA layers of a model of PEFT compute `y = x W^T + b + s · (drop(x) A^T) B^T` in one operation.
 
-    Only the forward method of PEFT's linear layers is exchanged: parameters, names, adapters and files stay PEFT's, and
-    so do its calls (`set_adapter`, `disable_adapter`, `merge_adapter`, `add_adapter`, `unload`). A layer computes
-    `functional.lora_linear` where one adapter of LoRA, or of `peft_config`, is active on a frozen `nn.Linear` in the
-    dtype of its input or under autocast. It computes as PEFT does in all other cases: merged or disabled, several
-    adapters or others for each sample, DoRA and other variants, biases of LoRA, hooks on its parts. A log line says how
-    many layers were exchanged; `decelerate_peft` undoes it. Layers that PEFT makes later are not among them: call it
-    again. Numbers are PEFT's up to rounding; dropout draws its masks otherwise.
+    Only forward methods are exchanged, those of PEFT's linear layers and of the residual blocks around them:
+    parameters, names, adapters and files stay PEFT's, and so do its calls (`set_adapter`, `disable_adapter`,
+    `merge_adapter`, `add_adapter`, `unload`). A layer computes `functional.lora_linear` where one adapter of LoRA, or
+    of `peft_config`, is active on a frozen `nn.Linear` in the dtype of its input or under autocast. A residual block of
+    a known library whose layers do is fused, as `apply_complora` fuses it. Both compute as PEFT does in all other
+    cases: merged or disabled, several adapters or others for each sample, DoRA and other variants, biases of LoRA,
+    hooks on their parts. A log line says how many there are; `decelerate_peft` undoes it. Layers that PEFT makes later
+    are not among them: call it again. Numbers are PEFT's up to rounding; dropout draws its masks otherwise.
 
     Args:
         model: made by `get_peft_model` or `PeftModel.from_pretrained`, or any model with layers of PEFT in it.
@@ -83,22 +86,38 @@ def accelerate_peft(model: Model) -> Model:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("model has no LoRA layer of PEFT, expected one: call peft.get_peft_model first")
-    linears = [layer for layer in layers if own_class(layer) in (Linear, ComplementLinear)]
+    linears = {layer for layer in layers if own_class(layer) in (Linear, ComplementLinear)}
+    blocks = [
+        (library, block.module)
+        for library in find(model)
+        for block in library.residual_blocks(model)
+        if not linears.isdisjoint(block.module.modules())
+    ]
     changes = Changes()
     for layer in linears:
         extend(layer, [AcceleratedLinear], changes)
+    for library, block in blocks:
+        extend(block, [library.FusedBlock], changes)
     changes.make()
     others = Counter(type(layer).__name__ for layer in layers if layer not in linears)
     kept = ", ".join(f"{count} {name}" for name, count in others.items())
     logger.info("accelerated %d of %d LoRA layers; as before: %s", len(linears), len(layers), kept or "none")
+    fused = sum(not isinstance(library.parts_of_block(block), str) for library, block in blocks)
+    logger.info("fused %d of %d residual blocks with LoRA layers", fused, len(blocks))
     return model
 
 
 def decelerate_peft(model: Model) -> Model:
-    """Gives the layers that `accelerate_peft` changed PEFT's forward method back; returns the same model."""
+    """Gives what `accelerate_peft` changed its own forward method back; returns the same model.
+
+    Raises:
+        ValueError: the class of a layer or block was changed since, as `fully_shard` does; nothing is then changed.
+    """
+    accelerated = {module for module in model.modules() if isinstance(module, AcceleratedLinear)}
     changes = Changes()
     for module in model.modules():
-        if isinstance(module, AcceleratedLinear):
-            changes.set_attribute(module, "__class__", own_class(module))
+        is_block = isinstance(module, CompLoRABlock) and not accelerated.isdisjoint(module.modules())
+        if module in accelerated or is_block:
+            restore(module, changes)
     changes.make()
     return model

@@ -12,6 +12,7 @@ from complora_kernels import blocks
 from complora_kernels.modules.attention import CompLoRAMultiheadAttention
 from complora_kernels.modules.block import AttentionParts, Projection
 from complora_kernels.modules.linear import CompLoRALinear
+from complora_kernels.modules.peft_linear import AcceleratedLinear, single_adapter
 
 ACTIVATIONS = {
     "GELU": "gelu",
@@ -41,9 +42,17 @@ def wrong_norm(name: str, norm: Any, packages: Collection[str]) -> str | None:
     return f"{name} is a {type(norm).__name__}, expected a LayerNorm with weights"
 
 
-def wrong_linear(name: str, linear: Any) -> str | None:
-    """Why a part is not a linear layer, plain or adapted; None where it is."""
-    return None if type(linear) in LINEARS else f"{name} is a {type(linear).__name__}, expected a linear layer"
+def wrong_linear(name: str, linear: Any, *, called: bool = True) -> str | None:
+    """Why a part is not a linear layer, plain or adapted; None where it is.
+
+    A layer of PEFT, which `accelerate_peft` has changed, is one where the library calls it: elsewhere PEFT's adapter
+    has no effect.
+    """
+    if type(linear) in LINEARS:
+        return None
+    if not called or not isinstance(linear, AcceleratedLinear):
+        return f"{name} is a {type(linear).__name__}, expected a linear layer"
+    return None if single_adapter(linear) else f"{name} computes as PEFT does, expected one active LoRA, unmerged"
 
 
 def activation_of(activation: Any, packages: Collection[str]) -> str | None:
@@ -59,7 +68,7 @@ def parts_of_multihead(name: str, attention: Any) -> AttentionParts | str:
         return f"{name} is a {type(attention).__name__}, expected nn.MultiheadAttention"
     if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
         return f"{name} projects keys or values of other sizes, or adds some, expected plain self-attention"
-    wrong = wrong_linear(f"{name}.out_proj", attention.out_proj)
+    wrong = wrong_linear(f"{name}.out_proj", attention.out_proj, called=False)
     if wrong is not None:
         return wrong
     packed = Projection("qkv", attention, attention.in_proj_weight, attention.in_proj_bias)

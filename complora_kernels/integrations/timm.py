@@ -283,9 +283,13 @@ def _parts_of_attention(attention: Any, scale_out: Tensor | None) -> AttentionPa
         return "attn has a gate, or fewer keys than queries, expected neither"
     packed = getattr(attention, "q_proj", None) is None
     names = ("qkv",) if packed else ("q_proj", "k_proj", "v_proj")
+    called = getattr(attention, "q_bias", None) is None  # else the weight of qkv is used without calling it
     for name in names:
-        if type(attention._modules[name]) not in (nn.Linear, CompLoRAPackedLinear if packed else CompLoRALinear):
-            return f"attn.{name} is a {type(attention._modules[name]).__name__}, expected it plain or adapted by words"
+        linear = attention._modules[name]
+        if packed and isinstance(linear, CompLoRAPackedLinear):
+            continue
+        if (packed and isinstance(linear, CompLoRALinear)) or wrong_linear(name, linear, called=called):
+            return f"attn.{name} is a {type(linear).__name__}, expected it plain or adapted by words"
     wrong = _wrong_identity("attn.", attention, ("q_norm", "k_norm", "norm", "proj_drop"))
     wrong = wrong or wrong_linear("attn.proj", attention.proj)
     if wrong is not None:

@@ -193,8 +193,8 @@ def parts_of_block(block: nn.Module) -> BlockParts | str:
     wrong = (
         wrong_norm("norm1", layer.norm1, ("torch",))
         or wrong_norm("norm2", layer.norm2, ("torch",))
-        or wrong_linear("linear1", layer.linear1)
-        or wrong_linear("linear2", layer.linear2)
+        or wrong_linear("linear1", layer.linear1, called=False)
+        or wrong_linear("linear2", layer.linear2, called=False)
         or (None if activation else f"activation is {layer.activation}, expected GELU")
     )
     attention = wrong or parts_of_multihead("self_attn", layer.self_attn)

@@ -7,6 +7,7 @@ attention keeps q, k and v in three linear layers; SwiGLU keeps two, or one of t
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.integrations import Block, Target
+from complora_kernels.integrations.parts import wrong_linear
 from complora_kernels.integrations.torch import linear_target, peft_modules, uncalled
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
 from complora_kernels.modules.extend import Extension, own_class
 from complora_kernels.modules.forward_scope import Scoped
-from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.truncation import length_of_texts
 
 __all__ = ["FusedBlock", "peft_modules", "uncalled"]
@@ -210,9 +211,9 @@ def parts_of_block(block: nn.Module) -> BlockParts | str:
         return f"drop_path has drop_prob={others[2].drop_prob}, expected none"
     holders = {"fc1": mlp, "fc2": mlp}
     linears = {word: _first(holders.get(word, attention), *found) for word, found in LINEARS.items()}
-    for word, linear in linears.items():
-        if type(linear) not in (nn.Linear, CompLoRALinear):
-            return f"{word} is a {type(linear).__name__}, expected a linear layer"
+    wrong = next(filter(None, itertools.starmap(wrong_linear, linears.items())), None)
+    if wrong is not None:
+        return wrong
     config, activation = attention.config, _activation(mlp)
     if config._attn_implementation not in ("eager", "sdpa"):
         return f"its attention is {config._attn_implementation!r}, expected 'eager' or 'sdpa'"

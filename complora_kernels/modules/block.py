@@ -13,7 +13,7 @@ What the parts of a block are, and whether they are those of a plain pre-norm bl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from complora_kernels.modules.forward_scope import Reading, factors_in_scope, re
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.masks import additive_mask, known_causal
+from complora_kernels.modules.peft_linear import AcceleratedLinear, product_of, single_adapter
 
 RECOMPUTE = ("none", "mlp")
 
@@ -211,7 +212,7 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> AdaptedLinear:
     """The product of neighbouring rows of a projection."""
     layer, weight, bias, start = projection.layer, projection.weight, projection.bias, 0
-    if isinstance(layer, CompLoRALinear):
+    if isinstance(layer, (CompLoRALinear, AcceleratedLinear)):
         return _linear(layer, dtype)
     if len(names) < len(projection.names):
         d = len(weight) // len(projection.names)
@@ -223,7 +224,11 @@ def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> Ad
     return _adapted(layer, weight, bias, rows, dtype)
 
 
-def _linear(linear: nn.Linear, dtype: torch.dtype) -> AdaptedLinear:
+def _linear(linear: Any, dtype: torch.dtype) -> AdaptedLinear:
+    """The product of a linear layer: a plain one, an adapted one, or one of PEFT."""
+    adapter = single_adapter(linear) if isinstance(linear, AcceleratedLinear) else None
+    if adapter is not None:
+        return product_of(linear, adapter)
     rows = {"": (0, linear.out_features)} if isinstance(linear, CompLoRALinear) else {}
     return _adapted(linear, linear.weight, linear.bias, rows, dtype)
 

@@ -9,11 +9,16 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from complora_kernels import functional, reference
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.modules.extend import Extension, has_user_hooks
 
 
 class AcceleratedLinear(Extension):
-    """PEFT's `lora.Linear`, computed by `functional.lora_linear` where it is one plain LoRA on a frozen layer."""
+    """PEFT's `lora.Linear`, computed by `functional.lora_linear` where it is one plain LoRA on a frozen layer.
+
+    A fused residual block (`CompLoRABlock`) reads its weight and factors by `product_of`, and does not call its
+    `forward`.
+    """
 
     def forward(
         self,
@@ -21,29 +26,18 @@ class AcceleratedLinear(Extension):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:  # [..., out]
-        adapter = None if args or any(value is not None for value in kwargs.values()) else _single_adapter(self, x)
+        is_plain_call = not args and all(value is None for value in kwargs.values())
+        adapter = single_adapter(self) if is_plain_call and takes(self, x) else None
         if adapter is None:
             plain: Any = super()
             return plain.forward(x, *args, **kwargs)
-        layer: Any = self
-        base, dropout, scaling = layer.base_layer, layer.lora_dropout[adapter], layer.scaling[adapter]
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # [r, in], [out, r]
-        if adapter in layer.lora_variant:
-            (A, B), scaling = layer.fold(adapter, scaling), 1.0
-        return functional.lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            A,
-            B,
-            scaling=scaling,
-            dropout_p=getattr(dropout, "p", 0.0),
-            training=dropout.training,
-        )
+        linear = product_of(self, adapter)
+        (A,), (B,) = linear.As, linear.Bs
+        return functional.lora_linear(x, linear.weight, linear.bias, A, B, dropout_p=linear.dropout_p)
 
 
-def _single_adapter(layer: Any, x: Tensor) -> str | None:
-    """The one active adapter, where `functional.lora_linear` computes what PEFT does."""
+def single_adapter(layer: Any) -> str | None:
+    """The one active adapter of a layer that computes `functional.lora_linear` with it, else None."""
     if layer.disable_adapters or layer.merged or layer.fan_in_fan_out:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -65,5 +59,22 @@ def _single_adapter(layer: Any, x: Tensor) -> str | None:
     weight, bias = base.weight, base.bias
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return None
+    return adapter
+
+
+def takes(layer: Any, x: Tensor) -> bool:
+    """Whether the product takes x [..., in] as PEFT does: in the dtype of the weight, or under autocast."""
     casts = reference.autocasts(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
-    return adapter if casts or x.dtype == weight.dtype else None
+    return casts or x.dtype == layer.base_layer.weight.dtype
+
+
+def product_of(layer: Any, adapter: str) -> AdaptedLinear:
+    """The product of a layer with one adapter: `y = x W^T + b + s · (drop(x) A^T) B^T`, s as a part of B."""
+    base, dropout, scaling = layer.base_layer, layer.lora_dropout[adapter], layer.scaling[adapter]
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # [r, in], [out, r]
+    if adapter in layer.lora_variant:
+        A, B = layer.fold(adapter, scaling)
+    elif scaling != 1.0:
+        B = scaling * B
+    dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return AdaptedLinear(base.weight, base.bias, [A], [B], [(0, base.out_features)], dropout_p)
