@@ -226,8 +226,9 @@ def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> Ad
 
 def _linear(linear: Any, dtype: torch.dtype) -> AdaptedLinear:
     """The product of a linear layer: a plain one, an adapted one, or one of PEFT."""
-    adapter = single_adapter(linear) if isinstance(linear, AcceleratedLinear) else None
-    if adapter is not None:
+    if isinstance(linear, AcceleratedLinear):
+        adapter = single_adapter(linear)
+        assert adapter is not None, "the parts of the block say that it has one"
         return product_of(linear, adapter)
     rows = {"": (0, linear.out_features)} if isinstance(linear, CompLoRALinear) else {}
     return _adapted(linear, linear.weight, linear.bias, rows, dtype)
