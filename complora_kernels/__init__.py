@@ -15,6 +15,13 @@ from complora_kernels.adapters.manage import (
 from complora_kernels.adapters.peft_import import import_peft
 from complora_kernels.adapters.peft_training import accelerate_peft, decelerate_peft, peft_config
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
+from complora_kernels.adapters.several import (
+    active_adapters,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    set_adapter,
+)
 from complora_kernels.adapters.unload import merge_and_unload, unload
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import GraphedTrainStep
@@ -29,10 +36,14 @@ __all__ = [
     "CompLoRAMultiheadAttention",
     "GraphedTrainStep",
     "accelerate_peft",
+    "active_adapters",
+    "adapter_names",
     "adapter_parameters",
+    "add_adapter",
     "apply_complora",
     "check_gradients",
     "decelerate_peft",
+    "delete_adapter",
     "disable_adapter",
     "explain",
     "export_peft",
@@ -44,6 +55,7 @@ __all__ = [
     "peft_config",
     "print_trainable_parameters",
     "save_adapter",
+    "set_adapter",
     "set_recompute",
     "subspace_report",
     "unload",

@@ -34,6 +34,7 @@ from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.protected import PROJECTED_SIDES, mark_folded
+from complora_kernels.modules.several import DEFAULT
 
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side
@@ -198,6 +199,7 @@ def fill_adapter(
     whole: dict[str, Tensor] | None = None,
     *,
     raw: bool = False,
+    adapter_name: str = DEFAULT,
     progress: bool = False,
 ) -> None:
     """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
@@ -211,7 +213,7 @@ def fill_adapter(
     if is_adapted(model):
         layers = adapted_layers(model)
     else:
-        replacements = build_layers(model, config, factors)
+        replacements = build_layers(model, config, factors, adapter_name=adapter_name)
         if raw:
             compute_bases(replacements, progress=progress)
             check_room(replacements)

@@ -158,6 +158,8 @@ def fold_below(module: nn.Module) -> FoldedLayers:
     """Folds the factors of the active layers of `adapted_below` in one call, unless scalings or dtypes are mixed."""
     groups: dict[Any, list[tuple[CompLoRALayer, str]]] = {}
     for layer in adapted_below(module):
+        if not layer.weights:
+            continue  # the active adapter adapts others
         name = next(iter(layer.weights))
         frozen = layer.frozen_parameter(name)
         if layer.active and isinstance(frozen, Tensor):  # torch.fx's tracer puts stand-ins in the place of parameters

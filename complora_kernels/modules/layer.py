@@ -16,9 +16,12 @@ from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
 from complora_kernels.config import PROJECTIONS, CompLoRAConfig
-from complora_kernels.modules.protected import MERGED, ProtectedLayer, WeightRows
+from complora_kernels.modules.protected import MERGED, WeightRows
+from complora_kernels.modules.several import DEFAULT, FACTORS, INACTIVE, SeveralAdapters
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
+
+FactorPairs = dict[str, tuple[nn.Parameter, nn.Parameter]]  # A [r, in] and B [out, r]
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -34,12 +37,12 @@ class FoldInputs(NamedTuple):
     input_kind: str
 
 
-class CompLoRALayer(ProtectedLayer):
+class CompLoRALayer(SeveralAdapters):
     """The adapter part of `CompLoRALinear` and the attention modules; use those.
 
     Attributes:
-        config: the `CompLoRAConfig` that the layer was made with.
-        weights: where each adapted weight lives.
+        config: the `CompLoRAConfig` of the active adapter.
+        weights: where each weight that it adapts lives; none where it adapts others.
         disabled: True: the layer computes its frozen part alone, on every thread; `switched_off` does so on one.
         merged: True between `merge` and `unmerge`.
     """
@@ -51,6 +54,11 @@ class CompLoRALayer(ProtectedLayer):
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r] of one adapted weight."""
+        raise NotImplementedError
+
+    @staticmethod
+    def hold_factors(holder: nn.Module, factors: FactorPairs) -> None:
+        """Gives a module factors, by the names of the weights, as the layer holds them."""
         raise NotImplementedError
 
     def original_weight(self, name: str) -> Tensor:  # [out, in]
@@ -173,8 +181,8 @@ class CompLoRALayer(ProtectedLayer):
             for name in pending.draft(self._buffers).keys() & own_buffers:
                 pending.remove_buffer(self, name)
             for table in (self._parameters, self._modules):
-                for name in ("lora_A", "lora_B"):
-                    pending.draft(table).pop(name, None)
+                for name in [name for name in table if name in FACTORS or name.startswith(INACTIVE)]:
+                    del pending.draft(table)[name]
             attributes = pending.draft(vars(self))
             for name in self._added:
                 del attributes[name]
@@ -192,8 +200,8 @@ class CompLoRALayer(ProtectedLayer):
 
     @property
     def active(self) -> bool:
-        """Whether the forward pass adds the low-rank term (not while merged or disabled)."""
-        return not (self.merged or self.disabled or self._switched_off)
+        """Whether the forward pass adds a low-rank term (not while merged or disabled)."""
+        return not (self.merged or self.disabled or self._switched_off) and len(self.weights) > 0
 
     @property
     def _switched_off(self) -> bool:
@@ -216,6 +224,8 @@ class CompLoRALayer(ProtectedLayer):
         before = vars(self).keys() - {"_made_from"}
         self.config = config
         self.weights = weights
+        self.active_adapters = {DEFAULT: 1.0}
+        self.combined = False
         self.disabled = False
         self.merged = False
         self._init_bases(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -9,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.forward_scope import factors_in_scope
-from complora_kernels.modules.layer import CompLoRALayer, clone_as, require_plain
+from complora_kernels.modules.layer import CompLoRALayer, FactorPairs, clone_as, require_plain
 from complora_kernels.modules.protected import WeightRows
 
 
@@ -44,8 +46,12 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         require_plain(linear, path or "linear", linear.weight)
         layer = clone_as(linear, cls)
         layer._init_adapter(config, {"": WeightRows("weight", 0, linear.out_features)}, path)
-        layer.lora_A, layer.lora_B = layer._new_factors("")
+        cls.hold_factors(layer, {"": layer._new_factors("")})
         return layer
+
+    @staticmethod
+    def hold_factors(holder: Any, factors: FactorPairs) -> None:
+        holder.lora_A, holder.lora_B = factors[""]
 
     def factors(self, name: str = "") -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r]."""

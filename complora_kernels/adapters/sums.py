@@ -1,0 +1,98 @@
+"""Weighted sums of adapters as one LoRA of their concatenated factors, without a product with a frozen weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from complora_kernels.adapters.configuration import most_frequent
+from complora_kernels.config import PROJECTIONS, CompLoRAConfig
+from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.modules.several import InactiveAdapter
+
+
+class Parts(NamedTuple):
+    """The adapters of one layer that are summed: layers in which they lie, and how many columns each one has."""
+
+    layers: dict[str, CompLoRALayer]  # by the name of the adapter
+    ranks: dict[str, int]  # the highest rank that it has in this layer
+
+    @property
+    def weights(self) -> list[str]:
+        """The weights of the layer that one of the adapters adapts: "", or some of q, k, v, o."""
+        own = {name for layer in self.layers.values() for name in layer.weights}
+        return [name for name in ("", *PROJECTIONS) if name in own]
+
+
+def parts_of(layer: CompLoRALayer, adapter_names: Mapping[str, float]) -> Parts:
+    """Those of the named adapters that the layer has."""
+    seen = {name: layer.seen_with(name) for name in adapter_names}
+    layers = {name: each for name, each in seen.items() if each is not None}
+    return Parts(
+        layers, {name: max(len(each.factors(weight)[0]) for weight in each.weights) for name, each in layers.items()}
+    )
+
+
+@torch.no_grad()
+@torch.inference_mode(False)  # a parameter must not become an inference tensor
+def sums_of(
+    layers: Mapping[str, CompLoRALayer], weights: Mapping[str, float]
+) -> tuple[dict[str, InactiveAdapter], CompLoRAConfig]:
+    """`ΔW = Σ w_i ΔW_i` of the named adapters in each layer, by its path, and the configuration of the sum.
+
+    `A = [Ã_1; Ã_2; …]` [R, in], `B = [w_1 s_1 B̃_1, w_2 s_2 B̃_2, …]` [out, R]. In a layer with several weights all have
+    the same R, because kernels support equal ranks: zeros stand where an adapter has less, or does not adapt a weight.
+    """
+    parts = {path: parts_of(layer, weights) for path, layer in layers.items()}
+    factors = {
+        path: {name: _concatenated(part, weights, name) for name in part.weights} for path, part in parts.items()
+    }
+    ranks = {layers[path].weight_name(name): len(A) for path, own in factors.items() for name, (A, _) in own.items()}
+    config = _config(next(each.config for part in parts.values() for each in part.layers.values()), ranks)
+    sums = {}
+    for path, own in factors.items():
+        places = {name: place for each in parts[path].layers.values() for name, place in each.weights.items()}
+        sums[path] = InactiveAdapter.without_bases(config, {name: places[name] for name in own})
+        sums[path].train(layers[path].training)
+        pairs = {name: (nn.Parameter(A, False), nn.Parameter(B, False)) for name, (A, B) in own.items()}
+        if pairs:
+            layers[path].hold_factors(sums[path], pairs)
+    return sums, config
+
+
+def _concatenated(parts: Parts, weights: Mapping[str, float], name: str) -> tuple[Tensor, Tensor]:
+    """A [R, in] and B [out, R] of one weight."""
+    folded = {adapter: layer.fold_factors((name,)) for adapter, layer in parts.layers.items() if name in layer.weights}
+    (like_A,), (like_B,) = next(iter(folded.values()))
+    R = sum(parts.ranks.values())
+    A, B = like_A.new_zeros(R, like_A.shape[1]), like_B.new_zeros(len(like_B), R)
+    first = 0
+    for adapter, rank in parts.ranks.items():
+        if adapter in folded:
+            (own_A,), (own_B,) = folded[adapter]  # [r, in], [out, r]
+            last = first + len(own_A)
+            A[first:last], B[:, first:last] = own_A, weights[adapter] * own_B
+        first += rank
+    return A, B
+
+
+def _config(config: CompLoRAConfig, ranks: dict[str, int]) -> CompLoRAConfig:
+    """Plain LoRA with these ranks, by the names of weights, and a scaling of 1."""
+    r, rank_pattern = most_frequent(ranks)
+    nothing: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
+    return dataclasses.replace(
+        config,
+        r=r,
+        lora_alpha=float(r),
+        rank_pattern=rank_pattern,
+        alpha_pattern={name: float(rank) for name, rank in rank_pattern.items()},
+        use_rslora=False,
+        lora_dropout=0.0,
+        sides="none",
+        subspace_source="weight",
+        **nothing,
+    )
