@@ -12,6 +12,7 @@ from complora_kernels.adapters.manage import (
     subspace_report,
     unmerge_adapter,
 )
+from complora_kernels.adapters.mixed import mixed_adapters
 from complora_kernels.adapters.peft_import import import_peft
 from complora_kernels.adapters.peft_training import accelerate_peft, decelerate_peft, peft_config
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
@@ -52,6 +53,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_and_unload",
+    "mixed_adapters",
     "peft_config",
     "print_trainable_parameters",
     "save_adapter",

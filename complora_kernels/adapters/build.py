@@ -171,15 +171,20 @@ def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str
     """
     targets = select(model, config, paths)
     whole_modules(model, config.modules_to_save, [target.module for target in targets])
-    check_wrappers(model, {target.path: target.module for target in targets})
-    compiled = {id(inside(wrapper)) for wrapper in wrappers(model) if is_compiled(wrapper)}
-    for target in targets:
-        if id(target.module) in compiled:
-            raise ValueError(
-                f"{target.path} is a compiled module, whose compiled code would go on calling the plain one: expected "
-                "a plain module (compile it, or what it is a part of, when it is adapted)"
-            )
+    check_targets(model, {target.path: target.module for target in targets})
     return targets
+
+
+def check_targets(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where a wrapper around or within `model` would go on with modules that are to be replaced."""
+    check_wrappers(model, modules)
+    compiled = {id(inside(wrapper)) for wrapper in wrappers(model) if is_compiled(wrapper)}
+    for path, module in modules.items():
+        if id(module) in compiled:
+            raise ValueError(
+                f"{path} is a compiled module, whose compiled code would go on calling the plain one: expected a plain "
+                "module (compile it, or what it is a part of, when it is adapted)"
+            )
 
 
 def check_wrappers(model: nn.Module, modules: Mapping[str, nn.Module], done: str = "adapted") -> None:

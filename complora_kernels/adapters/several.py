@@ -17,6 +17,7 @@ from complora_kernels.adapters.build import (
     all_layers,
     apply_complora,
     check_name,
+    check_targets,
     check_wrappers,
 )
 from complora_kernels.adapters.calibration import Calibrate
@@ -29,7 +30,7 @@ from complora_kernels.common.sharded import has_shards
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
-from complora_kernels.modules.several import INACTIVE, InactiveAdapter
+from complora_kernels.modules.several import INACTIVE
 
 
 def add_adapter(
@@ -93,7 +94,7 @@ def add_from(model: nn.Module, adapter_name: str, adapt: Callable[[nn.Module], o
             holder = layer
         changes.draft(holder._modules)[INACTIVE + adapter_name] = inactive
     if replacements:
-        check_wrappers(model, {path: module for path, module, _ in replacements})
+        check_targets(model, {path: module for path, module, _ in replacements})
         exchange_modules(part, replacements, changes)
     changes.make()
 
@@ -133,9 +134,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Mapping[str, float]) -> No
         for layer in layers.values():
             layer.activate(weights, config, changes)
     else:
-        sums, config = sums_of(layers, weights)
-        for path, layer in layers.items():
-            layer.activate(weights, config, changes, sums.get(path, InactiveAdapter.none(config)))
+        for path, (adapter, _) in sums_of(layers, weights).items():
+            layers[path].activate(weights, adapter.state["config"], changes, adapter)
     changes.make()
 
 

@@ -28,6 +28,13 @@ class Parts(NamedTuple):
         return [name for name in ("", *PROJECTIONS) if name in own]
 
 
+class Sum(NamedTuple):
+    """The weighted sum of adapters in one layer; the same configuration in all layers."""
+
+    adapter: InactiveAdapter  # on no weights, where none of them has the layer
+    ranks: dict[str, int]  # the columns of each adapter, one adapter after the other
+
+
 def parts_of(layer: CompLoRALayer, adapter_names: Mapping[str, float]) -> Parts:
     """Those of the named adapters that the layer has."""
     seen = {name: layer.seen_with(name) for name in adapter_names}
@@ -39,10 +46,8 @@ def parts_of(layer: CompLoRALayer, adapter_names: Mapping[str, float]) -> Parts:
 
 @torch.no_grad()
 @torch.inference_mode(False)  # a parameter must not become an inference tensor
-def sums_of(
-    layers: Mapping[str, CompLoRALayer], weights: Mapping[str, float]
-) -> tuple[dict[str, InactiveAdapter], CompLoRAConfig]:
-    """`ΔW = Σ w_i ΔW_i` of the named adapters in each layer, by its path, and the configuration of the sum.
+def sums_of(layers: Mapping[str, CompLoRALayer], weights: Mapping[str, float]) -> dict[str, Sum]:
+    """`ΔW = Σ w_i ΔW_i` of the named adapters in each layer, by its path.
 
     `A = [Ã_1; Ã_2; …]` [R, in], `B = [w_1 s_1 B̃_1, w_2 s_2 B̃_2, …]` [out, R]. In a layer with several weights all have
     the same R, because kernels support equal ranks: zeros stand where an adapter has less, or does not adapt a weight.
@@ -52,16 +57,18 @@ def sums_of(
         path: {name: _concatenated(part, weights, name) for name in part.weights} for path, part in parts.items()
     }
     ranks = {layers[path].weight_name(name): len(A) for path, own in factors.items() for name, (A, _) in own.items()}
-    config = _config(next(each.config for part in parts.values() for each in part.layers.values()), ranks)
+    config = next((each.config for part in parts.values() for each in part.layers.values()), None)
+    config = next(iter(layers.values())).config if config is None else _config(config, ranks)
     sums = {}
     for path, own in factors.items():
         places = {name: place for each in parts[path].layers.values() for name, place in each.weights.items()}
-        sums[path] = InactiveAdapter.without_bases(config, {name: places[name] for name in own})
-        sums[path].train(layers[path].training)
-        pairs = {name: (nn.Parameter(A, False), nn.Parameter(B, False)) for name, (A, B) in own.items()}
-        if pairs:
-            layers[path].hold_factors(sums[path], pairs)
-    return sums, config
+        adapter = InactiveAdapter.without_bases(config, {name: places[name] for name in own})
+        adapter.train(layers[path].training)
+        if own:
+            pairs = {name: (nn.Parameter(A, False), nn.Parameter(B, False)) for name, (A, B) in own.items()}
+            layers[path].hold_factors(adapter, pairs)
+        sums[path] = Sum(adapter, parts[path].ranks)
+    return sums
 
 
 def _concatenated(parts: Parts, weights: Mapping[str, float], name: str) -> tuple[Tensor, Tensor]:

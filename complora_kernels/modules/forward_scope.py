@@ -157,7 +157,7 @@ def adapted_below(module: nn.Module) -> list[CompLoRALayer]:
 def fold_below(module: nn.Module) -> FoldedLayers:
     """Folds the factors of the active layers of `adapted_below` in one call, unless scalings or dtypes are mixed."""
     groups: dict[Any, list[tuple[CompLoRALayer, str]]] = {}
-    for layer in adapted_below(module):
+    for layer in (each.running for each in adapted_below(module)):
         if not layer.weights:
             continue  # the active adapter adapts others
         name = next(iter(layer.weights))

@@ -16,6 +16,7 @@ from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
 from complora_kernels.config import PROJECTIONS, CompLoRAConfig
+from complora_kernels.modules.mixed import stand_in
 from complora_kernels.modules.protected import MERGED, WeightRows
 from complora_kernels.modules.several import DEFAULT, FACTORS, INACTIVE, SeveralAdapters
 
@@ -204,6 +205,31 @@ class CompLoRALayer(SeveralAdapters):
         return not (self.merged or self.disabled or self._switched_off) and len(self.weights) > 0
 
     @property
+    def running(self: Layer) -> Layer:
+        """The layer that computes on this thread: this one, or for a batch of several adapters what stands in for it.
+
+        Raises:
+            ValueError: it stands in for one that is in training mode.
+        """
+        layer = stand_in(self)
+        if layer is self or self._switched_off:
+            return self
+        if self.training:
+            raise ValueError(
+                f"{self._path or type(self).__name__} is in training mode, expected eval(): a batch of several "
+                "adapters is for inference"
+            )
+        return layer
+
+    def columns_of(
+        self,
+        x: Tensor,  # [..., in]
+        weights: int,
+    ) -> Tensor | None:  # bool, to be broadcast to [..., weights · R]
+        """The columns of h that each row of x has in a batch of several adapters; None: all."""
+        return None if self.samples is None else self.samples.columns_of(x, weights)
+
+    @property
     def _switched_off(self) -> bool:
         values = _SWITCHED_OFF.values()
         return len(values) > 0 and any(self in layers for layers in values)
@@ -214,6 +240,11 @@ class CompLoRALayer(SeveralAdapters):
             raise RuntimeError(
                 f"{self._path or type(self).__name__} has no bases yet, expected them before DataParallel copies the "
                 "model: subspace_report(model) computes them"
+            )
+        if self.running is not self:
+            raise RuntimeError(
+                f"{self._path or type(self).__name__}: DataParallel would part a batch of several adapters without "
+                "their names, expected the model in it"
             )
         replica = super()._replicate_for_data_parallel()
         replica.disabled = self.disabled or self._switched_off

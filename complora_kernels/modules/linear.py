@@ -61,16 +61,15 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         self,
         input: Tensor,  # [..., in]
     ) -> Tensor:  # [..., out]
-        weight, bias = self.weight, self.bias
-        if not self.active:
+        weight, bias, layer = self.weight, self.bias, self.running
+        if not layer.active:
             return F.linear(input, weight, bias)
         dtype = functional.compute_dtype(input)
         self._require_frozen(weight, bias)
-        (folded_A,), (scaled_B,) = factors_in_scope(self, ("",), dtype)
-        dropout_p = self.config.lora_dropout
-        return functional.lora_linear(
-            input, weight, bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training
-        )
+        (folded_A,), (scaled_B,) = factors_in_scope(layer, ("",), dtype)
+        dropout = {"dropout_p": layer.config.lora_dropout, "training": self.training}
+        columns = layer.columns_of(input, 1)
+        return functional.lora_linear(input, weight, bias, folded_A, scaled_B, **dropout, columns=columns)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.config.r}, sides={self.config.sides}"

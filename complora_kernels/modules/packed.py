@@ -57,9 +57,9 @@ class PackedLayer(CompLoRALayer):
         dtype = functional.compute_dtype(x)
         self._require_frozen(weight, bias)
         folded_As, scaled_Bs = factors_in_scope(self, names, dtype)
-        return functional.packed_lora_linear(
-            x, weight, bias, folded_As, scaled_Bs, rows, dropout_p=self.config.lora_dropout, training=self.training
-        )
+        dropout = {"dropout_p": self.config.lora_dropout, "training": self.training}
+        columns = self.columns_of(x, len(names))
+        return functional.packed_lora_linear(x, weight, bias, folded_As, scaled_Bs, rows, **dropout, columns=columns)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(self.weights)
@@ -109,5 +109,6 @@ class CompLoRAPackedLinear(PackedLayer, nn.Linear):
         self,
         input: Tensor,  # [..., in]
     ) -> Tensor:  # [..., out]
-        rows = [(start, stop) for _, start, stop in self.weights.values()]
-        return self._packed_linear(input, self.weight, self.bias, tuple(self.weights), rows)
+        layer = self.running
+        rows = [(start, stop) for _, start, stop in layer.weights.values()]
+        return layer._packed_linear(input, self.weight, self.bias, tuple(layer.weights), rows)

@@ -15,6 +15,7 @@ from torch import nn
 from complora_kernels.common.changes import Changes
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Float32State
+from complora_kernels.modules.mixed import Samples
 from complora_kernels.modules.protected import ProtectedLayer, WeightRows, basis_name, fingerprint_name
 
 Layer = TypeVar("Layer", bound="SeveralAdapters")
@@ -58,6 +59,7 @@ class SeveralAdapters(ProtectedLayer):
 
     active_adapters: dict[str, float]
     combined: bool
+    samples: Samples | None = None  # of a batch with several adapters, in a layer that stands in for one of the model
 
     @property
     def inactive(self) -> list[str]:
@@ -79,6 +81,12 @@ class SeveralAdapters(ProtectedLayer):
             return self
         waiting = self._modules.get(INACTIVE + adapter_name)
         return None if waiting is None else self._with(waiting, {adapter_name: 1.0})
+
+    def with_sum(self: Layer, adapter: InactiveAdapter, weights: dict[str, float], samples: Samples) -> Layer:
+        """A layer on the same frozen weights that computes a sum of adapters, one of which each sample has."""
+        layer = self._with(adapter, weights)
+        vars(layer).update(combined=True, samples=samples)
+        return layer
 
     def _with(self: Layer, adapter: nn.Module, active_adapters: dict[str, float]) -> Layer:
         assert isinstance(adapter, InactiveAdapter)

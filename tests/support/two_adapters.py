@@ -70,11 +70,11 @@ def expected_sum(weights: dict[str, float]) -> Any:
 def features(model: Any, rows: slice | list[int] = slice(None)) -> Tensor:
     """What both towers make of four images and texts, or of some of them."""
     generator = torch.Generator().manual_seed(5)
-    dtype = next(model.parameters()).dtype
-    images = torch.randn(4, 3, 16, 16, generator=generator).to(dtype)
+    own = next(model.parameters())
+    images = torch.randn(4, 3, 16, 16, generator=generator).to(own)
     texts = torch.randint(1, 19, (4, 6), generator=generator)
     texts[torch.arange(4), torch.tensor([5, 2, 3, 4])] = 19
-    return torch.cat([model.encode_image(images[rows]), model.encode_text(texts[rows])], 1)
+    return torch.cat([model.encode_image(images[rows]), model.encode_text(texts[rows].to(own.device))], 1)
 
 
 def frozen(model: nn.Module) -> dict[str, int]:
