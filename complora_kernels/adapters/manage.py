@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model, trained_tensors
+from complora_kernels.adapters.build import adapted_layers, adapted_model, all_layers, trained_tensors
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
 from complora_kernels.common.sharded import reshard, whole
@@ -127,7 +127,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         ValueError: `model` has no adapter.
         RuntimeError: an adapter is merged into its weights; unmerge it first.
     """
-    layers = adapted_layers(model)
+    layers = all_layers(model)
     require_unmerged(layers)
     with switched_off(layers.values()):
         yield

@@ -46,15 +46,15 @@ def test_each_sample_is_computed_by_its_own_adapter(active):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "Swin" not in name])
 def test_models_of_every_library(name):
-    """One batch of three samples, three adapters: the results are rows of three batches with one adapter each."""
+    """One batch of two or three samples: the results are rows of as many batches with one adapter each."""
     row = make(name)
-    names = ["b", "__base__", "default"]
+    place = 1 if name.endswith("sequence first") else 0
+    names = ["b", "default", "__base__"][: next(iter(row.inputs.values())).shape[place]]
     model = randomise(ck.apply_complora(row.model, config(sides="both", target_modules=EVERY), progress=False))
     settings = config(r=3, sides="output", target_modules=("q", "v", "o", "fc2"))
     ck.add_adapter(model, "b", settings, progress=False)
     ck.set_adapter(model, "b")
     randomise(model)
-    place = 1 if name.endswith("sequence first") else 0
     with torch.no_grad():
         with ck.mixed_adapters(model, names):
             mixed = row.features(model, row.inputs)
@@ -81,7 +81,8 @@ def tolerance(name: str) -> float:
 @pytest.mark.parametrize("fuse", [True, False])
 def test_as_many_samples_as_positions(monkeypatch, make_clip, fuse):
     """The order of samples and positions is not told by the shape: an image has five positions, a text six."""
-    fusing(monkeypatch, fuse)
+    if not fuse:
+        fusing(monkeypatch, False)
     model = both(make_clip(context_length=6).double())
     for count, encode in ((5, encode_images), (6, encode_texts)):
         names = ["b", "default", "b", "__base__", "default", "b"][:count]
@@ -228,6 +229,6 @@ def test_an_input_whose_samples_cannot_be_told_is_refused():
 @pytest.mark.parametrize("name", [name for name in MODELS if "Swin" in name])
 def test_windows_are_refused(name):
     row = make(name)
-    ck.apply_complora(row.model, config(target_modules=("q", "k", "v")), progress=False)
+    ck.apply_complora(row.model, config(target_modules=("q", "k", "v"), subspace_ratio=0.5), progress=False)
     with torch.no_grad(), ck.mixed_adapters(row.model, ["default"] * 3), pytest.raises(ValueError, match="qkv: x"):
         row.features(row.model, row.inputs)
