@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from torch import nn
-
 from complora_kernels.common.changes import Changes
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Float32State
@@ -79,7 +77,7 @@ class SeveralAdapters(ProtectedLayer):
         """
         if self.weights and not self.combined and adapter_name in self.active_adapters:
             return self
-        waiting = self._modules.get(INACTIVE + adapter_name)
+        waiting: Any = self._modules.get(INACTIVE + adapter_name)
         return None if waiting is None else self._with(waiting, {adapter_name: 1.0})
 
     def with_sum(self: Layer, adapter: InactiveAdapter, weights: dict[str, float], samples: Samples) -> Layer:
@@ -88,8 +86,7 @@ class SeveralAdapters(ProtectedLayer):
         vars(layer).update(combined=True, samples=samples)
         return layer
 
-    def _with(self: Layer, adapter: nn.Module, active_adapters: dict[str, float]) -> Layer:
-        assert isinstance(adapter, InactiveAdapter)
+    def _with(self: Layer, adapter: InactiveAdapter, active_adapters: dict[str, float]) -> Layer:
         layer = object.__new__(type(self))
         vars(layer).update(vars(self) | adapter.state, active_adapters=active_adapters, combined=False)
         for table in ("_parameters", "_modules"):
@@ -136,7 +133,7 @@ class SeveralAdapters(ProtectedLayer):
         `config` is that of the adapter in other layers, for a layer that has no adapter of this name.
         """
         combined = sum_of_them is not None
-        modules = changes.draft(self._modules)
+        modules: dict[str, Any] = changes.draft(self._modules)
         previous, had_one, was_combined = list(self.active_adapters), bool(self.weights), self.combined
         taken = self.take_out(changes)
         if had_one and not was_combined:
@@ -177,8 +174,9 @@ class SeveralAdapters(ProtectedLayer):
 
     def _inactive_layers(self: Layer) -> Iterator[Layer]:
         for name in () if self.merged else self.inactive:
-            layer = self._with(self._modules[INACTIVE + name], {name: 1.0})
-            layer.__dict__["_own_prefix"] = f"{INACTIVE}{name}."
+            layer = self.seen_with(name)
+            assert layer is not None
+            vars(layer)["_own_prefix"] = f"{INACTIVE}{name}."
             yield layer
 
 

@@ -233,6 +233,7 @@ def load_with_head(model: Any, folder: Path) -> None:
 
 
 def two_adapters() -> Any:
+    torch.manual_seed(3)
     ck.add_adapter(model := adapted_clip(), "b", config(r=3, target_modules=("v", "fc2"), subspace_k=2), progress=False)
     return model
 

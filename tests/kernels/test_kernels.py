@@ -259,7 +259,7 @@ def test_masks_are_those_of_the_reference(p, adapters, monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_columns_that_a_row_does_not_have_are_zero(p, dtype):
-    """Of whole tiles and their edges; the others keep every bit, and infinite factors stay in their own columns."""
+    """Of whole tiles and their edges; the others keep every bit, and NaN in a factor stays in its own columns."""
     of = make_product(70, 35, 37, 19, (1, NONE, 0), p, dtype)
     h = linear.packed_lora_linear_h(of.x, of.linear)
     columns = torch.rand(h.shape, device=DEVICE) < 0.5
@@ -267,7 +267,7 @@ def test_columns_that_a_row_does_not_have_are_zero(p, dtype):
     assert torch.equal(linear.packed_lora_linear_h(of.x, masked), torch.where(columns, h, 0))
     beside_x = linear.packed_lora_linear_h(of.x, masked, beside_x=True)
     assert torch.equal(beside_x, torch.cat([of.x, torch.where(columns, h, 0)], 1))
-    of.A[0, 0] = torch.inf
+    of.A[0, 0] = torch.nan
     columns[:, 0] = False
     assert linear.packed_lora_linear_h(of.x, masked).isfinite().all()
     with pytest.raises(ValueError, match="h=None with columns"):
