@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from complora_kernels.adapters.configuration import most_frequent
 from complora_kernels.config import PROJECTIONS, CompLoRAConfig
-from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.modules.layer import CompLoRALayer, fold_each
 from complora_kernels.modules.several import InactiveAdapter
+
+Pair = tuple[Tensor, Tensor]  # Ã [r, in] and s · B̃ [out, r]
 
 
 class Parts(NamedTuple):
@@ -53,8 +55,13 @@ def sums_of(layers: Mapping[str, CompLoRALayer], weights: Mapping[str, float]) -
     the same R, because kernels support equal ranks: zeros stand where an adapter has less, or does not adapt a weight.
     """
     parts = {path: parts_of(layer, weights) for path, layer in layers.items()}
+    folded = _folded(parts)
     factors = {
-        path: {name: _concatenated(part, weights, name) for name in part.weights} for path, part in parts.items()
+        path: {
+            name: _concatenated({adapter: folded.get((path, adapter, name)) for adapter in part.ranks}, part, weights)
+            for name in part.weights
+        }
+        for path, part in parts.items()
     }
     ranks = {layers[path].weight_name(name): len(A) for path, own in factors.items() for name, (A, _) in own.items()}
     config = next((each.config for part in parts.values() for each in part.layers.values()), None)
@@ -71,16 +78,28 @@ def sums_of(layers: Mapping[str, CompLoRALayer], weights: Mapping[str, float]) -
     return sums
 
 
-def _concatenated(parts: Parts, weights: Mapping[str, float], name: str) -> tuple[Tensor, Tensor]:
-    """A [R, in] and B [out, R] of one weight."""
-    folded = {adapter: layer.fold_factors((name,)) for adapter, layer in parts.layers.items() if name in layer.weights}
-    (like_A,), (like_B,) = next(iter(folded.values()))
+def _folded(parts: Mapping[str, Parts]) -> dict[tuple[str, str, str], Pair]:
+    """Ã and s · B̃ of each weight, by the path of its layer, the adapter and its name."""
+    layers = {
+        (path, adapter, name): layer
+        for path, part in parts.items()
+        for adapter, layer in part.layers.items()
+        for name in layer.weights
+    }
+    folded = fold_each([(layer, name, None) for (*_, name), layer in layers.items()])
+    return {key: (A, B) for key, (_, A, B) in zip(layers, folded, strict=True)}
+
+
+def _concatenated(folded: Mapping[str, Pair | None], parts: Parts, weights: Mapping[str, float]) -> Pair:
+    """A [R, in] and B [out, R] of one weight, from the folded factors of the adapters that have it."""
+    like_A, like_B = next(pair for pair in folded.values() if pair is not None)
     R = sum(parts.ranks.values())
     A, B = like_A.new_zeros(R, like_A.shape[1]), like_B.new_zeros(len(like_B), R)
     first = 0
     for adapter, rank in parts.ranks.items():
-        if adapter in folded:
-            (own_A,), (own_B,) = folded[adapter]  # [r, in], [out, r]
+        pair = folded[adapter]
+        if pair is not None:
+            own_A, own_B = pair  # [r, in], [out, r]
             last = first + len(own_A)
             A[first:last], B[:, first:last] = own_A, weights[adapter] * own_B
         first += rank

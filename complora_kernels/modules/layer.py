@@ -289,6 +289,23 @@ def fold(inputs: Sequence[FoldInputs], scaling: float, dtype: torch.dtype | None
     return functional.fold_factors(As, Bs, output_bases, input_bases, **kinds, scaling=scaling, dtype=dtype)
 
 
+def fold_each(
+    weights: Sequence[tuple[CompLoRALayer, str, torch.dtype | None]],
+) -> list[tuple[FoldInputs, Tensor, Tensor]]:
+    """What is folded of each weight, Ã and `scaling · B̃`, given layer, name and dtype: one fold for equal scalings."""
+    groups: dict[Any, list[tuple[int, FoldInputs]]] = {}
+    for number, (layer, name, dtype) in enumerate(weights):
+        inputs = layer.fold_inputs(name)
+        key = (layer.scaling_of(name), dtype, inputs.A.dtype, inputs.A.device)
+        groups.setdefault(key, []).append((number, inputs))
+    folded: list[Any] = [None] * len(weights)
+    for (scaling, dtype, *_), group in groups.items():
+        As, Bs = fold([inputs for _, inputs in group], scaling, dtype)
+        for (number, inputs), A, B in zip(group, As, Bs, strict=True):
+            folded[number] = (inputs, A, B)
+    return folded
+
+
 def clone_as(module: nn.Module, cls: type[Layer]) -> Layer:
     """A module of class `cls` that shares the parameters, submodules, hooks and attributes of `module`."""
     clone = cls.__new__(cls)

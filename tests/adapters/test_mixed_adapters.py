@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from two_adapters import both, clip, expected, features
 
 import complora_kernels as ck
+from complora_kernels.adapters.build import adapted_layers
 
 EXACT = 1e-11  # sums of float64 in another order
 REORDERED = 5e-6  # sums of float32 in another order
@@ -204,6 +205,15 @@ def test_what_is_not_inference_on_that_batch_is_refused():
     ck.merge_adapter(model)
     with pytest.raises(RuntimeError, match="merged"), ck.mixed_adapters(model, NAMES):
         pass
+
+
+def test_data_parallel_is_refused():
+    """It calls the layers on other threads, with parts of the batch."""
+    model = both()
+    layer = adapted_layers(model)["visual.transformer.resblocks.0.attn"]
+    layer._replicate_for_data_parallel()
+    with ck.mixed_adapters(model, NAMES), pytest.raises(RuntimeError, match="DataParallel would part a batch"):
+        layer._replicate_for_data_parallel()
 
 
 def test_an_input_whose_samples_cannot_be_told_is_refused():

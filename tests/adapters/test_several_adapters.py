@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from calibrated import batches, run
-from failures import Unchanged, contents
+from failures import Unchanged, contents, failing
 from peft_adapters import peft_model
 from process_group import process_group
 from small_clip import assert_close, config, small_clip
@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from two_adapters import CONFIGS, SIZES, B, alone, both, clip, expected, expected_sum, features, frozen
 
 import complora_kernels as ck
+from complora_kernels.adapters import save_load
 from complora_kernels.adapters.build import adapted_layers, all_layers
 from complora_kernels.adapters.manage import load_raw_adapter_state, named_adapter_parameters, raw_adapter_state
 
@@ -267,6 +268,20 @@ def test_files_have_the_places_that_peft_gives_them(tmp_path):
         assert_close(features(loaded), features(expected(name)), EXACT)
 
 
+@pytest.mark.parametrize("names", [["default", "b"], ["b", "default"]])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_save_that_fails_leaves_all_files(tmp_path, monkeypatch, names, existing):
+    folder, model = tmp_path / "a", both()
+    if existing:
+        ck.save_adapter(model, folder, adapter_names=names)
+    before = contents(tmp_path)
+    nn.init.ones_(next(ck.adapter_parameters(model)))
+    failing(monkeypatch, save_load, "write_adapter", {1}, OSError("full"))
+    with pytest.raises(OSError, match="full"):
+        ck.save_adapter(model, folder, adapter_names=names)
+    assert contents(tmp_path) == before
+
+
 def test_a_saved_adapter_is_the_same_active_or_not(tmp_path):
     ck.save_adapter(both(), tmp_path, adapter_names=["b"])
     ck.save_adapter(both(active="b"), tmp_path / "active")
@@ -298,6 +313,27 @@ def test_a_model_in_a_wrapper_has_several_adapters_too():
     ck.set_adapter(model, "b")
     assert ck.active_adapters(model) == {"b": 1.0}
     assert all("module" not in name for name, _ in named_adapter_parameters(model))
+
+
+def test_compiled_code_follows_the_active_adapter():
+    model = both()
+    encode: Any = torch.compile(model.encode_image, backend="aot_eager")
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for active in ("default", "b", {"default": 0.5, "b": 0.5}, "default"):
+            ck.set_adapter(model, active)
+            assert_close(encode(images), model.encode_image(images), EXACT)
+
+
+def test_a_graphed_step_of_the_adapter_before_is_refused():
+    model = both()
+    optimizer = torch.optim.SGD(ck.adapter_parameters(model), lr=0.1)
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    step = ck.GraphedTrainStep(model, lambda m, x: m.encode_image(x).square().mean(), optimizer, (images,))
+    step(images)
+    ck.set_adapter(model, "b")
+    with pytest.raises(RuntimeError, match="after set_adapter make a new optimizer"):
+        step(images)
 
 
 def test_adapters_of_activations_have_their_own_bases():
@@ -388,7 +424,7 @@ def test_a_model_with_whole_modules_has_one_adapter(tmp_path):
 
 def test_a_wrapper_that_has_listed_the_parameters_keeps_its_adapter(tmp_path):
     with process_group(tmp_path):
-        model = DistributedDataParallel(both())
+        model: Any = DistributedDataParallel(both())
         for call in (lambda model: ck.set_adapter(model, "b"), lambda model: ck.add_adapter(model, "c", B)):
             with pytest.raises(ValueError, match=r"has listed the parameters.*first and wrapped then"):
                 call(model)
