@@ -768,6 +768,16 @@ def test_columns_are_checked(columns):
         packed_lora_linear(x, linear.weight, linear.bias, linear.As, linear.Bs, linear.rows, columns=columns)
 
 
+@torch.no_grad()
+def test_columns_of_h_are_in_no_merged_weight():
+    x, linear, columns = mixed(torch.float32)
+    given = (linear.weight, linear.bias, linear.As, linear.Bs, linear.rows)
+    with plans.override(plans.Plan("merge")):
+        packed_lora_linear(x, *given, precision="fast")
+        with pytest.raises(ValueError, match="merge"):
+            packed_lora_linear(x, *given, precision="fast", columns=columns)
+
+
 def test_columns_are_for_inference():
     x, linear, columns = mixed(torch.float32)
     with pytest.raises(ValueError, match="columns is given with gradients enabled"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from calibrated import batches, run
 from failures import Unchanged, contents, failing
-from peft_adapters import peft_model
+from peft_adapters import peft_model, saved_by_peft
 from process_group import process_group
 from small_clip import assert_close, config, small_clip
 from tiny_models import clip as calibrated_clip
@@ -88,6 +88,29 @@ def test_a_weighted_sum_is_merged():
     ck.set_adapter(model, weights)
     ck.merge_and_unload(model)
     torch.testing.assert_close(model.state_dict(), dict(expected_sum(weights).state_dict()), rtol=0, atol=EXACT)
+
+
+def test_new_layers_keep_the_parameters_and_hooks_of_the_modules():
+    """Only the newly adapted weights are frozen."""
+    model = alone("default")
+    model.logit_scale.requires_grad_(True)
+    fc1, calls = model.transformer.resblocks[0].mlp.c_fc.requires_grad_(True), []
+    hook = fc1.register_forward_hook(lambda *_: calls.append(True))
+    own = dict(model.named_parameters())
+    ck.add_adapter(model, "b", B, progress=False)
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in own.items())
+    layer = model.transformer.resblocks[0].mlp.c_fc
+    assert isinstance(layer, ck.CompLoRALinear)
+    assert model.logit_scale.requires_grad
+    assert not layer.weight.requires_grad
+    assert not layer.bias.requires_grad
+    features(model)
+    assert calls
+    hook.remove()
+    calls.clear()
+    features(model)
+    assert not calls
 
 
 def test_only_the_active_adapter_is_trained():
@@ -243,6 +266,19 @@ def test_bases_of_all_adapters_follow_other_weights():
     other = small_clip(1, layers=1).double()
     model = both()
     model.load_state_dict(other.state_dict(), strict=True)  # a plain checkpoint: the factors stay
+    for name in ("default", "b"):
+        ck.set_adapter(model, name)
+        truth = with_updates(other, model, CONFIGS[name], lambda _, k=SIZES[name]: k)
+        assert_close(features(model), features(truth), EXACT)
+
+
+def test_bases_of_a_loaded_adapter_follow_other_weights(tmp_path):
+    """They are not computed yet when the weights come."""
+    ck.save_adapter(both(), tmp_path, adapter_names=["default", "b"])
+    model = ck.load_adapter(clip(), tmp_path, progress=False)
+    ck.load_adapter(model, tmp_path / "b", adapter_name="b", progress=False)
+    other = small_clip(1, layers=1).double()
+    model.load_state_dict(other.state_dict())
     for name in ("default", "b"):
         ck.set_adapter(model, name)
         truth = with_updates(other, model, CONFIGS[name], lambda _, k=SIZES[name]: k)
@@ -420,6 +456,17 @@ def test_a_model_with_whole_modules_has_one_adapter(tmp_path):
     nn.init.zeros_(model[2].weight)
     with Unchanged(model), pytest.raises(ValueError, match=r"modules_to_save.*trained in place"):
         ck.load_adapter(model, tmp_path, adapter_name="b", progress=False)
+    saved_by_peft(tmp_path / "peft", linears(), r=2, target_modules=["0"], modules_to_save=["2"])
+    with Unchanged(model), pytest.raises(ValueError, match=r"modules_to_save.*trained in place"):
+        ck.import_peft(model, tmp_path / "peft", adapter_name="b", progress=False)
+
+
+def test_a_sharded_model_keeps_its_adapter():
+    model = both()
+    model.visual.reshard = model.visual.unshard = lambda: None  # what modules have that `fully_shard` was given
+    for call in (lambda: ck.set_adapter(model, "b"), lambda: ck.add_adapter(model, "c", B)):
+        with pytest.raises(ValueError, match="model is sharded, expected a whole one"):
+            call()
 
 
 def test_a_wrapper_that_has_listed_the_parameters_keeps_its_adapter(tmp_path):

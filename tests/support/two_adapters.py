@@ -13,7 +13,7 @@ import complora_kernels as ck
 
 # Two adapters that differ in all that an adapter may choose; both adapt v of the image tower.
 DEFAULT = config(r=2, sides="both", target_modules=("q", "k", "v"), towers=("image",))
-B = config(r=3, lora_alpha=5.0, sides="output", target_modules=("v", "o", "fc1"), subspace_k=10, use_rslora=True)
+B = config(r=3, lora_alpha=5.0, sides="output", target_modules=("v", "o", "fc1", "fc2"), subspace_k=10, use_rslora=True)
 SIZES = {"default": 20, "b": 10}  # subspace_k
 CONFIGS = {"default": DEFAULT, "b": B}
 
