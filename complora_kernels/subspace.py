@@ -15,10 +15,11 @@ To add a source of directions, add a name to `SubspaceSource` and a record to `S
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -40,6 +41,7 @@ SubspaceSource = Literal["weight", "random", "activations"]
 
 CACHE_BYTES = 512 * 2**20  # host memory for decompositions of weights seen before
 SINGULAR = 1e-10  # (σ_m / σ_1)² above which M M^T in float64 tells all singular vectors of M apart
+TOGETHER = ("cuda",)  # devices on which one call for several weights is faster than one call for each
 LEAST_KEPT = 128  # bases of weights with min(out, in) from here on are kept on the disk: a decomposition takes 3 ms
 
 
@@ -146,7 +148,7 @@ def projection_basis(
             f"second_moment={'None' if second_moment is None else 'X^T X'} of {label} with "
             f"subspace_source={config.subspace_source!r}, expected X^T X with {with_data} and None otherwise"
         )
-    seed = zlib.crc32(f"{config.subspace_seed}/{name}/{side}".encode())
+    seed = _seed(config, side, name)
     known = _KeptBasis(weight, config, side, seed)
     basis = known.read()
     if basis is not None:
@@ -159,6 +161,15 @@ def projection_basis(
     basis = Basis(_own(matrix, weight), narrower, k, source.energy(weight, side, directions, k))
     known.write(basis)
     return basis
+
+
+def is_kept(weight: Tensor, config: CompLoRAConfig, side: Side, name: str = "") -> bool:
+    """Whether the cache on the disk has a file for `projection_basis(weight, config, side, name)`."""
+    return _KeptBasis(weight, config, side, _seed(config, side, name)).is_there()
+
+
+def _seed(config: CompLoRAConfig, side: Side, name: str) -> int:
+    return zlib.crc32(f"{config.subspace_seed}/{name}/{side}".encode())
 
 
 def align_basis(
@@ -331,26 +342,64 @@ def _singular_vectors(weight: Tensor) -> tuple[Directions, Directions]:
     float32 decomposition is about a hundred times as far. Weights in float64, and those with singular values too small
     for their squares, are decomposed themselves.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    tall = weight.shape[0] > weight.shape[1]
-    device = weight.device if weight.device.type in ("cpu", "cuda") else "cpu"  # not every device has float64
-    M = (weight.mT if tall else weight).detach().to(device, torch.float64)  # [m, n]
-    energies, U, V = (None, M, M) if wide == torch.float64 else _by_eigenvectors(M)
-    if energies is None:
+    M = _shorter_first(weight)
+    exact = weight.dtype == torch.float64  # then its squares are not
+    energies, U, V = (M.new_zeros(1), M, M) if exact else _by_eigenvectors(M)
+    if exact or not _told_apart(energies):
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)  # [m, m], [m], [m, n]
         energies, V = S.square(), Vh.mT
+    return _of_both_sides(weight, energies, U, V)
+
+
+def decompose_together(weights: Iterable[Tensor]) -> None:  # each [out, in]
+    """Decomposes weights of equal shape in one call, and keeps the results for `projection_basis`.
+
+    It is faster on the devices of `TOGETHER`. Weights in float64 are left to that function, one by one.
+    """
+    groups: dict[Any, dict[str, Tensor]] = {}
+    for weight in weights:
+        if weight.dtype != torch.float64:
+            key = (weight.shape, weight.dtype, weight.device)
+            groups.setdefault(key, {})[fingerprint(weight)] = weight
+    for group in groups.values():
+        unknown = {seen: weight for seen, weight in group.items() if seen not in _DECOMPOSITIONS}
+        if len(unknown) > 1:
+            M = torch.stack([_shorter_first(weight) for weight in unknown.values()])  # [b, m, n]
+            for (seen, weight), *parts in zip(unknown.items(), *_by_eigenvectors(M), strict=True):
+                if _told_apart(parts[0]):
+                    _cached(seen, functools.partial(_of_both_sides, weight, *parts))
+
+
+def _shorter_first(weight: Tensor) -> Tensor:  # [out, in] to [m, n], m <= n
+    device = weight.device if weight.device.type in ("cpu", "cuda") else "cpu"  # not every device has float64
+    M = weight.mT if weight.shape[0] > weight.shape[1] else weight
+    return M.detach().to(device, torch.float64)
+
+
+def _by_eigenvectors(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [..., m, n] to [..., m], [..., m, m], [..., n, m]
+    """σ², U and V of M in float64."""
+    energies, U = torch.linalg.eigh(M @ M.mT)  # ascending
+    energies, U = energies.flip(-1), U.flip(-1)
+    V = M.mT @ U
+    return energies, U, V / V.norm(dim=-2, keepdim=True)
+
+
+def _told_apart(energies: Tensor) -> bool:  # [m]
+    """Whether no σ² is too small for M M^T to tell its vector from others."""
+    return bool((energies > SINGULAR * energies[:1]).all())
+
+
+def _of_both_sides(
+    weight: Tensor,  # [out, in]
+    energies: Tensor,  # [m]
+    U: Tensor,  # [m, m]
+    V: Tensor,  # [n, m]
+) -> tuple[Directions, Directions]:
+    wide = torch.promote_types(weight.dtype, torch.float32)
     rounding = energies[:1] * (max(weight.shape) * torch.finfo(wide).eps) ** 2  # as torch.linalg.matrix_rank has it
     energies = energies.where(rounding < energies, 0).cpu()  # a rank-deficient weight holds nothing beyond its rank
     of_U, of_V = (Directions(side.to(wide).contiguous().cpu(), energies) for side in (U, V))
-    return (of_V, of_U) if tall else (of_U, of_V)
-
-
-def _by_eigenvectors(M: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # [m, n] to [m], [m, m], [n, m]
-    """σ², U and V of M in float64; None for σ² where some are too small for M M^T to tell their vectors apart."""
-    energies, U = torch.linalg.eigh(M @ M.mT)  # ascending
-    energies, U = energies.flip(0), U.flip(1)
-    V = M.mT @ U
-    return (energies if (energies > SINGULAR * energies[:1]).all() else None), U, V / V.norm(dim=0)
+    return (of_V, of_U) if weight.shape[0] > weight.shape[1] else (of_U, of_V)
 
 
 def _weight_share(weight: Tensor, side: Side, directions: Directions, k: int) -> float:
@@ -443,6 +492,10 @@ class _KeptBasis:
             self._d, self._seen = weight.shape[side == "input"], fingerprint(weight)
             self._known_k = known_k(weight.shape, size["k"], size["ratio"])
             self._key = f"1/{self._seen}/{side}/{config.subspace_source}/{seed}/{sorted(size.items())}"
+
+    def is_there(self) -> bool:
+        """Whether there is a file in its place."""
+        return self._key is not None and disk_cache.is_there(self._key)
 
     def read(self) -> Basis | None:
         """The basis, once it is known to be one; None also where the weight's decomposition is in memory."""

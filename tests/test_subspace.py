@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any, get_args
@@ -529,3 +530,45 @@ def test_align_basis_with_less_room_than_rows():
     assert aligned.shape == (12, 4)
     subspace.check_orthonormal(aligned, "aligned")
     assert (project_complement(factor, aligned, basis_kind="complement") - factor).norm() < 1e-3 * factor.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_decomposed_together_have_the_same_bases(dtype, monkeypatch):
+    """One call for each shape; a weight whose small singular values its squares hide is decomposed by itself."""
+    weights = [torch.randn(24, 40), torch.randn(24, 40), torch.randn(40, 24), torch.randn(40, 24), torch.randn(24, 40)]
+    weights[1][12:] *= 1e-7
+    weights = [weight.to(dtype) for weight in weights]
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix.shape) or eigh(matrix))
+    subspace.decompose_together([*weights, weights[0]])
+    assert calls == [(3, 24, 24), (2, 24, 24)]
+    config = CompLoRAConfig(subspace_k=8)
+    together = [projection_basis(weight, config, side) for weight in weights for side in ("output", "input")]
+    assert calls[2:] == [(24, 24)]
+    for basis, (weight, side) in zip(together, itertools.product(weights, ("output", "input")), strict=True):
+        U, _, Vh = torch.linalg.svd(weight.double())
+        vectors = U[:, :8] if side == "output" else Vh[:8].T
+        found = projector(basis.matrix)
+        found = found if basis.kind == "principal" else torch.eye(len(found)) - found
+        assert torch.linalg.matrix_norm(found - projector(vectors)) < 1e-5
+
+
+def test_a_layer_decomposes_its_weights_together_where_that_is_faster(monkeypatch):
+    attention = torch.nn.MultiheadAttention(16, 2)
+    config = CompLoRAConfig(r=2, target_modules=("q", "k", "v", "o"))
+    expected = ck.CompLoRAMultiheadAttention.from_attention(attention, config)
+    expected.compute_bases()
+    subspace.clear_cache()
+    monkeypatch.setattr(subspace, "TOGETHER", ("cpu",))
+    shapes = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: shapes.append(matrix.shape) or eigh(matrix))
+    layer = ck.CompLoRAMultiheadAttention.from_attention(attention, config)
+    layer.compute_bases()
+    assert shapes == [(4, 16, 16)]
+    for name in "qkvo":
+        ours, theirs = layer.basis(name, "output"), expected.basis(name, "output")
+        assert ours is not None
+        assert theirs is not None
+        assert distance(ours.matrix, theirs.matrix) < 1e-5

@@ -38,6 +38,12 @@ def cache_folder() -> Path | None:
         return None
 
 
+def is_there(key: str) -> bool:
+    """Whether there is a file for `key`, of which `read` may still find that it is damaged."""
+    folder = cache_folder()
+    return folder is not None and _path(folder, key).exists()
+
+
 def read(key: str) -> tuple[Tensor, dict[str, Any]] | None:
     """The matrix and the record that `write` kept under `key`, or None."""
     folder = cache_folder()

@@ -20,8 +20,8 @@ from complora_kernels.integrations import Block, Target
 from complora_kernels.integrations.parts import wrong_linear
 from complora_kernels.integrations.torch import linear_target, peft_modules, uncalled
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
-from complora_kernels.modules.extend import Extension, own_class
-from complora_kernels.modules.forward_scope import Scoped
+from complora_kernels.modules.extend import Extension, has_user_hooks, own_class
+from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped, run_in_scope
 from complora_kernels.modules.truncation import length_of_texts
 
 __all__ = ["FusedBlock", "peft_modules", "uncalled"]
@@ -101,16 +101,22 @@ def _activation(mlp: Any) -> Any:
 # ---- towers
 
 
-class TextFeatures(Extension):
-    """A `CLIPModel` that computes no positions after the longest text of the batch, in steps of 8.
+class Features(Extension):
+    """A `CLIPModel` whose features cost no more positions than they read.
 
-    Features and gradients are those of the whole context, up to rounding; with dropout the masks are drawn for other
-    shapes, so that they are equal in distribution only. `last_hidden_state` of the texts and what hooks see end where
-    the longest text does, as if the tokenizer had padded to it. The whole context is computed under torch.compile,
-    where hidden states or attentions are asked for, and by `text_model` when it is called alone.
+    `get_text_features` computes none after the longest text of the batch, in steps of 8; `last_hidden_state` of the
+    texts and what hooks see end there, as if the tokenizer had padded to it. In `get_image_features` the last block
+    computes the class token alone, where it is fused; there is then no `last_hidden_state` (None), which
+    `vision_model(...)` gives. The model's own forward pass calls both.
+
+    Features and gradients are those of all positions, up to rounding; with dropout the masks are drawn for other
+    shapes, so that they are equal in distribution only. All positions are computed under torch.compile, where hidden
+    states, attentions or tuples are asked for, by the towers when they are called alone, and in the last block of the
+    image tower where somebody hooked it, its encoder or the norm behind it, and where it is checkpointed.
     """
 
     text_model: Any
+    vision_model: Any
 
     def get_text_features(
         self,
@@ -121,12 +127,46 @@ class TextFeatures(Extension):
     ) -> Any:
         plain: Any = super()
         given = (input_ids, attention_mask, position_ids)
-        asked = (kwargs.get(name, getattr(self.text_model.config, name, False)) for name in RECORDED)
-        if not torch.compiler.is_compiling() and not any(asked) and all(t is None or t.dim() == 2 for t in given):
+        if _reads_features(self.text_model, kwargs) and all(t is None or t.dim() == 2 for t in given):
             eos_id = self.text_model.eos_token_id
             length = length_of_texts(input_ids, None if eos_id == 2 else eos_id)  # 2: a text ends at its largest id
             given = (None if tensor is None else tensor[:, :length] for tensor in given)
         return plain.get_text_features(*given, **kwargs)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,  # [N, 3, H, W]
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        plain: Any = super()
+        tower = self.vision_model
+        block = _last_block(tower) if _reads_features(tower, kwargs) else None
+        if block is None:
+            return plain.get_image_features(pixel_values, *args, **kwargs)
+        output = run_in_scope({}, Reading(block), plain.get_image_features, pixel_values, *args, **kwargs)
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None or hidden.shape[1] > 1:
+            return output
+        return type(output)(**{name: value for name, value in output.items() if value is not hidden})
+
+
+def _reads_features(tower: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call with these arguments gives the feature of a tower, and nothing else of its positions."""
+    config = unwrap(tower).config
+    asked = any(kwargs.get(name, getattr(config, name, False)) for name in RECORDED)
+    return not torch.compiler.is_compiling() and not asked and kwargs.get("return_dict") is not False
+
+
+def _last_block(tower: Any) -> nn.Module | None:
+    """The last block of a `CLIPVisionModel`, where it is one of ours and nobody sees what comes out of it."""
+    tower = unwrap(tower)
+    layers = tower.encoder.layers
+    block = layers[-1] if type(layers) is nn.ModuleList and len(layers) else None
+    if not isinstance(block, FusedBlock) or (block.gradient_checkpointing and block.training):
+        return None
+    seen = any(has_user_hooks(module, FusedBlock.recorders) for module in (tower, tower.encoder))
+    return None if seen else LastBlock(block, tower.encoder, tower.post_layernorm).alone
 
 
 def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:
@@ -142,7 +182,7 @@ def truncation(model: nn.Module) -> list[tuple[nn.Module, type[Extension]]]:
     if not _is_known(model, ["CLIPModel"]):
         return []
     text_model = unwrap(model.get_submodule("text_model"))
-    return [(model, TextFeatures)] if _is_known(text_model, ["CLIPTextModel"]) else []
+    return [(model, Features)] if _is_known(text_model, ["CLIPTextModel"]) else []
 
 
 # ---- residual blocks

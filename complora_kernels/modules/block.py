@@ -136,9 +136,7 @@ class CompLoRABlock(Extension):
         if not _is_plain(x) or _global_hooks():
             return None
         parts = self.parts()
-        if isinstance(parts, str) or any(
-            has_user_hooks(module, self.recorders) for module in self.modules() if module is not self
-        ):
+        if isinstance(parts, str) or any(has_user_hooks(module, self.recorders) for module in _below(self)):
             return None
         attention, fc1, fc2 = parts.attention, parts.fc1, parts.fc2
         layers = (*(projection.layer for projection in attention.projections), attention.out, fc1, fc2)
@@ -259,6 +257,14 @@ def _adapted(
     As, Bs = factors_in_scope(layer, tuple(rows), dtype)
     columns = layer.columns_of(x, len(rows))
     return AdaptedLinear(weight, bias, As, Bs, list(rows.values()), dropout_p, columns=columns)
+
+
+def _below(module: nn.Module) -> list[nn.Module]:
+    """The modules below one; `modules()` asks each for names."""
+    found = [child for child in module._modules.values() if child is not None]
+    for parent in found:
+        found += [child for child in parent._modules.values() if child is not None]
+    return found
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -67,9 +67,15 @@ def has_user_hooks(module: nn.Module, recorders: str = "") -> bool:
 
     Forward hooks of the Python module `recorders` do not count.
     """
-    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", "?") != recorders]
-    others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any((hooks, *others))
+    if (
+        module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    ):
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and any(getattr(hook, "__module__", "?") != recorders for hook in hooks.values())
 
 
 _EXTENDED: dict[tuple[type, type], type[nn.Module]] = {}

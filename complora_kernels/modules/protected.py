@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +157,7 @@ class ProtectedLayer(Float32State):
         if missing:
             changes = Changes()
             with computed_at_once(self.frozen_parameter(missing[0]).device):
+                self._decompose_together(missing)
                 for name in missing:
                     self._set_bases(name, changes)
             changes.make()
@@ -345,6 +346,18 @@ class ProtectedLayer(Float32State):
             self.set_basis(name, side, basis, changes)
         if self.config.source.recomputable:
             changes.draft(self._basis_of)[name] = subspace.fingerprint(weight)
+
+    def _decompose_together(self, names: Sequence[str]) -> None:
+        """Decomposes those of the weights in one call whose bases are not kept on the disk, where that is faster."""
+        if self.frozen_parameter(names[0]).device.type not in subspace.TOGETHER:
+            return
+        weights = [(name, unwrapped(self.original_weight(name))) for name in names]
+        sides = PROJECTED_SIDES[self.config.sides]
+        subspace.decompose_together(
+            weight
+            for name, weight in weights
+            if not all(subspace.is_kept(weight, self.config, side, self._weight_path(name)) for side in sides)
+        )
 
     def _weight_path(self, name: str) -> str:
         return ".".join(part for part in (self._path, name) if part)

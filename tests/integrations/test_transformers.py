@@ -125,7 +125,7 @@ def parts_of(output: Any) -> list[Tensor]:
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("kind", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("name", ["CLIPVisionModel, sdpa", "CLIPModel, eager", "DINOv3ViTModel, sdpa"])
+@pytest.mark.parametrize("name", ["CLIPVisionModel, sdpa", "SiglipModel, eager", "DINOv3ViTModel, sdpa"])
 def test_checkpointing_computes_each_block_again_in_the_backward_pass(name, kind, monkeypatch):
     model, inputs, features, blocks = make(name)
     model = adapted(model, lora_dropout=0.3).train()
@@ -203,3 +203,77 @@ def test_texts_are_whole_where_all_their_positions_are_read(runs):
     output = model.get_text_features(inputs["input_ids"], output_hidden_states=True)
     assert output.hidden_states[0].shape[1] == CONTEXT
     assert {length for length, _ in runs} == {CONTEXT}
+
+
+# ---- image features
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The number of positions that each residual block has computed."""
+    seen, run = [], CompLoRABlock.run_fused
+
+    def observed(block: CompLoRABlock, x: Tensor, *arguments: Any, **options: Any) -> Tensor | None:
+        y = run(block, x, *arguments, **options)
+        seen.append(0 if y is None else y.shape[1])
+        return y
+
+    monkeypatch.setattr(CompLoRABlock, "run_fused", observed)
+    return seen
+
+
+def clip_of_images(**options: Any) -> tuple[Any, Tensor]:
+    """An adapted CLIPModel, and images of five positions each."""
+    row = make("CLIPModel, sdpa")
+    return adapted(row.model, **options), row.inputs["pixel_values"]
+
+
+def test_the_last_block_computes_the_class_token_alone_for_image_features(computed):
+    model, images = clip_of_images()
+    output = model.get_image_features(images)
+    assert computed == [5, 1]
+    assert output.last_hidden_state is None
+    alone = model.vision_model(images)
+    assert computed[2:] == [5, 5]
+    features = model.visual_projection(alone.pooler_output)
+    assert_close(output.pooler_output, features, 1e-12)
+    weights = torch.linspace(-1, 2, features.numel(), dtype=torch.float64).view_as(features)
+    factors = [p for name, p in model.named_parameters() if "vision_model" in name and p.requires_grad]
+    found, expected = (torch.autograd.grad((weights * y).sum(), factors) for y in (output.pooler_output, features))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert any(gradient.norm() > 0.01 for gradient in expected)
+
+
+WHOLE: dict[str, Any] = {
+    "hidden states": lambda model, images: model.get_image_features(images, output_hidden_states=True),
+    "the tower alone": lambda model, images: model.vision_model(images),
+    "a hook": lambda model, images: hooked(model).get_image_features(images),
+    "checkpointing": lambda model, images: checkpointed(model).get_image_features(images),
+    "a tower without an adapter": lambda _, images: clip_of_images(towers=("text",))[0].get_image_features(images),
+    "an adapter that is off": lambda model, images: disabled(model, images),
+}  # fmt: skip
+
+
+def hooked(model: Any) -> Any:
+    model.vision_model.encoder.register_forward_hook(lambda *_: None)
+    return model
+
+
+def checkpointed(model: Any) -> Any:
+    model.train()
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def disabled(model: Any, images: Tensor) -> Any:
+    with ck.disable_adapter(model):
+        return model.get_image_features(images)
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("call", WHOLE.values(), ids=WHOLE)
+def test_all_positions_of_images_are_computed_where_they_can_be_seen(call, computed):
+    model, images = clip_of_images()
+    output = call(model, images)
+    assert output.last_hidden_state.shape[1] == 5
+    assert 1 not in computed
