@@ -40,7 +40,7 @@ from complora_kernels.adapters.factors import (
     weights_to_fill,
 )
 from complora_kernels.adapters.files import WEIGHTS_FILE, read_adapter, read_bases, write_adapter
-from complora_kernels.adapters.manage import require_single, require_unmerged
+from complora_kernels.adapters.manage import require_single
 from complora_kernels.adapters.replacement import replaced_adapter
 from complora_kernels.adapters.several import active_adapters, add_from, layers_of, refuse_modules_to_save
 from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
@@ -92,7 +92,6 @@ def save_adapter(
         ValueError: `model` has no adapter, is a part of an adapted model or holds several, its layers differ in
             configuration, or a factor holds NaN or infinity or is not whole (FullyShardedDataParallel); or the active
             adapter is a weighted sum, or a name is unknown.
-        RuntimeError: the model is merged, and an adapter that is not active is named.
 
     Warns:
         UserWarning: other parameters are trained too, and are not in the files.
@@ -105,8 +104,6 @@ def save_adapter(
         names = list(adapter_names)
         if isinstance(adapter_names, str) or not names:
             raise ValueError(f"adapter_names={adapter_names!r}, expected a list of names")
-        if set(names) - active_adapters(part).keys():
-            require_unmerged(adapted_layers(part))
         saved = {root if name == DEFAULT else root / name: layers_of(part, name) for name in names}
     if not has_shards(part):
         with contextlib.ExitStack() as folders:

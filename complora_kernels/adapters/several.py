@@ -162,7 +162,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of all adapters of a model, in the order in which they were added, the active one first.
+    """The names of all adapters of a model, the active one first.
 
     Raises:
         ValueError: `model` has no adapter.

@@ -65,7 +65,8 @@ class CompLoRALayer(SeveralAdapters):
     def original_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter as it was before merging."""
         parameter, start, stop = self.weights[name]
-        return whole(self.get_buffer(_original_name(parameter)))[start:stop] if self.merged else self.base_weight(name)
+        kept = self.seen_of._buffers.get(_original_name(parameter))  # None: the merged adapter does not adapt this one
+        return self.base_weight(name) if kept is None else whole(kept)[start:stop]
 
     def fold_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None

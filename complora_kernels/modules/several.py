@@ -60,6 +60,11 @@ class SeveralAdapters(ProtectedLayer):
     samples: Samples | None = None  # of a batch with several adapters, in a layer that stands in for one of the model
 
     @property
+    def seen_of(self: Layer) -> Layer:
+        """The layer of the model whose frozen weights these are: itself, or what `seen_with` was asked of."""
+        return vars(self).get("_seen_of", self)
+
+    @property
     def inactive(self) -> list[str]:
         """The names of the adapters that wait."""
         return [name.removeprefix(INACTIVE) for name in self._modules if name.startswith(INACTIVE)]
@@ -88,7 +93,7 @@ class SeveralAdapters(ProtectedLayer):
 
     def _with(self: Layer, adapter: InactiveAdapter, active_adapters: dict[str, float]) -> Layer:
         layer = object.__new__(type(self))
-        vars(layer).update(vars(self) | adapter.state, active_adapters=active_adapters, combined=False)
+        vars(layer).update(vars(self) | adapter.state, active_adapters=active_adapters, combined=False, _seen_of=self)
         for table in ("_parameters", "_modules"):
             own = {name: each for name, each in vars(self)[table].items() if not _is_of_adapter(name)}
             vars(layer)[table] = own | vars(adapter)[table]
@@ -173,7 +178,7 @@ class SeveralAdapters(ProtectedLayer):
             layer.remember_weights()
 
     def _inactive_layers(self: Layer) -> Iterator[Layer]:
-        for name in () if self.merged else self.inactive:
+        for name in self.inactive:
             layer = self.seen_with(name)
             assert layer is not None
             vars(layer)["_own_prefix"] = f"{INACTIVE}{name}."

@@ -322,8 +322,10 @@ def test_a_saved_adapter_is_the_same_active_or_not(tmp_path):
     ck.save_adapter(both(), tmp_path, adapter_names=["b"])
     ck.save_adapter(both(active="b"), tmp_path / "active")
     ck.save_adapter(alone("b"), tmp_path / "alone")
-    files = [contents(folder) for folder in (tmp_path / "b", tmp_path / "active", tmp_path / "alone")]
-    assert files[0] == files[1] == files[2]
+    ck.merge_adapter(merged := both())
+    ck.save_adapter(merged, tmp_path / "merged", adapter_names=["b"])
+    alone_files, *others = (contents(tmp_path / folder) for folder in ("alone", "b", "active", "merged/b"))
+    assert all(files == alone_files for files in others)
 
 
 def test_adapters_are_loaded_beside_the_active_one(tmp_path):
