@@ -29,7 +29,8 @@ def mixed_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     context is entered. Which adapter is active does not matter, and does not change.
 
     Samples come first in the inputs of all adapted layers, but for residual blocks around an `nn.MultiheadAttention`
-    with `batch_first=False`, where they are in the second place.
+    with `batch_first=False`, where they are in the second place. Where a model rearranges them, as Swin does in
+    windows, the forward pass is refused.
 
     Args:
         model: adapted, in wrappers or not, in evaluation mode. DataParallel, which parts a batch, is refused.

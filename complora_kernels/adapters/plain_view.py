@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from complora_kernels.adapters.unload import unload
@@ -24,6 +25,8 @@ def plain_view(model: nn.Module) -> nn.Module:
 
     def view_of(module: nn.Module) -> nn.Module:
         module = unwrap(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            return module  # it lives in C++; nothing in it can be adapted
         if module not in views:
             views[module] = view = object.__new__(type(module))
             vars(view).update(vars(module))

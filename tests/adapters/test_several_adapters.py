@@ -17,6 +17,7 @@ from small_clip import assert_close, config, small_clip
 from tiny_models import clip as calibrated_clip
 from tiny_models import with_updates
 from torch import nn
+from torch.fx import symbolic_trace as trace
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from two_adapters import CONFIGS, SIZES, B, alone, both, clip, expected, expected_sum, features, frozen
@@ -469,6 +470,23 @@ def test_a_sharded_model_keeps_its_adapter():
     for call in (lambda: ck.set_adapter(model, "b"), lambda: ck.add_adapter(model, "c", B)):
         with pytest.raises(ValueError, match="model is sharded, expected a whole one"):
             call()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning", "ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: linears().insert(1, torch.jit.script(nn.Tanh())), lambda: trace(linears())])
+def test_parts_that_no_adapter_can_be_in_stay(make):
+    model: Any = ck.apply_complora(make(), config(target_modules=("0",), subspace_k=2), progress=False)
+    others = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    ck.add_adapter(model, "b", config(target_modules=r"\d", subspace_k=2), progress=False)
+    assert all(module in list(model.modules()) for module in others)
+    x = torch.randn(3, 6)
+    before = model(x)
+    ck.set_adapter(model, "b")
+    for factor in ck.adapter_parameters(model):
+        nn.init.ones_(factor)
+    assert not torch.equal(model(x), before)
+    ck.set_adapter(model, "default")
+    assert torch.equal(model(x), before)
 
 
 def test_a_wrapper_that_has_listed_the_parameters_keeps_its_adapter(tmp_path):
