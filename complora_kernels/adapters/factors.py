@@ -118,13 +118,13 @@ def warn_of_trained(model: nn.Module) -> None:
         )
 
 
-def file_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `modules_to_save` of an adapted model under the names of the weights file.
+def file_tensors(model: nn.Module, config: CompLoRAConfig) -> dict[str, Tensor]:
+    """The tensors of `modules_to_save` of an adapter of this configuration under the names of the weights file.
 
     Raises:
         ValueError: one holds NaN or infinite values.
     """
-    tensors = trained_tensors(model)
+    tensors = trained_tensors(model) if config.modules_to_save else {}
     check_finite(tensors)
     return {peft_name(name): whole(tensor) for name, tensor in tensors.items()}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +41,7 @@ from complora_kernels.adapters.factors import (
 from complora_kernels.adapters.files import WEIGHTS_FILE, read_adapter, read_bases, write_adapter
 from complora_kernels.adapters.manage import require_single
 from complora_kernels.adapters.replacement import replaced_adapter
-from complora_kernels.adapters.several import active_adapters, add_from, layers_of, refuse_modules_to_save
+from complora_kernels.adapters.several import active_adapters, add_from, in_folders, refuse_modules_to_save
 from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common import base_weights
 from complora_kernels.common.files import reading
@@ -96,15 +95,10 @@ def save_adapter(
     Warns:
         UserWarning: other parameters are trained too, and are not in the files.
     """
-    part, root = adapted_model(model), Path(directory)
+    part = adapted_model(model)
+    saved = in_folders(part, directory, adapter_names)
     if adapter_names is None:
         require_single(adapted_layers(part), "it cannot be saved as one adapter: adapter_names saves each")
-        saved = {root: adapted_layers(part)}
-    else:
-        names = list(adapter_names)
-        if isinstance(adapter_names, str) or not names:
-            raise ValueError(f"adapter_names={adapter_names!r}, expected a list of names")
-        saved = {root if name == DEFAULT else root / name: layers_of(part, name) for name in names}
     if not has_shards(part):
         with contextlib.ExitStack() as folders:
             staged = {folders.enter_context(replaced_adapter(path)): layers for path, layers in saved.items()}
@@ -127,7 +121,7 @@ def _content(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """The configuration, the tensors and the bases that are saved of an adapter in these layers."""
     config, weights = common_config(layers), adapted_weights(layers)
-    factors, trained = file_factors(weights), file_tensors(part) if config.modules_to_save else {}
+    factors, trained = file_factors(weights), file_tensors(part, config)
     bases = {} if config.source.recomputable else own_bases(weights)
     described = _adapter_config(config, weights, activations(part), bases)
     if trained:

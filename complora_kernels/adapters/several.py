@@ -7,7 +7,9 @@ layers of the view then hand the adapter over. All adapters share the frozen wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from torch import nn
 
@@ -30,7 +32,7 @@ from complora_kernels.common.sharded import has_shards
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
-from complora_kernels.modules.several import INACTIVE
+from complora_kernels.modules.several import DEFAULT, INACTIVE
 
 
 def add_adapter(
@@ -190,6 +192,26 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, CompLoRALayer]:
     if not layers:
         raise ValueError(f"adapter_name={adapter_name!r}, expected one of {', '.join(adapter_names(model))}")
     return layers
+
+
+def in_folders(
+    model: nn.Module, directory: str | os.PathLike[str], names: Iterable[str] | None
+) -> dict[Path, dict[str, CompLoRALayer]]:
+    """The layers of adapters whose files are to be written, by their folder, which is that of PEFT.
+
+    "default" is in `directory` itself, each other adapter in the folder of its name within. None stands for what is
+    active, in `directory` itself.
+
+    Raises:
+        ValueError: a name is unknown, or there is none.
+    """
+    root = Path(directory)
+    if names is None:
+        return {root: adapted_layers(model)}
+    chosen = [] if isinstance(names, str) else list(names)
+    if not chosen:
+        raise ValueError(f"adapter_names={names!r}, expected a list of names")
+    return {root if name == DEFAULT else root / name: layers_of(model, name) for name in chosen}
 
 
 def _switchable(model: nn.Module) -> nn.Module:
