@@ -108,6 +108,8 @@ def products(chip: int, dtype: torch.dtype, adapters: int, r: int, p: float) -> 
     product = adapted(empty(adapters * WIDTH, WIDTH), adapters, r, p, bias=empty(adapters * WIDTH))
     case = f"{dtype} P={adapters} r={r} p={p}"
     yield Launch(case, partial(linear.packed_lora_linear_h, x, product))
+    own = product._replace(columns=torch.empty(TOKENS, adapters * r, dtype=torch.bool))
+    yield Launch(f"{case}, own columns", partial(linear.packed_lora_linear_h, x, own))
     yield Launch(f"{case}, copies x", partial(linear.packed_lora_linear_h, x, product, beside_x=True))
     yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, product))
     for tiles in linear.tiles_of(chip, dtype)[: None if adapters == 1 and r == 16 and p in (0, 0.25) else 1]:

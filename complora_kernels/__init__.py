@@ -12,9 +12,17 @@ from complora_kernels.adapters.manage import (
     subspace_report,
     unmerge_adapter,
 )
+from complora_kernels.adapters.mixed import mixed_adapters
 from complora_kernels.adapters.peft_import import import_peft
 from complora_kernels.adapters.peft_training import accelerate_peft, decelerate_peft, peft_config
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
+from complora_kernels.adapters.several import (
+    active_adapters,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    set_adapter,
+)
 from complora_kernels.adapters.unload import merge_and_unload, unload
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import GraphedTrainStep
@@ -29,10 +37,14 @@ __all__ = [
     "CompLoRAMultiheadAttention",
     "GraphedTrainStep",
     "accelerate_peft",
+    "active_adapters",
+    "adapter_names",
     "adapter_parameters",
+    "add_adapter",
     "apply_complora",
     "check_gradients",
     "decelerate_peft",
+    "delete_adapter",
     "disable_adapter",
     "explain",
     "export_peft",
@@ -41,9 +53,11 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merge_and_unload",
+    "mixed_adapters",
     "peft_config",
     "print_trainable_parameters",
     "save_adapter",
+    "set_adapter",
     "set_recompute",
     "subspace_report",
     "unload",

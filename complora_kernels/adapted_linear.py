@@ -44,6 +44,7 @@ class AdaptedLinear(NamedTuple):
     seeds: Sequence[Tensor] = ()  # each [1], int64, see `dropout`; none without dropout
     save_h: bool = True  # whether h = drop(x) Ã^T is kept for the gradient of B̃
     precision: str = "exact"  # "exact" allows the plans that round once, "fast" all of them, see `backends.plans`
+    columns: Tensor | None = None  # [M, R], bool: the columns of h that each row has, else 0; without gradients
 
     @property
     def rank(self) -> int:
@@ -71,7 +72,7 @@ class AdaptedLinear(NamedTuple):
         As, Bs, seeds = tensors[first_A:first_B], tensors[first_B:], tensors[2:first_A]
         # The constructor takes a third of the time of `_replace`.
         return AdaptedLinear(
-            tensors[0], tensors[1], As, Bs, self.rows, self.dropout_p, seeds, self.save_h, self.precision
+            tensors[0], tensors[1], As, Bs, self.rows, self.dropout_p, seeds, self.save_h, self.precision, self.columns
         )
 
     def needs(self, x: bool, tensors: Sequence[bool]) -> Needs:

@@ -64,7 +64,7 @@ class CompLoRAConfig:
             None adapts all. Read with q k v o fc1 fc2 alone.
         modules_to_save: names of modules, or their endings, that are trained as a whole beside the factors, such as a
             new "head", and are saved, loaded and exported with them. They are trained in place: `disable_adapter`,
-            `unmerge_adapter` and `unload` leave them as they are.
+            `unmerge_adapter` and `unload` leave them as they are, and a model that has them has one adapter.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what was expected.

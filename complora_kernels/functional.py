@@ -116,6 +116,7 @@ def packed_lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     precision: str = "exact",
+    columns: Tensor | None = None,  # [..., R], bool, R the sum of the ranks
     backend: str | None = None,
 ) -> Tensor:  # [..., out]
     """One product with several adapters: `y = x W^T + b`, plus `(drop(x) Ã_i^T) B̃_i^T` in the rows of adapter i.
@@ -123,6 +124,10 @@ def packed_lora_linear(
     `rows` holds its (start, stop), rows `start <= n < stop` of the weight. This is how attention computes q, k and v,
     whose weights are stacked in one [3d, d] parameter. Each adapter draws a dropout mask of its own. Otherwise as
     `lora_linear`.
+
+    `columns`, broadcast to the rows of x, is for batches whose samples have different adapters: where it is False,
+    `h_i = drop(x) Ã_i^T`, the ranks of all adapters side by side, is 0. It is for inference: with gradients enabled it
+    is a ValueError.
     """
     adapters = len(rows)
     if adapters == 0 or len(folded_As) != adapters or len(folded_Bs) != adapters:
@@ -130,7 +135,9 @@ def packed_lora_linear(
             f"folded_As, folded_Bs, rows have lengths {len(folded_As)}, {len(folded_Bs)}, {adapters}, "
             "expected equal ones of at least 1"
         )
-    linear = AdaptedLinear(weight, bias, folded_As, folded_Bs, tuple(rows), dropout_p, precision=precision)
+    linear = AdaptedLinear(
+        weight, bias, folded_As, folded_Bs, tuple(rows), dropout_p, precision=precision, columns=columns
+    )
     return _adapted_linear(x, linear, training, backend)
 
 
@@ -145,6 +152,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     precision: str = "exact",
+    columns: Tensor | None = None,  # [..., r], bool
     backend: str | None = None,
 ) -> Tensor:  # [..., out]
     """`y = x W^T + b + scaling · (drop(x) Ã^T) B̃^T`: a frozen linear layer with a LoRA update (Hu et al., 2106.09685).
@@ -157,7 +165,7 @@ def lora_linear(
     Of the activations, x and h [M, r] are saved. With `training` and `dropout_p` > 0 the mask m is drawn from the
     default generator of x's device and drawn again in the backward pass. In half precision the rank-r term is added
     before the one rounding of y; `precision="fast"` allows plans that round twice (`plans`), which lose most of an
-    update below half a unit in the last place of y.
+    update below half a unit in the last place of y. `columns` is as in `packed_lora_linear`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a weight or bias that requires a gradient, dropout_p
@@ -168,7 +176,7 @@ def lora_linear(
     _check_scaling(scaling)
     scaled_B = folded_B if scaling == 1.0 else scaling * folded_B
     rows = ((0, weight.shape[0]),)
-    linear = AdaptedLinear(weight, bias, [folded_A], [scaled_B], rows, dropout_p, precision=precision)
+    linear = AdaptedLinear(weight, bias, [folded_A], [scaled_B], rows, dropout_p, precision=precision, columns=columns)
     return _adapted_linear(x, linear, training, backend)
 
 
@@ -247,13 +255,15 @@ def _adapted_linear(
 def for_backend(x: Tensor, linear: AdaptedLinear, dtype: torch.dtype, backend: str) -> AdaptedLinear:
     """The record with its factors in the dtype of the product, and fresh seeds for the masks that the backend draws.
 
-    h is saved where B̃ gets a gradient.
+    h is saved where B̃ gets a gradient. A backend gets `columns` for the rows of x one after the other.
     """
     As, Bs = [A.to(dtype) for A in linear.As], [B.to(dtype) for B in linear.Bs]
     seeds = [] if backend == REFERENCE else dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
     save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
-    weight, bias, _, _, rows, dropout_p, _, _, precision = linear
-    return AdaptedLinear(weight, bias, As, Bs, rows, dropout_p, seeds, save_h, precision)
+    weight, bias, _, _, rows, dropout_p, _, _, precision, columns = linear
+    if columns is not None and backend != REFERENCE:
+        columns = columns.expand(*x.shape[:-1], -1).reshape(-1, linear.rank)  # [M, R]
+    return AdaptedLinear(weight, bias, As, Bs, rows, dropout_p, seeds, save_h, precision, columns)
 
 
 def resolve(
@@ -311,6 +321,20 @@ def check_linear(x: Tensor, linear: AdaptedLinear, name_A: str = "folded_A", nam
         raise ValueError(f"dropout_p={dropout_p}, expected a probability in [0, 1)")
     if linear.precision not in ("exact", "fast"):
         raise ValueError(f"precision={linear.precision!r}, expected 'exact' or 'fast'")
+    if linear.columns is not None:
+        _check_columns(x, linear, linear.columns)
+
+
+def _check_columns(x: Tensor, linear: AdaptedLinear, columns: Tensor) -> None:
+    shape = (*x.shape[:-1], linear.rank)
+    fits = columns.dim() == x.dim() and all(own in (1, n) for own, n in zip(columns.shape[:-1], shape, strict=False))
+    if not fits or columns.shape[-1] != linear.rank or columns.dtype != torch.bool:
+        raise ValueError(
+            f"columns is {columns.dtype} {tuple(columns.shape)}, expected torch.bool that can be expanded to {shape}"
+        )
+    _check_device(columns, "columns", x.device)
+    if torch.is_grad_enabled():
+        raise ValueError("columns is given with gradients enabled, expected None, or torch.no_grad()")
 
 
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -133,7 +133,16 @@ class GraphedTrainStep:
             self.capture(*example_batch)
 
     def __call__(self, *batch: Tensor) -> Tensor:  # []
-        """One step; its loss, detached, on the device (with several processes: of this one's share of the batch)."""
+        """One step; its loss, detached, on the device (with several processes: of this one's share of the batch).
+
+        Raises:
+            RuntimeError: the parameters are frozen, as `set_adapter` leaves those of the adapter before.
+        """
+        if not self._trained[0].requires_grad:
+            raise RuntimeError(
+                "the parameters of the optimizer no longer require a gradient, expected those of the active adapter: "
+                "after set_adapter make a new optimizer and a new GraphedTrainStep"
+            )
         if self._recorder is None:
             return self._eager(batch)
         if self._stale:

@@ -78,11 +78,16 @@ def packed_lora_linear(
     *,
     dropout_masks: Sequence[Tensor] | None = None,  # each [..., in], 0 or 1 / (1 - p)
 ) -> Tensor:  # [..., out]
-    """`y = x W^T + b`, plus `((m ∘ x) Ã^T) B̃^T` in the rows of each adapter."""
+    """`y = x W^T + b`, plus `((m ∘ x) Ã^T) B̃^T` in the rows of each adapter; where `columns` is False, h is 0."""
     y = F.linear(x, linear.weight, linear.bias)  # [..., out]
+    first = 0
     for i, (A, B, (start, stop)) in enumerate(zip(linear.As, linear.Bs, linear.rows, strict=True)):
         dropped = x if dropout_masks is None else x * dropout_masks[i]
-        update = (dropped @ A.mT) @ B.mT  # [..., stop - start]
+        h = dropped @ A.mT  # [..., r]
+        if linear.columns is not None:
+            h = torch.where(linear.columns[..., first : first + len(A)], h, 0.0)
+            first += len(A)
+        update = h @ B.mT  # [..., stop - start]
         y = y + F.pad(update, (start, len(linear.weight) - stop))
     return y
 

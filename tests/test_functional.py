@@ -29,12 +29,13 @@ from layers import (
     packed_reference,
     results,
 )
-from numerics import random_basis
+from numerics import assert_as_accurate_as_reference, random_basis
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from complora_kernels import reference
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.backends import plans
 from complora_kernels.dropout import dropout_mask, dropout_seed
 from complora_kernels.functional import (
@@ -713,3 +714,71 @@ def test_factors_that_do_not_fit_the_weight_are_named_as_the_caller_named_them()
 def test_a_basis_of_integers_is_refused():
     with pytest.raises(ValueError, match=r"basis has dtype .*, expected a floating-point one"):
         project_complement(torch.randn(2, 4), torch.eye(4, dtype=torch.int64))
+
+
+# ---- rows with columns of their own
+
+
+def mixed(dtype: torch.dtype, ranks: tuple[int, ...] = (3, 2, 2)) -> tuple[Tensor, AdaptedLinear, Tensor]:
+    """Three samples of five positions; the columns of each sample, for all of its positions."""
+    x, weight, bias = torch.randn(3, 5, 16), torch.randn(12, 16) / 4, torch.randn(12)
+    As, Bs = [torch.randn(r, 16) / 4 for r in ranks], [torch.randn(4, r) for r in ranks]
+    tensors = ([tensor.to(dtype) for tensor in part] for part in ([x, weight, bias], As, Bs))
+    (x, weight, bias), As, Bs = tensors
+    columns = torch.rand(3, 1, sum(ranks)) < 0.5
+    return x, AdaptedLinear(weight, bias, As, Bs, ((0, 4), (4, 8), (8, 12))), columns
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("plan", ["addmm", "concat"])
+@pytest.mark.parametrize("sequence_first", [False, True])
+@torch.no_grad()
+def test_rows_with_columns_of_their_own(dtype, backend, plan, sequence_first):
+    x, linear, columns = mixed(dtype)
+    x, columns = (x.transpose(0, 1), columns.transpose(0, 1)) if sequence_first else (x, columns)
+    given = (linear.weight, linear.bias, linear.As, linear.Bs, linear.rows)
+    with plans.override(plans.Plan(plan)):
+        y = packed_lora_linear(x, *given, precision="fast", columns=columns, backend=backend)
+    exact = linear.with_tensors([None if tensor is None else tensor.double() for tensor in linear.tensors()])
+    expected = reference.packed_lora_linear(x.double(), exact._replace(columns=columns))
+    same_dtype = reference.packed_lora_linear(x, linear._replace(columns=columns))
+    assert_as_accurate_as_reference(y, same_dtype, expected, "y")
+
+
+@torch.no_grad()
+def test_an_adapter_with_infinite_values_stays_in_its_own_rows():
+    x, linear, _ = mixed(torch.float32, (2, 2, 2))
+    linear.As[0][0] = torch.inf  # the first rank
+    columns = torch.ones(3, 1, 6, dtype=torch.bool)
+    columns[0, :, 0] = False
+    given = (linear.weight, linear.bias, linear.As, linear.Bs, linear.rows)
+    y = packed_lora_linear(x, *given, columns=columns)
+    assert y[0].isfinite().all()
+    assert not y[1:, :, :4].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "columns", [torch.ones(3, 1, 6), torch.ones(3, 7) > 0, torch.ones(2, 1, 7) > 0, torch.ones(3, 1, 6) > 0], ids=str
+)
+@torch.no_grad()
+def test_columns_are_checked(columns):
+    x, linear, _ = mixed(torch.float32)
+    with pytest.raises(ValueError, match=r"columns is torch.*expected torch.bool that can be expanded to \(3, 5, 7\)"):
+        packed_lora_linear(x, linear.weight, linear.bias, linear.As, linear.Bs, linear.rows, columns=columns)
+
+
+@torch.no_grad()
+def test_columns_of_h_are_in_no_merged_weight():
+    x, linear, columns = mixed(torch.float32)
+    given = (linear.weight, linear.bias, linear.As, linear.Bs, linear.rows)
+    with plans.override(plans.Plan("merge")):
+        packed_lora_linear(x, *given, precision="fast")
+        with pytest.raises(ValueError, match="merge"):
+            packed_lora_linear(x, *given, precision="fast", columns=columns)
+
+
+def test_columns_are_for_inference():
+    x, linear, columns = mixed(torch.float32)
+    with pytest.raises(ValueError, match="columns is given with gradients enabled"):
+        packed_lora_linear(x, linear.weight, linear.bias, linear.As, linear.Bs, linear.rows, columns=columns)

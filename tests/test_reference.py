@@ -77,6 +77,21 @@ def test_packed_lora_linear(layer):
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
 
 
+def test_rows_with_columns_of_their_own(layer):
+    """Row by row, the update of the ranks that the row has."""
+    x, W, b = (layer[name] for name in ("x", "W", "b"))
+    As, Bs, rows = [randn(2, IN), randn(3, IN)], [randn(4, 2), randn(2, 3)], [(5, 9), (1, 3)]
+    columns = torch.rand(len(x), 5) < 0.5
+    with torch.no_grad():
+        y = reference.packed_lora_linear(x, AdaptedLinear(W, b, As, Bs, rows, columns=columns))
+        expected = x @ W.T + b
+        for i, row in enumerate(columns):
+            first, second = row[:2].double(), row[2:].double()
+            expected[i, 5:9] += Bs[0] @ torch.diag(first) @ As[0] @ x[i]
+            expected[i, 1:3] += Bs[1] @ torch.diag(second) @ As[1] @ x[i]
+    assert torch.allclose(y, expected, rtol=0, atol=1e-12)
+
+
 def test_fold_factors_without_bases_is_plain_lora(layer):
     (A,), (B,) = reference.fold_factors(
         [layer["A"]],

@@ -17,15 +17,23 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import Target
 from complora_kernels.integrations.selection import select
 from complora_kernels.modules.layer import CompLoRALayer
+from complora_kernels.modules.several import DEFAULT
 from complora_kernels.subspace import Side
 
 logger = logging.getLogger("complora_kernels")
 
 Model = TypeVar("Model", bound=nn.Module)
 
+BASE = "__base__"  # PEFT's name, in a batch of several adapters, for the plain model
+
 
 def apply_complora(
-    model: Model, config: CompLoRAConfig, *, calibrate: Calibrate | None = None, progress: bool = True
+    model: Model,
+    config: CompLoRAConfig,
+    *,
+    adapter_name: str = DEFAULT,
+    calibrate: Calibrate | None = None,
+    progress: bool = True,
 ) -> Model:
     """Adapts `model` in place and freezes everything else; its outputs are unchanged before training.
 
@@ -48,6 +56,7 @@ def apply_complora(
             wraps, as a whole or in parts: what is inside is adapted, under the names that it has there. Of a container,
             such as a LightningModule, pass the model in it.
         config: what to adapt and how.
+        adapter_name: the name of the adapter; `add_adapter` adds others.
         calibrate: a function of the model that runs what is adapted (`encode_text` too, or only `encode_text`, where
             the text tower is) on some batches without labels; what it returns is not looked at. It is called once, with
             the model inside its wrappers, without gradients, in evaluation mode and without compiled code, and leaves
@@ -62,7 +71,8 @@ def apply_complora(
             range, k exceeds a weight or protects all of it, or a weight holds NaN; `modules_to_save` selects nothing,
             an adapted module or a tied one; `calibrate` is missing or has no use, did not reach an adapted weight, or
             gave it NaN or infinite values; a target is wrapped in DistributedDataParallel or FullyShardedDataParallel,
-            which know only the parameters of the plain model, or is itself a compiled module.
+            which know only the parameters of the plain model, or is itself a compiled module; or `adapter_name` is
+            no name that a file can have.
             The model is then as it was, also when `calibrate` itself fails.
     """
     if config.protects_activations != (calibrate is not None):
@@ -72,8 +82,11 @@ def apply_complora(
             "projected sides, None otherwise"
         )
     if is_adapted(model):
-        raise ValueError("model has an adapter already, expected a plain model: Comp-LoRA is applied once")
-    replacements = build_layers(model, config)
+        raise ValueError(
+            "model has an adapter already, expected a plain model: Comp-LoRA is applied once, and add_adapter adds "
+            "another adapter"
+        )
+    replacements = build_layers(model, config, adapter_name=adapter_name)
     compute_bases(replacements, progress=progress)
     if calibrate is not None:
         protect_activations(unwrap(model), replacements, calibrate, progress=progress)
@@ -109,14 +122,30 @@ def check_room(replacements: list[Replacement]) -> None:
         logger.warning("r is above min(out, in), the highest rank of an update, for %s", ", ".join(wide[:4]))
 
 
-def build_layers(model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None) -> list[Replacement]:
+def build_layers(
+    model: nn.Module, config: CompLoRAConfig, paths: Collection[str] | None = None, *, adapter_name: str = DEFAULT
+) -> list[Replacement]:
     """An adapted layer, without bases, for each target of `find_targets`, to be installed; the model stays as it is.
 
     Raises:
         ValueError: as `apply_complora`.
     """
+    check_name(adapter_name)
     targets = find_targets(model, config, paths)
-    return [Replacement(target.path, target.module, adapt(target, config)) for target in targets]
+    replacements = [Replacement(target.path, target.module, adapt(target, config)) for target in targets]
+    for _, _, layer in replacements:
+        layer.active_adapters = {adapter_name: 1.0}
+    return replacements
+
+
+def check_name(adapter_name: str) -> None:
+    """Raises ValueError for a name of an adapter that cannot be a part of a tensor's name and a folder's."""
+    valid = isinstance(adapter_name, str) and adapter_name.strip() and not set(adapter_name) & set("./\\\0")
+    if not valid or adapter_name == BASE:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}, expected a name without '.', '/' and '\\', other than {BASE!r}, which is "
+            "the plain model"
+        )
 
 
 def adapt(target: Target, config: CompLoRAConfig) -> CompLoRALayer:
@@ -142,15 +171,20 @@ def find_targets(model: nn.Module, config: CompLoRAConfig, paths: Collection[str
     """
     targets = select(model, config, paths)
     whole_modules(model, config.modules_to_save, [target.module for target in targets])
-    check_wrappers(model, {target.path: target.module for target in targets})
-    compiled = {id(inside(wrapper)) for wrapper in wrappers(model) if is_compiled(wrapper)}
-    for target in targets:
-        if id(target.module) in compiled:
-            raise ValueError(
-                f"{target.path} is a compiled module, whose compiled code would go on calling the plain one: expected "
-                "a plain module (compile it, or what it is a part of, when it is adapted)"
-            )
+    check_targets(model, {target.path: target.module for target in targets})
     return targets
+
+
+def check_targets(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where a wrapper around or within `model` would go on with modules that are to be replaced."""
+    check_wrappers(model, modules)
+    compiled = {id(inside(wrapper)) for wrapper in wrappers(model) if is_compiled(wrapper)}
+    for path, module in modules.items():
+        if id(module) in compiled:
+            raise ValueError(
+                f"{path} is a compiled module, whose compiled code would go on calling the plain one: expected a plain "
+                "module (compile it, or what it is a part of, when it is adapted)"
+            )
 
 
 def check_wrappers(model: nn.Module, modules: Mapping[str, nn.Module], done: str = "adapted") -> None:
@@ -171,7 +205,16 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, CompLoRALayer]:
-    """The adapted modules of `model` by their paths, those of the plain model (see `wrappers`).
+    """The modules of `model` that the active adapter adapts, by their paths in the plain model (see `wrappers`).
+
+    Raises:
+        ValueError: there is none.
+    """
+    return {path: layer for path, layer in all_layers(model).items() if layer.weights}
+
+
+def all_layers(model: nn.Module) -> dict[str, CompLoRALayer]:
+    """The modules of `model` that any of its adapters adapts, by their paths in the plain model.
 
     Raises:
         ValueError: there is none.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -83,6 +84,13 @@ def _pattern(modules: list[str], value_of: Callable[[str], Any], default: Any) -
     values = {module: value_of(module) for module in modules}
     others = sorted({value for value in values.values() if value != default})
     return {module_pattern(module for module in modules if values[module] == value): value for value in others}
+
+
+def most_frequent(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value; and, where there are others, all by name, a name before those that it may end in."""
+    (value, count), *_ = Counter(values.values()).most_common(1)
+    names = sorted(values, key=len, reverse=True) if count < len(values) else []
+    return value, {name: values[name] for name in names}
 
 
 def module_pattern(modules: Iterable[str]) -> str:

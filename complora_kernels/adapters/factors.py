@@ -34,6 +34,7 @@ from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.protected import PROJECTED_SIDES, mark_folded
+from complora_kernels.modules.several import DEFAULT
 
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side
@@ -117,13 +118,13 @@ def warn_of_trained(model: nn.Module) -> None:
         )
 
 
-def file_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `modules_to_save` of an adapted model under the names of the weights file.
+def file_tensors(model: nn.Module, config: CompLoRAConfig) -> dict[str, Tensor]:
+    """The tensors of `modules_to_save` of an adapter of this configuration under the names of the weights file.
 
     Raises:
         ValueError: one holds NaN or infinite values.
     """
-    tensors = trained_tensors(model)
+    tensors = trained_tensors(model) if config.modules_to_save else {}
     check_finite(tensors)
     return {peft_name(name): whole(tensor) for name, tensor in tensors.items()}
 
@@ -198,6 +199,7 @@ def fill_adapter(
     whole: dict[str, Tensor] | None = None,
     *,
     raw: bool = False,
+    adapter_name: str = DEFAULT,
     progress: bool = False,
 ) -> None:
     """Adapts `model` where it is plain, and sets factors that `check_factors` has accepted, and `bases` where given.
@@ -211,7 +213,7 @@ def fill_adapter(
     if is_adapted(model):
         layers = adapted_layers(model)
     else:
-        replacements = build_layers(model, config, factors)
+        replacements = build_layers(model, config, factors, adapter_name=adapter_name)
         if raw:
             compute_bases(replacements, progress=progress)
             check_room(replacements)

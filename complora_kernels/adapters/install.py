@@ -41,21 +41,28 @@ def install(model: nn.Module, replacements: Sequence[Replacement], changes: Chan
     """
     model = unwrap(model)
     layers = {module: layer for _, module, layer in replacements}
-    for mask in _square_masks(model):
-        recognise_causal_mask(mask)
     with joined(changes) as pending:
-        for parent in model.modules():
-            for name, child in parent._modules.items():  # named_children() would leave out a module's second name
-                if child in layers:
-                    pending.draft(parent._modules)[name] = layers[child]
+        exchange_modules(model, replacements, pending)
         pending.add_hook(model, lambda module: module.register_load_state_dict_pre_hook(check_before_load))
         whole = whole_modules(model, replacements[0].layer.config.modules_to_save, layers)
         trained = {id(tensor) for tensor in whole_tensors(whole).values() if tensor.is_floating_point()}
         for parameter in model.parameters():
             if parameter.requires_grad != (id(parameter) in trained):
                 pending.set_attribute(parameter, "requires_grad", not parameter.requires_grad)
-        for module, added in _extensions(model, layers).items():
-            extend(module, added, pending)
+
+
+def exchange_modules(model: nn.Module, replacements: Sequence[Replacement], changes: Changes) -> None:
+    """Puts layers in the place of modules of `model`, plain or adapted, and extends towers and blocks around them."""
+    layers = {module: layer for _, module, layer in replacements}
+    for mask in _square_masks(model):
+        recognise_causal_mask(mask)
+    for parent in model.modules():
+        for name, child in parent._modules.items():  # named_children() would leave out a module's second name
+            if child in layers:
+                changes.draft(parent._modules)[name] = layers[child]
+    adapted = {module for module in model.modules() if isinstance(module, CompLoRALayer)}
+    for module, added in _extensions(model, layers.keys() | adapted).items():
+        extend(module, added, changes)
 
 
 def truncate_texts(model: nn.Module, changes: Changes | None = None) -> None:

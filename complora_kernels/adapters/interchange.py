@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model, find_targets, is_adapted
+from complora_kernels.adapters.build import adapted_model, find_targets, is_adapted
 from complora_kernels.adapters.configuration import module_pattern, peft_fields
 from complora_kernels.adapters.factors import (
     PROJECTIONS,
@@ -29,6 +31,7 @@ from complora_kernels.adapters.factors import (
 )
 from complora_kernels.adapters.files import require_file, write_files
 from complora_kernels.adapters.replacement import replaced_adapter
+from complora_kernels.adapters.several import in_folders
 from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.sharded import has_shards
@@ -59,7 +62,13 @@ class CLIPLoRAFile(TypedDict):
     metadata: CLIPLoRAMetadata
 
 
-def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library: Exported | None = None) -> None:
+def export_peft(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    library: Exported | None = None,
+    adapter_names: Iterable[str] | None = None,
+) -> None:
     """Writes the adapter as `peft.PeftModel.from_pretrained(plain_model, directory)` reads it, with the same outputs.
 
     PEFT has one adapter for the whole of an `nn.MultiheadAttention` or of a packed linear layer. With n of q, k, v
@@ -78,6 +87,9 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
             `integrations.names`), for its names and an `nn.Linear` for each weight. `import_peft` reads both into
             either model.
 
+        adapter_names: the adapters to export, each to its place as with `save_adapter`; None exports what is active,
+            which may be a weighted sum.
+
     Raises:
         OSError: `directory` cannot be written to.
         ValueError: PEFT cannot compute this adapter: `o` of an `nn.MultiheadAttention`, whose update it adds twice, or
@@ -91,7 +103,19 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
             "model is sharded, expected a whole one: save_adapter gathers it, and load_adapter gives a whole model, "
             "which can be exported"
         )
-    layers = adapted_layers(part)
+    exported = in_folders(part, directory, adapter_names)
+    contents = {folder: _content(part, layers, library) for folder, layers in exported.items()}
+    with contextlib.ExitStack() as folders:
+        staged = [(folders.enter_context(replaced_adapter(folder)), content) for folder, content in contents.items()]
+        warn_of_trained(model)
+        for staging, content in staged:
+            write_files(staging, *content)
+
+
+def _content(
+    part: nn.Module, layers: dict[str, CompLoRALayer], library: Exported | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors that are exported of an adapter in these layers."""
     config, weights, names = common_config(layers), adapted_weights(layers), {}
     packed: dict[str, CompLoRALayer] = {}
     if library is not None:
@@ -113,18 +137,16 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, library:
         own = [layer.weight_name(name) for name in layer.weights]
         if any((config.rank_of(name), config.alpha_of(name)) != (config.r, config.lora_alpha) for name in own):
             raise ValueError(f"{path} cannot be exported: rank_pattern or alpha_pattern names it, expected r and alpha")
-    with replaced_adapter(directory) as staging:
-        factors = {names.get(weight, weight): pair for weight, pair in file_factors(weights).items()}
-        for path, layer in packed.items():
-            parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
-            factors[path] = _stacked(layer, parts)
-        fields = _fields_of_packed(config, packed, list(factors))
-        for path, layer in packed.items():
-            if isinstance(layer, CompLoRAMultiheadAttention):
-                A, B = factors[path]  # [n·r, d], [3d, n·r]
-                factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
-        warn_of_trained(model)
-        write_files(staging, fields, factor_tensors(factors) | file_tensors(part))
+    factors = {names.get(weight, weight): pair for weight, pair in file_factors(weights).items()}
+    for path, layer in packed.items():
+        parts = {name: factors.pop(f"{path}.{PROJECTIONS[name]}") for name in layer.weights}
+        factors[path] = _stacked(layer, parts)
+    fields = _fields_of_packed(config, packed, list(factors))
+    for path, layer in packed.items():
+        if isinstance(layer, CompLoRAMultiheadAttention):
+            A, B = factors[path]  # [n·r, d], [3d, n·r]
+            factors[f"{path}.base_layer.out_proj"] = (torch.zeros_like(A), torch.zeros_like(B[: B.shape[0] // 3]))
+    return fields, factor_tensors(factors) | file_tensors(part, config)
 
 
 def _renamed(config: CompLoRAConfig, names: dict[str, str]) -> CompLoRAConfig:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model, trained_tensors
+from complora_kernels.adapters.build import adapted_layers, adapted_model, all_layers, trained_tensors
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.memory import sharing_memory
 from complora_kernels.common.sharded import reshard, whole
@@ -20,22 +20,40 @@ from complora_kernels.modules.protected import PROJECTED_SIDES
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The factors A and B of every adapted weight, and the parameters of `modules_to_save`, to hand to an optimizer.
 
+    Of several adapters they are those of the active one: after `set_adapter` an optimizer has to be made anew.
+
     Raises:
-        ValueError: `model` has no adapter.
+        ValueError: `model` has no adapter, or a weighted sum of several is active.
     """
     return iter([parameter for _, parameter in named_adapter_parameters(model)])
 
 
 def named_adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What the adapter trains, by names in the plain model such as `visual.transformer.resblocks.0.attn.lora_A.q`."""
+    """What the active adapter trains, by names in the plain model such as `visual...resblocks.0.attn.lora_A.q`.
+
+    Raises:
+        ValueError: `model` has no adapter, or a weighted sum of several is active.
+    """
+    layers = adapted_layers(model)
+    require_single(layers, "it cannot be trained")
     factors = [
         (f"{path}.{name}" if path else name, parameter)
-        for path, layer in adapted_layers(model).items()
+        for path, layer in layers.items()
         for name, parameter in layer.named_parameters()
         if name.startswith(("lora_A", "lora_B"))
     ]
     whole = trained_tensors(model).items()
     return factors + [(name, tensor) for name, tensor in whole if isinstance(tensor, nn.Parameter)]
+
+
+def require_single(layers: dict[str, CompLoRALayer], reason: str) -> None:
+    """Raises ValueError where a weighted sum of adapters is active."""
+    layer = next(iter(layers.values()))
+    if layer.combined:
+        raise ValueError(
+            f"the active adapters are the sum of {layer.active_adapters}, expected one: {reason}. "
+            f"set_adapter(model, {next(iter(layer.active_adapters))!r}) goes on with that one"
+        )
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -51,7 +69,7 @@ def check_gradients(model: nn.Module) -> None:
     It finds an adapter that is silently ignored because the model reads its weight without calling its module. A
     gradient that is zero counts as one: A's is zero in the first step, because B still is.
     """
-    _require_state(adapted_layers(model), merged=False)
+    require_unmerged(adapted_layers(model))
     missing = [name for name, parameter in named_adapter_parameters(model) if parameter.grad is None]
     if missing:
         raise RuntimeError(
@@ -109,8 +127,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         ValueError: `model` has no adapter.
         RuntimeError: an adapter is merged into its weights; unmerge it first.
     """
-    layers = adapted_layers(model)
-    _require_state(layers, merged=False)
+    layers = all_layers(model)
+    require_unmerged(layers)
     with switched_off(layers.values()):
         yield
 
@@ -133,7 +151,7 @@ def merge_adapter(model: nn.Module) -> None:
         RuntimeError: merged already.
     """
     layers = adapted_layers(model)
-    _require_state(layers, merged=False)
+    require_unmerged(layers)
     changes = Changes()
     merge_layers(model, layers, changes)
     changes.make()
@@ -183,7 +201,8 @@ def raw_adapter_state(model: nn.Module) -> dict[str, Tensor]:
     state |= {name: tensor.detach() for name, tensor in trained_tensors(part).items()}
     for path, layer in adapted_layers(part).items():
         layer.compute_bases()
-        state |= {name: basis for name, basis in layer.named_buffers(prefix=path) if "_basis" in name[len(path) :]}
+        own = layer.named_buffers(path, recurse=False)
+        state |= {name: basis for name, basis in own if "_basis" in name[len(path) :]}
     return state
 
 
@@ -265,6 +284,11 @@ def _require_untied(model: nn.Module, layers: dict[str, CompLoRALayer]) -> None:
             f"{', '.join(tied)}: tied to a parameter of another module or to a buffer, whose memory it shares; "
             "expected weights of their own"
         )
+
+
+def require_unmerged(layers: dict[str, CompLoRALayer]) -> None:
+    """Raises RuntimeError where an adapter is merged into its weight."""
+    _require_state(layers, merged=False)
 
 
 def _require_state(layers: dict[str, CompLoRALayer], *, merged: bool) -> None:

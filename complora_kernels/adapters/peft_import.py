@@ -6,21 +6,22 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections import Counter
 from typing import Any, TypeVar
 
 from torch import nn
 
 from complora_kernels.adapters.build import check_wrappers, find_targets, is_adapted
-from complora_kernels.adapters.configuration import module_pattern
+from complora_kernels.adapters.configuration import module_pattern, most_frequent
 from complora_kernels.adapters.factors import check_factors, fill_adapter, weights_to_fill
 from complora_kernels.adapters.manage import subspace_report
 from complora_kernels.adapters.peft_folder import PeftFolder, read_peft
+from complora_kernels.adapters.several import add_from, refuse_modules_to_save
 from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common.files import reading
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import TARGETS, TOWERS, CompLoRAConfig
 from complora_kernels.integrations import Target
+from complora_kernels.modules.several import DEFAULT
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +33,7 @@ def import_peft(
     directory: str | os.PathLike[str],
     *,
     projected: CompLoRAConfig | None = None,
+    adapter_name: str | None = None,
     progress: bool = True,
 ) -> Model:
     """Adapts a plain model with the LoRA that PEFT's `save_pretrained`, or `export_peft`, wrote to `directory`.
@@ -50,11 +52,13 @@ def import_peft(
     taken.
 
     Args:
-        model: without an adapter; in wrappers or not, as for `apply_complora`.
+        model: in wrappers or not, as for `apply_complora`. One with an adapter gets a further one, under a new name,
+            as by `add_adapter`: it is not activated.
         directory: a folder with `adapter_config.json` and `adapter_model.safetensors`. PEFT writes an adapter that is
             not called "default" into a folder of its name.
         projected: the sides and the subspace; its other fields are not looked at, the file has them. None gives plain
             LoRA, `sides="none"`.
+        adapter_name: the name of the adapter; None is "default", in a plain model.
         progress: as `apply_complora`.
 
     Returns:
@@ -63,13 +67,31 @@ def import_peft(
     Raises:
         FileNotFoundError: one of the two files is missing.
         OSError: a file cannot be read.
-        ValueError: the model has an adapter; a file is damaged, contradicts itself or does not fit the model, or holds
-            NaN or infinite values; or the adapter is more than LoRA on linear layers and attention: another method,
-            DoRA or another variant, biases, replicated layers, embeddings, convolutions. The message names the file
-            and what is wrong. The model is then as it was.
+        ValueError: the model has an adapter, and no new name is given; a file is damaged, contradicts itself or does
+            not fit the model, or holds NaN or infinite values; or the adapter is more than LoRA on linear layers and
+            attention: another method, DoRA or another variant, biases, replicated layers, embeddings, convolutions. The
+            message names the file and what is wrong. The model is then as it was.
     """
-    if is_adapted(model):
-        raise ValueError("model has an adapter already, expected a plain model")
+    if not is_adapted(model):
+        _import(model, directory, projected, adapter_name or DEFAULT, further=False, progress=progress)
+    elif adapter_name is None:
+        raise ValueError("model has an adapter already, expected a plain model, or adapter_name for a further adapter")
+    else:
+        further = {"further": True, "progress": progress}
+        add_from(model, adapter_name, lambda view: _import(view, directory, projected, DEFAULT, **further))
+    return model
+
+
+def _import(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    projected: CompLoRAConfig | None,
+    adapter_name: str,
+    *,
+    further: bool,
+    progress: bool,
+) -> None:
+    """`import_peft` into a plain model, or of a further adapter into a plain view."""
     plain = CompLoRAConfig(sides="none") if projected is None else projected
     if plain.protects_activations:
         raise ValueError("projected.subspace_source='activations', expected a source that needs no calibration batches")
@@ -79,11 +101,21 @@ def import_peft(
         modules = dict(named_modules(part))
         check_wrappers(model, {update.path: modules[update.path] for update in folder.updates})
         config = _config(model, folder, plain)
+        if further:
+            refuse_modules_to_save(config)
         weights = weights_to_fill(model, config, {update.weight for update in folder.updates})
         factors = {update.weight: (update.A, update.B) for update in folder.updates}
         check_factors(factors, weights, config)
         check_whole_tensors(folder.whole, whole_tensors(whole_modules(part, config.modules_to_save, ())))
-        fill_adapter(part, config, factors, whole=folder.whole, raw=projected is not None, progress=progress)
+        fill_adapter(
+            part,
+            config,
+            factors,
+            whole=folder.whole,
+            raw=projected is not None,
+            adapter_name=adapter_name,
+            progress=progress,
+        )
     if projected is not None:
         removed = [row.removed for row in subspace_report(model)]
         logger.info(
@@ -91,7 +123,6 @@ def import_peft(
             100 * min(removed),
             100 * max(removed),
         )
-    return model
 
 
 def _config(model: nn.Module, folder: PeftFolder, projected: CompLoRAConfig) -> CompLoRAConfig:
@@ -102,8 +133,8 @@ def _config(model: nn.Module, folder: PeftFolder, projected: CompLoRAConfig) -> 
     """
     if not folder.updates:
         raise ValueError("there is no update in the files, expected LoRA factors of at least one weight")
-    r, rank_pattern = _most({update.weight: update.r for update in folder.updates})
-    lora_alpha, alpha_pattern = _most({update.weight: update.lora_alpha for update in folder.updates})
+    r, rank_pattern = most_frequent({update.weight: update.r for update in folder.updates})
+    lora_alpha, alpha_pattern = most_frequent({update.weight: update.lora_alpha for update in folder.updates})
     return dataclasses.replace(
         projected,
         r=r,
@@ -116,13 +147,6 @@ def _config(model: nn.Module, folder: PeftFolder, projected: CompLoRAConfig) -> 
         exclude_modules=None,
         **_selection(model, {(update.path, update.name) for update in folder.updates}),
     )
-
-
-def _most(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value; and, where there are others, all by name, a name before those that it may end in."""
-    (value, count), *_ = Counter(values.values()).most_common(1)
-    names = sorted(values, key=len, reverse=True) if count < len(values) else []
-    return value, {name: values[name] for name in names}
 
 
 def _selection(model: nn.Module, weights: set[tuple[str, str]]) -> dict[str, Any]:

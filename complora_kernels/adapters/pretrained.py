@@ -15,7 +15,7 @@ class SavesAdapter(Extension):
     """A model with a `save_pretrained` of its own, which saves the adapter too, in the folder `complora` within."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Saves the model as before, and its adapter beside it.
+        """Saves the model as before, and its adapter beside it; of several adapters all, where PEFT writes them.
 
         `from_pretrained(save_directory)` gives the plain model, and says that it leaves the adapter's parameters out;
         `load_adapter(model, save_directory + "/complora")` adapts it.
@@ -23,9 +23,12 @@ class SavesAdapter(Extension):
         Raises:
             ValueError: as `save_adapter`, before anything is saved; of a part of the model that was adapted too.
         """
-        from complora_kernels.adapters.save_load import save_adapter  # it imports what this file is a part of
+        # They import what this file is a part of.
+        from complora_kernels.adapters.save_load import save_adapter
+        from complora_kernels.adapters.several import adapter_names
 
         if kwargs.get("is_main_process", True):
-            save_adapter(self, Path(save_directory) / FOLDER)
+            names = adapter_names(self)
+            save_adapter(self, Path(save_directory) / FOLDER, adapter_names=names if len(names) > 1 else None)
         plain: Any = super()
         return plain.save_pretrained(save_directory, *args, **kwargs)

@@ -9,6 +9,7 @@ are saved in a third file, which this package alone reads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
@@ -38,7 +39,9 @@ from complora_kernels.adapters.factors import (
     weights_to_fill,
 )
 from complora_kernels.adapters.files import WEIGHTS_FILE, read_adapter, read_bases, write_adapter
+from complora_kernels.adapters.manage import require_single
 from complora_kernels.adapters.replacement import replaced_adapter
+from complora_kernels.adapters.several import active_adapters, add_from, in_folders, refuse_modules_to_save
 from complora_kernels.adapters.whole_modules import check_whole_tensors, whole_modules, whole_tensors
 from complora_kernels.common import base_weights
 from complora_kernels.common.files import reading
@@ -46,13 +49,21 @@ from complora_kernels.common.sharded import has_shards, is_first_process
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import activations
+from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.protected import PROJECTED_SIDES
+from complora_kernels.modules.several import DEFAULT
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter_names: Iterable[str] | None = None
+) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into `directory`, which is made if needed.
+
+    Of several adapters it saves the active one. With `adapter_names` it saves these, where PEFT writes them: the one
+    called "default" into `directory` itself, each other one into the folder of its name within. All are written before
+    the first is moved into place.
 
     The factors are saved folded, in their own dtype (float32), as PEFT's `base_model.model.<path>.lora_A.weight`; in
     attention the path ends in q_proj, k_proj, v_proj or out_proj, whatever the library. Stock PEFT reads the adapter
@@ -78,30 +89,39 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         OSError: `directory` cannot be written to; or the new adapter is in place, as the message then says, but the
             system did not confirm that it is on the disk.
         ValueError: `model` has no adapter, is a part of an adapted model or holds several, its layers differ in
-            configuration, or a factor holds NaN or infinity or is not whole (FullyShardedDataParallel).
+            configuration, or a factor holds NaN or infinity or is not whole (FullyShardedDataParallel); or the active
+            adapter is a weighted sum, or a name is unknown.
 
     Warns:
         UserWarning: other parameters are trained too, and are not in the files.
     """
     part = adapted_model(model)
+    saved = in_folders(part, directory, adapter_names)
+    if adapter_names is None:
+        require_single(adapted_layers(part), "it cannot be saved as one adapter: adapter_names saves each")
     if not has_shards(part):
-        with replaced_adapter(directory) as staging:
-            content = _content(part)
+        with contextlib.ExitStack() as folders:
+            staged = {folders.enter_context(replaced_adapter(path)): layers for path, layers in saved.items()}
+            contents = [(staging, _content(part, layers)) for staging, layers in staged.items()]
             warn_of_trained(model)
-            write_adapter(staging, *content)
+            for staging, content in contents:
+                write_adapter(staging, *content)
         return
-    content = _content(part)  # all processes gather it together, whatever the first one finds at the directory
+    contents = {path: _content(part, layers) for path, layers in saved.items()}
+    # All processes gather them together, whatever the first one finds at the directory.
     warn_of_trained(model)
     if is_first_process():
-        with replaced_adapter(directory) as staging:
-            write_adapter(staging, *content)
+        for path, content in contents.items():
+            with replaced_adapter(path) as staging:
+                write_adapter(staging, *content)
 
 
-def _content(part: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """The configuration, the tensors and the bases that are saved of an adapted model."""
-    layers = adapted_layers(part)
+def _content(
+    part: nn.Module, layers: dict[str, CompLoRALayer]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """The configuration, the tensors and the bases that are saved of an adapter in these layers."""
     config, weights = common_config(layers), adapted_weights(layers)
-    factors, trained = file_factors(weights), file_tensors(part)
+    factors, trained = file_factors(weights), file_tensors(part, config)
     bases = {} if config.source.recomputable else own_bases(weights)
     described = _adapter_config(config, weights, activations(part), bases)
     if trained:
@@ -111,8 +131,12 @@ def _content(part: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     return described, factor_tensors(factors) | trained, matrices
 
 
-def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: bool = True) -> Model:
+def load_adapter(
+    model: Model, directory: str | os.PathLike[str], *, adapter_name: str | None = None, progress: bool = True
+) -> Model:
     """Loads what `save_adapter` wrote; a plain model is adapted first, with the configuration of the adapter.
+
+    With a new `adapter_name`, an adapted model gets a further adapter, as by `add_adapter`: it is not activated.
 
     The model then computes exactly the saved update, also when its weights are a half-precision copy of those that the
     adapter was trained on: bases computed from rounded weights are turned until they leave the factors as they are. The
@@ -131,7 +155,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
     Args:
         model: plain, or adapted with the same configuration and not merged; or a wrapper around it (see
             `save_adapter`), or a container that holds it as the only part with modules of the saved names.
-        directory: written by `save_adapter`.
+        directory: written by `save_adapter`; that of an adapter which is not called "default" is a folder within.
+        adapter_name: a name for the adapter; None is "default" in a plain model, else the active adapter.
         progress: show a progress bar while the base weights are compared with those that the adapter was trained on.
 
     Returns:
@@ -142,15 +167,30 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         OSError: a file cannot be read.
         ValueError: a file is truncated or was changed, or contradicts itself; the adapter is for another configuration,
             rank, set of layers or model, or was trained on other base weights; it holds NaN or infinite values; the
-            subspaces that it declares leave no room for the rank of its update; or, of a plain model, as
-            `apply_complora`.
+            subspaces that it declares leave no room for the rank of its update; a weighted sum of adapters is active;
+            or, of a plain model, as `apply_complora`, with a new `adapter_name` as `add_adapter`.
         RuntimeError: the adapter in the model is merged.
     """
+    if adapter_name is not None and is_adapted(model) and active_adapters(model) != {adapter_name: 1.0}:
+        add_from(model, adapter_name, lambda view: _load(view, directory, DEFAULT, further=True, progress=progress))
+    else:
+        _load(model, directory, adapter_name or DEFAULT, further=False, progress=progress)
+    return model
+
+
+def _load(
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str, *, further: bool, progress: bool
+) -> None:
+    """`load_adapter` of the only adapter of a model, or of a further one into a plain view."""
     saved, tensors = read_adapter(directory)
     with reading(directory, "an adapter of this model", errors=ValueError):
         config = CompLoRAConfig.from_dict(saved["complora"]["config"])
+        if further:
+            refuse_modules_to_save(config)
         paths = saved["complora"]["base_weights"].keys()
         part = adapted_model(model) if is_adapted(model) else _plain_model(model, paths)
+        if is_adapted(part):
+            require_single(adapted_layers(part), "nothing can be loaded into it")
         weights = weights_to_fill(part, config, paths)
         own = whole_tensors(whole_modules(part, config.modules_to_save, ()))
         factors, whole = _sorted(tensors, weights, own)
@@ -159,8 +199,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], *, progress: b
         _check_base_weights(saved["complora"]["base_weights"], weights, progress=progress)
         _check_activations(saved["complora"]["activations"], activations(part))
         bases = None if config.source.recomputable else _saved_bases(directory, saved, weights)
-        fill_adapter(part, config, factors, bases, whole)
-    return model
+        fill_adapter(part, config, factors, bases, whole, adapter_name=adapter_name)
 
 
 def _adapter_config(

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers
+from complora_kernels.adapters.build import adapted_layers, adapted_model, all_layers, check_wrappers
 from complora_kernels.adapters.manage import merge_layers
 from complora_kernels.common.changes import Changes
 from complora_kernels.common.wrappers import named_modules
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def unload(model: Model) -> Model:
-    """Makes an adapted model a plain one again, without the update; a merged one gets its original weights back.
+    """Makes an adapted model a plain one again, without any update; a merged one gets its original weights back.
 
     Every module has its own class, keys and hooks again and computes what it did before `apply_complora`; modules,
     parameters and training modes are those that the model has now. Factors and bases are dropped: save them first.
@@ -37,17 +37,16 @@ def unload(model: Model) -> Model:
             (DistributedDataParallel, FullyShardedDataParallel) has listed its parameters; or the class of a module was
             changed since, as `fully_shard` does.
     """
-    layers = adapted_layers(model)
     changes = Changes()
-    for layer in layers.values():
+    for layer in adapted_layers(model).values():
         if layer.merged:
             layer.unmerge(changes)
-    _unload(model, layers, changes)
+    _unload(model, changes)
     return model
 
 
 def merge_and_unload(model: Model, *, safe_merge: bool = True) -> Model:
-    """Adds every update to its weight, `W + ΔW` rounded once to W's dtype, and makes the model a plain one.
+    """Adds every update of the active adapter to its weight, `W + ΔW` rounded once, and makes the model a plain one.
 
     The originals are dropped. A model that is merged already keeps the weights that it has. Everything else is as with
     `unload`, and of the weights as with `merge_adapter`.
@@ -67,13 +66,13 @@ def merge_and_unload(model: Model, *, safe_merge: bool = True) -> Model:
     changes = Changes()
     unmerged = {path: layer for path, layer in layers.items() if not layer.merged}
     merge_layers(model, unmerged, changes, safe_merge=safe_merge)
-    _unload(model, layers, changes)
+    _unload(model, changes)
     return model
 
 
-def _unload(model: nn.Module, layers: dict[str, CompLoRALayer], changes: Changes) -> None:
+def _unload(model: nn.Module, changes: Changes) -> None:
     """Makes the changes, and with them every module a plain one."""
-    check_wrappers(model, layers, "unloaded")
+    check_wrappers(model, all_layers(model), "unloaded")
     part = adapted_model(model)
     hooks = changes.draft(part._load_state_dict_pre_hooks)
     for handle in [handle for handle, hook in hooks.items() if getattr(hook, "hook", None) is check_before_load]:

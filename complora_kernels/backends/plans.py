@@ -147,7 +147,8 @@ def choose(problem: Problem, precision: str = "exact") -> Plan:
 
 def choose_for(x: Tensor, linear: AdaptedLinear, backend: str) -> Plan:
     """The plan of a backend for the product of x [M, in] and a record with adapters."""
-    As, weight, dropout = linear.As, linear.weight, linear.dropout_p > 0
+    As, weight = linear.As, linear.weight
+    dropout = linear.dropout_p > 0 or linear.columns is not None  # a masked h is in no weight either
     rank = max([A.shape[0] for A in As])
     asked = problem(x, weight, backend=backend, rank=rank, adapters=len(As), dtype=x.dtype, dropout=dropout)
     return choose(asked, linear.precision)

@@ -141,6 +141,8 @@ class TorchBackend:
             h = x @ _stack(As).mT  # [M, R]
         elif h is None:
             h = x.new_empty(0, linear.rank)
+        if linear.columns is not None:
+            h = h.where(linear.columns, 0.0)
         if plan == "merge":
             y = F.linear(x, _merged(linear, x.dtype), bias)  # x (W + ΔW)^T + b
         elif plan == "concat":

@@ -97,6 +97,8 @@ class TritonBackend:
             return reason
         if (reason := unsupported_ranks(linear)) is not None:
             return reason
+        if linear.columns is not None and is_dispatched(x):
+            return "columns of h are left out, the registered operations compute all"
         try:
             groups_of(linear)
         except ValueError as error:
@@ -198,7 +200,8 @@ class TritonBackend:
         reader: AdaptedLinear,
     ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
         k, adapted = kernels(), len(reader.rows) > 0
-        inside = reader if adapted and dtype.itemsize == 2 else None  # float32 rows and Ã do not fit beside each other
+        # float32 rows and Ã do not fit beside each other
+        inside = reader if adapted and dtype.itemsize == 2 and reader.columns is None else None
         stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside)
         if adapted and inside is None:
             h = k.linear.packed_lora_linear_h(normed, reader)
@@ -219,7 +222,8 @@ class TritonBackend:
         reader: AdaptedLinear,
     ) -> tuple[Tensor, Tensor | None]:
         k, adapters = kernels(), len(reader.rows)
-        inside = reader if adapters == 1 or (adapters and not reader.seeds) else None  # the kernel draws one mask
+        one_mask = adapters == 1 or (adapters > 0 and not reader.seeds)  # the kernel draws one
+        inside = reader if one_mask and reader.columns is None else None
         a, h = k.activation.activation_fwd(z, activation, inside)
         if adapters and inside is None:
             h = k.linear.packed_lora_linear_h(a, reader)
@@ -309,7 +313,8 @@ def _factor_grad(source: Source, g: Tensor, linear: AdaptedLinear) -> Tensor:  #
 
 def _plan(x: Tensor, linear: AdaptedLinear) -> plans.Plan:
     plan = plans.choose_for(x, linear, "triton")
-    if plan.h == "inside" and not kernels().linear.fits_inside(len(linear.As[0]), x.dtype, linear.dropout_p):
+    fits = linear.columns is None and kernels().linear.fits_inside(len(linear.As[0]), x.dtype, linear.dropout_p)
+    if plan.h == "inside" and not fits:
         return plan._replace(h="given")
     return plan
 

@@ -96,6 +96,7 @@ def packed_lora_linear_h_kernel(
     A_ptr,  # [P, R, K]
     h_ptr,  # [M, P * R]
     copy_ptr,  # [M, K], where x is copied to beside h
+    columns_ptr,  # [M, P * R]
     seed_ptr,  # [1]
     M,
     K,
@@ -108,6 +109,7 @@ def packed_lora_linear_h_kernel(
     ADAPTERS: tl.constexpr,
     BITS: tl.constexpr,
     COPY_X: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -142,7 +144,11 @@ def packed_lora_linear_h_kernel(
         h = tl.dot(x, A, h, input_precision=PRECISION)  # h = (mask ∘ x) Ã^T
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         A_ptrs += BLOCK_K
-    h_ptrs = h_ptr + rows[:, None] * stride_hm + (adapter * RANK + r)[None, :]
+    pr = (adapter * RANK + r)[None, :]
+    if HAS_COLUMNS:
+        kept = tl.load(columns_ptr + rows[:, None] * (ADAPTERS * RANK) + pr, mask=row_mask & rank_mask, other=0)
+        h = tl.where(kept != 0, h, 0.0)
+    h_ptrs = h_ptr + rows[:, None] * stride_hm + pr
     tl.store(h_ptrs, (h * keep_scale).to(h_ptr.dtype.element_ty), mask=row_mask & rank_mask)
 
 
@@ -368,11 +374,11 @@ def packed_lora_linear_dx_kernel(
 
 def packed_lora_linear_h(
     x: Tensor,  # [M, K]
-    linear: AdaptedLinear,  # its As and dropout are read
+    linear: AdaptedLinear,  # its As, dropout and columns are read
     *,
     beside_x: bool = False,
 ) -> Tensor:  # [M, P r], or [M, K + P r] = [x | h] beside x
-    """`h_p = drop_p(x) Ã_p^T` in one pass over x, which it can copy beside h on the way."""
+    """`h_p = drop_p(x) Ã_p^T`, 0 outside the columns of each row, in one pass over x, which it can copy beside h."""
     A, seed = launch.stacked(linear.As), linear.seed  # [P, r, K]
     (M, K), (P, R, _) = x.shape, A.shape
     dropout = dropout_lanes(linear.dropout_p)
@@ -383,6 +389,7 @@ def packed_lora_linear_h(
     if beside_x:
         result = result[:, :width]  # rows start on 16 bytes, as cuBLAS wants them
     h = result[:, K:] if beside_x else result
+    columns = None if linear.columns is None else linear.columns.contiguous().view(torch.uint8)
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[x.dtype])
     block_m, block_k = (32, 32) if launch.INTERPRETED or x.dtype == torch.float32 else (64, 64)
     if M > 0:
@@ -392,6 +399,7 @@ def packed_lora_linear_h(
                 A,
                 h,
                 result,
+                x if columns is None else columns,
                 x if seed is None else seed,
                 M,
                 K,
@@ -403,6 +411,7 @@ def packed_lora_linear_h(
                 ADAPTERS=P,
                 BITS=dropout.bits,
                 COPY_X=beside_x,
+                HAS_COLUMNS=columns is not None,
                 UPCAST=launch.upcast(x.dtype),
                 PRECISION=launch.input_precision(x.dtype),
                 EVEN_K=K % block_k == 0,
@@ -431,6 +440,8 @@ def packed_lora_linear_fwd(
     compute_h = h is None
     if compute_h and R > MAX_INSIDE_R:
         raise ValueError(f"h=None with rank {R}, expected h above rank {MAX_INSIDE_R}")
+    if compute_h and linear.columns is not None:
+        raise ValueError("h=None with columns, expected h, which packed_lora_linear_h computes")
     dropout = dropout_lanes(linear.dropout_p) if compute_h else Dropout(0, 0, 1.0)
     cut = _tiles_for((x, weight), tiles, crowded=dropout.bits > 0 or residual is not None)
     residual = None if residual is None else launch.contiguous_rows(residual)

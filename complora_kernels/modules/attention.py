@@ -45,21 +45,22 @@ class CompLoRAAttentionLayer(PackedLayer):
         x: Tensor,  # [..., d]
         names: tuple[str, ...],  # neighbours in in_proj_weight
     ) -> Tensor:  # [..., len(names) · d]
-        d = self.in_proj_weight.shape[1]
+        d, layer = self.in_proj_weight.shape[1], self.running
         first = ATTENTION_TARGETS.index(names[0])
         block = slice(first * d, (first + len(names)) * d)
         bias = None if self.in_proj_bias is None else self.in_proj_bias[block]
-        adapted = tuple(name for name in names if name in self.weights)
-        rows = [(self.weights[name].start - block.start, self.weights[name].stop - block.start) for name in adapted]
-        return self._packed_linear(x, self.in_proj_weight[block], bias, adapted, rows)
+        adapted = tuple(name for name in names if name in layer.weights)
+        rows = [(layer.weights[name].start - block.start, layer.weights[name].stop - block.start) for name in adapted]
+        return layer._packed_linear(x, self.in_proj_weight[block], bias, adapted, rows)
 
     def project_out(
         self,
         x: Tensor,  # [..., d]
     ) -> Tensor:  # [..., d]
-        if "o" not in self.weights:
+        layer = self.running
+        if "o" not in layer.weights:
             return self.out_proj(x)
-        return self._packed_linear(
+        return layer._packed_linear(
             x, self.out_proj.weight, self.out_proj.bias, ("o",), [(0, self.out_proj.out_features)]
         )
 
@@ -149,6 +150,8 @@ class CompLoRAMultiheadAttention(CompLoRAAttentionLayer, nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask=None with is_causal=True, expected a mask: is_causal is a hint about it")
         unbatched = query.dim() == 2
+        if unbatched and self.running is not self:
+            raise ValueError(f"query {tuple(query.shape)}, expected a batch [N, L, d] or [L, N, d] of several adapters")
         q, k, v = self._project_qkv(query, key, value)  # shaped as query, key, value
         q, k, v = (self._heads(projected, unbatched) for projected in (q, k, v))  # [N, heads, L or S, d / heads]
         causal = (

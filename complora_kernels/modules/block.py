@@ -125,7 +125,7 @@ class CompLoRABlock(Extension):
         if rotate is not None:
             q, k = rotate(q, k)
         delta = attention.project_out(_attend(attention, q, k, v, attn_mask, is_causal, one))
-        fc1, fc2 = _linear(parts.fc1, dtype), _scaled(_linear(parts.fc2, dtype), parts.scale)
+        fc1, fc2 = _linear(parts.fc1, stream, dtype), _scaled(_linear(parts.fc2, stream, dtype), parts.scale)
         recompute = self.recompute == "mlp"
         y = norm_lora_mlp(stream, delta, _norm(parts.norm2), fc1, fc2, parts.activation, recompute=recompute)
         # A tower that gave positions takes them from y again: every position of y holds the one that was computed.
@@ -141,7 +141,7 @@ class CompLoRABlock(Extension):
         attention, fc1, fc2 = parts.attention, parts.fc1, parts.fc2
         layers = (*(projection.layer for projection in attention.projections), attention.out, fc1, fc2)
         adapted = [layer for layer in layers if isinstance(layer, CompLoRALayer)]
-        if adapted and not any(layer.active for layer in adapted):
+        if adapted and not any(layer.running.active for layer in adapted):
             return None  # merged or switched off: a plain model
         if not torch.is_grad_enabled():
             return parts
@@ -161,7 +161,7 @@ def _project(
     order = (1, 2, 0, 3) if attention.sequence_first else (0, 2, 1, 3)
     chosen = [(own, [name for name in own.names if name in wanted]) for own in attention.projections]
     chosen = [(projection, names) for projection, names in chosen if names]
-    stream, *products = norm_lora_linear(x, None, norm, *(_product(*each, dtype) for each in chosen))
+    stream, *products = norm_lora_linear(x, None, norm, *(_product(*each, x, dtype) for each in chosen))
     heads: list[Tensor] = []
     for packed, (_, names) in zip(products, chosen, strict=True):
         # Unbound before they are permuted: the gradients of the heads are then packed by one copy.
@@ -207,11 +207,12 @@ def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> AdaptedLinear:
-    """The product of neighbouring rows of a projection."""
+def _product(projection: Projection, names: list[str], x: Tensor, dtype: torch.dtype) -> AdaptedLinear:
+    """The product of neighbouring rows of a projection with x."""
     layer, weight, bias, start = projection.layer, projection.weight, projection.bias, 0
     if isinstance(layer, (CompLoRALinear, AcceleratedLinear)):
-        return _linear(layer, dtype)
+        return _linear(layer, x, dtype)
+    layer = layer.running if isinstance(layer, CompLoRALayer) else layer
     if len(names) < len(projection.names):
         d = len(weight) // len(projection.names)
         start = projection.names.index(names[0]) * d
@@ -219,17 +220,18 @@ def _product(projection: Projection, names: list[str], dtype: torch.dtype) -> Ad
         weight, bias = weight[own], None if bias is None else bias[own]
     adapted = layer.weights if isinstance(layer, CompLoRALayer) else {}
     rows = {name: (adapted[name].start - start, adapted[name].stop - start) for name in names if name in adapted}
-    return _adapted(layer, weight, bias, rows, dtype)
+    return _adapted(layer, weight, bias, rows, x, dtype)
 
 
-def _linear(linear: Any, dtype: torch.dtype) -> AdaptedLinear:
-    """The product of a linear layer: a plain one, an adapted one, or one of PEFT."""
+def _linear(linear: Any, x: Tensor, dtype: torch.dtype) -> AdaptedLinear:
+    """The product of a linear layer, a plain one, an adapted one, or one of PEFT, with rows such as those of x."""
     if isinstance(linear, AcceleratedLinear):
         adapter = single_adapter(linear)
         assert adapter is not None, "the parts of the block say that it has one"
         return product_of(linear, adapter)
     rows = {"": (0, linear.out_features)} if isinstance(linear, CompLoRALinear) else {}
-    return _adapted(linear, linear.weight, linear.bias, rows, dtype)
+    layer = linear.running if rows else linear
+    return _adapted(layer, linear.weight, linear.bias, rows, x, dtype)
 
 
 def _scaled(linear: AdaptedLinear, scale: Tensor | None) -> AdaptedLinear:
@@ -242,12 +244,19 @@ def _scaled(linear: AdaptedLinear, scale: Tensor | None) -> AdaptedLinear:
 
 
 def _adapted(
-    layer: nn.Module, weight: Tensor, bias: Tensor | None, rows: dict[str, tuple[int, int]], dtype: torch.dtype
+    layer: nn.Module,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: dict[str, tuple[int, int]],
+    x: Tensor,
+    dtype: torch.dtype,
 ) -> AdaptedLinear:
     if not isinstance(layer, CompLoRALayer) or not rows or not layer.active:
         return AdaptedLinear(weight, bias)
     dropout_p = layer.config.lora_dropout if layer.training else 0.0
-    return AdaptedLinear(weight, bias, *factors_in_scope(layer, tuple(rows), dtype), list(rows.values()), dropout_p)
+    As, Bs = factors_in_scope(layer, tuple(rows), dtype)
+    columns = layer.columns_of(x, len(rows))
+    return AdaptedLinear(weight, bias, As, Bs, list(rows.values()), dropout_p, columns=columns)
 
 
 def _below(module: nn.Module) -> list[nn.Module]:

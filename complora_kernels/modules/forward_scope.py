@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from complora_kernels import functional
 from complora_kernels.common.sharded import is_sharded
 from complora_kernels.modules.extend import Extension, has_user_hooks
-from complora_kernels.modules.layer import CompLoRALayer, fold
+from complora_kernels.modules.layer import CompLoRALayer, fold_each
 from complora_kernels.modules.masks import known_causal
 
 
@@ -156,25 +156,20 @@ def adapted_below(module: nn.Module) -> list[CompLoRALayer]:
 
 def fold_below(module: nn.Module) -> FoldedLayers:
     """Folds the factors of the active layers of `adapted_below` in one call, unless scalings or dtypes are mixed."""
-    groups: dict[Any, list[tuple[CompLoRALayer, str]]] = {}
-    for layer in adapted_below(module):
+    weights: list[tuple[CompLoRALayer, str, torch.dtype]] = []
+    for layer in (each.running for each in adapted_below(module)):
+        if not layer.active:
+            continue
         name = next(iter(layer.weights))
         frozen = layer.frozen_parameter(name)
-        if layer.active and isinstance(frozen, Tensor):  # torch.fx's tracer puts stand-ins in the place of parameters
-            A, _ = layer.factors(name)
-            if is_sharded(A):
-                continue  # its own block gathers it, and then folds it
+        # torch.fx's tracer puts stand-ins in the place of parameters; of a sharded one, its own block gathers it first.
+        if isinstance(frozen, Tensor) and not is_sharded(layer.factors(name)[0]):
             dtype = functional.compute_dtype(frozen)
-            for name in layer.weights:
-                groups.setdefault((layer.scaling_of(name), dtype, A.dtype, A.device), []).append((layer, name))
+            weights += [(layer, name, dtype) for name in layer.weights]
     layers: FoldedLayers = {}
-    for (scaling, dtype, *_), group in groups.items():
-        inputs = [layer.fold_inputs(name) for layer, name in group]
-        for (layer, name), (A, B, *_), folded_A, scaled_B in zip(
-            group, inputs, *fold(inputs, scaling, dtype), strict=True
-        ):
-            folded = layers.setdefault(layer, FoldedLayer(tuple(layer._buffers.values()), {}))
-            folded.weights[name] = FoldedWeight((A, B), folded_A, scaled_B)
+    for (layer, name, _), ((A, B, *_), folded_A, scaled_B) in zip(weights, fold_each(weights), strict=True):
+        folded = layers.setdefault(layer, FoldedLayer(tuple(layer._buffers.values()), {}))
+        folded.weights[name] = FoldedWeight((A, B), folded_A, scaled_B)
     return layers
 
 

@@ -16,9 +16,13 @@ from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed
 from complora_kernels.config import PROJECTIONS, CompLoRAConfig
-from complora_kernels.modules.protected import MERGED, ProtectedLayer, WeightRows
+from complora_kernels.modules.mixed import stand_in
+from complora_kernels.modules.protected import MERGED, WeightRows
+from complora_kernels.modules.several import DEFAULT, FACTORS, INACTIVE, SeveralAdapters
 
 Layer = TypeVar("Layer", bound="CompLoRALayer")
+
+FactorPairs = dict[str, tuple[nn.Parameter, nn.Parameter]]  # A [r, in] and B [out, r]
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -34,12 +38,12 @@ class FoldInputs(NamedTuple):
     input_kind: str
 
 
-class CompLoRALayer(ProtectedLayer):
+class CompLoRALayer(SeveralAdapters):
     """The adapter part of `CompLoRALinear` and the attention modules; use those.
 
     Attributes:
-        config: the `CompLoRAConfig` that the layer was made with.
-        weights: where each adapted weight lives.
+        config: the `CompLoRAConfig` of the active adapter.
+        weights: where each weight that it adapts lives; none where it adapts others.
         disabled: True: the layer computes its frozen part alone, on every thread; `switched_off` does so on one.
         merged: True between `merge` and `unmerge`.
     """
@@ -53,10 +57,16 @@ class CompLoRALayer(ProtectedLayer):
         """The raw factors `A` [r, in] and `B` [out, r] of one adapted weight."""
         raise NotImplementedError
 
+    @staticmethod
+    def hold_factors(holder: nn.Module, factors: FactorPairs) -> None:
+        """Gives a module factors, by the names of the weights, as the layer holds them."""
+        raise NotImplementedError
+
     def original_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter as it was before merging."""
         parameter, start, stop = self.weights[name]
-        return whole(self.get_buffer(_original_name(parameter)))[start:stop] if self.merged else self.base_weight(name)
+        kept = self.seen_of._buffers.get(_original_name(parameter))  # None: the merged adapter does not adapt this one
+        return self.base_weight(name) if kept is None else whole(kept)[start:stop]
 
     def fold_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
@@ -173,8 +183,8 @@ class CompLoRALayer(ProtectedLayer):
             for name in pending.draft(self._buffers).keys() & own_buffers:
                 pending.remove_buffer(self, name)
             for table in (self._parameters, self._modules):
-                for name in ("lora_A", "lora_B"):
-                    pending.draft(table).pop(name, None)
+                for name in [name for name in table if name in FACTORS or name.startswith(INACTIVE)]:
+                    del pending.draft(table)[name]
             attributes = pending.draft(vars(self))
             for name in self._added:
                 del attributes[name]
@@ -192,8 +202,33 @@ class CompLoRALayer(ProtectedLayer):
 
     @property
     def active(self) -> bool:
-        """Whether the forward pass adds the low-rank term (not while merged or disabled)."""
-        return not (self.merged or self.disabled or self._switched_off)
+        """Whether the forward pass adds a low-rank term (not while merged or disabled)."""
+        return not (self.merged or self.disabled or self._switched_off) and len(self.weights) > 0
+
+    @property
+    def running(self: Layer) -> Layer:
+        """The layer that computes on this thread: this one, or for a batch of several adapters what stands in for it.
+
+        Raises:
+            ValueError: it stands in for one that is in training mode.
+        """
+        layer = stand_in(self)
+        if layer is self or self._switched_off:
+            return self
+        if self.training:
+            raise ValueError(
+                f"{self._path or type(self).__name__} is in training mode, expected eval(): a batch of several "
+                "adapters is for inference"
+            )
+        return layer
+
+    def columns_of(
+        self,
+        x: Tensor,  # [..., in]
+        weights: int,
+    ) -> Tensor | None:  # bool, to be broadcast to [..., weights · R]
+        """The columns of h that each row of x has in a batch of several adapters; None: all."""
+        return None if self.samples is None else self.samples.columns_of(x, weights)
 
     @property
     def _switched_off(self) -> bool:
@@ -207,6 +242,11 @@ class CompLoRALayer(ProtectedLayer):
                 f"{self._path or type(self).__name__} has no bases yet, expected them before DataParallel copies the "
                 "model: subspace_report(model) computes them"
             )
+        if self.running is not self:
+            raise RuntimeError(
+                f"{self._path or type(self).__name__}: DataParallel would part a batch of several adapters without "
+                "their names, expected the model in it"
+            )
         replica = super()._replicate_for_data_parallel()
         replica.disabled = self.disabled or self._switched_off
         return replica
@@ -216,6 +256,8 @@ class CompLoRALayer(ProtectedLayer):
         before = vars(self).keys() - {"_made_from"}
         self.config = config
         self.weights = weights
+        self.active_adapters = {DEFAULT: 1.0}
+        self.combined = False
         self.disabled = False
         self.merged = False
         self._init_bases(path)
@@ -246,6 +288,23 @@ def fold(inputs: Sequence[FoldInputs], scaling: float, dtype: torch.dtype | None
     As, Bs, output_bases, input_bases, output_kinds, input_kinds = zip(*inputs, strict=True)
     kinds: dict[str, Any] = {"output_basis_kinds": output_kinds, "input_basis_kinds": input_kinds}
     return functional.fold_factors(As, Bs, output_bases, input_bases, **kinds, scaling=scaling, dtype=dtype)
+
+
+def fold_each(
+    weights: Sequence[tuple[CompLoRALayer, str, torch.dtype | None]],
+) -> list[tuple[FoldInputs, Tensor, Tensor]]:
+    """What is folded of each weight, Ã and `scaling · B̃`, given layer, name and dtype: one fold for equal scalings."""
+    groups: dict[Any, list[tuple[int, FoldInputs]]] = {}
+    for number, (layer, name, dtype) in enumerate(weights):
+        inputs = layer.fold_inputs(name)
+        key = (layer.scaling_of(name), dtype, inputs.A.dtype, inputs.A.device)
+        groups.setdefault(key, []).append((number, inputs))
+    folded: list[Any] = [None] * len(weights)
+    for (scaling, dtype, *_), group in groups.items():
+        As, Bs = fold([inputs for _, inputs in group], scaling, dtype)
+        for (number, inputs), A, B in zip(group, As, Bs, strict=True):
+            folded[number] = (inputs, A, B)
+    return folded
 
 
 def clone_as(module: nn.Module, cls: type[Layer]) -> Layer:

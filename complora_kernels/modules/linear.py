@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -9,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.forward_scope import factors_in_scope
-from complora_kernels.modules.layer import CompLoRALayer, clone_as, require_plain
+from complora_kernels.modules.layer import CompLoRALayer, FactorPairs, clone_as, require_plain
 from complora_kernels.modules.protected import WeightRows
 
 
@@ -44,8 +46,12 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         require_plain(linear, path or "linear", linear.weight)
         layer = clone_as(linear, cls)
         layer._init_adapter(config, {"": WeightRows("weight", 0, linear.out_features)}, path)
-        layer.lora_A, layer.lora_B = layer._new_factors("")
+        cls.hold_factors(layer, {"": layer._new_factors("")})
         return layer
+
+    @staticmethod
+    def hold_factors(holder: Any, factors: FactorPairs) -> None:
+        holder.lora_A, holder.lora_B = factors[""]
 
     def factors(self, name: str = "") -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r]."""
@@ -55,16 +61,15 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
         self,
         input: Tensor,  # [..., in]
     ) -> Tensor:  # [..., out]
-        weight, bias = self.weight, self.bias
-        if not self.active:
+        weight, bias, layer = self.weight, self.bias, self.running
+        if not layer.active:
             return F.linear(input, weight, bias)
         dtype = functional.compute_dtype(input)
         self._require_frozen(weight, bias)
-        (folded_A,), (scaled_B,) = factors_in_scope(self, ("",), dtype)
-        dropout_p = self.config.lora_dropout
-        return functional.lora_linear(
-            input, weight, bias, folded_A, scaled_B, dropout_p=dropout_p, training=self.training
-        )
+        (folded_A,), (scaled_B,) = factors_in_scope(layer, ("",), dtype)
+        dropout = {"dropout_p": layer.config.lora_dropout, "training": self.training}
+        columns = layer.columns_of(input, 1)
+        return functional.lora_linear(input, weight, bias, folded_A, scaled_B, **dropout, columns=columns)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.config.r}, sides={self.config.sides}"

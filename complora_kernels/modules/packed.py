@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Factors
 from complora_kernels.modules.forward_scope import factors_in_scope
-from complora_kernels.modules.layer import CompLoRALayer, clone_as, require_plain
+from complora_kernels.modules.layer import CompLoRALayer, FactorPairs, clone_as, require_plain
 from complora_kernels.modules.protected import WeightRows
 
 
@@ -41,9 +42,12 @@ class PackedLayer(CompLoRALayer):
         parameters = dict.fromkeys(parameter for parameter, *_ in rows.values())
         require_plain(self, label, *(operator.attrgetter(parameter)(self) for parameter in parameters))
         self._init_adapter(config, chosen, path)
-        factors = {name: self._new_factors(name) for name in chosen}
-        self.lora_A = Factors({name: A for name, (A, _) in factors.items()}).train(self.training)
-        self.lora_B = Factors({name: B for name, (_, B) in factors.items()}).train(self.training)
+        self.hold_factors(self, {name: self._new_factors(name) for name in chosen})
+
+    @staticmethod
+    def hold_factors(holder: Any, factors: FactorPairs) -> None:
+        holder.lora_A = Factors({name: A for name, (A, _) in factors.items()}).train(holder.training)
+        holder.lora_B = Factors({name: B for name, (_, B) in factors.items()}).train(holder.training)
 
     def _packed_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, ...], rows: list[tuple[int, int]]
@@ -53,9 +57,9 @@ class PackedLayer(CompLoRALayer):
         dtype = functional.compute_dtype(x)
         self._require_frozen(weight, bias)
         folded_As, scaled_Bs = factors_in_scope(self, names, dtype)
-        return functional.packed_lora_linear(
-            x, weight, bias, folded_As, scaled_Bs, rows, dropout_p=self.config.lora_dropout, training=self.training
-        )
+        dropout = {"dropout_p": self.config.lora_dropout, "training": self.training}
+        columns = self.columns_of(x, len(names))
+        return functional.packed_lora_linear(x, weight, bias, folded_As, scaled_Bs, rows, **dropout, columns=columns)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(self.weights)
@@ -105,5 +109,6 @@ class CompLoRAPackedLinear(PackedLayer, nn.Linear):
         self,
         input: Tensor,  # [..., in]
     ) -> Tensor:  # [..., out]
-        rows = [(start, stop) for _, start, stop in self.weights.values()]
-        return self._packed_linear(input, self.weight, self.bias, tuple(self.weights), rows)
+        layer = self.running
+        rows = [(start, stop) for _, start, stop in layer.weights.values()]
+        return layer._packed_linear(input, self.weight, self.bias, tuple(layer.weights), rows)

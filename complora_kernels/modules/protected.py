@@ -62,6 +62,7 @@ class ProtectedLayer(Float32State):
     config: CompLoRAConfig
     weights: dict[str, WeightRows]
     merged: bool
+    _own_prefix: str = ""  # what the names of the adapter's own tensors begin with, within the names of the layer
 
     def original_weight(self, name: str) -> Tensor:  # [out, in]
         """The frozen weight of one adapter as it was before merging."""
@@ -80,7 +81,7 @@ class ProtectedLayer(Float32State):
             subspace.check_k(weight, self.config.subspace_k, self._label(name), "subspace_")
             if not self.config.source.recomputable:
                 self._calibrated_on[name] = base_weights.describe(weight)
-        self.register_load_state_dict_post_hook(_update_bases_after_load)
+        self.register_load_state_dict_post_hook(update_bases_after_load)
 
     @property
     def path(self) -> str:
@@ -112,7 +113,7 @@ class ProtectedLayer(Float32State):
                 f'{self._label(name)} has no {side} basis yet, expected one: with subspace_source="activations" '
                 "apply_complora(model, config, calibrate=...) computes it, protect_activations that of a single layer"
             )
-        return subspace.Basis(self.get_buffer(_basis_name(name, side)), *about)
+        return subspace.Basis(self.get_buffer(basis_name(name, side)), *about)
 
     def projection(
         self,
@@ -170,7 +171,7 @@ class ProtectedLayer(Float32State):
     def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis, changes: Changes | None = None) -> None:
         """Replaces the basis of one side of one adapted weight: at once, or as one of `changes`."""
         with joined(changes) as pending:
-            pending.set_buffer(self, _basis_name(name, side), basis.matrix)
+            pending.set_buffer(self, basis_name(name, side), basis.matrix)
             pending.draft(self._about_bases)[name, side] = (basis.kind, basis.k, basis.energy)
             self._describe_basis(name, side, basis.matrix, pending)
 
@@ -225,23 +226,23 @@ class ProtectedLayer(Float32State):
     def describe_bases(self, matrices: Mapping[str, Tensor], changes: Changes) -> None:
         """Sets the fingerprints to those of these bases, by the names of their buffers, as one of `changes`."""
         for name, side in self._about_bases:
-            self._describe_basis(name, side, matrices[_basis_name(name, side)], changes)
+            self._describe_basis(name, side, matrices[basis_name(name, side)], changes)
 
     def _describe_basis(self, name: str, side: str, matrix: Tensor, changes: Changes) -> None:
         """Describes a basis of activations by a buffer in the state dict, which does not hold the basis."""
         if not self.config.source.recomputable:
             sketch = base_weights.describe_projection(matrix).float()  # [8]; not every device has float64
             device = self.frozen_parameter(name).device
-            changes.set_buffer(self, _fingerprint_name(name, side), sketch.to(device), persistent=True)
+            changes.set_buffer(self, fingerprint_name(name, side), sketch.to(device), persistent=True)
 
     def _remove_bases(self, changes: Changes) -> None:
         """Removes the bases and what follows a state dict into the layer, as one of `changes`."""
         for key in self._about_bases:
-            for name in (_basis_name(*key), _fingerprint_name(*key)):
+            for name in (basis_name(*key), fingerprint_name(*key)):
                 if name in self._buffers:
                     changes.remove_buffer(self, name)
         hooks = changes.draft(self._load_state_dict_post_hooks)
-        for handle in [handle for handle, hook in hooks.items() if hook is _update_bases_after_load]:
+        for handle in [handle for handle, hook in hooks.items() if hook is update_bases_after_load]:
             del hooks[handle]
 
     def protect_activations(
@@ -277,15 +278,19 @@ class ProtectedLayer(Float32State):
             error_msgs.append(refusal)
             state_dict.update(self.state_dict(prefix=prefix))  # a copy of torch's: the modules below stay too
             return
-        for name in {name for name, _ in self._loaded}:
-            self._basis_of.setdefault(name, subspace.fingerprint(self.base_weight(name)))
+        self.remember_weights()
         arguments = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         own_factors = {f"{prefix}{name}" for name in self._parameters if name.startswith("lora_")}
-        fingerprints = {f"{prefix}{_fingerprint_name(*key)}" for key in self._about_bases}
+        fingerprints = {f"{prefix}{fingerprint_name(*key)}" for key in self._about_bases}
         for own in (own_factors, fingerprints):  # a plain model's checkpoint has neither, an older one only the first
             if own.isdisjoint(state_dict):
                 missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def remember_weights(self) -> None:
+        """Takes down which weights loaded factors belong to, before a state dict may bring others."""
+        for name in {name for name, _ in self._loaded}:
+            self._basis_of.setdefault(name, subspace.fingerprint(self.base_weight(name)))
 
     def refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why a state dict, in which the layer's names begin with `prefix`, cannot be loaded; None where it can."""
@@ -371,12 +376,12 @@ class ProtectedLayer(Float32State):
 
     def _has_basis(self, name: str, side: str, prefix: str, state_dict: dict[str, Any]) -> bool:
         """Whether a state dict has the fingerprint of our basis, up to rounding, or none."""
-        own = self.get_buffer(_fingerprint_name(name, side))
-        loaded = state_dict.get(f"{prefix}{_fingerprint_name(name, side)}")
+        own = self.get_buffer(fingerprint_name(name, side))
+        loaded = state_dict.get(f"{prefix}{self._own_prefix}{fingerprint_name(name, side)}")
         if not isinstance(loaded, Tensor) or loaded.shape != own.shape:
             return True  # torch says what is wrong with it
         apart = float((loaded.cpu().double() - own.cpu().double()).norm()) / math.sqrt(base_weights.SKETCHES)
-        columns = self.get_buffer(_basis_name(name, side)).shape[1]  # |U U^T|²
+        columns = self.get_buffer(basis_name(name, side)).shape[1]  # |U U^T|²
         return apart <= base_weights.TOLERANCE * math.sqrt(columns)
 
 
@@ -394,13 +399,16 @@ def check_before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str
         raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{reasons}")
 
 
-def _update_bases_after_load(module: ProtectedLayer, _: Any) -> None:
+def update_bases_after_load(module: ProtectedLayer, _: Any) -> None:
+    """A hook of each layer: its bases follow the weights that a state dict has brought."""
     module.update_bases()
 
 
-def _basis_name(name: str, side: str) -> str:
+def basis_name(name: str, side: str) -> str:
+    """The name of the buffer with the basis of one side of one adapted weight."""
     return f"{side}_basis_{name}" if name else f"{side}_basis"
 
 
-def _fingerprint_name(name: str, side: str) -> str:
+def fingerprint_name(name: str, side: str) -> str:
+    """The name of the buffer that describes a basis of activations."""
     return f"{side}_fingerprint_{name}" if name else f"{side}_fingerprint"

@@ -232,6 +232,22 @@ def load_with_head(model: Any, folder: Path) -> None:
     ck.load_adapter(model, folder / "head", progress=False)
 
 
+def two_adapters() -> Any:
+    torch.manual_seed(3)
+    ck.add_adapter(model := adapted_clip(), "b", config(r=3, target_modules=("v", "fc2"), subspace_k=2), progress=False)
+    return model
+
+
+def add(model: Any, _: Path) -> None:
+    ck.add_adapter(model, "b", config(r=3, target_modules=ALL, subspace_k=2), progress=False)
+
+
+def load_further(model: Any, folder: Path) -> None:
+    if not (folder / "adapter").exists():
+        ck.save_adapter(adapted(clip(), seed=7, target_modules=ALL, subspace_k=3), folder / "adapter")
+    ck.load_adapter(model, folder / "adapter", adapter_name="b", progress=False)
+
+
 def load_raw(model: Any, _: Path) -> None:
     load_raw_adapter_state(model, {name: tensor + 1 for name, tensor in raw_adapter_state(model).items()})
 
@@ -246,6 +262,11 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], None]]] = {
     "load_adapter, plain": (clip, load),
     "load_adapter, adapted": (adapted_clip, load),
     "load_adapter, modules_to_save": (linears, load_with_head),
+    "load_adapter, a further one": (lambda: adapted(clip(), target_modules=("q",), subspace_k=3), load_further),
+    "add_adapter": (lambda: adapted(clip(), target_modules=("q", "fc1"), subspace_k=3), add),
+    "set_adapter": (two_adapters, lambda model, _: ck.set_adapter(model, "b")),
+    "set_adapter, a sum": (two_adapters, lambda model, _: ck.set_adapter(model, {"b": 0.5, "default": 0.5})),
+    "delete_adapter": (two_adapters, lambda model, _: ck.delete_adapter(model, "b")),
     "load_raw_adapter_state": (adapted_clip, load_raw),
     "merge_adapter": (adapted_clip, lambda model, _: ck.merge_adapter(model)),
     "unmerge_adapter": (merged_clip, lambda model, _: ck.unmerge_adapter(model)),
@@ -270,7 +291,7 @@ def test_a_fault_anywhere_leaves_the_model_as_before_or_as_after(tmp_path, name,
     after = contents(model)
     model = make()
     places = sample(places_of(lambda: run(model)))
-    without_torch = ("set_recompute", "unload", "accelerate_peft", "decelerate_peft")  # they call no function of torch
+    without_torch = ("set_recompute", "unload", "accelerate_peft", "decelerate_peft", "set_adapter", "delete_adapter")
     assert places or name in without_torch
     model, changed = make(), []
     before = references(model)

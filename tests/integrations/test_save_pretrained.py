@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_clip import adapted
+from small_clip import adapted, config
 from transformers import CLIPModel
 from transformers_clip import features, transformers_clip
 
@@ -28,6 +28,18 @@ def test_the_model_and_its_adapter_are_saved(tmp_path):
     assert torch.equal(features(loaded), features(transformers_clip()))
     ck.load_adapter(loaded, tmp_path / "complora", progress=False)
     torch.testing.assert_close(features(loaded), features(own))
+
+
+def test_all_adapters_are_saved(tmp_path):
+    own = model()
+    ck.add_adapter(own, "b", config(r=3, target_modules=PATTERN), progress=False)
+    for active in ("b", {"default": 0.5, "b": 0.5}):
+        ck.set_adapter(own, active)
+        own.save_pretrained(tmp_path)
+        loaded = ck.load_adapter(CLIPModel.from_pretrained(tmp_path).eval(), tmp_path / "complora", progress=False)
+        ck.load_adapter(loaded, tmp_path / "complora" / "b", adapter_name="b", progress=False)
+        ck.set_adapter(loaded, active)
+        torch.testing.assert_close(features(loaded), features(own))
 
 
 def test_from_pretrained_says_what_it_leaves_out(tmp_path, caplog):

@@ -256,6 +256,24 @@ def test_masks_are_those_of_the_reference(p, adapters, monkeypatch):
     assert torch.equal((dX[:, first:].double() / scale).round(), bits[:, first:])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_that_a_row_does_not_have_are_zero(p, dtype):
+    """Of whole tiles and their edges; the others keep every bit, and NaN in a factor stays in its own columns."""
+    of = make_product(70, 35, 37, 19, (1, NONE, 0), p, dtype)
+    h = linear.packed_lora_linear_h(of.x, of.linear)
+    columns = torch.rand(h.shape, device=DEVICE) < 0.5
+    masked = of.linear._replace(columns=columns)
+    assert torch.equal(linear.packed_lora_linear_h(of.x, masked), torch.where(columns, h, 0))
+    beside_x = linear.packed_lora_linear_h(of.x, masked, beside_x=True)
+    assert torch.equal(beside_x, torch.cat([of.x, torch.where(columns, h, 0)], 1))
+    of.A[0, 0] = torch.nan
+    columns[:, 0] = False
+    assert linear.packed_lora_linear_h(of.x, masked).isfinite().all()
+    with pytest.raises(ValueError, match="h=None with columns"):
+        linear.packed_lora_linear_fwd(of.x, masked, None)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 2])
 def test_masks_of_any_seed(seed):
     x, identity = torch.ones(33, 40, device=DEVICE), torch.eye(40, device=DEVICE)

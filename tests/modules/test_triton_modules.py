@@ -10,9 +10,12 @@ import torch
 from numerics import EPS
 from small_clip import adapted, small_clip, small_clip_4
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 from triton_device import DEVICE
+from two_adapters import both
+from two_adapters import features as features_of_both
 
 import complora_kernels as ck
 
@@ -66,6 +69,33 @@ def test_launches(monkeypatch, launches):
     assert launches["packed_lora_linear_fwd_kernel"] == linears
     assert launches["packed_lora_linear_dx_kernel"] == linears - TOWERS
     assert launches["packed_lora_linear_db_kernel"] == launches["packed_lora_linear_da_kernel"] == linears
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_batch_of_several_adapters(monkeypatch, launches, dtype):
+    """What the torch backend computes, in as many products as for one adapter."""
+    model = both(small_clip(layers=LAYERS)).to(DEVICE, dtype)
+    names, results, products = ["b", "__base__", "default", "b"], {}, {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("COMPLORA_BACKEND", backend)
+        with ck.mixed_adapters(model, names):
+            results[backend] = features_of_both(model).float()
+        products[backend] = launches["packed_lora_linear_fwd_kernel"]
+    apart = (results["triton"] - results["torch"]).norm() / results["torch"].norm()
+    assert apart <= 10 * EPS[dtype]  # sums in another order, 2 layers deep
+    # "b" adapts v, o and the MLP of both towers, "default" q, k and v of one; in its last layer q is another product.
+    assert products == {"torch": 0, "triton": TOWERS * LAYERS * 4 + 1}
+
+
+def test_a_batch_of_several_adapters_is_refused_where_operations_are_seen(monkeypatch):
+    """The registered operations know of no columns. On "auto", the torch backend computes it."""
+    model = both(small_clip(layers=1)).to(DEVICE)
+    monkeypatch.setenv("COMPLORA_BACKEND", "triton")
+    with ck.mixed_adapters(model, ["b", "default"] * 2), FlopCounterMode(display=False):
+        with pytest.raises(RuntimeError, match=r"does not support .*columns of h are left out"):
+            features_of_both(model)
+        monkeypatch.setenv("COMPLORA_BACKEND", "auto")
+        features_of_both(model)
 
 
 def test_factors_of_q_k_and_v_are_not_copied(monkeypatch):
