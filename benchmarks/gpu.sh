@@ -71,13 +71,14 @@ report() { "$python" -m benchmarks.report --results "$results"; }
 pack() { tar -C "$results" -czf "$results/logs.tar.gz" logs done; }
 
 # A name, the seconds it may take, the command. What takes long has stages of some cases each: -k selects them. All of
-# it is to take less than ten minutes on an H200. These are estimates in seconds, of which none is measured yet:
+# it is to take about ten minutes on an H200. These are estimates in seconds, of which none is measured yet:
 #
 #   wheels, environment             15    bench_factors          15    bench_layer-2     60
 #   extension                       60    bench_accuracy         10    bench_train-2     40
 #   tests                           60    bench_memory           25    bench_train-1     60
 #   bench_layer-1                   30    bench_step-1, -2       70 each, most of it torch.compile
-#   report                          10    bench_step-3, -4       30 each                 all: 585
+#   report                          10    bench_step-3, -4       30 each
+#   bench_libraries                 15                                                   all: 600
 all=(
     "wheels 60 wheels"
     "environment 60 environment"
@@ -92,6 +93,7 @@ all=(
     "bench_factors 40 bench bench_factors"
     "bench_accuracy 40 bench bench_accuracy"
     "bench_memory 60 bench bench_memory"
+    "bench_libraries 60 bench bench_libraries"
     "bench_layer-2 120 bench bench_layer -k 'not (backward and shape-1)'"
     "bench_train-2 90 bench bench_train -k iterations"
     "bench_train-1 150 bench bench_train -k until_trained"

@@ -34,6 +34,7 @@ TITLES = {
     "layer": "One layer, forward and backward",
     "factors": "The factors alone",
     "step": "A whole training step: forward, backward, AdamW",
+    "libraries": "A whole training step of other libraries' image models",
     "memory": "Memory that a step takes",
     "accuracy": "What of a small update arrives in the output",
     "train": "Until trained, everything before the first step included",

@@ -435,10 +435,17 @@ def test_a_graph_is_refused_where_there_is_no_gpu():
 # ---- several processes
 
 
-def test_two_processes_are_one_with_their_batches_together(tmp_path: Path):
-    spawn(data_parallel.train_half, (str(tmp_path),), nprocs=2)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes have trained together."""
+    folder = tmp_path_factory.mktemp("processes")
+    spawn(data_parallel.train_half, (str(folder),), nprocs=2)
+    return folder
+
+
+def test_two_processes_are_one_with_their_batches_together(two_processes):
     expected = data_parallel.train(data_parallel.network(), data_parallel.BATCHES, torch.optim.SGD)
-    runs = ([data_parallel.Result(*result) for result in torch.load(tmp_path / f"{rank}.pt")] for rank in range(2))
+    runs = ([data_parallel.Result(*result) for result in torch.load(two_processes / f"{rank}.pt")] for rank in range(2))
     for (wrapped, _), first, second in zip(data_parallel.WAYS, *runs, strict=True):
         assert_equal(first.factors, second.factors)
         torch.testing.assert_close(first.factors, expected.factors)  # in float64: sums in another order
@@ -446,6 +453,26 @@ def test_two_processes_are_one_with_their_batches_together(tmp_path: Path):
         torch.testing.assert_close(means, expected.losses)
         assert (first.frozen, second.frozen) == (0, 0 if wrapped else 1)
     assert expected.losses[-1] < 0.8 * expected.losses[0]
+
+
+def test_gradients_accumulated_without_synchronisation_are_those_of_the_whole_batch(two_processes):
+    """`no_sync` of DDP, in both towers of a CLIP."""
+    model = data_parallel.towers()
+    factors = list(ck.adapter_parameters(model))
+    before = [factor.detach().clone() for factor in factors]
+    optimizer = torch.optim.SGD(factors, lr=0.1, momentum=0.9)
+    halves = [data_parallel.clip_batch(rank) for rank in range(2)]
+    for step in (slice(0, 2), slice(2, 4)):
+        parts = [part for half in halves for part in half[step]]
+        images, texts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        optimizer.zero_grad()
+        data_parallel.similarity(model, images, texts).backward()
+        optimizer.step()
+    (first, own), (second, other) = (torch.load(two_processes / f"{rank}-accumulated.pt") for rank in range(2))
+    expected = [factor.detach() for factor in factors]
+    torch.testing.assert_close((first, second), (expected, expected))  # in float64: sums in another order
+    assert not any(map(torch.equal, own, other))  # before they are averaged
+    assert all((factor - old).norm() > 1e-4 * old.norm() for factor, old in zip(factors, before, strict=True))
 
 
 def test_a_parameter_without_a_gradient_is_refused_where_processes_share_them(device, tmp_path):

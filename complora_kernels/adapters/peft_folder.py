@@ -24,6 +24,7 @@ from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import PROJECTIONS
+from complora_kernels.integrations import describe
 from complora_kernels.integrations.names import own_name
 
 PREFIX = peft_name("")
@@ -143,7 +144,7 @@ def read_peft(directory: str | os.PathLike[str], model: nn.Module) -> PeftFolder
 
         def declared(_: dict[str, str], names: set[str]) -> Shapes:
             modules.extend(_modules(names, fields["target_parameters"] or (), places))
-            shapes = _factor_shapes(modules, places, fields)
+            shapes = _factor_shapes(model, modules, places, fields)
             return shapes | {peft_name(name): tuple(tensor.shape) for name, tensor in whole.items()}
 
         _, tensors = read_tensors(weights_path, declared)
@@ -228,7 +229,9 @@ def _is_named(parameter: str, names: Iterable[str]) -> bool:
     return any(f".{parameter}".endswith(f".{name}") for name in names)
 
 
-def _factor_shapes(modules: Iterable[_Module], places: dict[str, Place], fields: PeftFields) -> Shapes:
+def _factor_shapes(
+    model: nn.Module, modules: Iterable[_Module], places: dict[str, Place], fields: PeftFields
+) -> Shapes:
     """The shapes of the factors, by their names in the weights file.
 
     Raises:
@@ -238,7 +241,10 @@ def _factor_shapes(modules: Iterable[_Module], places: dict[str, Place], fields:
     for module in modules:
         for weight in module.weights:
             if weight not in places:
-                raise ValueError(f"the model has no nn.Linear and no packed attention for {weight}, expected one")
+                raise ValueError(
+                    f"the model has no nn.Linear and no packed attention for {weight}, expected one: it is "
+                    f"{describe(model)}"
+                )
         r = value_for(fields["rank_pattern"] or {}, module.matched, fields["r"])
         shapes[peft_key(module.name, "lora_A")] = (r, places[module.weights[0]].shape[1])
         shapes[peft_key(module.name, "lora_B")] = (sum(places[weight].shape[0] for weight in module.weights), r)

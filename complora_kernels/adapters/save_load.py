@@ -48,7 +48,8 @@ from complora_kernels.common.files import reading
 from complora_kernels.common.sharded import has_shards, is_first_process
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import CompLoRAConfig
-from complora_kernels.integrations import activations
+from complora_kernels.integrations import activations, describe
+from complora_kernels.integrations.names import exchanged, library_of
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.protected import PROJECTED_SIDES
 from complora_kernels.modules.several import DEFAULT
@@ -191,6 +192,7 @@ def _load(
         part = adapted_model(model) if is_adapted(model) else _plain_model(model, paths)
         if is_adapted(part):
             require_single(adapted_layers(part), "nothing can be loaded into it")
+        _check_modules(part, paths)
         weights = weights_to_fill(part, config, paths)
         own = whole_tensors(whole_modules(part, config.modules_to_save, ()))
         factors, whole = _sorted(tensors, weights, own)
@@ -289,6 +291,22 @@ def _module_paths(path: str) -> list[str]:
 
 def _has_all(modules: dict[str, nn.Module], prefix: str, paths: Iterable[str]) -> bool:
     return all(any(prefix + module in modules for module in _module_paths(path)) for path in paths)
+
+
+def _check_modules(model: nn.Module, paths: Collection[str]) -> None:
+    """Raises ValueError where a model has none of the modules that an adapter is for: it is another one's."""
+    modules = dict(named_modules(model))
+    if not paths or any(module in modules for path in paths for module in _module_paths(path)):
+        return
+    first = next(iter(paths))
+    library = library_of(first)
+    named = f", as {library} names them" if library else ""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    hint = "; export_peft and import_peft take it to another library's CLIP" if exchanged(first, modules) else ""
+    raise ValueError(
+        f"it adapts {first}{more}{named}, and the model has none of these: it is {describe(model)}. Expected the model "
+        f"that it was trained on{hint}"
+    )
 
 
 def _check_base_weights(

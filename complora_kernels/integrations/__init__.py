@@ -1,7 +1,7 @@
 """The seam for model libraries: each file here knows one, and nothing else in the package names any.
 
 An integration is a module with the functions of `Integration`. To add a library, write such a file and list it in
-`find`. `selection` turns a configuration into targets, the same way for every library.
+`libraries`. `selection` turns a configuration into targets, the same way for every library.
 """
 
 # The methods of a Protocol have no bodies.
@@ -85,13 +85,31 @@ class Integration(Protocol):
         """The module, by its name, that PEFT adapts for each adapter of a layer, or why it cannot adapt them."""
 
 
-def find(model: nn.Module) -> list[Integration]:
-    """The integrations that know `model` or a part of it, at least that of any torch module, which comes last."""
+def libraries() -> dict[str, Integration]:
+    """All integrations by the names of their libraries; that of any torch module comes last."""
     # Here, because they import what is above.
     from complora_kernels.integrations import open_clip, timm, torch, torchvision, transformers
 
-    libraries: tuple[Integration, ...] = (open_clip, timm, torchvision, transformers, torch)
-    return [library for library in libraries if library.recognises(model)]
+    return {
+        "open_clip": open_clip,
+        "timm": timm,
+        "torchvision": torchvision,
+        "transformers": transformers,
+        "torch": torch,
+    }
+
+
+def find(model: nn.Module) -> list[Integration]:
+    """The integrations that know `model` or a part of it, at least that of any torch module, which comes last."""
+    return [library for library in libraries().values() if library.recognises(model)]
+
+
+def describe(model: nn.Module) -> str:
+    """The class of a model, the library that has residual blocks in it, and one of these, in words."""
+    for name, library in libraries().items():
+        for block in library.residual_blocks(model):
+            return f"a {type(model).__name__} of {name} with residual blocks such as {block.path or 'itself'}"
+    return f"a {type(model).__name__} without residual blocks that are known, of {', '.join(libraries())}"
 
 
 def activations(model: nn.Module) -> dict[str, str]:

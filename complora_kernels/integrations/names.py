@@ -7,6 +7,7 @@ keeps q, k and v in one parameter.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Iterator
 from typing import Literal
 
@@ -28,6 +29,26 @@ PARTS: tuple[dict[Library, str], ...] = (
     {"open_clip": "mlp.c_fc", "transformers": "mlp.fc1"},
     {"open_clip": "mlp.c_proj", "transformers": "mlp.fc2"},
 )
+
+# How the names of a library's residual blocks begin.
+BLOCKS = {
+    "open_clip": r"(visual\.|text\.)?transformer\.resblocks|text_decoder\.(resblocks|cross_attn)",
+    "timm": r"(visual\.trunk\.)?(layers\.\d+\.)?blocks",
+    "torchvision": r"encoder\.layers\.encoder_layer_\d+|features",
+    "transformers": r"((\w+_model|\w+)\.)?encoder\.layers?|(\w+\.)*layer",
+    "torch": r"(\w+\.)*layers",
+}
+
+
+def library_of(name: str) -> str | None:
+    """The library that names a weight so: the first that could."""
+    return next((library for library, start in BLOCKS.items() if re.match(rf"({start})\.", name)), None)
+
+
+def exchanged(name: str, modules: Collection[str]) -> bool:
+    """Whether a model with `modules` has a weight under its name in another library with the same CLIP."""
+    aliases = (alias for library in LIBRARIES for alias in names_in(library, name))
+    return any({alias, alias.rpartition(".")[0]} & set(modules) for alias in aliases)
 
 
 def names_in(library: Library, name: str) -> Iterator[str]:

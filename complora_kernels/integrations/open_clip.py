@@ -32,7 +32,7 @@ from complora_kernels.integrations.torch import attention_target, linear_target
 from complora_kernels.integrations.torch import peft_modules as peft_modules_of_torch
 from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection
-from complora_kernels.modules.extend import Extension, own_class
+from complora_kernels.modules.extend import Extension, class_name, own_class
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped, run_in_scope
 from complora_kernels.modules.layer import CompLoRALayer, clone_as
 from complora_kernels.modules.masks import known_causal
@@ -72,7 +72,7 @@ def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
         path, attention = f"{block.path}.attn", unwrap(block.module.get_submodule("attn"))
         if not isinstance(attention, nn.MultiheadAttention) and not CompLoRAAttention.recognises(attention):
             raise ValueError(
-                f"{path} is a {type(attention).__module__}.{type(attention).__qualname__}, which cannot be adapted: "
+                f"{path} is a {class_name(attention)}, which cannot be adapted: "
                 "expected nn.MultiheadAttention or the attention of open_clip 4"
             )
         cls = CompLoRAMultiheadAttention if isinstance(attention, nn.MultiheadAttention) else CompLoRAAttention

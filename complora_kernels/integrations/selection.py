@@ -17,8 +17,9 @@ from complora_kernels.config import (
     CompLoRAConfig,
     module_name_fits,
 )
-from complora_kernels.integrations import Block, Integration, Target, find
+from complora_kernels.integrations import Block, Integration, Target, describe, find
 from complora_kernels.integrations.torch import attention_targets, linear_target
+from complora_kernels.modules.extend import class_name
 
 WORDS = {projection: word for word, projection in PROJECTIONS.items()}
 
@@ -101,7 +102,7 @@ def _nothing_selected(model: nn.Module, config: CompLoRAConfig, tower: str, reas
     if reason is None:
         part = next((path for path, module in named_modules(model) if path and _has_blocks(module)), None)
         reason = (
-            f"the model has no {tower} tower that is known, it is a {type(model).__name__}"
+            f"the model has no {tower} tower that is known, it is {describe(model)}"
             if part is None
             else f"the model has none, its part {part} has towers: pass that"
         )
@@ -137,7 +138,7 @@ class _Named:
     """
 
     def __init__(self, model: nn.Module, libraries: Iterable[Integration]) -> None:
-        modules = dict(named_modules(model))
+        self.modules = modules = dict(named_modules(model))
         self.parts = {target.path: target for target in _parts_of_blocks(model, libraries)}
         self.linears: dict[str, _Linear] = {}
         for path, module in modules.items():
@@ -158,13 +159,15 @@ class _Named:
             return self._targets([path for path in self.paths if path not in uncalled], target_modules)
         fits, known = _matcher(target_modules), self.paths
         for name in (target_modules,) if isinstance(target_modules, str) else target_modules:
-            if not any(map(_matcher(name if isinstance(target_modules, str) else (name,)), known)):
+            fits_name = _matcher(name if isinstance(target_modules, str) else (name,))
+            if not any(map(fits_name, known)):
                 listed = ", ".join(list(self.linears)[:8] or list(self.parts)[:8])
-                words = _hint(name)
+                others = [path for path in self.modules if path and fits_name(path)]
+                is_other = f"; {others[0]} is a {class_name(self.modules[others[0]])}" if others else ""
                 raise ValueError(
                     f"target_modules={target_modules!r} matched no nn.Linear by its whole name"
-                    f"{'' if isinstance(target_modules, str) else f' or its ending {name!r}'}, "
-                    f"expected a match among: {listed or 'none'}{', ...' if len(known) > 8 else ''}{words}"
+                    f"{'' if isinstance(target_modules, str) else f' or its ending {name!r}'}{is_other}, "
+                    f"expected a match among: {listed or 'none'}{', ...' if len(known) > 8 else ''}{_hint(name)}"
                 )
         return self._targets([path for path in known if fits(path)], target_modules)
 

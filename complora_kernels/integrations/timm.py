@@ -28,7 +28,7 @@ from complora_kernels.integrations.parts import (
 from complora_kernels.integrations.torch import linear_target, packed_target
 from complora_kernels.integrations.torch import peft_modules as peft_modules  # what it says holds here too
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
-from complora_kernels.modules.extend import Extension, own_class
+from complora_kernels.modules.extend import Extension, class_name, own_class
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped
 from complora_kernels.modules.linear import CompLoRALinear
 from complora_kernels.modules.packed import CompLoRAPackedLinear
@@ -67,11 +67,6 @@ def _is_timm(module: nn.Module) -> bool:
     return own_class(module).__module__.partition(".")[0] == "timm"
 
 
-def _name(module: nn.Module) -> str:
-    cls = own_class(module)
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 # ---- what is adapted
 
 
@@ -91,15 +86,15 @@ def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
         for name in projections:
             yield _linear(f"{path}.{name}_proj", attention, f"{name}_proj")
     elif projections:
-        if _name(attention) not in PACKED:
+        if class_name(attention) not in PACKED:
             raise ValueError(
-                f"{path} is a {_name(attention)}, whose rows of q, k and v are not known, expected one of "
+                f"{path} is a {class_name(attention)}, whose rows of q, k and v are not known, expected one of "
                 f"{', '.join(sorted(PACKED))}: leave q, k and v out, or name modules by a regular expression"
             )
         if "qkv" in uncalled(attention) and not hasattr(attention, "qkv_bias_separate"):
             raise ValueError(
-                f"{path}.qkv is used by its {_name(attention)} without being called, so an adapter there would have no "
-                "effect: expected timm 1.0.17 or newer, where attention has a switch qkv_bias_separate"
+                f"{path}.qkv is used by its {class_name(attention)} without being called, so an adapter there would "
+                "have no effect: expected timm 1.0.17 or newer, where attention has a switch qkv_bias_separate"
             )
         yield packed_target(f"{path}.qkv", unwrap(attention.get_submodule("qkv")), projections)
     if "o" in names:
@@ -112,12 +107,12 @@ def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
 
 def _linear(path: str, parent: nn.Module, name: str) -> Target:
     if name not in parent._modules:
-        raise ValueError(f"{path} does not exist in {_name(parent)}, expected a linear layer")
+        raise ValueError(f"{path} does not exist in {class_name(parent)}, expected a linear layer")
     return linear_target(path, unwrap(parent.get_submodule(name)))
 
 
 def missing(model: nn.Module, tower: str) -> str | None:
-    name = next(_name(module) for _, module in named_modules(model) if _is_timm(module))
+    name = next(class_name(module) for _, module in named_modules(model) if _is_timm(module))
     return f"its {name} has no blocks with attn and mlp" if tower == "image" else None
 
 
@@ -186,7 +181,7 @@ def last_block(tower: Any) -> LastBlock | None:
     are not timm's own, where either may be.
     """
     methods = {"forward_features", "forward_head", "pool"} & vars(tower).keys()
-    if methods or _name(tower) != "timm.models.vision_transformer.VisionTransformer":
+    if methods or class_name(tower) != "timm.models.vision_transformer.VisionTransformer":
         return None
     if tower.global_pool != "token" or tower.attn_pool is not None or tower.grad_checkpointing:
         return None
@@ -217,7 +212,7 @@ class FusedBlock(CompLoRABlock):
         *args: Any,  # those that BLOCKS names
         **kwargs: Any,
     ) -> Tensor:  # [N, L, d]; [N, 1, d] where the first position alone is read
-        given = dict(zip(BLOCKS[_name(self)], args, strict=False)) | kwargs
+        given = dict(zip(BLOCKS[class_name(self)], args, strict=False)) | kwargs
         rope, bias = given.pop("rope", None), given.pop("shared_rel_pos_bias", None)
         y = None
         if all(value is None or value is False for value in given.values()):
@@ -242,12 +237,12 @@ def _rotation(attention: Any, rope: Tensor) -> Rotation:
 
 
 def parts_of_block(block: nn.Module) -> BlockParts | str:
-    if _name(block) not in BLOCKS:
-        return f"it is a {_name(block)}, expected one of {', '.join(BLOCKS)}"
+    if class_name(block) not in BLOCKS:
+        return f"it is a {class_name(block)}, expected one of {', '.join(BLOCKS)}"
     parts: Any = block
     mlp, scales = parts.mlp, [_scale(block, number) for number in "12"]
-    if _name(mlp) != "timm.layers.mlp.Mlp":
-        return f"mlp is a {_name(mlp)}, expected timm's Mlp"
+    if class_name(mlp) != "timm.layers.mlp.Mlp":
+        return f"mlp is a {class_name(mlp)}, expected timm's Mlp"
     wrong = (
         _wrong_identity("", block, ("drop_path1", "drop_path2"))
         or next((scale for scale in scales if isinstance(scale, str)), None)
@@ -277,8 +272,8 @@ def _scale(block: nn.Module, number: str) -> Any:  # [d]
 
 
 def _parts_of_attention(attention: Any, scale_out: Tensor | None) -> AttentionParts | str:
-    if _name(attention) not in SELF_ATTENTION:
-        return f"attn is a {_name(attention)}, expected one of {', '.join(SELF_ATTENTION)}"
+    if class_name(attention) not in SELF_ATTENTION:
+        return f"attn is a {class_name(attention)}, expected one of {', '.join(SELF_ATTENTION)}"
     if getattr(attention, "gate", None) is not None or getattr(attention, "num_kv_groups", 1) > 1:
         return "attn has a gate, or fewer keys than queries, expected neither"
     packed = getattr(attention, "q_proj", None) is None

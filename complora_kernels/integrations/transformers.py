@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.integrations import Block, Target
-from complora_kernels.integrations.parts import wrong_linear
+from complora_kernels.integrations.parts import is_identity, wrong_linear
 from complora_kernels.integrations.torch import linear_target, peft_modules, uncalled
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
 from complora_kernels.modules.extend import Extension, has_user_hooks, own_class
@@ -247,8 +247,8 @@ def parts_of_block(block: nn.Module) -> BlockParts | str:
         known = type(part) is nn.LayerNorm and part.weight is not None if cls == "LayerNorm" else _is_known(part, [cls])
         if not known:
             return f"{name} is a {type(part).__name__}, expected a {cls}"
-    if others and getattr(others[2], "drop_prob", 0.0):
-        return f"drop_path has drop_prob={others[2].drop_prob}, expected none"
+    if others and not is_identity(others[2]) and getattr(others[2], "drop_prob", None) != 0:
+        return f"drop_path is {others[2]}, expected nn.Identity"
     holders = {"fc1": mlp, "fc2": mlp}
     linears = {word: _first(holders.get(word, attention), *found) for word, found in LINEARS.items()}
     wrong = next(filter(None, itertools.starmap(wrong_linear, linears.items())), None)

@@ -62,6 +62,12 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return own[-1] if own else type(module)
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of `own_class` with that of its Python module: classes of one name may compute different things."""
+    cls = own_class(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def has_user_hooks(module: nn.Module, recorders: str = "") -> bool:
     """Whether somebody hooked the call of a module, or put another forward method on it.
 

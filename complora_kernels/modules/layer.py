@@ -14,7 +14,7 @@ from complora_kernels import functional
 from complora_kernels.common.changes import Changes, joined
 from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
-from complora_kernels.common.tracing import check_followed
+from complora_kernels.common.tracing import check_followed, is_plain
 from complora_kernels.config import PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.mixed import stand_in
 from complora_kernels.modules.protected import MERGED, WeightRows
@@ -322,13 +322,18 @@ def require_plain(module: nn.Module, label: str, *weights: Any) -> None:
     """Raises ValueError for a module that is more than its weights, or whose weights cannot be adapted.
 
     These are a forward method put on the module and a weight that a hook computes, both of which an adapter would drop
-    silently, a quantised weight and one without inputs.
+    silently, a weight that is quantised or of a subclass of Tensor, one without values and one without inputs.
     """
     if "forward" in vars(module):
         raise ValueError(f"{label} has a forward method of its own, expected that of {type(module).__name__}")
     for weight in weights:
         if not isinstance(weight, nn.Parameter):
             raise ValueError(f"{label} has a weight of type {type(weight).__name__}, expected a parameter (pruned?)")
+        if not is_plain(weight):
+            raise ValueError(
+                f"{label} has a weight of type {type(weight).__name__}, expected one of torch's own: a quantised or "
+                "sharded base cannot be adapted"
+            )
         if weight.dtype not in FLOATING:
             raise ValueError(
                 f"{label} holds {weight.dtype} weights, expected floating-point ones: "

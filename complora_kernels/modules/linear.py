@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from complora_kernels import functional
 from complora_kernels.config import CompLoRAConfig
+from complora_kernels.modules.extend import class_name
 from complora_kernels.modules.forward_scope import factors_in_scope
 from complora_kernels.modules.layer import CompLoRALayer, FactorPairs, clone_as, require_plain
 from complora_kernels.modules.protected import WeightRows
@@ -42,7 +43,10 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
             TypeError: not a plain `nn.Linear`: subclasses may compute something else.
         """
         if type(linear) not in (nn.Linear, NonDynamicallyQuantizableLinear):
-            raise TypeError(f"{path or 'linear'} is a {type(linear).__name__}, expected a plain nn.Linear")
+            raise TypeError(
+                f"{path or 'linear'} is a {class_name(linear)}, expected a plain nn.Linear: other classes, quantised "
+                "ones among them, may compute something else"
+            )
         require_plain(linear, path or "linear", linear.weight)
         layer = clone_as(linear, cls)
         layer._init_adapter(config, {"": WeightRows("weight", 0, linear.out_features)}, path)

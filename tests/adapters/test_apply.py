@@ -461,8 +461,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         rf"{LAST}\.attn uses scaled cosine attention",
     ),
     "int8": (with_int8, {}, rf"{LAST}\.mlp\.c_proj holds torch\.int8 weights"),
-    "subclass": (with_other("mlp.c_proj", Scaled(4 * WIDTH, WIDTH)), {}, rf"{LAST}\.mlp\.c_proj is a Scaled"),
-    "no linear": (with_other("mlp.c_proj", Packed()), {}, rf"{LAST}\.mlp\.c_proj is a Packed"),
+    "subclass": (
+        with_other("mlp.c_proj", Scaled(4 * WIDTH, WIDTH)),
+        {},
+        rf"{LAST}\.mlp\.c_proj is a \S+Scaled",
+    ),
+    "no linear": (with_other("mlp.c_proj", Packed()), {}, rf"{LAST}\.mlp\.c_proj is a \S+Packed"),
     "NaN": (with_nan, {}, rf"{LAST}\.mlp\.c_proj .*NaN"),
     "unknown layer": (clip, {"layers": (0, 7)}, r"layers=\(0, 7\).*0 to 1.*\[7\]"),
     "k too large for the last": (
@@ -478,7 +482,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "part of a name": (clip, {"target_modules": "c_fc"}, "matched no nn.Linear by its whole name"),
     "out_proj": (clip, {"target_modules": r".*\.out_proj"}, r"attn\.out_proj.*MultiheadAttention.*\(\"o\",\)"),
-    "no image tower": (Net, {}, "the model has no image tower that is known, it is a Net"),
+    "no image tower": (
+        Net,
+        {},
+        "no image tower that is known, it is a Net without residual blocks .* of open_clip, timm, .*",
+    ),
     "no text tower": (Net, {"towers": "text"}, "the model has no text tower"),
     "no linear layers": (lambda: nn.Sequential(nn.ReLU()), {"target_modules": ".*"}, "none"),
 }

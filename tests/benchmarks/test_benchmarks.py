@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from open_clip.model import CLIP
 
 from benchmarks import (
     baselines,
     bench_layer,
+    bench_libraries,
     bench_memory,
     bench_step,
     bench_train,
@@ -259,6 +261,30 @@ def test_a_baseline_with_another_weight_is_not_timed(tiny, monkeypatch, broken):
     monkeypatch.setitem(bench_step.BASELINES, "broken", bench_step.Baseline(make))
     with pytest.raises(AssertionError, match="apart"):
         bench_step.prepare("broken", *tiny)
+
+
+def vit_of_timm() -> bench_libraries.ImageModel:
+    sizes: dict[str, Any] = {"patch_size": 112, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return bench_libraries.ImageModel(timm.create_model("vit_tiny_patch16_224", **sizes), lambda features: features)
+
+
+@pytest.mark.parametrize("broken", [None, "blocks.1.attn.proj", "blocks.0.norm1"])
+def test_models_of_other_libraries_are_timed_where_they_compute_the_same(broken):
+    plain = bench_libraries.make_plain(vit_of_timm)
+    ours = bench_libraries.make_ours(plain)
+    weights, batch = bench_libraries.adapters(ours), bench_libraries.make_batch(plain, 2)
+    truth, work = bench_libraries.true_results(plain, weights, batch)
+    assert work.operations > 0
+    assert len(weights) == 8
+    for trainee in (bench_libraries.by_ours(ours), bench_libraries.by_peft(plain, weights)):
+        if broken is None:
+            bench_libraries.prepare(trainee, weights, batch, truth)
+            continue
+        for name, parameter in trainee.model.model.get_submodule(broken).named_parameters():
+            if "weight" in name and "lora" not in name:
+                parameter.data = parameter.flip(0) + 0.1
+        with pytest.raises(AssertionError, match="apart"):
+            bench_libraries.prepare(trainee, weights, batch, truth)
 
 
 def test_a_baseline_that_cannot_be_compiled_is_a_row(tiny, monkeypatch):
@@ -698,7 +724,7 @@ def test_every_stage_and_none_twice(gpu):
     for path in (ROOT / "benchmarks").glob("bench_*.py"):
         assert f"benchmarks/{path.name}" in calls
     code, output, calls = gpu()
-    assert (code, output.count("done before")) == (0, 12)
+    assert (code, output.count("done before")) == (0, 13)
     again = ["benchmarks.machine", "complora_kernels.backends", "build_ext", "benchmarks.report", "benchmarks.targets"]
     assert [call.split()[1] for call in calls.splitlines()[1:]] == again
     _, _, calls = gpu(STAGES="tune bench_step")
@@ -718,7 +744,7 @@ def test_another_gpu_or_revision_does_all_again(gpu):
         assert (code, output.count("done before")) == (0, 0)
         assert "bench_step.py -k case-4" in calls
     _, output, _ = gpu()
-    assert output.count("done before") == 12
+    assert output.count("done before") == 13
 
 
 def test_a_warning_costs_no_figure(tmp_path):
@@ -755,7 +781,7 @@ def test_a_case_that_was_stopped_costs_no_other(gpu):
     assert "bench_step-2: failed with 3" in output
     assert "case-3" in calls
     code, output, calls = gpu()
-    assert (code, output.count("done before")) == (0, 11)
+    assert (code, output.count("done before")) == (0, 12)
     assert re.findall(r"-k (\S+)", calls) == ["case-2"]
 
 

@@ -20,11 +20,10 @@ import peft
 import pytest
 import torch
 from blocks import fusing
-from model_zoo import MODELS, OF_TRANSFORMERS, exact, make
+from model_zoo import ALL, MODELS, OF_TRANSFORMERS, adapted, exact, make
 from numerics import assert_as_accurate_as_reference
-from rows import Row
 from small_clip import assert_close
-from tiny_models import config, randomise
+from tiny_models import config
 from torch import Tensor
 
 import complora_kernels as ck
@@ -32,20 +31,12 @@ from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.integrations import find
 from complora_kernels.modules.block import CompLoRABlock
 
-ALL = ("q", "k", "v", "o", "fc1", "fc2")
-
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def tolerance(name: str) -> float:
     """Eager attention of transformers takes its softmax in float32, in blocks that keep their own forward pass."""
     return 1e-5 if name.endswith(", eager") else 1e-9
-
-
-def adapted(row: Row, *targets: str) -> Any:
-    """A copy with random factors, which reach into the protected subspaces, as those of AdamW do."""
-    options = config(target_modules=targets, sides="both")
-    return randomise(ck.apply_complora(copy.deepcopy(row.model), options, progress=False))
 
 
 @every_model

@@ -46,7 +46,10 @@ def selected(model: nn.Module, **options: Any) -> list[str]:
         ({"target_modules": ["proj", "head"], "exclude_modules": r"deep\..*"}, ["proj", "head"]),
         ({"target_modules": r".*proj", "exclude_modules": ["proj"]}, ["reproj"]),
         ({"target_modules": ["q", "proj"]}, "matched no nn.Linear by its whole name or its ending 'q'"),
-        ({"target_modules": ["norm"]}, "by its whole name or its ending 'norm', expected a match among: proj, reproj"),
+        (
+            {"target_modules": ["norm"]},
+            r"ending 'norm'; deep.norm is a .*LayerNorm, expected a match among: proj, rep",
+        ),
         ({"target_modules": ["proj"], "exclude_modules": ".*"}, "leaves nothing to adapt of proj, deep.proj"),
         ({}, r'expression, target_modules=r"\(\.\*\\\.\)\?\(head\|proj\|reproj\)"'),
     ],

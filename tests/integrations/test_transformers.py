@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import make
+from model_zoo import ALL, make
 from small_clip import assert_close
+from timm.layers.drop import DropPath
 from tiny_models import config, randomise
 from torch import Tensor, nn
-from transformers_models import CONTEXT, END
+from transformers_models import CONTEXT, END, WIDTH
 
 import complora_kernels as ck
 from complora_kernels.integrations import activations, find, open_clip
 from complora_kernels.integrations import torch as any_torch
 from complora_kernels.integrations import transformers as library
 from complora_kernels.integrations.selection import select
+from complora_kernels.modules import forward_scope
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
-
-ALL = ("q", "k", "v", "o", "fc1", "fc2")
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
@@ -73,6 +73,14 @@ def test_activations_have_the_names_that_open_clip_gives_them():
     assert activations(make("SiglipVisionModel, sdpa").model) == {"image": "GELUTanh"}
 
 
+class OtherNorm(nn.LayerNorm):
+    """It may compute something else."""
+
+
+class OtherLinear(nn.Linear):
+    """It may, too."""
+
+
 def test_why_a_block_is_not_fused(caplog):
     (block, *_) = library.residual_blocks(make("CLIPVisionModel, sdpa").model)
     module: Any = block.module
@@ -83,6 +91,16 @@ def test_why_a_block_is_not_fused(caplog):
     changed = copy.deepcopy(module)
     changed.layer_norm2 = nn.Identity()
     assert "layer_norm2 is a Identity, expected a LayerNorm" in str(library.parts_of_block(changed))
+    changed.layer_norm2 = OtherNorm(WIDTH)
+    assert "layer_norm2 is a OtherNorm, expected a LayerNorm" in str(library.parts_of_block(changed))
+    changed = copy.deepcopy(module)
+    changed.self_attn.v_proj = OtherLinear(WIDTH, WIDTH)
+    assert "v is a OtherLinear, expected a linear layer" in str(library.parts_of_block(changed))
+    (scaled, *_) = library.residual_blocks(make("Dinov2Model, sdpa").model)
+    for dropping in (nn.Dropout(0.5), DropPath(0.1)):
+        changed = copy.deepcopy(scaled.module)
+        changed.drop_path = dropping
+        assert f"drop_path is {dropping}, expected nn.Identity" in str(library.parts_of_block(changed))
     changed = copy.deepcopy(module)
     changed.dropout = nn.Dropout(0.5)
     assert "it consists of" in str(library.parts_of_block(changed))
@@ -150,6 +168,20 @@ def test_checkpointing_computes_each_block_again_in_the_backward_pass(name, kind
     assert len(again) == len(expected)
     for mine, theirs in zip(again, expected, strict=True):
         assert_close(mine, theirs, 1e-10)
+    with torch.no_grad():
+        features(model, inputs)  # torch warns where nothing has a gradient that could be computed again
+    calls.clear()
+    model.eval()
+    results()
+    assert calls == []
+
+
+def test_each_tower_folds_its_factors_in_one_call(monkeypatch):
+    model, inputs, *_ = make("CLIPModel, sdpa")
+    model, sizes, fold = adapted(model), [], forward_scope.fold
+    monkeypatch.setattr(forward_scope, "fold", lambda given, *rest: [sizes.append(len(given)), fold(given, *rest)][1])
+    model(**inputs)
+    assert sizes == [2 * len(ALL)] * 2
 
 
 def test_attention_that_cannot_be_fused_is_the_library_s(runs):
@@ -162,6 +194,41 @@ def test_attention_that_cannot_be_fused_is_the_library_s(runs):
         patch.setitem(interface, "flex_attention", interface["sdpa"])
         assert_close(model(**inputs).pooler_output, expected, 1e-12)
     assert [fused for _, fused in runs] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_block_of_a_text_tower_that_gets_no_mask(attention, runs):
+    """By sdpa it is causal where it is told to be, by eager attention it is not."""
+    plain = make(f"CLIPTextModel, {attention}").model
+    ours = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL, towers="text"), progress=False)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    for (_, block, *_), (_, own, *_) in zip(*map(library.residual_blocks, (plain, ours)), strict=True):
+        for is_causal in (True, False):
+            (mine,), (theirs,) = (parts_of(module(x, None, is_causal=is_causal)) for module in (own, block))
+            assert_close(mine, theirs, 1e-6)  # eager attention takes its softmax in float32
+    assert runs == [(5, True)] * 4
+
+
+def test_a_block_runs_its_own_pass_where_it_is_given_what_is_not_known(runs):
+    """A mask without dimensions for samples and heads, True where a pair takes part, and any other tensor."""
+    plain = make("CLIPVisionModel, sdpa").model
+    ours = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL), progress=False)
+    x, mask = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.ones(5, 5, dtype=torch.bool).tril()
+    (_, block, *_), (_, own, *_) = (next(iter(library.residual_blocks(model))) for model in (plain, ours))
+    assert_close(*(parts_of(module(x, mask))[0] for module in (own, block)), 1e-12)
+    assert_close(*(parts_of(module(x, None, another=x))[0] for module in (own, block)), 1e-12)
+    assert runs == []
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionModel, sdpa", "Dinov2Model, eager"])
+def test_attention_with_a_scale_of_its_own(name, runs):
+    plain, inputs, features, _ = make(name)
+    for module in plain.modules():
+        for scale in {"scale", "scaling"} & vars(module).keys():
+            setattr(module, scale, 0.05)
+    ours = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL), progress=False)
+    assert_close(features(ours, inputs), features(plain, inputs), 1e-6)  # eager attention takes its softmax in float32
+    assert [fused for _, fused in runs] == [True, True]
 
 
 def test_dropout_of_attention_weights_is_drawn_in_training_alone():
@@ -196,12 +263,41 @@ def test_texts_are_truncated_in_steps_of_8(name, runs):
     assert [length for length, _ in runs] == [16, 16, CONTEXT, CONTEXT]
 
 
+@pytest.mark.parametrize(("end", "length"), [(5, 8), (17, CONTEXT)])
+def test_a_text_ends_at_the_id_that_its_model_names(end, length, runs):
+    """Though a larger one comes before it or after it."""
+    plain, inputs, *_ = make("CLIPModel, sdpa")
+    plain.text_model.eos_token_id = 7
+    ids = inputs["input_ids"]
+    ids[ids == 7] = 8
+    ids[:, end] = 7
+    ours = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL), progress=False)
+    features, expected = (model.get_text_features(ids).pooler_output for model in (ours, plain))
+    assert_close(features, expected, 1e-12)
+    assert runs == [(length, True)] * 2
+
+
+def test_text_features_compile_in_one_graph_of_the_whole_context():
+    model, inputs, *_ = make("CLIPModel, sdpa")
+    model = adapted(model, layers=(1,), towers="text")
+    expected = model.get_text_features(inputs["input_ids"]).pooler_output
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model.get_text_features, backend="eager", fullgraph=True)
+    output = compiled(inputs["input_ids"])
+    assert output.last_hidden_state.shape[1] == CONTEXT
+    assert_close(output.pooler_output, expected, 1e-12)
+
+
 def test_texts_are_whole_where_all_their_positions_are_read(runs):
     model, inputs, *_ = make("SiglipModel, sdpa")
     adapted(model).get_text_features(inputs["input_ids"])
     model = adapted(make("CLIPModel, sdpa").model)
     output = model.get_text_features(inputs["input_ids"], output_hidden_states=True)
     assert output.hidden_states[0].shape[1] == CONTEXT
+    mask = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril().expand(2, 1, -1, -1)  # as the model itself makes it
+    assert_close(model.get_text_features(inputs["input_ids"], mask).pooler_output, output.pooler_output, 1e-12)
+    model.text_model.config.output_hidden_states = True
+    assert model.get_text_features(inputs["input_ids"]).hidden_states[0].shape[1] == CONTEXT
     assert {length for length, _ in runs} == {CONTEXT}
 
 

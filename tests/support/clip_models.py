@@ -9,7 +9,7 @@ from typing import Any
 import openai_clip
 import torch
 from open_clip.coca_model import CoCa
-from open_clip.model import CustomTextCLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer, VisionTransformer
 from rows import Row, called, with_random_weights
 from timm_models import TINY, timm
@@ -52,6 +52,12 @@ def text_tower(**options: Any) -> Row:
     return Row(with_random_weights(model), {"text": texts()}, called, 2)
 
 
+def clip() -> Row:
+    vision: Any = {"image_size": 32, "patch_size": 16, "width": WIDTH, "layers": 2, "head_width": WIDTH // 2}
+    model = CLIP(DIM, vision, TEXT)  # type: ignore[arg-type]
+    return Row(with_random_weights(model), {"image": images(), "text": texts()}, both_features, 4)
+
+
 def with_trunk(text: dict[str, Any], pool: str) -> Row:
     """A `CustomTextCLIP` whose image tower is timm's."""
     vision: Any = {"timm_model_name": "test_vit", "timm_pool": pool, "timm_proj": "none", "image_size": 32}
@@ -75,6 +81,7 @@ def openai() -> Row:
 
 
 OF_CLIP: dict[str, Callable[[], Row]] = {
+    "open_clip CLIP": clip,
     "open_clip image tower": image_tower,
     "open_clip text tower": text_tower,
     "open_clip text tower, all tokens": functools.partial(text_tower, no_causal_mask=True, pool_type="last"),

@@ -63,7 +63,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, resolution, resolution] to [N, output_dim]
         patches = self.conv1(x).flatten(2).mT  # [N, patches, width]
-        tokens = torch.cat([self.class_embedding.expand(len(x), 1, -1), patches], 1) + self.positional_embedding
+        tokens = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), patches], 1) + self.positional_embedding
         x = self.transformer(self.ln_pre(tokens).permute(1, 0, 2)).permute(1, 0, 2)
         return self.ln_post(x[:, 0]) @ self.proj
 
@@ -98,7 +98,7 @@ class CLIP(nn.Module):
     def encode_text(self, text: Tensor) -> Tensor:
         x = self.token_embedding(text) + self.positional_embedding
         x = self.ln_final(self.transformer(x.permute(1, 0, 2)).permute(1, 0, 2))
-        return x[torch.arange(len(x)), text.argmax(-1)] @ self.text_projection
+        return x[torch.arange(x.shape[0]), text.argmax(-1)] @ self.text_projection
 
 
 for _cls in (LayerNorm, QuickGELU, ResidualAttentionBlock, Transformer, VisionTransformer, CLIP):

@@ -32,6 +32,11 @@ def called(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs)
 
 
+def in_float32(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch whose floating-point numbers are in float32."""
+    return {name: values.float() if values.is_floating_point() else values for name, values in inputs.items()}
+
+
 def in_float64(make: Callable[[], Row]) -> Row:
     """A row in float64, the same at every call."""
     with torch.random.fork_rng():
