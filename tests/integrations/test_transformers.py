@@ -343,15 +343,16 @@ def test_the_last_block_computes_the_class_token_alone_for_image_features(comput
 WHOLE: dict[str, Any] = {
     "hidden states": lambda model, images: model.get_image_features(images, output_hidden_states=True),
     "the tower alone": lambda model, images: model.vision_model(images),
-    "a hook": lambda model, images: hooked(model).get_image_features(images),
+    "a hook": lambda model, images: hooked(model, "encoder").get_image_features(images),
+    "a hook on the tower": lambda model, images: hooked(model, "").get_image_features(images),
     "checkpointing": lambda model, images: checkpointed(model).get_image_features(images),
     "a tower without an adapter": lambda _, images: clip_of_images(towers=("text",))[0].get_image_features(images),
     "an adapter that is off": lambda model, images: disabled(model, images),
 }  # fmt: skip
 
 
-def hooked(model: Any) -> Any:
-    model.vision_model.encoder.register_forward_hook(lambda *_: None)
+def hooked(model: Any, part: str) -> Any:
+    model.vision_model.get_submodule(part).register_forward_hook(lambda *_: None)
     return model
 
 
@@ -373,3 +374,11 @@ def test_all_positions_of_images_are_computed_where_they_can_be_seen(call, compu
     output = call(model, images)
     assert output.last_hidden_state.shape[1] == 5
     assert 1 not in computed
+
+
+def test_a_tuple_has_all_positions_of_images(computed):
+    model, images = clip_of_images()
+    hidden, pooled = model.get_image_features(images, return_dict=False)
+    assert computed == [5, 5]
+    assert hidden.shape[1] == 5
+    assert_close(pooled, model.get_image_features(images).pooler_output, 1e-12)
