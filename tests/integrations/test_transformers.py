@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers_models import CONTEXT, END, WIDTH
 
 import complora_kernels as ck
+from complora_kernels import functional
 from complora_kernels.integrations import activations, find, open_clip
 from complora_kernels.integrations import torch as any_torch
 from complora_kernels.integrations import transformers as library
 from complora_kernels.integrations.selection import select
-from complora_kernels.modules import forward_scope
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
 
 
@@ -178,8 +178,13 @@ def test_checkpointing_computes_each_block_again_in_the_backward_pass(name, kind
 
 def test_each_tower_folds_its_factors_in_one_call(monkeypatch):
     model, inputs, *_ = make("CLIPModel, sdpa")
-    model, sizes, fold = adapted(model), [], forward_scope.fold
-    monkeypatch.setattr(forward_scope, "fold", lambda given, *rest: [sizes.append(len(given)), fold(given, *rest)][1])
+    model, sizes, fold = adapted(model), [], functional.fold_factors
+
+    def counted(As: Any, *rest: Any, **options: Any) -> Any:
+        sizes.append(len(As))
+        return fold(As, *rest, **options)
+
+    monkeypatch.setattr(functional, "fold_factors", counted)
     model(**inputs)
     assert sizes == [2 * len(ALL)] * 2
 
@@ -215,8 +220,9 @@ def test_a_block_runs_its_own_pass_where_it_is_given_what_is_not_known(runs):
     ours = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL), progress=False)
     x, mask = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.ones(5, 5, dtype=torch.bool).tril()
     (_, block, *_), (_, own, *_) = (next(iter(library.residual_blocks(model))) for model in (plain, ours))
-    assert_close(*(parts_of(module(x, mask))[0] for module in (own, block)), 1e-12)
-    assert_close(*(parts_of(module(x, None, another=x))[0] for module in (own, block)), 1e-12)
+    for given, others in ((mask, {}), (None, {"another": x})):
+        (mine,), (theirs,) = (parts_of(module(x, given, **others)) for module in (own, block))
+        assert_close(mine, theirs, 1e-12)
     assert runs == []
 
 
