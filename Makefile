@@ -16,7 +16,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=lo
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation extension test test-other-processor test-oldest sanitize aot bench report bench-gpu gpu targets lint format
+.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot bench report bench-gpu gpu targets lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,11 @@ ablation: .venv/.installed  ## sides, sizes and sources of the subspace, and LoR
 
 extension: $(EXTENSION)  ## build the C++/CUDA extension in place, with the newest torch
 
-test: .venv/.installed $(EXTENSION)  ## run the tests
-	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
+test: .venv/.installed $(EXTENSION)  ## run the tests, but for those that take ten seconds or more
+	.venv/bin/python -m pytest $(PARALLEL) -m "not long" $(ARGS)
+
+test-long: .venv/.installed $(EXTENSION)  ## run the tests that take ten seconds or more
+	.venv/bin/python -m pytest $(PARALLEL) -m long $(ARGS)
 
 # What rounds otherwise on another machine: torch without AVX, MKL without what it knows of this processor, two threads.
 # Where oneDNN has AMX, torch without AVX refuses attention in bfloat16 ("pack_vnni2"): it is told to do without.

@@ -319,7 +319,7 @@ def test_a_fault_while_saving_leaves_the_files_as_before_or_as_after(tmp_path, e
         torch.manual_seed(seed)
         x = torch.randn(8, 6)
         settings = config(target_modules=r"\d", subspace_k=2, subspace_source=source)
-        runs = {"calibrate": lambda model: model(x)} if source == "activations" else {}
+        runs: dict[str, Any] = {"calibrate": lambda model: model(x)} if source == "activations" else {}
         model = ck.apply_complora(linears(), settings, **runs, progress=False)
         for factor in ck.adapter_parameters(model):
             nn.init.constant_(factor, seed)

@@ -189,6 +189,7 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path, content, message):
     assert "other.json" in str(error.value)
 
 
+@pytest.mark.long
 def test_a_benchmark_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_accuracy.py", "-k", "0.01", "--results", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

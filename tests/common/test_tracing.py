@@ -317,6 +317,7 @@ def test_selective_checkpointing_of_products():
 # ---- compiled and exported, by a process that has computed nothing before
 
 
+@pytest.mark.long
 def test_compile_and_export_before_any_eager_pass():
     script = Path(__file__).parents[1] / "support" / "compile_first.py"
     command = [sys.executable, "-W", "error::UserWarning:complora_kernels", script]

@@ -269,6 +269,7 @@ def test_progress_tells_runs_loss_and_time_left(tmp_path, terminal, monkeypatch)
         assert "\x1b" not in text
 
 
+@pytest.mark.long
 def test_the_grid_continues_after_killed_and_interrupted_workers(tmp_path):
     # Two worker processes on the bundled model: a kill, then Ctrl-C, then to the end in this process.
     arguments = "--shots 1 --seeds 0 --learning-rates 0.003 --methods lora output both --max-test-images 20 --steps 60"

@@ -71,6 +71,7 @@ def test_every_cell_of_a_sweep_is_run_once_under_its_label(tmp_path, trained):
     assert trained == []
 
 
+@pytest.mark.long
 def test_a_killed_and_resumed_sweep_gives_the_same_results(tmp_path, trained, monkeypatch):
     whole = write(tmp_path, CONTENT)
     assert run(whole) == 0
@@ -224,6 +225,7 @@ def test_a_missing_sweep_file_is_named(tmp_path, capsys):
     assert "none.yaml: expected a YAML file that describes a sweep" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_submitit_runs_missing_cells_and_records_failures(tmp_path, trained, monkeypatch):
     """submitit's executor for this machine starts processes, which train the bundled model."""
     options = {"preset": "glyphs", "steps": 2, "max_test_images": 20, "threads": 1, "towers": ["image"]}

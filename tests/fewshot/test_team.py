@@ -17,6 +17,8 @@ from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.team import SharedError, Team
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -33,6 +33,7 @@ def die_if_told(job: Job) -> str:
     return f"result of {method}"
 
 
+@pytest.mark.long
 def test_a_killed_process_stops_only_its_own_run(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "run_in_worker", die_if_told)
     config = standin.config(tmp_path, methods=("lora", "output", "both", "input"))

@@ -23,6 +23,8 @@ from torch._inductor import config as inductor
 
 import complora_kernels as ck
 
+pytestmark = pytest.mark.long
+
 TOWERS = (
     "CLIPVisionModel, sdpa",
     "CLIPTextModel, sdpa",
