@@ -266,7 +266,8 @@ def test_a_baseline_with_another_weight_is_not_timed(tiny, monkeypatch, broken):
 
 def vit_of_timm() -> bench_libraries.ImageModel:
     sizes: dict[str, Any] = {"patch_size": 112, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
-    return bench_libraries.ImageModel(timm.create_model("vit_tiny_patch16_224", **sizes), lambda features: features)
+    model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    return bench_libraries.ImageModel(model, lambda model, images: model(images))
 
 
 @pytest.mark.parametrize("broken", [None, "blocks.1.attn.proj", "blocks.0.norm1"])
