@@ -86,7 +86,6 @@ def export_peft(
         library: None for a plain model like `model`; or the name of another library with the same CLIP (see
             `integrations.names`), for its names and an `nn.Linear` for each weight. `import_peft` reads both into
             either model.
-
         adapter_names: the adapters to export, each to its place as with `save_adapter`; None exports what is active,
             which may be a weighted sum.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -24,8 +24,9 @@ from complora_kernels.common.files import reading
 from complora_kernels.common.schema import check_type
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import PROJECTIONS
-from complora_kernels.integrations import describe
+from complora_kernels.integrations import Target, describe
 from complora_kernels.integrations.names import own_name
+from complora_kernels.integrations.selection import packed_linears
 
 PREFIX = peft_name("")
 OUT_PROJ = ".base_layer.out_proj"  # PEFT's own adapter of the output projection, in that of an nn.MultiheadAttention
@@ -114,7 +115,7 @@ class PeftFolder(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """A module with factors, by its name in the plain model: an `nn.Linear`, or attention with one A for q, k and v."""
+    """A module with factors, by its name in the plain model: an `nn.Linear`, or one with one A for q, k and v."""
 
     name: str
     matched: str  # what `rank_pattern` and `alpha_pattern` are matched with
@@ -137,18 +138,19 @@ def read_peft(directory: str | os.PathLike[str], model: nn.Module) -> PeftFolder
     with reading(config_path, "a LoRA configuration of PEFT"), config_path.open("rb") as file:
         fields = _checked_fields(parse_object(file.read(CONFIG_BYTES + 1)))
     with reading(weights_path, "LoRA factors of the configuration beside it, for this model"):
-        places, modules = weight_places(model), list[_Module]()
+        packed, modules = packed_linears(model), list[_Module]()
+        places = weight_places(model, packed)
         paths = [path for path, _ in named_modules(model) if path]
         ends = tuple(end for end in fields["modules_to_save"] or () if any(path.endswith(end) for path in paths))
         whole = whole_tensors(whole_modules(model, ends, ()))
 
         def declared(_: dict[str, str], names: set[str]) -> Shapes:
-            modules.extend(_modules(names, fields["target_parameters"] or (), places))
+            modules.extend(_modules(names, fields["target_parameters"] or (), places, packed))
             shapes = _factor_shapes(model, modules, places, fields)
             return shapes | {peft_name(name): tuple(tensor.shape) for name, tensor in whole.items()}
 
         _, tensors = read_tensors(weights_path, declared)
-        updates = list(_updates(modules, tensors, places, fields))
+        updates = list(_updates(modules, tensors, places, packed, fields))
     return PeftFolder(fields, updates, ends, {name: tensors[peft_name(name)] for name in whole})
 
 
@@ -179,7 +181,7 @@ def _checked_fields(config: dict[str, Any]) -> PeftFields:
     return fields
 
 
-def weight_places(model: nn.Module) -> dict[str, Place]:
+def weight_places(model: nn.Module, packed_linears: Mapping[str, Target]) -> dict[str, Place]:
     """The weights of `model` that a LoRA may update, by the names that files use (see `factors`)."""
     places: dict[str, Place] = {}
     for path, module in named_modules(model):
@@ -191,12 +193,18 @@ def weight_places(model: nn.Module) -> dict[str, Place]:
                 places[f"{path}.{projection}" if path else projection] = Place(
                     path, name, shape if name != "o" else outer
                 )
+        elif path in packed_linears:
+            for name, (_, start, stop) in packed_linears[path].weights.items():
+                width = module.get_parameter("weight").shape[1]
+                places[f"{path}.{PROJECTIONS[name]}"] = Place(path, name, (stop - start, width))
         elif isinstance(module, nn.Linear):
             places.setdefault(path, Place(path, "", (module.out_features, module.in_features)))
     return places
 
 
-def _modules(names: Iterable[str], parameters: Collection[str], known: Collection[str]) -> list[_Module]:
+def _modules(
+    names: Iterable[str], parameters: Collection[str], known: Collection[str], packed_linears: Collection[str]
+) -> list[_Module]:
     """The modules that have factors among these names of tensors, with the names that the model has for their weights.
 
     Raises:
@@ -210,7 +218,7 @@ def _modules(names: Iterable[str], parameters: Collection[str], known: Collectio
         packed = _is_named(f"{name}.in_proj_weight", parameters)
         if attention != name:
             module = _Module(name, attention, (f"{attention}.out_proj",), TIMES_OUT_PROJ)
-        elif packed or name + OUT_PROJ in adapted:
+        elif packed or name + OUT_PROJ in adapted or name in packed_linears:
             weights = tuple(f"{name}.{PROJECTIONS[part]}" for part in INPUTS)
             module = _Module(name, f"{name}.in_proj_weight" if packed else name, weights)
         else:
@@ -252,7 +260,11 @@ def _factor_shapes(
 
 
 def _updates(
-    modules: Iterable[_Module], tensors: dict[str, Tensor], places: dict[str, Place], fields: PeftFields
+    modules: Iterable[_Module],
+    tensors: dict[str, Tensor],
+    places: dict[str, Place],
+    packed_linears: Collection[str],
+    fields: PeftFields,
 ) -> Iterator[Update]:
     """The update of each weight."""
     zero = {name for name, _, weights, _ in modules if not any(factor.any() for factor in _pair(tensors, name))}
@@ -264,7 +276,8 @@ def _updates(
             continue
         parts: list[tuple[Tensor, Tensor] | None] = [(A, times * B)]
         if len(weights) > 1:
-            parts, n = _parted(A, B, exported=name + OUT_PROJ in zero)
+            exported = bool(B.any()) if name in packed_linears else name + OUT_PROJ in zero
+            parts, n = _parted(A, B, exported=exported)
             alpha = _unscaled(alpha, n, fields["use_rslora"])
         for weight, part in zip(weights, parts, strict=True):
             if part is not None:

@@ -126,6 +126,12 @@ def _pattern_of_linears(model: nn.Module) -> str:
 # ---- modules by their names
 
 
+def packed_linears(model: nn.Module) -> dict[str, Target]:
+    """The linear layers of residual blocks that hold q, k and v in one weight, by their paths."""
+    parts = _parts_of_blocks(model, find(model))
+    return {part.path: part for part in parts if isinstance(part.module, nn.Linear) and "" not in part.weights}
+
+
 class _Linear(NamedTuple):
     module: nn.Module
     uncalled_by: nn.Module | None  # the parent that uses its weight without calling it
@@ -179,8 +185,9 @@ class _Named:
         """
         chosen = {path for path, part in self.parts.items() if _weights(part) <= set(names)}
         chosen |= self.linears.keys() & set(names)
-        if not chosen:
-            raise ValueError(f"the model has no module for {', '.join(sorted(names)[:4])}")
+        found = {name for path in chosen for name in (_weights(self.parts[path]) if path in self.parts else {path})}
+        if lost := sorted(set(names) - found):
+            raise ValueError(f"the model has no module for {', '.join(lost[:4])}")
         return self._targets([path for path in self.paths if path in chosen], tuple(names))
 
     def _targets(self, paths: list[str], target_modules: str | tuple[str, ...]) -> list[Target]:

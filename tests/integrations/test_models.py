@@ -6,6 +6,7 @@ Its projectors come from a float64 `torch.linalg.svd`. All is in float64 where n
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -94,6 +95,40 @@ def test_merged_and_back(name):
         assert_close(row.features(model, row.inputs), features, tolerance(name))
         ck.unmerge_adapter(model)
     assert all(torch.equal(model.get_parameter(key), value) for key, value in row.model.named_parameters())
+
+
+@every_model
+def test_unloaded_it_is_the_plain_model_again(name):
+    row = make(name)
+    model = adapted(row, *ALL)
+    features = row.features(model, row.inputs).detach()
+    merged = ck.merge_and_unload(copy.deepcopy(model))
+    ck.unload(model)
+    for plain_again in (model, merged):
+        assert [type(module) for module in plain_again.modules()] == [type(module) for module in row.model.modules()]
+        plain_again.load_state_dict(plain_again.state_dict())
+        assert plain_again.state_dict().keys() == row.model.state_dict().keys()
+    assert all(torch.equal(model.get_parameter(key), value) for key, value in row.model.named_parameters())
+    assert_close(row.features(merged, row.inputs), features, tolerance(name))
+
+
+# What PEFT can compute: of an nn.MultiheadAttention it adds the update of the output projection twice, and it has no
+# adapter for q, k and v in a parameter of another attention.
+EXPORTABLE = (ALL, ("q", "k", "v", "fc1", "fc2"), ("fc1", "fc2"))
+
+
+@every_model
+def test_what_was_exported_comes_back(name, tmp_path):
+    row, exported = make(name), []
+    for targets in EXPORTABLE:
+        model = adapted(row, *targets)
+        with contextlib.suppress(ValueError):
+            ck.export_peft(model, tmp_path / str(len(targets)))
+            exported.append((len(targets), row.features(model, row.inputs).detach()))
+    assert exported or name.startswith("torch encoder")  # which reads its weights without calling PEFT's layers
+    for count, features in exported:
+        again = ck.import_peft(copy.deepcopy(row.model), tmp_path / str(count), progress=False)
+        assert_close(row.features(again, row.inputs).detach(), features, 1e-5)  # the factors in the file are float32
 
 
 @pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")  # PEFT asks old names

@@ -215,3 +215,11 @@ def test_a_merged_adapter_gets_no_gradient_and_the_message_says_why():
     ck.merge_adapter(model)
     with pytest.raises(RuntimeError, match=r"proj, deep\.proj are merged: call unmerge_adapter first"):
         ck.check_gradients(model)
+
+
+def test_weights_by_name_that_the_model_does_not_have_are_named():
+    """An adapter of a file is not loaded in part."""
+    model, settings = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config(target_modules=r"\d")
+    assert [target.path for target in select(model, settings, ["0", "1"])] == ["0", "1"]
+    with pytest.raises(ValueError, match="the model has no module for 2, 3"):
+        select(model, settings, ["0", "3", "2"])

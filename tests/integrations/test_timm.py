@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from oracle import expected, results
+from peft_adapters import saved_by_peft
 from rows import Row, in_float64
 from timm.layers.drop import DropPath
 from timm.layers.mlp import GluMlp
@@ -252,3 +253,39 @@ def test_the_packed_layer_shows_its_adapters():
     assert all(isinstance(each, CompLoRAPackedLinear) for each in layer.values())
     assert "adapters=q, v" in repr(layer["blocks.0.attn.qkv"])
     assert TINY["embed_dim"] == layer["blocks.0.attn.qkv"].weights["v"].start // 2
+
+
+# ---- PEFT
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["qkv"]},
+        {"target_modules": ["qkv", "proj", "fc1"], "exclude_modules": r".*patch_embed.*"},
+        {"target_modules": ["qkv", "fc2"], "rank_pattern": {"qkv": 6}, "alpha_pattern": {"qkv": 3}, "use_rslora": True},
+    ],
+)
+def test_what_peft_trained_is_imported_into_packed_weights(options, tmp_path):
+    """PEFT has one A for q, k and v: each of the three gets a copy."""
+    row = made("timm ViT")
+    theirs = saved_by_peft(tmp_path, copy.deepcopy(row.model), r=4, lora_alpha=6, **options)
+    ours = ck.import_peft(copy.deepcopy(row.model), tmp_path, progress=False)
+    layer = ours.blocks[0].attn.qkv
+    assert isinstance(layer, CompLoRAPackedLinear)
+    with torch.no_grad():
+        features = row.features(theirs.base_model.model, row.inputs)
+        assert (features - row.features(row.model, row.inputs)).norm() > 0.01 * features.norm()
+        torch.testing.assert_close(row.features(ours, row.inputs), features, rtol=1e-5, atol=1e-5)  # float32 files
+
+
+def test_a_packed_weight_without_an_update_is_imported(tmp_path):
+    row = made("timm ViT")
+    wrapped = peft.get_peft_model(copy.deepcopy(row.model), peft.LoraConfig(r=6, target_modules=["qkv"]))
+    wrapped.save_pretrained(str(tmp_path))
+    ours = ck.import_peft(copy.deepcopy(row.model), tmp_path, progress=False)
+    A, B = ours.blocks[0].attn.qkv.factors("k")
+    assert A.shape == (6, 24)  # as PEFT trains it further
+    assert not B.any()
+    trained = wrapped.base_model.model.blocks[0].attn.qkv.lora_A["default"].weight
+    torch.testing.assert_close(A.float(), trained.float(), rtol=1e-6, atol=1e-6)
