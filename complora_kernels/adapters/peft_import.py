@@ -39,12 +39,11 @@ def import_peft(
     """Adapts a plain model with the LoRA that PEFT's `save_pretrained`, or `export_peft`, wrote to `directory`.
 
     It computes `y = x W^T + b + s · (x A^T) B^T` as PEFT does; A and B are those of the file, trainable. What
-    `export_peft` wrote comes back as it was. Of an `nn.MultiheadAttention`, of a linear layer that holds q, k and v (timm's
-    `qkv`), or where `target_parameters` name an `in_proj_weight`, PEFT has one A for q, k and v: each of the three gets
-    a copy. The output projection of an `nn.MultiheadAttention` gets twice the B of the file, because PEFT (up to 0.21)
-    adds that update twice, in training too. Modules of `modules_to_save` get
-    the values of the file and are trainable. The names in the file may be those of another library with the same CLIP
-    (`integrations.names`).
+    `export_peft` wrote comes back as it was. Of an `nn.MultiheadAttention`, of a linear layer that holds q, k and v,
+    such as timm's `qkv`, or where `target_parameters` name an `in_proj_weight`, PEFT has one A for q, k and v: each of
+    the three gets a copy. The output projection of an `nn.MultiheadAttention` gets twice the B of the file, because
+    PEFT (up to 0.21) adds that update twice, in training too. Modules of `modules_to_save` get the values of the file
+    and are trainable. The names in the file may be those of another library with the same CLIP (`integrations.names`).
 
     With `projected`, A and B are the raw factors of a Comp-LoRA, whose projections remove what lies in the protected
     subspaces. `subspace_report` has the removed share of each weight's update, a log line the range of the shares.

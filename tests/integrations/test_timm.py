@@ -281,7 +281,7 @@ def test_what_peft_trained_is_imported_into_packed_weights(options, tmp_path):
 
 def test_a_packed_weight_without_an_update_is_imported(tmp_path):
     row = made("timm ViT")
-    wrapped = peft.get_peft_model(copy.deepcopy(row.model), peft.LoraConfig(r=6, target_modules=["qkv"]))
+    wrapped: Any = peft.get_peft_model(copy.deepcopy(row.model), peft.LoraConfig(r=6, target_modules=["qkv"]))
     wrapped.save_pretrained(str(tmp_path))
     ours = ck.import_peft(copy.deepcopy(row.model), tmp_path, progress=False)
     A, B = ours.blocks[0].attn.qkv.factors("k")
