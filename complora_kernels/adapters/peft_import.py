@@ -12,7 +12,7 @@ from torch import nn
 
 from complora_kernels.adapters.build import check_wrappers, find_targets, is_adapted
 from complora_kernels.adapters.configuration import module_pattern, most_frequent
-from complora_kernels.adapters.factors import check_factors, fill_adapter, weights_to_fill
+from complora_kernels.adapters.factors import check_factors, check_names, fill_adapter, weights_to_fill
 from complora_kernels.adapters.manage import subspace_report
 from complora_kernels.adapters.peft_folder import PeftFolder, read_peft
 from complora_kernels.adapters.several import add_from, refuse_modules_to_save
@@ -105,6 +105,7 @@ def _import(
             refuse_modules_to_save(config)
         weights = weights_to_fill(model, config, {update.weight for update in folder.updates})
         factors = {update.weight: (update.A, update.B) for update in folder.updates}
+        check_names("the adapter", factors, weights)
         check_factors(factors, weights, config)
         check_whole_tensors(folder.whole, whole_tensors(whole_modules(part, config.modules_to_save, ())))
         fill_adapter(
