@@ -18,7 +18,6 @@ import contextlib
 import functools
 import hashlib
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -464,7 +463,7 @@ def _source_of(second_moment: Tensor | None) -> Source:
 # ---- a cache of decompositions
 
 
-_DECOMPOSITIONS: OrderedDict[str, tuple[Directions, ...]] = OrderedDict()  # the least recently used one first
+_DECOMPOSITIONS: dict[str, tuple[Directions, ...]] = {}  # the least recently used one first
 
 
 def clear_cache() -> None:
@@ -519,13 +518,14 @@ class _KeptBasis:
 
 def _cached(key: str, decompose: Callable[[], tuple[Directions, ...]]) -> tuple[Directions, ...]:
     # Other threads read and write meanwhile. Each use of the dictionary is one step, and none expects that an entry
-    # found earlier is still there: there is no lock that an interrupt could leave held.
-    decomposed = _DECOMPOSITIONS.get(key) or decompose()
-    _DECOMPOSITIONS[key] = decomposed
-    with contextlib.suppress(KeyError):
-        _DECOMPOSITIONS.move_to_end(key)
-        while len(_DECOMPOSITIONS) > 1 and _bytes_kept() > CACHE_BYTES:
-            _DECOMPOSITIONS.popitem(last=False)
+    # found earlier is still there: there is no lock that an interrupt could leave held. An OrderedDict would not do:
+    # its list and its dictionary part where two threads write at once, and it then goes round in a circle.
+    decomposed = _DECOMPOSITIONS.pop(key, None) or decompose()
+    _DECOMPOSITIONS[key] = decomposed  # the last one now
+    for oldest in list(_DECOMPOSITIONS)[:-1]:
+        if _bytes_kept() <= CACHE_BYTES:
+            break
+        _DECOMPOSITIONS.pop(oldest, None)
     return decomposed
 
 
