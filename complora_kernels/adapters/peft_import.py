@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from complora_kernels.adapters.build import check_wrappers, find_targets, is_adapted
+from complora_kernels.adapters.build import check_name, check_wrappers, find_targets, is_adapted
 from complora_kernels.adapters.configuration import module_pattern, most_frequent
 from complora_kernels.adapters.factors import check_factors, check_names, fill_adapter, weights_to_fill
 from complora_kernels.adapters.manage import subspace_report
@@ -40,7 +40,7 @@ def import_peft(
 
     It computes `y = x W^T + b + s · (x A^T) B^T` as PEFT does; A and B are those of the file, trainable. What
     `export_peft` wrote comes back as it was. Of an `nn.MultiheadAttention`, of a linear layer that holds q, k and v,
-    such as timm's `qkv`, or where `target_parameters` name an `in_proj_weight`, PEFT has one A for q, k and v: each of
+    such as a `qkv`, or where `target_parameters` name an `in_proj_weight`, PEFT has one A for q, k and v: each of
     the three gets a copy. The output projection of an `nn.MultiheadAttention` gets twice the B of the file, because
     PEFT (up to 0.21) adds that update twice, in training too. Modules of `modules_to_save` get the values of the file
     and are trainable. The names in the file may be those of another library with the same CLIP (`integrations.names`).
@@ -72,8 +72,10 @@ def import_peft(
             attention: another method, DoRA or another variant, biases, replicated layers, embeddings, convolutions. The
             message names the file and what is wrong. The model is then as it was.
     """
+    name = DEFAULT if adapter_name is None else adapter_name
+    check_name(name)
     if not is_adapted(model):
-        _import(model, directory, projected, adapter_name or DEFAULT, further=False, progress=progress)
+        _import(model, directory, projected, name, further=False, progress=progress)
     elif adapter_name is None:
         raise ValueError("model has an adapter already, expected a plain model, or adapter_name for a further adapter")
     else:

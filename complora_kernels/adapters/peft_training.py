@@ -15,6 +15,7 @@ from complora_kernels.config import CompLoRAConfig
 from complora_kernels.integrations import find
 from complora_kernels.modules.block import CompLoRABlock
 from complora_kernels.modules.extend import extend, own_class, restore
+from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.peft_linear import AcceleratedLinear
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def accelerate_peft(model: Model) -> Model:
     of `peft_config`, is active on a frozen `nn.Linear` in the dtype of its input or under autocast. A residual block of
     a known library whose layers do is fused, as `apply_complora` fuses it. Both compute as PEFT does in all other
     cases: merged or disabled, several adapters or others for each sample, DoRA and other variants, biases of LoRA,
-    hooks on their parts. A log line says how many there are; `decelerate_peft` undoes it. Layers that PEFT makes later
-    are not among them: call it again. Numbers are PEFT's up to rounding; dropout draws its masks otherwise.
+    hooks on their parts. Log lines say how many layers and blocks are accelerated; `decelerate_peft` undoes it. Layers
+    that PEFT makes later are not among them: call it again. Numbers are PEFT's up to rounding; dropout draws its masks
+    otherwise.
 
     Args:
         model: made by `get_peft_model` or `PeftModel.from_pretrained`, or any model with layers of PEFT in it.
@@ -113,11 +115,11 @@ def decelerate_peft(model: Model) -> Model:
     Raises:
         ValueError: the class of a layer or block was changed since, as `fully_shard` does; nothing is then changed.
     """
-    accelerated = {module for module in model.modules() if isinstance(module, AcceleratedLinear)}
+    ours = any(isinstance(module, CompLoRALayer) for module in model.modules())  # then the blocks are fused for these
     changes = Changes()
     for module in model.modules():
-        is_block = isinstance(module, CompLoRABlock) and not accelerated.isdisjoint(module.modules())
-        if module in accelerated or is_block:
+        if isinstance(module, AcceleratedLinear) or (isinstance(module, CompLoRABlock) and not ours):
             restore(module, changes)
+            changes.draft(vars(module)).pop("recompute", None)
     changes.make()
     return model

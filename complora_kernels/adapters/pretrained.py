@@ -15,10 +15,11 @@ class SavesAdapter(Extension):
     """A model with a `save_pretrained` of its own, which saves the adapter too, in the folder `complora` within."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Saves the model as before, and its adapter beside it; of several adapters all, where PEFT writes them.
+        """Saves the model as before, and all its adapters beside it, where PEFT writes them.
 
         `from_pretrained(save_directory)` gives the plain model, and says that it leaves the adapter's parameters out;
-        `load_adapter(model, save_directory + "/complora")` adapts it.
+        `load_adapter(model, save_directory + "/complora")` adapts it, by the adapter that is called "default". Another
+        one lies in the folder of its name within.
 
         Raises:
             ValueError: as `save_adapter`, before anything is saved; of a part of the model that was adapted too.
@@ -28,7 +29,6 @@ class SavesAdapter(Extension):
         from complora_kernels.adapters.several import adapter_names
 
         if kwargs.get("is_main_process", True):
-            names = adapter_names(self)
-            save_adapter(self, Path(save_directory) / FOLDER, adapter_names=names if len(names) > 1 else None)
+            save_adapter(self, Path(save_directory) / FOLDER, adapter_names=adapter_names(self))
         plain: Any = super()
         return plain.save_pretrained(save_directory, *args, **kwargs)

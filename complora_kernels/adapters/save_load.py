@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from complora_kernels import subspace
-from complora_kernels.adapters.build import adapted_layers, adapted_model, check_wrappers, is_adapted, trained_tensors
+from complora_kernels.adapters.build import (
+    adapted_layers,
+    adapted_model,
+    check_name,
+    check_wrappers,
+    is_adapted,
+    trained_tensors,
+)
 from complora_kernels.adapters.configuration import FORMAT_VERSION, module_pattern, peft_fields, peft_key, peft_name
 from complora_kernels.adapters.factors import (
     PROJECTIONS,
@@ -62,9 +69,9 @@ def save_adapter(
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into `directory`, which is made if needed.
 
-    Of several adapters it saves the active one. With `adapter_names` it saves these, where PEFT writes them: the one
-    called "default" into `directory` itself, each other one into the folder of its name within. All are written before
-    the first is moved into place.
+    Of several adapters it saves the active one into `directory` itself, whatever its name. With `adapter_names` it
+    saves these, where PEFT writes them: the one called "default" into `directory` itself, each other one into the
+    folder of its name within. All are written before the first is moved into place, but for sharded models.
 
     The factors are saved folded, in their own dtype (float32), as PEFT's `base_model.model.<path>.lora_A.weight`; in
     attention the path ends in q_proj, k_proj, v_proj or out_proj, whatever the library. Stock PEFT reads the adapter
@@ -156,7 +163,8 @@ def load_adapter(
     Args:
         model: plain, or adapted with the same configuration and not merged; or a wrapper around it (see
             `save_adapter`), or a container that holds it as the only part with modules of the saved names.
-        directory: written by `save_adapter`; that of an adapter which is not called "default" is a folder within.
+        directory: written by `save_adapter`; one that was saved by `adapter_names` lies in the folder of its name
+            within, unless it is called "default".
         adapter_name: a name for the adapter; None is "default" in a plain model, else the active adapter.
         progress: show a progress bar while the base weights are compared with those that the adapter was trained on.
 
@@ -172,10 +180,12 @@ def load_adapter(
             or, of a plain model, as `apply_complora`, with a new `adapter_name` as `add_adapter`.
         RuntimeError: the adapter in the model is merged.
     """
+    if adapter_name is not None:
+        check_name(adapter_name)
     if adapter_name is not None and is_adapted(model) and active_adapters(model) != {adapter_name: 1.0}:
         add_from(model, adapter_name, lambda view: _load(view, directory, DEFAULT, further=True, progress=progress))
     else:
-        _load(model, directory, adapter_name or DEFAULT, further=False, progress=progress)
+        _load(model, directory, DEFAULT if adapter_name is None else adapter_name, further=False, progress=progress)
     return model
 
 

@@ -80,6 +80,12 @@ def add_from(model: nn.Module, adapter_name: str, adapt: Callable[[nn.Module], o
     view = plain_view(part)
     adapt(view)
     built = adapted_layers(view)
+    for path, layer in built.items():
+        if layer.path != path:
+            raise ValueError(
+                f"{path} was adapted as {layer.path} in another model, expected an adapter of the whole model that has "
+                "adapters"
+            )
     changes, replacements = Changes(), []
     modules, active = dict(named_modules(part)), next(iter(all_layers(part).values()))
     for path, layer in built.items():
@@ -109,7 +115,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Mapping[str, float]) -> No
 
     With weights for several names the model computes the sum of the updates, `ΔW = Σ w_i ΔW_i`, exact as one LoRA of
     the concatenated factors, `A = [Ã_1; Ã_2]` and `B = [w_1 s_1 B̃_1, w_2 s_2 B̃_2]` (PEFT's `combination_type="cat"`).
-    It is made of the factors as they are now, without dropout, and for use: to compute, to merge and to export. It is
+    The sum is made of the factors as they are now, without dropout. It can be computed, merged and exported, and is
     neither trained nor saved.
 
     Args:
@@ -123,6 +129,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Mapping[str, float]) -> No
     """
     part = _switchable(model)
     layers, known = all_layers(part), adapter_names(part)
+    if not isinstance(adapter_name, (str, Mapping)):
+        raise ValueError(f"adapter_name={adapter_name!r}, expected a name, or weights by names such as {{'a': 0.5}}")
     weights = {adapter_name: 1.0} if isinstance(adapter_name, str) else dict(adapter_name)
     unknown = [name for name in weights if name not in known]
     if unknown or not weights:

@@ -46,6 +46,7 @@ LINEARS = {
 }
 WORDS = {name: word for word, names in LINEARS.items() for name in names}
 ACTIVATIONS = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "QuickGELUActivation": "quick_gelu"}
+IMAGE_TOWERS = ("CLIPVisionModel", "CLIPVisionTransformer")  # of newer and of older versions
 RECORDED = ("output_hidden_states", "output_attentions")
 EXACT = {"GELUActivation": "GELU", "QuickGELUActivation": "QuickGELU"}  # as adapters of other libraries name them
 
@@ -106,8 +107,8 @@ class Features(Extension):
 
     `get_text_features` computes none after the longest text of the batch, in steps of 8; `last_hidden_state` of the
     texts and what hooks see end there, as if the tokenizer had padded to it. In `get_image_features` the last block
-    computes the class token alone, where it is fused; there is then no `last_hidden_state` (None), which
-    `vision_model(...)` gives. The model's own forward pass calls both.
+    computes the class token alone, where it is fused; the output then has no `last_hidden_state` (None), so that its
+    first entry is the feature; `vision_model(...)` gives the states. The model's own forward pass calls both.
 
     Features and gradients are those of all positions, up to rounding; with dropout the masks are drawn for other
     shapes, so that they are equal in distribution only. All positions are computed under torch.compile, where hidden
@@ -141,7 +142,8 @@ class Features(Extension):
     ) -> Any:
         plain: Any = super()
         tower = self.vision_model
-        block = _last_block(tower) if _reads_features(tower, kwargs) else None
+        block = _last_block(tower)
+        block = block if block is None or _reads_features(tower, kwargs) else None
         if block is None:
             return plain.get_image_features(pixel_values, *args, **kwargs)
         output = run_in_scope({}, Reading(block), plain.get_image_features, pixel_values, *args, **kwargs)
@@ -160,13 +162,16 @@ def _reads_features(tower: Any, kwargs: dict[str, Any]) -> bool:
 
 def _last_block(tower: Any) -> nn.Module | None:
     """The last block of a `CLIPVisionModel`, where it is one of ours and nobody sees what comes out of it."""
-    tower = unwrap(tower)
-    layers = tower.encoder.layers
+    if not _is_known(tower, IMAGE_TOWERS) or not _is_known(tower.encoder, ["CLIPEncoder"]):
+        return None  # it may read other positions; a wrapper may compute them again without knowing which are read
+    layers, norm = tower.encoder.layers, tower.post_layernorm
     block = layers[-1] if type(layers) is nn.ModuleList and len(layers) else None
-    if not isinstance(block, FusedBlock) or (block.gradient_checkpointing and block.training):
+    if not isinstance(block, FusedBlock) or sum(layer is block for layer in layers) != 1:
+        return None
+    if type(norm) is not nn.LayerNorm or (block.gradient_checkpointing and block.training):
         return None
     seen = any(has_user_hooks(module, FusedBlock.recorders) for module in (tower, tower.encoder))
-    return None if seen else LastBlock(block, tower.encoder, tower.post_layernorm).alone
+    return None if seen else LastBlock(block, tower.encoder, norm).alone
 
 
 def towers(model: nn.Module) -> list[tuple[nn.Module, type[Scoped]]]:

@@ -286,7 +286,7 @@ def set_recompute(model: nn.Module, recompute: str) -> None:
     """Chooses what the residual blocks of an adapted model compute again in the backward pass, to save memory.
 
     Args:
-        model: a model from `apply_complora`.
+        model: a model from `apply_complora` or `accelerate_peft`.
         recompute: "mlp": the result of fc1 in each block [M, 4d], for one more such product; "none": nothing beyond
             LayerNorm and activation outputs, which are never saved.
 

@@ -211,10 +211,16 @@ class CompLoRALayer(SeveralAdapters):
 
         Raises:
             ValueError: it stands in for one that is in training mode.
+            RuntimeError: it stands in for one that was merged since.
         """
         layer = stand_in(self)
         if layer is self or self._switched_off:
             return self
+        if self.merged:
+            raise RuntimeError(
+                f"{self._path or type(self).__name__} was merged within mixed_adapters, expected unmerged weights: "
+                "call unmerge_adapter"
+            )
         if self.training:
             raise ValueError(
                 f"{self._path or type(self).__name__} is in training mode, expected eval(): a batch of several "

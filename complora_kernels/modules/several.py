@@ -157,15 +157,21 @@ class SeveralAdapters(ProtectedLayer):
         reason = super().refusal(state_dict, prefix)
         if reason is not None:
             return reason
-        for name in self.active_adapters if self.weights else ():
-            if any(key.startswith(f"{prefix}{INACTIVE}{name}.") for key in state_dict):
-                return (
-                    f"{prefix}{INACTIVE}{name}: the state dict is of a model with another active adapter, expected one "
-                    f"with {name!r}: call set_adapter first"
-                )
+        starts = f"{prefix}{INACTIVE}"
+        waiting = {key.removeprefix(starts).partition(".")[0] for key in state_dict if key.startswith(starts)}
+        if self._own_factors_in(state_dict, prefix) and waiting != set(self.inactive):
+            have, had = ", ".join(sorted(self.inactive)) or "none", ", ".join(sorted(waiting)) or "none"
+            return (
+                f"{prefix.rstrip('.')}: beside {', '.join(self.active_adapters)}, which is active, the adapters {have} "
+                f"wait, in the state dict {had}: expected the same adapters, and the same one active (set_adapter)"
+            )
         for layer in self._inactive_layers():
             reason = reason or ProtectedLayer.refusal(layer, state_dict, prefix)
         return reason
+
+    def _own_factors_in(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a state dict has factors of an adapter that lies in the layer."""
+        return any(key.startswith(f"{prefix}{name}") for key in state_dict for name in FACTORS)
 
     def update_bases(self) -> None:
         super().update_bases()

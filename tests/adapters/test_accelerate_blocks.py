@@ -157,3 +157,11 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ck.accelerate_peft(model)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_deceleration_after_peft_has_unloaded():
+    model = ck.accelerate_peft(in_peft(make(CLIP)))
+    plain = model.unload()
+    assert blocks_of(plain) == 4
+    ck.decelerate_peft(plain)
+    assert blocks_of(plain) == 0

@@ -288,7 +288,7 @@ def test_bases_of_a_loaded_adapter_follow_other_weights(tmp_path):
 
 def test_a_state_dict_of_another_active_adapter_is_refused():
     model, state = both(), both(active="b").state_dict()
-    with Unchanged(model), pytest.raises(RuntimeError, match=r"another active adapter.*set_adapter"):
+    with Unchanged(model), pytest.raises(RuntimeError, match=r"wait, in the state dict .*set_adapter"):
         model.load_state_dict(state, strict=False)
 
 
@@ -496,3 +496,66 @@ def test_a_wrapper_that_has_listed_the_parameters_keeps_its_adapter(tmp_path):
             with pytest.raises(ValueError, match=r"has listed the parameters.*first and wrapped then"):
                 call(model)
         del model
+
+
+# ---- what a state dict, a file or a call may not do in silence
+
+
+def two_of_linears() -> Any:
+    model = ck.apply_complora(linears(), ck.CompLoRAConfig(r=2, **LINEARS), progress=False)
+    ck.add_adapter(model, "b", ck.CompLoRAConfig(r=2, **LINEARS), progress=False)
+    for factor in [factor for name, factor in model.named_parameters() if "lora_B" in name]:
+        nn.init.normal_(factor, std=0.3)
+    return model
+
+
+def test_a_state_dict_from_before_the_second_adapter_is_refused():
+    """It does not say of which adapter its factors are."""
+    model = ck.apply_complora(linears(), ck.CompLoRAConfig(r=2, **LINEARS), progress=False)
+    before = copy.deepcopy(model.state_dict())
+    ck.add_adapter(model, "b", ck.CompLoRAConfig(r=2, **LINEARS), progress=False)
+    ck.set_adapter(model, "b")
+    with Unchanged(model), pytest.raises(RuntimeError, match="the adapters default wait, in the state dict none"):
+        model.load_state_dict(before)
+    model.load_state_dict(linears().state_dict(), strict=False)  # that of a plain model
+
+
+def test_a_sum_loads_its_own_state_dict():
+    model = two_of_linears()
+    ck.set_adapter(model, {"default": 0.5, "b": 0.5})
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_of_a_part_is_refused_in_the_whole(tmp_path):
+    def whole() -> Any:
+        return nn.ModuleDict({"trunk": linears(), "head": nn.Linear(4, 3)})
+
+    one = whole()
+    ck.apply_complora(one["trunk"], ck.CompLoRAConfig(r=2, **LINEARS), progress=False)
+    ck.save_adapter(one["trunk"], tmp_path)
+    model = ck.apply_complora(whole(), ck.CompLoRAConfig(r=2, sides="none", target_modules="head"), progress=False)
+    with Unchanged(model), pytest.raises(ValueError, match="expected an adapter of the whole model"):
+        ck.load_adapter(model, tmp_path, adapter_name="b", progress=False)
+
+
+@pytest.mark.parametrize("wrong", [["default", "b"], None, 3])
+def test_adapters_to_set_are_a_name_or_weights(wrong):
+    with pytest.raises(ValueError, match="expected a name, or weights by names"):
+        ck.set_adapter(two_of_linears(), wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "a.b", "__base__"])
+def test_a_wrong_name_is_refused_before_a_file_is_read(wrong, tmp_path):
+    for call in (ck.load_adapter, ck.import_peft):
+        with pytest.raises(ValueError, match=r"^adapter_name="):
+            call(linears(), tmp_path, adapter_name=wrong, progress=False)
+
+
+def test_a_merge_within_a_mixed_batch_is_refused():
+    model = two_of_linears().eval()
+    with torch.no_grad(), ck.mixed_adapters(model, ["b", "default"]):
+        ck.merge_adapter(model)
+        with pytest.raises(RuntimeError, match="was merged within mixed_adapters"):
+            model(torch.randn(2, 6))

@@ -232,7 +232,7 @@ def test_a_regular_expression_of_a_file_is_neither_compiled_nor_matched(tmp_path
     other = nn.Sequential(nn.Linear(12, 16))
     with (
         Unchanged(other),
-        pytest.raises(ValueError, match=r"does not fit the model: missing nothing, unexpected .*\.2\."),
+        pytest.raises(ValueError, match="the model has no module for 2"),
     ):
         ck.load_adapter(other, tmp_path / "changed", progress=False)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from model_zoo import ALL, make
 from small_clip import assert_close
 from timm.layers.drop import DropPath
 from tiny_models import config, randomise
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers_models import CONTEXT, END, WIDTH
 
 import complora_kernels as ck
@@ -388,3 +390,39 @@ def test_a_tuple_has_all_positions_of_images(computed):
     assert computed == [5, 5]
     assert hidden.shape[1] == 5
     assert_close(pooled, model.get_image_features(images).pooler_output, 1e-12)
+
+
+class MeanOfPatches(transformers.CLIPVisionModel):
+    """A tower of somebody's own that reads all positions."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.pooler_output = output.last_hidden_state[:, 1:].mean(1)
+        return output
+
+
+def own_tower(model: Any) -> None:
+    tower = MeanOfPatches(model.vision_model.config).double().eval()
+    tower.load_state_dict(model.vision_model.state_dict())
+    model.vision_model = tower
+
+
+def shared_block(model: Any) -> None:
+    layers = model.vision_model.encoder.layers
+    layers[0] = layers[-1]
+
+
+def wrapped_encoder(model: Any) -> None:
+    model.vision_model.encoder = checkpoint_wrapper(model.vision_model.encoder)
+
+
+@pytest.mark.parametrize("change", [own_tower, shared_block, wrapped_encoder])
+def test_all_positions_of_images_are_computed_where_they_are_needed(change, computed):
+    row = make("CLIPModel, sdpa")
+    change(row.model)
+    images, plain = row.inputs["pixel_values"], copy.deepcopy(row.model)
+    model = ck.apply_complora(row.model, config(target_modules=ALL, towers=("image",)), progress=False)
+    features = model.get_image_features(images).pooler_output
+    assert_close(features, plain.get_image_features(images).pooler_output, 1e-9)
+    features.sum().backward()
+    assert 1 not in computed
