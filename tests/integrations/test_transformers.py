@@ -14,6 +14,7 @@ from timm.layers.drop import DropPath
 from tiny_models import config, randomise
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers_models import CONTEXT, END, WIDTH
 
 import complora_kernels as ck
@@ -23,6 +24,8 @@ from complora_kernels.integrations import torch as any_torch
 from complora_kernels.integrations import transformers as library
 from complora_kernels.integrations.selection import select
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
+
+CHECKPOINTS_IN_CALL = "__call__" in vars(GradientCheckpointingLayer)  # of older versions
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
@@ -170,8 +173,9 @@ def test_checkpointing_computes_each_block_again_in_the_backward_pass(name, kind
     assert len(again) == len(expected)
     for mine, theirs in zip(again, expected, strict=True):
         assert_close(mine, theirs, 1e-10)
-    with torch.no_grad():
-        features(model, inputs)  # torch warns where nothing has a gradient that could be computed again
+    if not CHECKPOINTS_IN_CALL:  # there the library checkpoints its plain blocks without gradients, too
+        with torch.no_grad():
+            features(model, inputs)  # torch warns where nothing has a gradient that could be computed again
     calls.clear()
     model.eval()
     results()
@@ -230,13 +234,13 @@ def test_a_block_runs_its_own_pass_where_it_is_given_what_is_not_known(runs):
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel, sdpa", "Dinov2Model, eager"])
 def test_attention_with_a_scale_of_its_own(name, runs):
-    plain, inputs, features, _ = make(name)
+    plain, inputs, features, count = make(name)
     for module in plain.modules():
         for scale in {"scale", "scaling"} & vars(module).keys():
             setattr(module, scale, 0.05)
     ours = ck.apply_complora(copy.deepcopy(plain), config(target_modules=ALL), progress=False)
     assert_close(features(ours, inputs), features(plain, inputs), 1e-6)  # eager attention takes its softmax in float32
-    assert [fused for _, fused in runs] == [True, True]
+    assert [fused for _, fused in runs] == [True] * count
 
 
 def test_dropout_of_attention_weights_is_drawn_in_training_alone():
@@ -396,7 +400,7 @@ class MeanOfPatches(transformers.CLIPVisionModel):
     """A tower of somebody's own that reads all positions."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
+        output: Any = super().forward(*args, **kwargs)
         output.pooler_output = output.last_hidden_state[:, 1:].mean(1)
         return output
 
