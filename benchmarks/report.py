@@ -189,9 +189,10 @@ def speed_up(files: list[Results], path: Path) -> None:
 
 def roofline(files: list[Results], path: Path) -> None:
     """How near each measured shape comes to the least time that its operations and bytes take on that machine."""
-    figure, axes = plt.subplots(1, len(files), figsize=(6 * len(files), 4.5), squeeze=False, layout="constrained")
-    for axis, file in zip(axes[0], files, strict=True):
-        rows = [row for row in file.rows if row.roofline is not None and row.intensity is not None]
+    placed = [[row for row in file.rows if row.roofline is not None and row.intensity is not None] for file in files]
+    shown = [(file, rows) for file, rows in zip(files, placed, strict=True) if rows] or [(files[0], placed[0])]
+    figure, axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4.5), squeeze=False, layout="constrained")
+    for axis, (file, rows) in zip(axes[0], shown, strict=True):
         roofs = {row: ceilings(row, file) for row in rows}
         if rows:
             for peak, rate in dict.fromkeys(roofs.values()):

@@ -143,7 +143,7 @@ def test_dropout_is_drawn_in_training_alone():
         assert_close(row.features(model.base_model.model, row.inputs), expected, 1e-9)
         model.train()
         one, other = (row.features(model.base_model.model, row.inputs) for _ in range(2))
-    assert not torch.allclose(one, other, atol=1e-3)
+    assert (one - other).norm() > 0.01 * one.norm()  # half of each update's inputs is dropped
 
 
 def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
