@@ -1,6 +1,7 @@
 """`AdaptedLinear`: one frozen product with its adapters, as every room from module to launcher takes it.
 
-`Needs` and `ProductGrads` say which gradients of it a backward pass computes, and hold them.
+`Needs` and `ProductGrads` say which gradients of it a backward pass computes, and hold them; `Deferred` is an input
+gradient whose second term its reader adds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Needs(NamedTuple):
 class ProductGrads(NamedTuple):
     """The gradients of a product with P adapters; None for those that are not computed."""
 
-    x: Tensor | None  # [M, K]
+    x: Tensor | Deferred | None  # [M, K]
     As: Sequence[Tensor | None]  # each [r, K]
     Bs: Sequence[Tensor | None]  # each [stop - start, r]
 
@@ -83,3 +84,16 @@ class AdaptedLinear(NamedTuple):
     def gradients(self, grads: ProductGrads) -> tuple[Tensor | None, ...]:
         """The gradients of all tensors in the order of `tensors`; weight, bias and seeds get none."""
         return (None, None, *[None] * len(self.seeds), *grads.As, *grads.Bs)
+
+
+class Deferred(NamedTuple):
+    """`dX = base + Σ_p m_p ∘ (g_p Ã_p)`, whose second term is added where dX is read, in float32.
+
+    Rounding the sum of both would lose most of a small second term in half precision. What reads it, a norm's or an
+    activation's gradient, rescales the sum and then rounds it once.
+    """
+
+    base: Tensor  # [M, K], dY W
+    g: Tensor  # [M, R], dY B̃
+    linear: AdaptedLinear  # the product
+    needs_A: bool = False  # dÃ too is left to what reads dX

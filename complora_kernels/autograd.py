@@ -117,5 +117,5 @@ class PackedLoRALinearFunction(torch.autograd.Function):
         with without_autocast(dY):
             backend = backend_of_backward(ctx.backend)
             grads = backend.packed_lora_linear_bwd(flatten(dY), flatten(x), h, linear, needs)
-        dX = None if grads.x is None else unflatten(grads.x, x.shape)
+        dX = unflatten(grads.x, x.shape) if isinstance(grads.x, Tensor) else None
         return (dX, None, None, *linear.gradients(grads))

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from complora_kernels import functional, reference
-from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.adapted_linear import AdaptedLinear, ProductGrads
 from complora_kernels.autograd import backend_of_backward
 from complora_kernels.backends import REFERENCE, REGISTRY, Backend
-from complora_kernels.backends.torch import Activated, Norm, Normed, Source
+from complora_kernels.backends.torch import Activated, Norm, Normed, ProductInput, Source
 from complora_kernels.common.shapes import flatten
 from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.dropout import fresh_masks
@@ -119,8 +119,9 @@ class NormLoRALinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         run, wholes = REGISTRY[backend], _with_tensors(linears, tensors)
         with without_autocast(x):
-            stream, normed, n, h = run.norm_fwd(x, delta, norm, dtype, wholes[0])
-            products = [_linear_fwd(run, n, wholes[0], h), *(_linear_fwd(run, n, whole, None) for whole in wholes[1:])]
+            stream, normed, given = run.norm_fwd(x, delta, norm, dtype, wholes[0])
+            others = (_linear_fwd(run, ProductInput(given.x), whole) for whole in wholes[1:])
+            products = [_linear_fwd(run, given, wholes[0]), *others]
         kept = itertools.chain.from_iterable(whole._replace(bias=None).tensors() for whole in wholes)
         ctx.save_for_backward(*_pack(normed), *(h for _, h in products), *kept)
         ctx.eps, ctx.dtype, ctx.linears, ctx.backend = norm.eps, dtype, linears, backend
@@ -138,14 +139,16 @@ class NormLoRALinearFunction(torch.autograd.Function):
         dn, dx, d_tensors = None, d_stream, []
         with without_autocast(normed.x):
             source = normed if len(dYs) == 1 or not any(needed[6:]) else normed.compute()  # once for all products
+            defer = sum(dY is not None for dY in dYs) == 1  # what is to be added to another product is whole
             for dY, h, linear in zip(dYs, hs, _with_tensors(linears, saved[first:]), strict=True):
                 needs = needed[6 + len(d_tensors) :][: len(linear.tensors())]
-                d_input, d_linear = None, [None] * len(needs)
+                grads = ProductGrads(None, [None] * len(linear.rows), [None] * len(linear.rows))
                 if dY is not None:
                     dY = dY.resolve_neg()  # kernels read memory
-                    d_input, d_linear = _linear_bwd(run, dY, source, h, linear, needs_stream, needs)
+                    grads = _linear_bwd(run, dY, source, h, linear, needs_stream, needs, defer=defer)
+                d_input: Any = grads.x
                 dn = d_input if dn is None else dn if d_input is None else dn + d_input
-                d_tensors += d_linear
+                d_tensors += linear.gradients(grads)
             if dn is not None:
                 dx = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
         return dx, dx if needed[1] else None, *[None] * 4, *d_tensors
@@ -179,10 +182,9 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         whole1, whole2 = fc1.with_tensors(tensors[:end1]), fc2.with_tensors(tensors[end1:])
         whole1 = whole1._replace(save_h=whole1.save_h or recompute)
         with without_autocast(x):
-            stream, normed, n, h1 = run.norm_fwd(x, delta, norm, dtype, whole1)
-            z, h1 = _linear_fwd(run, n, whole1, h1)
-            a, h2 = run.activation_fwd(z, activation, whole2)
-            y, h2 = _linear_fwd(run, a, whole2, h2, residual=stream)
+            stream, normed, given = run.norm_fwd(x, delta, norm, dtype, whole1)
+            z, h1 = _linear_fwd(run, given, whole1)
+            y, h2 = _linear_fwd(run, run.activation_fwd(z, activation, whole2), whole2, residual=stream)
         if recompute:
             z = z.new_empty(0)
         ctx.save_for_backward(*_pack(normed), z, h1, h2, *whole1.tensors(), *whole2._replace(bias=None).tensors())
@@ -207,29 +209,32 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         dY = dY.resolve_neg()  # kernels read memory
         with without_autocast(dY):
             if ctx.recompute or is_differentiated():  # the saved z does not know its inputs
-                z, _ = _linear_fwd(run, normed.compute(), fc1, h1 if fc1.rows else None)
+                z, _ = _linear_fwd(run, ProductInput(normed.compute(), h1 if fc1.rows else None), fc1)
             below = needs_stream or any(needs1)
-            source = Activated(z, ctx.activation)
-            da, d_fc2 = _linear_bwd(run, dY, source, h2, fc2, below, needs2)
+            source: Any = Activated(z, ctx.activation)
+            grads2 = _linear_bwd(run, dY, source, h2, fc2, below, needs2, defer=below)
             if below:
-                dz = run.activation_bwd(da, z, ctx.activation)
+                da: Any = grads2.x
+                dz, d_A = run.activation_bwd(da, z, ctx.activation)
+                grads2 = ProductGrads(None, grads2.As if d_A is None else d_A, grads2.Bs)
                 del da, z, source
-                dn, d_fc1 = _linear_bwd(run, dz, normed, h1, fc1, needs_stream, needs1)
+                grads1 = _linear_bwd(run, dz, normed, h1, fc1, needs_stream, needs1, defer=True)
+                d_fc1, dn = fc1.gradients(grads1), grads1.x
                 d_stream = dY if d_stream is None else dY + d_stream
-                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream else None
-        return dx, dx if needed[1] else None, *[None] * 7, *d_fc1, *d_fc2
+                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream and dn is not None else None
+        return dx, dx if needed[1] else None, *[None] * 7, *d_fc1, *fc2.gradients(grads2)
 
 
 def _linear_fwd(
     run: Backend,
-    x: Tensor,  # [M, K]
+    given: ProductInput,  # x [M, K]
     linear: AdaptedLinear,
-    h: Tensor | None,  # [M, R]
     *,
     residual: Tensor | None = None,  # [M, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, R]
+    x = given.x
     if linear.rows:
-        return run.packed_lora_linear_fwd(x, linear, h=h, residual=residual)
+        return run.packed_lora_linear_fwd(x, linear, h=given.h, beside=given.beside, residual=residual)
     y = F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
     return y if residual is None else residual + y, x.new_empty(0)
 
@@ -242,13 +247,13 @@ def _linear_bwd(
     linear: AdaptedLinear,
     needs_x: bool,
     needed: Sequence[bool],  # one flag for each tensor of the record
-) -> tuple[Any, Sequence[Tensor | None]]:  # dX [M, K] or None, and the gradients of the record's tensors
+    *,
+    defer: bool,  # whether what reads dX may add its second term
+) -> ProductGrads:
     dY = dY.to(source.dtype)  # autocast leaves the stream, and so its gradient, in float32
     if not linear.rows:
-        dX = dY @ linear.weight.to(dY.dtype) if needs_x else None
-        return dX, [None] * len(needed)
-    grads = run.packed_lora_linear_bwd(dY, source, h, linear, linear.needs(needs_x, needed))
-    return grads.x, linear.gradients(grads)
+        return ProductGrads(dY @ linear.weight.to(dY.dtype) if needs_x else None, [], [])
+    return run.packed_lora_linear_bwd(dY, source, h, linear, linear.needs(needs_x, needed), defer=defer)
 
 
 def _with_tensors(linears: Sequence[AdaptedLinear], tensors: Sequence[Any]) -> list[AdaptedLinear]:

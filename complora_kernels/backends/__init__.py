@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, dtype
 
-from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
+from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs, ProductGrads
 from complora_kernels.backends.extension import ExtensionBackend
-from complora_kernels.backends.torch import Norm, Normed, Source, TorchBackend
+from complora_kernels.backends.torch import Norm, Normed, ProductInput, Source, TorchBackend
 from complora_kernels.backends.triton import TritonBackend
 
 ENVIRONMENT_VARIABLE = "COMPLORA_BACKEND"
@@ -87,38 +87,48 @@ class Backend(Protocol):
         """The same projections of the gradients."""
 
     def packed_lora_linear_fwd(
-        self, x: Tensor, linear: AdaptedLinear, *, h: Tensor | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        linear: AdaptedLinear,
+        *,
+        h: Tensor | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`y = x W^T + b + h_i B̃_i^T` in the rows of adapter i, and `h_i = drop_i(x) Ã_i^T`.
 
-        x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. A residual
-        [M, N] is added to y [M, N], which then has its dtype.
+        x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. `beside`
+        is that of the `ProductInput` which x and h come from. A residual [M, N] is added to y [M, N], which then has
+        its dtype.
         """
 
     def packed_lora_linear_bwd(
-        self, dY: Tensor, source: Source, h: Tensor, linear: AdaptedLinear, needs: Needs
+        self, dY: Tensor, source: Source, h: Tensor, linear: AdaptedLinear, needs: Needs, *, defer: bool = False
     ) -> ProductGrads:
         """`g_i = dY_i B̃_i`, `dX = dY W + Σ_i m_i ∘ (g_i Ã_i)`, `dÃ_i = g_i^T drop_i(x)`, `dB̃_i = dY_i^T h_i`.
 
-        dY is [M, N]; x [M, K] is taken from its source.
+        dY is [M, N]; x [M, K] is taken from its source. With `defer` dX may be a `Deferred`, for `norm_bwd` or
+        `activation_bwd` of the same backend.
         """
 
     def norm_fwd(
         self, x: Tensor, delta: Tensor | None, norm: Norm, dtype: dtype, reader: AdaptedLinear
-    ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Normed, ProductInput]:
         """`s = x + delta` [M, K], what is saved of it, `LN(s)` in the dtype of the product that reads it.
 
-        The last result is h = drop(LN(s)) Ã^T [M, R] of that product, where it comes for free, or None.
+        Where it comes for free, h = drop(LN(s)) Ã^T [M, R] of that product is part of its input.
         """
 
-    def norm_bwd(self, d_normed: Tensor, d_stream: Tensor | None, normed: Normed) -> Tensor:
+    def norm_bwd(self, d_normed: Tensor | Deferred, d_stream: Tensor | None, normed: Normed) -> Tensor:
         """`ds = d_stream + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))`, `ŝ = (s - mean) · rstd`, [M, K]."""
 
-    def activation_fwd(self, z: Tensor, activation: str, reader: AdaptedLinear) -> tuple[Tensor, Tensor | None]:
+    def activation_fwd(self, z: Tensor, activation: str, reader: AdaptedLinear) -> ProductInput:
         """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, R] of the product that reads it, where it comes for free."""
 
-    def activation_bwd(self, da: Tensor, z: Tensor, activation: str) -> Tensor:
-        """`dz = da ∘ act'(z)`, [M, K]."""
+    def activation_bwd(
+        self, da: Tensor | Deferred, z: Tensor, activation: str
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:
+        """`dz = da ∘ act'(z)`, [M, K], and each dÃ [r, K] of the product that read act(z), where da left them to it."""
 
 
 REGISTRY: dict[str, Backend] = {

@@ -46,6 +46,7 @@ class DifferentiableBackend(TorchBackend):
         linear: AdaptedLinear,  # weight [N, K]
         *,
         h: Tensor | None = None,
+        beside: tuple[Tensor, Tensor] | None = None,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Any]:  # y [M, N], and h as it was given
         return packed_lora_linear(x, linear, scaled_masks(x, linear, philox=self.philox)), h
@@ -57,6 +58,8 @@ class DifferentiableBackend(TorchBackend):
         h: Tensor,  # not read
         linear: AdaptedLinear,  # weight [N, K]
         needs: Needs,
+        *,
+        defer: bool = False,
     ) -> ProductGrads:
         """`g = dY B̃`, `dX = dY W + m ∘ (g Ã)`, `dÃ = g^T (m ∘ x)`, `dB̃ = dY^T h` with `h = (m ∘ x) Ã^T`."""
         x = input_of(source)
@@ -80,7 +83,7 @@ class DifferentiableBackend(TorchBackend):
                 dBs[i] = (own_dY.mT @ (dropped @ A.to(wide).mT)).to(B.dtype)
         return ProductGrads(None if dX is None else dX.to(x.dtype), dAs, dBs)
 
-    def activation_bwd(
+    def _activation_bwd(
         self,
         da: Tensor,  # [M, K]
         z: Tensor,  # [M, K]

@@ -82,6 +82,8 @@ class ExtensionBackend(TorchBackend):
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
         needs: Needs,
+        *,
+        defer: bool = False,  # not used: dX is whole
     ) -> ProductGrads:
         As, Bs, rows, seeds = linear.As, linear.Bs, linear.rows, linear.seeds
         x = input_of(source, shape_only=not needs.A)

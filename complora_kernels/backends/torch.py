@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
+from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs, ProductGrads
 from complora_kernels.backends import plans
 from complora_kernels.common.shapes import flatten, unflatten
 from complora_kernels.common.tracing import is_checkpointed_selectively
@@ -60,6 +60,14 @@ class Activated(NamedTuple):
 
 
 Source = Tensor | Normed | Activated  # gives the backward pass of a product its input [M, K]
+
+
+class ProductInput(NamedTuple):
+    """What a norm or an activation hands to the product that reads it."""
+
+    x: Tensor  # [M, K]
+    h: Tensor | None = None  # [M, R], where it was computed with x; [0, R] where the product does not save it
+    beside: tuple[Tensor, Tensor] | None = None  # [x | h | 0] [M, C] and [W | B̃ | 0] [N, C], whose product y is
 
 
 def input_of(source: Source, *, shape_only: bool = False) -> Tensor:  # [M, K]
@@ -129,6 +137,7 @@ class TorchBackend:
         linear: AdaptedLinear,  # weight [N, K]
         *,
         h: Tensor | None = None,  # [M, R]
+        beside: tuple[Tensor, Tensor] | None = None,  # never made by this backend
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, R]
         As, Bs, rows = linear.As, linear.Bs, linear.rows
@@ -162,6 +171,8 @@ class TorchBackend:
         h: Tensor,  # [M, R]
         linear: AdaptedLinear,  # weight [N, K]
         needs: Needs,
+        *,
+        defer: bool = False,  # not used: dX is whole
     ) -> ProductGrads:
         As, Bs, rows, seeds = linear.As, linear.Bs, linear.rows, linear.seeds
         x = input_of(source, shape_only=not needs.A)
@@ -202,17 +213,18 @@ class TorchBackend:
         norm: Norm,
         dtype: torch.dtype,
         reader: AdaptedLinear,
-    ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Normed, ProductInput]:
         stream = x if delta is None else x + delta
         normed, mean, rstd = normalize(stream, norm, dtype)
-        return stream, Normed(stream, mean, rstd, norm, dtype), normed, None
+        return stream, Normed(stream, mean, rstd, norm, dtype), ProductInput(normed)
 
     def norm_bwd(
         self,
-        d_normed: Tensor,  # [M, K]
+        d_normed: Tensor | Deferred,  # [M, K]; never deferred by this backend
         d_stream: Tensor | None,  # [M, K]
         normed: Normed,
     ) -> Tensor:  # [M, K]
+        assert isinstance(d_normed, Tensor)
         x, wide = normed.x, normed.mean.dtype
         mean, rstd = normed.mean.unsqueeze(1), normed.rstd.unsqueeze(1)  # [M, 1]
         weight, bias = _affine(normed.norm, wide)
@@ -226,10 +238,19 @@ class TorchBackend:
         z: Tensor,  # [M, K]
         activation: str,
         reader: AdaptedLinear,
-    ) -> tuple[Tensor, Tensor | None]:
-        return activate(z, activation), None
+    ) -> ProductInput:
+        return ProductInput(activate(z, activation))
 
     def activation_bwd(
+        self,
+        da: Tensor | Deferred,  # [M, K]; never deferred by this backend
+        z: Tensor,  # [M, K]
+        activation: str,
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:  # dz [M, K], each dÃ [r, K] or None
+        assert isinstance(da, Tensor)
+        return self._activation_bwd(da, z, activation), None
+
+    def _activation_bwd(
         self,
         da: Tensor,  # [M, K]
         z: Tensor,  # [M, K]

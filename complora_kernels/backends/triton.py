@@ -16,19 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
+from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs, ProductGrads
 from complora_kernels.backends import hardware, plans
 from complora_kernels.backends.support import split_like, unsupported_ranks, unsupported_tensors
 from complora_kernels.backends.torch import (
     Activated,
     Norm,
     Normed,
+    ProductInput,
     Source,
     add_residual,
     block_diagonal,
     input_grad,
     input_of,
 )
+from complora_kernels.backends.wide_weights import wide_weight, width
 from complora_kernels.common.shapes import check_device, flatten, unflatten
 from complora_kernels.common.tracing import is_dispatched, is_plain
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH, groups_of
@@ -54,7 +56,7 @@ _LIBRARY.define(
 def kernels() -> Any:
     """`complora_kernels.kernels` with its modules. This is the one place that imports Triton."""
     from complora_kernels import kernels
-    from complora_kernels.kernels import activation, factors, launch, linear, norm, reductions  # noqa: F401
+    from complora_kernels.kernels import activation, beside, factors, launch, linear, norm, reductions  # noqa: F401
 
     return kernels
 
@@ -154,8 +156,12 @@ class TritonBackend:
         linear: AdaptedLinear,  # weight [N, K]
         *,
         h: Tensor | None = None,  # [M, P r]
+        beside: tuple[Tensor, Tensor] | None = None,  # [x | h | 0] [M, C], [W | B̃ | 0] [N, C]
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
+        if beside is not None and h is not None:
+            bias = None if linear.bias is None else linear.bias.to(x.dtype)
+            return add_residual(F.linear(*beside, bias), residual), h
         if h is None and residual is None and _is_registered(x, *linear.tensors()):
             return torch.ops.complora_triton.packed_lora_linear_fwd(
                 x,
@@ -178,7 +184,11 @@ class TritonBackend:
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
         needs: Needs,
+        *,
+        defer: bool = False,
     ) -> ProductGrads:
+        if defer and needs.x and _may_defer(dY, source, linear):
+            return _deferred_bwd(dY, source, h, linear, needs)
         if isinstance(source, Tensor) and _is_registered(dY, source, h, *linear.tensors()):
             factors = (linear.As, linear.Bs, _starts(linear), linear.dropout_p, linear.seed)
             dX, dA, dB = torch.ops.complora_triton.packed_lora_linear_bwd(
@@ -198,44 +208,111 @@ class TritonBackend:
         norm: Norm,
         dtype: torch.dtype,
         reader: AdaptedLinear,
-    ) -> tuple[Tensor, Normed, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Normed, ProductInput]:
         k, adapted = kernels(), len(reader.rows) > 0
         # float32 rows and Ã do not fit beside each other
         inside = reader if adapted and dtype.itemsize == 2 and reader.columns is None else None
-        stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside)
+        beside = _beside(x, dtype, inside)
+        stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside, beside=beside)
+        saved = Normed(stream, mean, rstd, norm, dtype)
+        if beside is not None:
+            return stream, saved, ProductInput(normed[:, : x.shape[1]], h, (normed, beside.wide))
         if adapted and inside is None:
             h = k.linear.packed_lora_linear_h(normed, reader)
-        return stream, Normed(stream, mean, rstd, norm, dtype), normed, h if adapted else None
+        return stream, saved, ProductInput(normed, h if adapted else None)
 
     def norm_bwd(
         self,
-        d_normed: Tensor,  # [M, K]
+        d_normed: Tensor | Deferred,  # [M, K]
         d_stream: Tensor | None,  # [M, K]
         normed: Normed,
     ) -> Tensor:  # [M, K]
-        return kernels().norm.norm_bwd(d_normed, d_stream, normed.x, normed.mean, normed.rstd, normed.norm.weight)
+        saved, norm_bwd = (normed.x, normed.mean, normed.rstd, normed.norm.weight), kernels().norm.norm_bwd
+        if isinstance(d_normed, Deferred):
+            return norm_bwd(d_normed.base, d_stream, *saved, g=d_normed.g, reader=d_normed.linear)
+        return norm_bwd(d_normed, d_stream, *saved)
 
     def activation_fwd(
         self,
         z: Tensor,  # [M, K]
         activation: str,
         reader: AdaptedLinear,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> ProductInput:
         k, adapters = kernels(), len(reader.rows)
-        one_mask = adapters == 1 or (adapters > 0 and not reader.seeds)  # the kernel draws one
-        inside = reader if one_mask and reader.columns is None else None
-        a, h = k.activation.activation_fwd(z, activation, inside)
+        inside = reader if adapters and _one_mask(reader) and reader.columns is None else None
+        beside = _beside(z, z.dtype, inside)
+        a, h = k.activation.activation_fwd(z, activation, inside, beside=beside)
+        if beside is not None:
+            return ProductInput(a[:, : z.shape[1]], h, (a, beside.wide))
         if adapters and inside is None:
             h = k.linear.packed_lora_linear_h(a, reader)
-        return a, h if adapters else None
+        return ProductInput(a, h if adapters else None)
 
     def activation_bwd(
         self,
-        da: Tensor,  # [M, K]
+        da: Tensor | Deferred,  # [M, K]
         z: Tensor,  # [M, K]
         activation: str,
-    ) -> Tensor:  # [M, K]
-        return kernels().activation.activation_bwd(da, z, activation)
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:  # dz [M, K], each dÃ [r, K] or None
+        k = kernels()
+        if not isinstance(da, Deferred):
+            return k.activation.activation_bwd(da, z, activation)[0], None
+        linear, needs_A = da.linear, da.needs_A
+        dz, partials = k.activation.activation_bwd(da.base, z, activation, g=da.g, reader=linear, compute_dA=needs_A)
+        if not needs_A:
+            return dz, None
+        return dz, k.reductions.sum_partials(partials, z.dtype).view(len(linear.As), -1, z.shape[1]).unbind()
+
+
+def _beside(
+    x: Tensor,  # [M, K]
+    dtype: torch.dtype,  # of the product
+    reader: AdaptedLinear | None,
+) -> Any:
+    """The matrices of a product whose input is written with h in the same rows, where its plan is `concat`."""
+    if reader is None or dtype.itemsize != 2 or x.shape[1] % 8 or reader.weight.shape[1:] != x.shape[1:]:
+        return None
+    like = x.new_empty(1, dtype=dtype).expand(x.shape)
+    if _plan(like, reader).name != "concat":
+        return None
+    return kernels().beside.beside(reader, wide_weight(reader, dtype))
+
+
+def _one_mask(linear: AdaptedLinear) -> bool:
+    """Whether its adapters read the same x: the kernels of an activation draw one mask."""
+    return len(linear.rows) == 1 or not linear.seeds
+
+
+def _may_defer(dY: Tensor, source: Source, linear: AdaptedLinear) -> bool:
+    """Whether what computed x adds the second term of dX in its own gradient."""
+    if isinstance(source, Tensor) or linear.columns is not None or len(linear.As[0]) > plans.MAX_FUSED_RANK:
+        return False
+    if isinstance(source, Activated) and not _one_mask(linear):
+        return False
+    return _plan(input_of(source, shape_only=True), linear).name == "concat"
+
+
+def _deferred_bwd(
+    dY: Tensor,  # [M, N]
+    source: Source,  # a norm or an activation
+    h: Tensor,  # [M, P r]
+    linear: AdaptedLinear,
+    needs: Needs,
+) -> ProductGrads:
+    """DX by torch's product alone, `dY W`; its second term is left to the gradient of what computed x."""
+    k, stacked = kernels(), _stacked(linear)
+    g, dB = k.reductions.packed_lora_linear_db(dY, h.contiguous(), stacked, compute_g=True, compute_dB=needs.B)
+    base = dY @ _frozen_weight(linear, dY.dtype)
+    nothing: list[Tensor | None] = [None] * len(linear.rows)
+    left = needs.A and isinstance(source, Activated) and linear.rank <= k.activation.MAX_DA_RANK
+    dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
+    return ProductGrads(Deferred(base, g, stacked, left), dA, dB.unbind() if needs.B else nothing)
+
+
+def _frozen_weight(linear: AdaptedLinear, dtype: torch.dtype) -> Tensor:  # [N, K]
+    """W in the dtype of the product; under autocast from the buffer that holds it beside B̃."""
+    weight = linear.weight
+    return weight if weight.dtype == dtype else wide_weight(linear, dtype)[:, : weight.shape[1]]
 
 
 def _linear_fwd(
@@ -256,13 +333,15 @@ def _linear_fwd(
         y = F.linear(x, k.factors.merge_weight(linear, x.dtype), bias)  # x (W + ΔW)^T + b
         h = k.linear.packed_lora_linear_h(x, linear) if h is None and save_h else h
     elif plan.name == "concat":
-        if h is None:
-            xh = k.linear.packed_lora_linear_h(x, linear, beside_x=True)  # [M, K + R]
-            h = xh[:, x.shape[1] :]
+        beside = _beside(x, x.dtype, linear)
+        if h is None and beside is not None:
+            xh, h = k.linear.packed_lora_linear_h(x, linear, beside=beside)
+            y = F.linear(xh, beside.wide, bias)  # [x | h | 0] [W | B̃ | 0]^T + b
         else:
-            xh = _beside(x, h)
-        wide = _beside(linear.weight.to(x.dtype), block_diagonal(linear))  # [N, K + R]
-        y = F.linear(xh, wide, bias)  # [x | h] [W | B̃]^T + b
+            h = k.linear.packed_lora_linear_h(x, linear) if h is None else h
+            wide = wide_weight(linear, x.dtype)  # [N, C]
+            wide[:, x.shape[1] : x.shape[1] + linear.rank] = block_diagonal(linear)
+            y = F.linear(_side_by_side(x, h), wide, bias)
     else:
         h = k.linear.packed_lora_linear_h(x, linear) if h is None else h
         y = F.linear(x, linear.weight.to(x.dtype), bias)
@@ -330,10 +409,13 @@ def _starts(linear: AdaptedLinear) -> list[int]:
     return [start for start, _ in linear.rows]
 
 
-def _beside(left: Tensor, right: Tensor) -> Tensor:
-    """`[left | right]`, rows starting on 16 bytes as cuBLAS wants them."""
-    both = torch.cat([left, right], 1)
-    return F.pad(both, (0, -both.shape[1] % 8))[:, : both.shape[1]]
+def _side_by_side(left: Tensor, right: Tensor) -> Tensor:
+    """`[left | right | 0]`, rows starting on 16 bytes as cuBLAS wants them."""
+    whole = left.new_empty(len(left), width(left.shape[1], right.shape[1]))
+    whole[:, : left.shape[1]], end = left, left.shape[1] + right.shape[1]
+    whole[:, left.shape[1] : end] = right
+    whole[:, end:].zero_()
+    return whole
 
 
 def _is_registered(first: Tensor, *others: Tensor | None) -> bool:

@@ -6,11 +6,15 @@ quick_gelu:  act(z) = z σ(1.702 z)             act'(z) = σ + 1.702 z σ (1 - �
 
 with u = √(2/π) (z + 0.044715 z³) and σ(2u) = (1 + tanh u) / 2.
 
-a = act(z)      h = drop(a) Ã^T [M, r]      dz = da ∘ act'(z)
+a = act(z)      h = drop(a) Ã^T [M, r]      dz = (da + m ∘ (g Ã)) ∘ act'(z)      dÃ = g^T drop(a) [r, K]
+
+The rank-r term of da may be added here, in float32 and behind the rounded product `dY W`: the slope rescales the sum
+before it is rounded, so that a small term is not lost as it would be in da itself.
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
-# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -21,33 +25,88 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
+from complora_kernels.kernels.beside import BLOCK_N, Beside, pad_rows, write_factors
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 
 GELU, QUICK_GELU, GELU_TANH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 KINDS = {"gelu": 1, "quick_gelu": 2, "gelu_tanh": 3}
+SPLIT_PROGRAMS = 264  # programs that dÃ is split over, with all columns: two for each multiprocessor of an H100 or H200
+MAX_DA_RANK = 32  # ranks whose dÃ is added up beside dz, with the registers that both leave
 
 
 @triton.jit
-def activate(z, KIND: tl.constexpr):
+def once(x, PTX: tl.constexpr):
+    """x, computed once an element where two layouts read it: the compiler would compute a cheap x again for each.
+
+    A move that it must not repeat, and that no instruction is left of.
+    """
+    if PTX:
+        if x.dtype.primitive_bitwidth == 16:
+            return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
+def reciprocal(x, PTX: tl.constexpr):
+    """`1 / x` of x >= 1, to 1 ulp; 0 for an infinite x."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x, PTX: tl.constexpr):
+    """`1 / (1 + e^-x)`, exact to a few ulp in both tails, as tanh's approximation is not."""
+    return reciprocal(1.0 + tl.exp2(-1.4426950408889634 * x), PTX)
+
+
+@triton.jit
+def normal_cdf(z, PTX: tl.constexpr):
+    """`Φ(z)` to 2e-7, and to 4e-6 of itself for z above -8.
+
+    erfc(x) = t exp(q(t) - x²) with t = 1 / (1 + x / 2) for x >= 0: q is a polynomial that was fitted to the logarithm
+    of erfc(x) exp(x²) / t at Chebyshev nodes. Its tail is that of erfc, which `1 - erf` loses.
+    """
+    x = tl.abs(z) * 0.7071067811865476
+    t = reciprocal(1.0 + 0.5 * x, PTX)
+    q = 0.1787033975124359 * t - 0.8599414229393005
+    q = q * t + 1.565589427947998
+    q = q * t - 1.2216228246688843
+    q = q * t + 0.3368939161300659
+    q = q * t - 0.2101130336523056
+    q = q * t + 0.10264156758785248
+    q = q * t + 0.3732846677303314
+    q = q * t + 1.0000779628753662
+    q = q * t - 1.26551353931427
+    tail = 0.5 * t * tl.exp2(1.4426950408889634 * (q - x * x))  # Φ(-|z|)
+    return tl.where(z < 0, tail, 1.0 - tail)
+
+
+@triton.jit
+def activate(z, KIND: tl.constexpr, PTX: tl.constexpr):
     """`act(z)` of float32 values."""
     if KIND == GELU:
-        return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+        return z * normal_cdf(z, PTX)
     if KIND == GELU_TANH:
-        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    return z * tl.sigmoid(1.702 * z)
+        return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z), PTX)
+    return z * sigmoid(1.702 * z, PTX)
 
 
 @triton.jit
-def activation_slope(z, KIND: tl.constexpr):
-    """`act'(z)` of float32 values."""
+def activate_with_slope(z, KIND: tl.constexpr, PTX: tl.constexpr):
+    """`act(z)` and `act'(z)` of float32 values."""
     if KIND == GELU:
-        return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        phi = once(normal_cdf(z, PTX), PTX)
+        return z * phi, phi + z * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)
     if KIND == GELU_TANH:
-        sigma = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return sigma + 1.5957691216057308 * (1 + 0.134145 * z * z) * z * sigma * (1 - sigma)
-    sigma = tl.sigmoid(1.702 * z)
-    return sigma + 1.702 * z * sigma * (1 - sigma)
+        sigma = once(sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z), PTX), PTX)
+        return z * sigma, sigma + 1.5957691216057308 * (1 + 0.134145 * z * z) * z * sigma * (1 - sigma)
+    sigma = once(sigmoid(1.702 * z, PTX), PTX)
+    return z * sigma, sigma + 1.702 * z * sigma * (1 - sigma)
 
 
 @triton.jit
@@ -56,23 +115,58 @@ def activation_fwd_kernel(
     A_ptr,  # [R, K]
     a_ptr,  # [M, K]
     h_ptr,  # [M, R]
+    beside_ptr,  # [M, R], at column K of a's rows
+    B_ptr,  # [B_ADAPTERS, D, B_RANK]
+    wide_ptr,  # [N, C]
     seed_ptr,  # [1]
     M,
     K,
+    N,
+    D,
+    programs,  # of activations; those after them write B̃
     stride_zm,
+    stride_am,
+    stride_wn,
     threshold,
     keep_scale,
     RANK: tl.constexpr,
     COMPUTE_H: tl.constexpr,
+    STORE_H: tl.constexpr,
+    PADDING: tl.constexpr,  # columns behind h in a's rows; -1: h is not stored there
+    B_RANK: tl.constexpr,
+    B_ADAPTERS: tl.constexpr,
+    ADAPTER_OF_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """One program computes a and h for BLOCK_M rows and BLOCK_R ranks; the first ranks' programs store a."""
+    """One program computes a and h for BLOCK_M rows and BLOCK_R ranks; the first ranks' programs store a.
+
+    Minimum bytes: z and Ã read once, a and h written once; B̃ read and written once where h is stored beside a too.
+    """
+    if PADDING >= 0 and tl.program_id(0) >= programs:
+        write_factors(
+            tl.program_id(0) - programs,
+            B_ptr,
+            wide_ptr,
+            N,
+            K,
+            D,
+            stride_wn,
+            B_RANK,
+            B_ADAPTERS,
+            ADAPTER_OF_GROUP,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        return
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % RANK_BLOCKS  # neighbours share rows of z
     rows = (tl.program_id(0) // RANK_BLOCKS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,15 +174,15 @@ def activation_fwd_kernel(
     r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     row_mask, rank_mask = (rows < M)[:, None], (r < RANK)[None, :]
     z_ptrs = z_ptr + rows[:, None] * stride_zm + k[None, :]
-    a_ptrs = a_ptr + rows[:, None] * K + k[None, :]
+    a_ptrs = a_ptr + rows[:, None] * stride_am + k[None, :]
     A_ptrs = A_ptr + r.to(tl.int64)[None, :] * K + k[:, None]
     if BITS > 0:
         seed = tl.load(seed_ptr)
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
-        inside = k0 + k < K
+        inside = EVEN_K | (k0 + k < K)
         z = tl.load(z_ptrs, mask=row_mask & inside[None, :], other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_K]
-        a = activate(z, KIND).to(a_ptr.dtype.element_ty)
+        a = once(activate(z, KIND, PTX).to(a_ptr.dtype.element_ty), PTX)
         if chunk == 0:
             tl.store(a_ptrs, a, mask=row_mask & inside[None, :])
         if COMPUTE_H:
@@ -101,68 +195,152 @@ def activation_fwd_kernel(
         z_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
     if COMPUTE_H:
-        h_ptrs = h_ptr + rows[:, None] * RANK + r[None, :]
-        tl.store(h_ptrs, (h * keep_scale).to(h_ptr.dtype.element_ty), mask=row_mask & rank_mask)
+        h_rounded = (h * keep_scale).to(h_ptr.dtype.element_ty)
+        if STORE_H:
+            tl.store(h_ptr + rows[:, None] * RANK + r[None, :], h_rounded, mask=row_mask & rank_mask)
+        if PADDING >= 0:
+            tl.store(beside_ptr + rows[:, None] * stride_am + r[None, :], h_rounded, mask=row_mask & rank_mask)
+        if PADDING > 0:
+            pad_rows(beside_ptr + RANK, rows, M, stride_am, PADDING)
 
 
 @triton.jit
 def activation_bwd_kernel(
     da_ptr,  # [M, K]
     z_ptr,  # [M, K]
+    g_ptr,  # [M, R]
+    A_ptr,  # [R, K]
     dz_ptr,  # [M, K]
+    dA_ptr,  # [SPLITS, R, K]
+    seed_ptr,  # [1]
     M,
     K,
     stride_dm,
     stride_zm,
+    rows_of_split,
+    threshold,
+    keep_scale,
+    RANK: tl.constexpr,  # 0: da is whole
+    COMPUTE_DA: tl.constexpr,
+    BITS: tl.constexpr,
     KIND: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PTX: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    """One program owns BLOCK_K columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    z = tl.load(z_ptr + row * stride_zm + k, mask=k < K, other=0.0).to(tl.float32)
-    da = tl.load(da_ptr + row * stride_dm + k, mask=k < K, other=0.0).to(tl.float32)
-    dz = da * activation_slope(z, KIND)  # da ∘ act'(z)
-    tl.store(dz_ptr + row * K + k, dz.to(dz_ptr.dtype.element_ty), mask=k < K)
+    """One program owns BLOCK_K columns of one split of the rows: it adds the rank-r term and adds up its part of dÃ.
+
+    Minimum bytes: da, z, g and Ã read once, dz and the partial sums of dÃ written once.
+    """
+    split = tl.program_id(1).to(tl.int64)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+    column_mask = EVEN_K | (k < K)
+    if BITS > 0:
+        seed = tl.load(seed_ptr)
+    first = split * rows_of_split
+    dA = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for m0 in range(0, rows_of_split, BLOCK_M):
+        rows = first + m0 + tl.arange(0, BLOCK_M)
+        row_mask = (rows < M)[:, None]
+        mask = row_mask & column_mask[None, :]
+        z = tl.load(z_ptr + rows[:, None] * stride_zm + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + rows[:, None] * stride_dm + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        value, slope = activate_with_slope(z, KIND, PTX)
+        slope = once(slope, PTX)
+        if COMPUTE_DA:
+            a = once(value.to(z_ptr.dtype.element_ty), PTX)
+        if BITS > 0:
+            keep = keep_mask(seed, 0, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS)
+        if RANK > 0:
+            update = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for r0 in tl.static_range(0, RANK, BLOCK_R):
+                g_mask, A_mask = row_mask & (r0 + r < RANK)[None, :], (r0 + r < RANK)[:, None] & column_mask[None, :]
+                g = tl.load(g_ptr + rows[:, None] * RANK + (r0 + r)[None, :], mask=g_mask, other=0.0)
+                A = tl.load(A_ptr + (r0 + r)[:, None].to(tl.int64) * K + k[None, :], mask=A_mask, other=0.0)
+                if UPCAST:
+                    g, A = g.to(tl.float32), A.to(tl.float32)
+                update = tl.dot(g, A, update, input_precision="ieee")  # g Ã
+            if BITS > 0:
+                update = tl.where(keep, update * keep_scale, 0.0)  # m ∘ (g Ã)
+            da += update
+        dz = da * slope  # da ∘ act'(z)
+        tl.store(dz_ptr + rows[:, None] * K + k[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        if COMPUTE_DA:  # of one block of ranks
+            if BITS > 0:
+                a = tl.where(keep, a, 0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+            dA = tl.dot(tl.trans(a), g, dA, input_precision="ieee")  # (mask ∘ a)^T g
+    if COMPUTE_DA:
+        dA_ptrs = dA_ptr + (split * RANK + r)[None, :] * K + k[:, None]
+        tl.store(dA_ptrs, dA * keep_scale, mask=(k < K)[:, None] & (r < RANK)[None, :])
 
 
 def activation_fwd(
     z: Tensor,  # [M, K]
     activation: str,
     reader: AdaptedLinear | None,  # the product that reads a, of one adapter or without dropout; None: no h
-) -> tuple[Tensor, Tensor]:  # a [M, K], h [M, P r]
-    """`a = act(z)` and `h = drop(a) Ã^T` in one pass over z."""
+    *,
+    beside: Beside | None = None,  # the product is one of [a | h | 0] and [W | B̃ | 0]: both are completed
+) -> tuple[Tensor, Tensor]:  # a [M, K] or [a | h | 0] [M, C], h [M, P r]
+    """`a = act(z)` and `h = drop(a) Ã^T` in one pass over z.
+
+    h is [0, P r] where nothing reads it again: it is stored beside a, and the reader does not save it.
+    """
     z = launch.contiguous_rows(z)
     A = None if reader is None else launch.stacked(reader.As).flatten(0, 1)  # [P r, K]
     seed = None if reader is None else reader.seed
     (M, K), R = z.shape, 1 if A is None else len(A)
     dropout = dropout_lanes(0.0 if reader is None else reader.dropout_p)
-    a = launch.empty((M, K), z.dtype, z.device)
-    h = launch.empty((0 if A is None else M, R), z.dtype, z.device)
+    a = launch.empty((M, K if beside is None else beside.wide.shape[1]), z.dtype, z.device)
+    store_h = A is not None and (beside is None or reader is None or reader.save_h)
+    h = launch.empty((M if store_h else 0, R), z.dtype, z.device)
     block_m, block_k = (32, 32) if launch.INTERPRETED or z.dtype == torch.float32 else (32, 64)
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[z.dtype])
+    programs = triton.cdiv(M, block_m) * triton.cdiv(R, block_r)
     if M > 0:
         with launch.on_device(z.device):
-            activation_fwd_kernel[(triton.cdiv(M, block_m) * triton.cdiv(R, block_r),)](
+            activation_fwd_kernel[(programs + (0 if beside is None else beside.programs),)](
                 z,
                 z if A is None else A,
                 a,
                 h,
+                a if beside is None else a[:, K:],
+                z if beside is None else beside.B,
+                z if beside is None else beside.wide,
                 z if seed is None else seed,
                 M,
                 K,
+                0 if beside is None else len(beside.wide),
+                1 if beside is None else beside.D,
+                programs,
                 z.stride(0),
+                a.stride(0),
+                0 if beside is None else beside.wide.stride(0),
                 dropout.threshold,
                 dropout.scale,
                 RANK=R,
                 COMPUTE_H=A is not None,
+                STORE_H=store_h,
+                PADDING=-1 if beside is None else a.shape[1] - K - R,
+                B_RANK=1 if beside is None else beside.B.shape[2],
+                B_ADAPTERS=0 if beside is None else len(beside.B),
+                ADAPTER_OF_GROUP=0 if beside is None else beside.adapter_of_group,
                 BITS=dropout.bits,
                 KIND=KINDS[activation],
                 UPCAST=launch.upcast(z.dtype),
                 PRECISION=launch.input_precision(z.dtype),
+                PTX=launch.has_ptx(),
+                EVEN_K=K % block_k == 0,
                 BLOCK_M=block_m,
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,
+                BLOCK_N=BLOCK_N,
                 num_warps=4,
                 num_stages=3,
             )
@@ -173,15 +351,56 @@ def activation_bwd(
     da: Tensor,  # [M, K]
     z: Tensor,  # [M, K]
     activation: str,
-) -> Tensor:  # [M, K]
-    """`dz = da ∘ act'(z)`."""
+    *,
+    g: Tensor | None = None,  # [M, P r]: da lacks its rank-r term, which is added
+    reader: AdaptedLinear | None = None,  # the product that read a, of one adapter or without dropout, beside g
+    compute_dA: bool = False,  # of at most MAX_DA_RANK ranks in all
+) -> tuple[Tensor, Tensor]:  # dz [M, K], the partial sums of dÃ [splits, P r, K] in float32, of no splits without dÃ
+    """`dz = (da + m ∘ (g Ã)) ∘ act'(z)` and `dÃ = g^T drop(act(z))` in one pass over da and z."""
     da, z = launch.contiguous_rows(da), launch.contiguous_rows(z)
-    M, K = z.shape
+    A = None if g is None or reader is None else launch.stacked(reader.As).flatten(0, 1)  # [P r, K]
+    seed = None if A is None or reader is None else reader.seed
+    dropout = dropout_lanes(0.0 if A is None or reader is None else reader.dropout_p)
+    (M, K), R = z.shape, 0 if A is None else len(A)
+    if compute_dA and not 0 < R <= MAX_DA_RANK:
+        raise ValueError(f"compute_dA=True with {R} ranks, expected 1 to {MAX_DA_RANK}")
     dz = launch.empty((M, K), z.dtype, z.device)
-    block_k = launch.power_of_two(K, 64, 1024)
+    block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if z.dtype == torch.float32 else (32, 128)
+    block_r, tiles = launch.power_of_two(R, 16, MAX_DA_RANK), triton.cdiv(K, block_k)
+    splits = max(1, triton.cdiv(M, block_m))
+    if compute_dA:
+        splits = max(1, min(triton.cdiv(M, 256), triton.cdiv(SPLIT_PROGRAMS, tiles)))
+    rows_of_split = triton.cdiv(triton.cdiv(M, splits), block_m) * block_m
+    splits = triton.cdiv(M, rows_of_split) if M > 0 else 0
+    dA = torch.empty((splits if compute_dA else 0, R, K), dtype=torch.float32, device=z.device)
     if M > 0:
         with launch.on_device(z.device):
-            activation_bwd_kernel[(M, triton.cdiv(K, block_k))](
-                da, z, dz, M, K, da.stride(0), z.stride(0), KIND=KINDS[activation], BLOCK_K=block_k, num_warps=4
+            activation_bwd_kernel[(tiles, splits)](
+                da,
+                z,
+                z if g is None else g,
+                z if A is None else A,
+                dz,
+                dA,
+                z if seed is None else seed,
+                M,
+                K,
+                da.stride(0),
+                z.stride(0),
+                rows_of_split,
+                dropout.threshold,
+                dropout.scale,
+                RANK=R,
+                COMPUTE_DA=compute_dA,
+                BITS=dropout.bits,
+                KIND=KINDS[activation],
+                UPCAST=launch.upcast(z.dtype),
+                PTX=launch.has_ptx(),
+                EVEN_K=K % block_k == 0,
+                BLOCK_M=block_m,
+                BLOCK_K=block_k,
+                BLOCK_R=block_r,
+                num_warps=4,
+                num_stages=3 if compute_dA else 1,
             )
-    return launch.rounded(dz, z.dtype)
+    return launch.rounded(dz, z.dtype), dA

@@ -22,6 +22,11 @@ def upcast(dtype: torch.dtype) -> bool:
     return INTERPRETED and dtype.itemsize == 2
 
 
+def has_ptx() -> bool:
+    """Whether kernels may hold a line of Nvidia's own assembly."""
+    return not INTERPRETED and torch.version.hip is None
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for what a kernel stores, to be handed to `rounded` afterwards."""
     return torch.empty(shape, dtype=torch.float32 if upcast(dtype) else dtype, device=device)

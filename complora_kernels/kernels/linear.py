@@ -15,7 +15,7 @@ takes its adapter. `ADAPTER_OF_GROUP` holds the adapter of each group, four bits
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
+from complora_kernels.kernels.beside import BLOCK_N, Beside, pad_rows, write_factors
 from complora_kernels.kernels.dropout import Dropout, dropout_lanes, keep_mask
 from complora_kernels.kernels.rows import RowGroups, groups_of
 
@@ -95,20 +96,31 @@ def packed_lora_linear_h_kernel(
     x_ptr,  # [M, K]
     A_ptr,  # [P, R, K]
     h_ptr,  # [M, P * R]
-    copy_ptr,  # [M, K], where x is copied to beside h
+    copy_ptr,  # [M, K], where x is copied to
+    beside_ptr,  # [M, P * R], at column K of the copy's rows
+    B_ptr,  # [B_ADAPTERS, D, B_RANK]
+    wide_ptr,  # [N, C]
     columns_ptr,  # [M, P * R]
     seed_ptr,  # [1]
     M,
     K,
+    N,
+    D,
+    programs,  # of h; those after them write B̃
     stride_xm,
     stride_xk,
-    stride_hm,
+    stride_cm,
+    stride_wn,
     threshold,
     keep_scale,
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
     BITS: tl.constexpr,
-    COPY_X: tl.constexpr,
+    STORE_H: tl.constexpr,
+    PADDING: tl.constexpr,  # columns behind h in the copy's rows; -1: x is not copied
+    B_RANK: tl.constexpr,
+    B_ADAPTERS: tl.constexpr,
+    ADAPTER_OF_GROUP: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,8 +128,29 @@ def packed_lora_linear_h_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """One program computes h for BLOCK_M rows and BLOCK_R ranks of one adapter."""
+    """One program computes h for BLOCK_M rows and BLOCK_R ranks of one adapter.
+
+    Minimum bytes: x and Ã read once, h written once; where x is copied beside h, x and h written once more, and B̃ read
+    and written once.
+    """
+    if PADDING >= 0 and tl.program_id(0) >= programs:
+        write_factors(
+            tl.program_id(0) - programs,
+            B_ptr,
+            wide_ptr,
+            N,
+            K,
+            D,
+            stride_wn,
+            B_RANK,
+            B_ADAPTERS,
+            ADAPTER_OF_GROUP,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        return
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % (ADAPTERS * RANK_BLOCKS)  # neighbours share rows of x
     adapter = chunk // RANK_BLOCKS
@@ -134,8 +167,8 @@ def packed_lora_linear_h_kernel(
         inside = EVEN_K | (k0 + k < K)
         x = tl.load(x_ptrs, mask=row_mask & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         A = tl.load(A_ptrs, mask=rank_mask & inside[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
-        if COPY_X and chunk == 0:
-            copy_ptrs = copy_ptr + rows[:, None] * stride_hm + (k0 + k)[None, :]
+        if PADDING >= 0 and chunk == 0:
+            copy_ptrs = copy_ptr + rows[:, None] * stride_cm + (k0 + k)[None, :]
             tl.store(copy_ptrs, x, mask=row_mask & inside[None, :])
         if BITS > 0:
             x = tl.where(keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), x, 0.0)
@@ -148,8 +181,13 @@ def packed_lora_linear_h_kernel(
     if HAS_COLUMNS:
         kept = tl.load(columns_ptr + rows[:, None] * (ADAPTERS * RANK) + pr, mask=row_mask & rank_mask, other=0)
         h = tl.where(kept != 0, h, 0.0)
-    h_ptrs = h_ptr + rows[:, None] * stride_hm + pr
-    tl.store(h_ptrs, (h * keep_scale).to(h_ptr.dtype.element_ty), mask=row_mask & rank_mask)
+    h_rounded = (h * keep_scale).to(h_ptr.dtype.element_ty)
+    if STORE_H:
+        tl.store(h_ptr + rows[:, None] * (ADAPTERS * RANK) + pr, h_rounded, mask=row_mask & rank_mask)
+    if PADDING >= 0:
+        tl.store(beside_ptr + rows[:, None] * stride_cm + pr, h_rounded, mask=row_mask & rank_mask)
+        if PADDING > 0 and chunk == 0:
+            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_cm, PADDING)
 
 
 @triton.jit
@@ -376,41 +414,51 @@ def packed_lora_linear_h(
     x: Tensor,  # [M, K]
     linear: AdaptedLinear,  # its As, dropout and columns are read
     *,
-    beside_x: bool = False,
-) -> Tensor:  # [M, P r], or [M, K + P r] = [x | h] beside x
+    beside: Beside | None = None,  # the product is one of [x | h | 0] and [W | B̃ | 0]: both are made
+) -> Any:  # h [M, P r]; or, beside x, [x | h | 0] [M, C] and h, [0, P r] unless the product saves it
     """`h_p = drop_p(x) Ã_p^T`, 0 outside the columns of each row, in one pass over x, which it can copy beside h."""
     A, seed = launch.stacked(linear.As), linear.seed  # [P, r, K]
     (M, K), (P, R, _) = x.shape, A.shape
     dropout = dropout_lanes(linear.dropout_p)
     if not dropout.bits:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
-    width = K + P * R if beside_x else P * R
-    result = launch.empty((M, -(-width // 8) * 8 if beside_x else width), x.dtype, x.device)
-    if beside_x:
-        result = result[:, :width]  # rows start on 16 bytes, as cuBLAS wants them
-    h = result[:, K:] if beside_x else result
+    store_h = beside is None or linear.save_h
+    h = launch.empty((M if store_h else 0, P * R), x.dtype, x.device)
+    copy = h if beside is None else launch.empty((M, beside.wide.shape[1]), x.dtype, x.device)
     columns = None if linear.columns is None else linear.columns.contiguous().view(torch.uint8)
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[x.dtype])
     block_m, block_k = (32, 32) if launch.INTERPRETED or x.dtype == torch.float32 else (64, 64)
+    programs = triton.cdiv(M, block_m) * P * triton.cdiv(R, block_r)
     if M > 0:
         with launch.on_device(x.device):
-            packed_lora_linear_h_kernel[(triton.cdiv(M, block_m) * P * triton.cdiv(R, block_r),)](
+            packed_lora_linear_h_kernel[(programs + (0 if beside is None else beside.programs),)](
                 x,
                 A,
                 h,
-                result,
+                copy,
+                h if beside is None else copy[:, K:],
+                A if beside is None else beside.B,
+                A if beside is None else beside.wide,
                 x if columns is None else columns,
                 x if seed is None else seed,
                 M,
                 K,
+                0 if beside is None else len(beside.wide),
+                1 if beside is None else beside.D,
+                programs,
                 *x.stride(),
-                result.stride(0),
+                copy.stride(0),
+                0 if beside is None else beside.wide.stride(0),
                 dropout.threshold,
                 dropout.scale,
                 RANK=R,
                 ADAPTERS=P,
                 BITS=dropout.bits,
-                COPY_X=beside_x,
+                STORE_H=store_h,
+                PADDING=-1 if beside is None else copy.shape[1] - K - P * R,
+                B_RANK=1 if beside is None else beside.B.shape[2],
+                B_ADAPTERS=0 if beside is None else len(beside.B),
+                ADAPTER_OF_GROUP=0 if beside is None else beside.adapter_of_group,
                 HAS_COLUMNS=columns is not None,
                 UPCAST=launch.upcast(x.dtype),
                 PRECISION=launch.input_precision(x.dtype),
@@ -418,10 +466,12 @@ def packed_lora_linear_h(
                 BLOCK_M=block_m,
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,
+                BLOCK_N=BLOCK_N,
                 num_warps=4,
                 num_stages=3,
             )
-    return launch.rounded(result, x.dtype)
+    h = launch.rounded(h, x.dtype)
+    return h if beside is None else (launch.rounded(copy, x.dtype), h)
 
 
 def packed_lora_linear_fwd(

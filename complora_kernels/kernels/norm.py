@@ -4,6 +4,9 @@
     ds = d_s + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))      ŝ = (s - mean) · rstd
 
 Programs hold whole rows [ROWS, K], so that each activation is read once. w and b are frozen: they get no gradient.
+
+The rank-r term of dn, `Σ_p m_p ∘ (g_p Ã_p)`, may be added here, in float32 and behind the rounded product `dY W`:
+LayerNorm's gradient is rescaled before it is rounded, so that a small term is not lost as it would be in dn itself.
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
@@ -19,11 +22,13 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
+from complora_kernels.kernels.beside import BLOCK_N, Beside, pad_rows, write_factors
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
 
-PROGRAMS = 528  # programs that compute h, given enough rows: four for each multiprocessor of an H100
+ROWS_WITH_H = 16  # rows of a program that computes h: they are still in the cache when it reads them again
+UPDATE_ROWS = 264  # programs of 64 rows that fill a GPU: below, programs of 32 rows do
 ELEMENTS = 4096  # elements of the rows that one program holds: 32 a thread
 
 
@@ -39,11 +44,19 @@ def norm_fwd_kernel(
     mean_ptr,  # [M]
     rstd_ptr,  # [M]
     h_ptr,  # [M, P * R]
+    beside_ptr,  # [M, P * R], at column K of n's rows
+    B_ptr,  # [B_ADAPTERS, D, B_RANK]
+    wide_ptr,  # [N, C]
     seed_ptr,  # [1]
     M,
     K,
+    N,
+    D,
+    programs,  # of norms; those after them write B̃
     stride_xm,
     stride_dm,
+    stride_nm,
+    stride_wn,
     eps,
     threshold,
     keep_scale,
@@ -52,6 +65,11 @@ def norm_fwd_kernel(
     BITS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    STORE_H: tl.constexpr,
+    PADDING: tl.constexpr,  # columns behind h in n's rows; -1: h is not stored there
+    B_RANK: tl.constexpr,
+    B_ADAPTERS: tl.constexpr,
+    ADAPTER_OF_GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -59,12 +77,32 @@ def norm_fwd_kernel(
     BLOCK_K: tl.constexpr,  # at least K
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """One program owns BLOCK_M whole rows: it normalizes ROWS of them at a time, then computes the h of all.
 
     For h it reads the norm that it has stored again, BLOCK_H columns at a time and from the cache: shared memory holds
     neither whole rows nor all of Ã, however wide they are.
+
+    Minimum bytes: x, delta, Ã, w and b read once, s (with delta), n, mean, rstd and h written once; B̃ read and written
+    once where h is stored beside n too.
     """
+    if PADDING >= 0 and tl.program_id(0) >= programs:
+        write_factors(
+            tl.program_id(0) - programs,
+            B_ptr,
+            wide_ptr,
+            N,
+            K,
+            D,
+            stride_wn,
+            B_RANK,
+            B_ADAPTERS,
+            ADAPTER_OF_GROUP,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        return
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     k = tl.arange(0, BLOCK_K)
     column_mask = k < K
@@ -89,7 +127,7 @@ def norm_fwd_kernel(
         n = centred * rstd[:, None] * weight[None, :]
         if HAS_BIAS:
             n += bias[None, :]
-        tl.store(normed_ptr + rows[:, None] * K + k[None, :], n.to(normed_ptr.dtype.element_ty), mask=mask)
+        tl.store(normed_ptr + rows[:, None] * stride_nm + k[None, :], n.to(normed_ptr.dtype.element_ty), mask=mask)
 
     if ADAPTERS > 0:
         tl.debug_barrier()  # each thread reads what others have stored
@@ -103,7 +141,7 @@ def norm_fwd_kernel(
             adapter = chunk // RANK_BLOCKS
             r = (chunk % RANK_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
             rank_mask = (r < RANK)[None, :]
-            normed_ptrs = normed_ptr + rows[:, None] * K + j[None, :]
+            normed_ptrs = normed_ptr + rows[:, None] * stride_nm + j[None, :]
             A_ptrs = A_ptr + (adapter * RANK + r).to(tl.int64)[None, :] * K + j[:, None]
             h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for k0 in range(0, K, BLOCK_H):
@@ -116,8 +154,14 @@ def norm_fwd_kernel(
                 if UPCAST:
                     normed, A = normed.to(tl.float32), A.to(tl.float32)
                 h = tl.dot(normed, A, h, input_precision="ieee")  # drop(n) Ã^T
-            h_ptrs = h_ptr + rows[:, None] * (ADAPTERS * RANK) + (adapter * RANK + r)[None, :]
-            tl.store(h_ptrs, (h * keep_scale).to(h_ptr.dtype.element_ty), mask=row_mask & rank_mask)
+            h_rounded = (h * keep_scale).to(h_ptr.dtype.element_ty)
+            pr = (adapter * RANK + r)[None, :]
+            if STORE_H:
+                tl.store(h_ptr + rows[:, None] * (ADAPTERS * RANK) + pr, h_rounded, mask=row_mask & rank_mask)
+            if PADDING >= 0:
+                tl.store(beside_ptr + rows[:, None] * stride_nm + pr, h_rounded, mask=row_mask & rank_mask)
+        if PADDING > 0:
+            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_nm, PADDING)
 
 
 @triton.jit
@@ -138,7 +182,10 @@ def norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,  # at least K
 ):
-    """One program owns BLOCK_M whole rows."""
+    """One program owns BLOCK_M whole rows.
+
+    Minimum bytes: dn, d_s, s, w, mean and rstd read once, ds written once.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     row_mask, column_mask = rows < M, k < K
@@ -156,6 +203,156 @@ def norm_bwd_kernel(
     tl.store(dx_ptr + rows[:, None] * K + k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _weighted_and_unit(
+    dn_ptrs,  # [BLOCK_M, BLOCK_K]
+    stream_ptrs,  # [BLOCK_M, BLOCK_K]
+    weight_ptrs,  # [BLOCK_K]
+    g_ptrs,  # [BLOCK_M]
+    A_ptrs,  # [BLOCK_K]
+    mean,  # [BLOCK_M]
+    rstd,  # [BLOCK_M]
+    rows,  # [BLOCK_M]
+    row_mask,  # [BLOCK_M]
+    k0,
+    K,
+    seed,
+    threshold,
+    keep_scale,
+    RANK: tl.constexpr,
+    ADAPTERS: tl.constexpr,
+    BITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """`w ∘ (dn + Σ_p m_p ∘ (g_p Ã_p))` and `ŝ`, [BLOCK_M, BLOCK_K], from column k0 on."""
+    column_mask = k0 + tl.arange(0, BLOCK_K) < K
+    mask = row_mask[:, None] & column_mask[None, :]
+    dn = tl.load(dn_ptrs + k0, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(stream_ptrs + k0, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptrs + k0, mask=column_mask, other=0.0).to(tl.float32)
+    for adapter in tl.static_range(ADAPTERS):
+        update = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for r0 in tl.static_range(0, RANK, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            pr = (adapter * RANK + r).to(tl.int64)
+            g_mask, A_mask = row_mask[:, None] & (r < RANK)[None, :], (r < RANK)[:, None] & column_mask[None, :]
+            g = tl.load(g_ptrs[:, None] + pr[None, :], mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_R]
+            A = tl.load(A_ptrs[None, :] + pr[:, None] * K + k0, mask=A_mask, other=0.0)  # [BLOCK_R, BLOCK_K]
+            if UPCAST:
+                g, A = g.to(tl.float32), A.to(tl.float32)
+            update = tl.dot(g, A, update, input_precision="ieee")  # g Ã
+        if BITS > 0:
+            keep = keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS)
+            update = tl.where(keep, update * keep_scale, 0.0)  # m ∘ (g Ã)
+        dn += update
+    return dn * weight[None, :], tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)
+
+
+@triton.jit
+def norm_bwd_update_kernel(
+    dn_ptr,  # [M, K]
+    d_stream_ptr,  # [M, K]
+    stream_ptr,  # [M, K]
+    mean_ptr,  # [M]
+    rstd_ptr,  # [M]
+    weight_ptr,  # [K]
+    g_ptr,  # [M, P * R]
+    A_ptr,  # [P, R, K]
+    dx_ptr,  # [M, K]
+    seed_ptr,  # [1]
+    M,
+    K,
+    stride_nm,
+    stride_dm,
+    stride_sm,
+    threshold,
+    keep_scale,
+    RANK: tl.constexpr,
+    ADAPTERS: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_D_STREAM: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program owns BLOCK_M whole rows, and goes through their columns twice: for the means, and for ds.
+
+    Tiles of whole rows would leave no registers beside the rank-r term. The second pass reads from the cache.
+
+    Minimum bytes: dn, d_s, s, w, mean, rstd, g and Ã read once, ds written once; dn, s, w, g and Ã twice from the L2.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    row_mask = rows < M
+    mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+    dn_ptrs = dn_ptr + rows[:, None] * stride_nm + k[None, :]
+    stream_ptrs = stream_ptr + rows[:, None] * stride_sm + k[None, :]
+    g_ptrs = g_ptr + rows * (ADAPTERS * RANK)
+    seed = tl.load(seed_ptr) if BITS > 0 else 0
+    total, product = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        weighted, unit = _weighted_and_unit(
+            dn_ptrs,
+            stream_ptrs,
+            weight_ptr + k,
+            g_ptrs,
+            A_ptr + k,
+            mean,
+            rstd,
+            rows,
+            row_mask,
+            k0,
+            K,
+            seed,
+            threshold,
+            keep_scale,
+            RANK,
+            ADAPTERS,
+            BITS,
+            UPCAST,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_R,
+        )
+        total += tl.sum(weighted, 1)
+        product += tl.sum(weighted * unit, 1)
+    for k0 in range(0, K, BLOCK_K):
+        weighted, unit = _weighted_and_unit(
+            dn_ptrs,
+            stream_ptrs,
+            weight_ptr + k,
+            g_ptrs,
+            A_ptr + k,
+            mean,
+            rstd,
+            rows,
+            row_mask,
+            k0,
+            K,
+            seed,
+            threshold,
+            keep_scale,
+            RANK,
+            ADAPTERS,
+            BITS,
+            UPCAST,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_R,
+        )
+        dx = rstd[:, None] * (weighted - total[:, None] / K - unit * (product[:, None] / K))
+        mask = row_mask[:, None] & (k0 + k < K)[None, :]
+        if HAS_D_STREAM:
+            d_stream_ptrs = d_stream_ptr + rows[:, None] * stride_dm + (k0 + k)[None, :]
+            dx += tl.load(d_stream_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows[:, None] * K + (k0 + k)[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
 def norm_fwd(
     x: Tensor,  # [M, K]
     delta: Tensor | None,  # [M, K]
@@ -164,8 +361,13 @@ def norm_fwd(
     eps: float,
     dtype: torch.dtype,
     reader: AdaptedLinear | None,  # the product that reads n, of that dtype; None: h is not computed
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # s, n [M, K], mean, rstd [M], h [M, P r]
-    """`s = x + delta`, `n = LN(s)` in `dtype`, and `h_p = drop_p(n) Ã_p^T` of half-precision n. K <= 2048."""
+    *,
+    beside: Beside | None = None,  # the product is one of [n | h | 0] and [W | B̃ | 0]: both are completed
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # s, n [M, K] or [n | h | 0] [M, C], mean, rstd [M], h [M, P r]
+    """`s = x + delta`, `n = LN(s)` in `dtype`, and `h_p = drop_p(n) Ã_p^T` of half-precision n. K <= 2048.
+
+    h is [0, P r] where nothing reads it again: it is stored beside n, and the reader does not save it.
+    """
     (M, K), device = x.shape, x.device
     if K > MAX_NORM_WIDTH:
         raise ValueError(f"x {tuple(x.shape)}, expected rows of at most {MAX_NORM_WIDTH}")
@@ -177,18 +379,18 @@ def norm_fwd(
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     wide = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)
     stream = x if delta is None else launch.empty((M, K), wide, device)
-    normed, h = launch.empty((M, K), dtype, device), launch.empty((M, P * R), dtype, device)
+    store_h = beside is None or reader is None or reader.save_h
+    normed = launch.empty((M, K if beside is None else beside.wide.shape[1]), dtype, device)
+    h = launch.empty((M if store_h else 0, P * R), dtype, device)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=device) for _ in range(2))
     block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
     block_h = 32 if launch.INTERPRETED else 64
     rows = max(1, ELEMENTS // block_k)
-    block_m = rows
-    if A is not None:
-        block_m = 32 if launch.INTERPRETED else launch.power_of_two(triton.cdiv(M, PROGRAMS), 16, 64)
-        rows = min(rows, 16)
+    block_m = rows if A is None else ROWS_WITH_H
+    programs = triton.cdiv(M, block_m)
     if M > 0:
         with launch.on_device(device):
-            norm_fwd_kernel[(triton.cdiv(M, block_m),)](
+            norm_fwd_kernel[(programs + (0 if beside is None else beside.programs),)](
                 x,
                 x if delta is None else delta,
                 weight.contiguous(),
@@ -199,11 +401,19 @@ def norm_fwd(
                 mean,
                 rstd,
                 h,
+                normed if beside is None else normed[:, K:],
+                x if beside is None else beside.B,
+                x if beside is None else beside.wide,
                 x if seed is None else seed,
                 M,
                 K,
+                0 if beside is None else len(beside.wide),
+                1 if beside is None else beside.D,
+                programs,
                 x.stride(0),
                 x.stride(0) if delta is None else delta.stride(0),
+                normed.stride(0),
+                0 if beside is None else beside.wide.stride(0),
                 eps,
                 dropout.threshold,
                 dropout.scale,
@@ -212,13 +422,19 @@ def norm_fwd(
                 BITS=dropout.bits,
                 HAS_DELTA=delta is not None,
                 HAS_BIAS=bias is not None,
+                STORE_H=store_h,
+                PADDING=-1 if beside is None else normed.shape[1] - K - P * R,
+                B_RANK=1 if beside is None else beside.B.shape[2],
+                B_ADAPTERS=0 if beside is None else len(beside.B),
+                ADAPTER_OF_GROUP=0 if beside is None else beside.adapter_of_group,
                 UPCAST=launch.upcast(dtype),
                 EVEN_K=K % block_h == 0,
                 BLOCK_M=block_m,
-                ROWS=rows,
+                ROWS=min(rows, block_m),
                 BLOCK_K=block_k,
                 BLOCK_H=block_h,
                 BLOCK_R=launch.power_of_two(R, 16, MAX_BLOCK_R[dtype]),
+                BLOCK_N=BLOCK_N,
                 num_warps=4,
                 num_stages=3,
             )
@@ -232,33 +448,57 @@ def norm_bwd(
     mean: Tensor,  # [M], float32
     rstd: Tensor,  # [M], float32
     weight: Tensor,  # [K]
+    *,
+    g: Tensor | None = None,  # [M, P r]: dn lacks its rank-r term, which is added
+    reader: AdaptedLinear | None = None,  # the product that read n, beside g
 ) -> Tensor:  # [M, K], in the dtype of the stream
-    """`ds = d_s + LN'(dn)` in one pass."""
+    """`ds = d_s + LN'(dn)`, or `d_s + LN'(dn + Σ_p m_p ∘ (g_p Ã_p))`."""
     M, K = stream.shape
     dn, stream = launch.contiguous_rows(dn), launch.contiguous_rows(stream)
     d_stream = None if d_stream is None else launch.contiguous_rows(d_stream)
     dx = launch.empty((M, K), stream.dtype, stream.device)
-    block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
-    block_m = max(1, ELEMENTS // block_k)
-    if M > 0:
-        with launch.on_device(stream.device):
+    tensors = (dn, dn if d_stream is None else d_stream, stream, mean, rstd, weight.contiguous())
+    sizes = (M, K, dn.stride(0), dn.stride(0) if d_stream is None else d_stream.stride(0), stream.stride(0))
+    if M == 0:
+        return launch.rounded(dx, stream.dtype)
+    with launch.on_device(stream.device):
+        if g is None or reader is None:
+            block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
+            block_m = max(1, ELEMENTS // block_k)
             norm_bwd_kernel[(triton.cdiv(M, block_m),)](
-                dn,
-                dn if d_stream is None else d_stream,
-                stream,
-                mean,
-                rstd,
-                weight.contiguous(),
+                *tensors,
                 dx,
-                M,
-                K,
-                dn.stride(0),
-                dn.stride(0) if d_stream is None else d_stream.stride(0),
-                stream.stride(0),
+                *sizes,
                 HAS_D_STREAM=d_stream is not None,
                 BLOCK_M=block_m,
                 BLOCK_K=block_k,
                 num_warps=4,
                 num_stages=1,
+            )
+        else:
+            A, seed, dropout = launch.stacked(reader.As), reader.seed, dropout_lanes(reader.dropout_p)  # [P, r, K]
+            P, R = A.shape[:2]
+            if not dropout.bits:
+                P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
+            block_m = 32 if launch.INTERPRETED or M <= UPDATE_ROWS * 64 else 64
+            norm_bwd_update_kernel[(triton.cdiv(M, block_m),)](
+                *tensors,
+                g,
+                A,
+                dx,
+                dn if seed is None else seed,
+                *sizes,
+                dropout.threshold,
+                dropout.scale,
+                RANK=R,
+                ADAPTERS=P,
+                BITS=dropout.bits,
+                HAS_D_STREAM=d_stream is not None,
+                UPCAST=launch.upcast(dn.dtype),
+                BLOCK_M=block_m,
+                BLOCK_K=32 if launch.INTERPRETED else 64,
+                BLOCK_R=launch.power_of_two(R, 16, 16),
+                num_warps=block_m // 8,
+                num_stages=3,
             )
     return launch.rounded(dx, stream.dtype)

@@ -123,6 +123,7 @@ def packed_lora_linear_da_kernel(
     ACTIVATION: tl.constexpr,  # 0: none
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -162,7 +163,7 @@ def packed_lora_linear_da_kernel(
             if HAS_BIAS:
                 x += bias[None, :]
         if ACTIVATION > 0:
-            x = activate(x.to(tl.float32), ACTIVATION)  # act(x)
+            x = activate(x.to(tl.float32), ACTIVATION, PTX)  # act(x)
         if not UPCAST:
             x = x.to(g_ptr.dtype.element_ty)
         if BITS > 0:
@@ -307,6 +308,7 @@ def packed_lora_linear_da(
                 ACTIVATION=KINDS[activation] if activation else 0,
                 UPCAST=launch.upcast(dtype),
                 PRECISION=launch.input_precision(dtype),
+                PTX=launch.has_ptx(),
                 BLOCK_M=block_m,
                 BLOCK_K=block_k,
                 BLOCK_R=block_r,

@@ -69,9 +69,10 @@ def test_norm_fwd(stream, compute, adapters, rank, p):
         delta = randn(M, K, dtype=compute) if with_delta else None
         norm, As = norm_of(K, stream, bias=bias), [randn(rank, K, dtype=compute) for _ in range(adapters)]
         seeds = [SEED] if p and adapters else []
-        s, saved, n, h = TRITON.norm_fwd(x, delta, norm, compute, reader(As, p, seeds))
-        expected, _, expected_n, _ = TORCH.norm_fwd(x, delta, norm, compute, reader(As, p))
-        exact, exact_saved, exact_n, _ = TORCH.norm_fwd(
+        s, saved, given = TRITON.norm_fwd(x, delta, norm, compute, reader(As, p, seeds))
+        n, h = given.x, given.h
+        expected, _, (expected_n, *_) = TORCH.norm_fwd(x, delta, norm, compute, reader(As, p))
+        exact, exact_saved, (exact_n, *_) = TORCH.norm_fwd(
             x.double(), None if delta is None else delta.double(), double(norm), torch.float64, reader(As, p)
         )
         assert (s.dtype, n.dtype) == (expected.dtype, compute)
@@ -93,9 +94,9 @@ def test_norm_fwd(stream, compute, adapters, rank, p):
 def test_norm_bwd(stream, compute):
     for (M, K), with_d_stream in itertools.product(((1, 96), (19, 70)), (False, True)):
         x, norm = randn(M, K, dtype=stream, scale=2), norm_of(K, stream)
-        _, normed, _, _ = TORCH.norm_fwd(x, None, norm, compute, reader([]))
+        _, normed, _ = TORCH.norm_fwd(x, None, norm, compute, reader([]))
         normed = normed._replace(mean=normed.mean.contiguous(), rstd=normed.rstd.contiguous())
-        _, exact_normed, _, _ = TORCH.norm_fwd(x.double(), None, double(norm), torch.float64, reader([]))
+        _, exact_normed, _ = TORCH.norm_fwd(x.double(), None, double(norm), torch.float64, reader([]))
         dn, d_stream = randn(M, K, dtype=compute), randn(M, K, dtype=stream) if with_d_stream else None
         ours = TRITON.norm_bwd(dn, d_stream, normed)
         expected = TORCH.norm_bwd(dn, d_stream, normed)
@@ -112,14 +113,14 @@ def test_rows_and_weights_of_any_strides_make_no_difference():
     def results(place: Any) -> list[Tensor]:
         weight, bias = (place(part.expand(2, K))[0] for part in (norm.weight, norm.weight + 1))
         moved = Norm(weight, bias, norm.eps)
-        stream, normed, n, h = TRITON.norm_fwd(place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED]))
+        stream, normed, (n, h, _) = TRITON.norm_fwd(place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED]))
         dx = TRITON.norm_bwd(place(dn), place(x), normed)
         affine = (normed.mean, normed.rstd, *moved[:2])
         dA = reductions.packed_lora_linear_da(place(x), g, reader([A], 0.25, [SEED]), norm=affine)
-        a, h2 = TRITON.activation_fwd(place(x), "gelu", reader([A], 0.25, [SEED]))
+        a, h2, _ = TRITON.activation_fwd(place(x), "gelu", reader([A], 0.25, [SEED]))
         assert h is not None
         assert h2 is not None
-        return [stream, n, h, dx, dA, a, h2, TRITON.activation_bwd(place(dn), place(x), "gelu")]
+        return [stream, n, h, dx, dA, a, h2, TRITON.activation_bwd(place(dn), place(x), "gelu")[0]]
 
     expected = results(lambda tensor: tensor)
     for layout in ("strided", "transposed"):
@@ -134,16 +135,16 @@ def test_activations(dtype, activation, p):
     for M, K, rank in ((1, 40, 2), (37, 100, 20), (37, 70, None), (0, 32, 2)):
         z, da = randn(M, K, dtype=dtype, scale=2), randn(M, K, dtype=dtype)
         As = [] if rank is None else [randn(rank, K, dtype=dtype)]
-        a, h = TRITON.activation_fwd(z, activation, reader(As, p, [SEED] if p and As else []))
+        a, h, _ = TRITON.activation_fwd(z, activation, reader(As, p, [SEED] if p and As else []))
         exact = activate(z.double(), activation)
         expected = activate(z, activation)
         assert_accurate(a, expected, exact, "a", dtype)
         if As:
             assert h is not None
             assert_accurate(h, h_of(expected, As, p), h_of(exact, [A.double() for A in As], p), "h", dtype)
-        dz = TRITON.activation_bwd(da, z, activation)
-        exact = TORCH.activation_bwd(da.double(), z.double(), activation)
-        assert_accurate(dz, TORCH.activation_bwd(da, z, activation), exact, "dz", dtype)
+        dz, _ = TRITON.activation_bwd(da, z, activation)
+        exact, _ = TORCH.activation_bwd(da.double(), z.double(), activation)
+        assert_accurate(dz, TORCH.activation_bwd(da, z, activation)[0], exact, "dz", dtype)
 
 
 @pytest.mark.parametrize("kind", ["normed", "normed without bias", *ACTIVATIONS])
@@ -158,8 +159,8 @@ def test_factor_gradients_of_what_is_computed_again(dtype, kind, p, monkeypatch)
     rows = [(i * N, (i + 1) * N) for i in range(adapters)]
     if kind.startswith("normed"):
         norm = norm_of(K, dtype, bias=kind == "normed")
-        _, source, value, _ = TORCH.norm_fwd(x, None, norm, dtype, reader([]))
-        _, _, exact_value, _ = TORCH.norm_fwd(x.double(), None, double(norm), torch.float64, reader([]))
+        _, source, (value, *_) = TORCH.norm_fwd(x, None, norm, dtype, reader([]))
+        _, _, (exact_value, *_) = TORCH.norm_fwd(x.double(), None, double(norm), torch.float64, reader([]))
     else:
         source, value = Activated(x, kind), activate(x, kind)
         exact_value = activate(x.double(), kind)
