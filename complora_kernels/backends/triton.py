@@ -258,10 +258,8 @@ class TritonBackend:
         if not isinstance(da, Deferred):
             return k.activation.activation_bwd(da, z, activation)[0], None
         linear, needs_A = da.linear, da.needs_A
-        dz, partials = k.activation.activation_bwd(da.base, z, activation, g=da.g, reader=linear, compute_dA=needs_A)
-        if not needs_A:
-            return dz, None
-        return dz, k.reductions.sum_partials(partials, z.dtype).view(len(linear.As), -1, z.shape[1]).unbind()
+        dz, dA = k.activation.activation_bwd(da.base, z, activation, g=da.g, reader=linear, compute_dA=needs_A)
+        return dz, dA.view(len(linear.As), -1, z.shape[1]).unbind() if needs_A else None
 
 
 def _beside(

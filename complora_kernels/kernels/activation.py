@@ -24,13 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.kernels import launch
+from complora_kernels.kernels import launch, partials
 from complora_kernels.kernels.beside import BLOCK_N, Beside, pad_rows, write_factors
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
+from complora_kernels.kernels.partials import sum_when_last
 
 GELU, QUICK_GELU, GELU_TANH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 KINDS = {"gelu": 1, "quick_gelu": 2, "gelu_tanh": 3}
+ROWS_PER_SPLIT = 256  # at least, as in the skinny products
 SPLIT_PROGRAMS = 264  # programs that dÃ is split over, with all columns: two for each multiprocessor of an H100 or H200
 MAX_DA_RANK = 32  # ranks whose dÃ is added up beside dz, with the registers that both leave
 
@@ -211,17 +213,22 @@ def activation_bwd_kernel(
     g_ptr,  # [M, R]
     A_ptr,  # [R, K]
     dz_ptr,  # [M, K]
-    dA_ptr,  # [SPLITS, R, K]
+    dA_ptr,  # [R, K]
+    partials_ptr,  # [SPLITS + GROUPS, R, K]
+    counters_ptr,  # [tiles of K, GROUPS + 1]
     seed_ptr,  # [1]
     M,
     K,
     stride_dm,
     stride_zm,
     rows_of_split,
+    splits,
+    group_of_splits,
     threshold,
     keep_scale,
     RANK: tl.constexpr,  # 0: da is whole
     COMPUTE_DA: tl.constexpr,
+    SPLIT: tl.constexpr,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -233,7 +240,7 @@ def activation_bwd_kernel(
 ):
     """One program owns BLOCK_K columns of one split of the rows: it adds the rank-r term and adds up its part of dÃ.
 
-    Minimum bytes: da, z, g and Ã read once, dz and the partial sums of dÃ written once.
+    Minimum bytes: da, z, g and Ã read once, dz and dÃ written once; the partial sums of dÃ written and read once.
     """
     split = tl.program_id(1).to(tl.int64)
     k0 = tl.program_id(0) * BLOCK_K
@@ -277,8 +284,20 @@ def activation_bwd_kernel(
                 a = a.to(tl.float32)
             dA = tl.dot(tl.trans(a), g, dA, input_precision="ieee")  # (mask ∘ a)^T g
     if COMPUTE_DA:
-        dA_ptrs = dA_ptr + (split * RANK + r)[None, :] * K + k[:, None]
-        tl.store(dA_ptrs, dA * keep_scale, mask=(k < K)[:, None] & (r < RANK)[None, :])
+        sum_when_last(
+            (dA * keep_scale,),
+            (r[None, :].to(tl.int64) * K + k[:, None],),
+            ((k < K)[:, None] & (r < RANK)[None, :],),
+            dA_ptr,
+            partials_ptr,
+            counters_ptr + tl.program_id(0) * (tl.cdiv(splits, group_of_splits) + 1),
+            RANK * K,
+            split,
+            splits,
+            group_of_splits,
+            COUNT=1,
+            SPLIT=SPLIT,
+        )
 
 
 def activation_fwd(
@@ -355,7 +374,7 @@ def activation_bwd(
     g: Tensor | None = None,  # [M, P r]: da lacks its rank-r term, which is added
     reader: AdaptedLinear | None = None,  # the product that read a, of one adapter or without dropout, beside g
     compute_dA: bool = False,  # of at most MAX_DA_RANK ranks in all
-) -> tuple[Tensor, Tensor]:  # dz [M, K], the partial sums of dÃ [splits, P r, K] in float32, of no splits without dÃ
+) -> tuple[Tensor, Tensor]:  # dz [M, K], dÃ [P r, K], of no rows where it is not computed
     """`dz = (da + m ∘ (g Ã)) ∘ act'(z)` and `dÃ = g^T drop(act(z))` in one pass over da and z."""
     da, z = launch.contiguous_rows(da), launch.contiguous_rows(z)
     A = None if g is None or reader is None else launch.stacked(reader.As).flatten(0, 1)  # [P r, K]
@@ -367,31 +386,36 @@ def activation_bwd(
     dz = launch.empty((M, K), z.dtype, z.device)
     block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if z.dtype == torch.float32 else (32, 128)
     block_r, tiles = launch.power_of_two(R, 16, MAX_DA_RANK), triton.cdiv(K, block_k)
-    splits = max(1, triton.cdiv(M, block_m))
+    wanted = triton.cdiv(M, block_m)
     if compute_dA:
-        splits = max(1, min(triton.cdiv(M, 256), triton.cdiv(SPLIT_PROGRAMS, tiles)))
-    rows_of_split = triton.cdiv(triton.cdiv(M, splits), block_m) * block_m
-    splits = triton.cdiv(M, rows_of_split) if M > 0 else 0
-    dA = torch.empty((splits if compute_dA else 0, R, K), dtype=torch.float32, device=z.device)
-    if M > 0:
+        wanted = min(triton.cdiv(M, ROWS_PER_SPLIT), triton.cdiv(SPLIT_PROGRAMS, tiles))
+    splits = partials.split_rows(M, wanted, block_m)
+    dA = launch.empty((R if compute_dA else 0, K), z.dtype, z.device)
+    parts = splits.parts if compute_dA else 0
+    if M > 0 or compute_dA:
         with launch.on_device(z.device):
-            activation_bwd_kernel[(tiles, splits)](
+            activation_bwd_kernel[(tiles, splits.count)](
                 da,
                 z,
                 z if g is None else g,
                 z if A is None else A,
                 dz,
                 dA,
+                torch.empty((parts, R, K), dtype=torch.float32, device=z.device),
+                partials.counters(tiles * splits.counters if compute_dA else 0, z.device),
                 z if seed is None else seed,
                 M,
                 K,
                 da.stride(0),
                 z.stride(0),
-                rows_of_split,
+                splits.rows,
+                splits.count,
+                splits.group,
                 dropout.threshold,
                 dropout.scale,
                 RANK=R,
                 COMPUTE_DA=compute_dA,
+                SPLIT=splits.count > 1,
                 BITS=dropout.bits,
                 KIND=KINDS[activation],
                 UPCAST=launch.upcast(z.dtype),
@@ -403,4 +427,4 @@ def activation_bwd(
                 num_warps=4,
                 num_stages=3 if compute_dA else 1,
             )
-    return launch.rounded(dz, z.dtype), dA
+    return launch.rounded(dz, z.dtype), launch.rounded(dA, z.dtype)
