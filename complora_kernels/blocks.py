@@ -21,7 +21,7 @@ from complora_kernels import functional, reference
 from complora_kernels.adapted_linear import AdaptedLinear, ProductGrads
 from complora_kernels.autograd import backend_of_backward
 from complora_kernels.backends import REFERENCE, REGISTRY, Backend
-from complora_kernels.backends.torch import Activated, Norm, Normed, ProductInput, Source
+from complora_kernels.backends.torch import Activated, Norm, Normed, ProductInput, Source, whole_gradient
 from complora_kernels.common.shapes import flatten
 from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.dropout import fresh_masks
@@ -36,6 +36,7 @@ def norm_lora_linear(
     delta: Tensor | None,  # [..., in]
     norm: Norm,
     *linears: AdaptedLinear,  # each [out, in]
+    heads: Sequence[tuple[int, int]] | None = None,
     precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # [..., in], each [..., out]
@@ -43,7 +44,9 @@ def norm_lora_linear(
 
         ds = d_s + LN'(dn)    LN'(dn) = rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))    ŝ = (s - mean) · rstd
 
-    where dn is the sum of the products' input gradients and d_s that of the first result. `precision` None is that of
+    where dn is the sum of the products' input gradients and d_s that of the first result. With `heads`, a pair (P, H)
+    for each product, its columns come as P results [..., H, out / (P H)], whose gradients need not be put together
+    where kernels read them as they come. `precision` None is that of
     each record, whose seeds and `save_h` are not read: new ones are drawn. The products run in autocast's dtype
     where that is on, else in that of x; LayerNorm in float32, or float64 when x is. Of the activations s, mean,
     rstd [M] and h [M, r] are saved. Without delta the first result is a view of x: it is not to be written to.
@@ -58,11 +61,16 @@ def norm_lora_linear(
             reference.norm_lora_linear(x, delta, norm, linear, dropout_masks=fresh_masks(x, linear))
             for linear in records
         ]
-        return pairs[0][0], *(y for _, y in pairs)
+        return pairs[0][0], *_unbound([y for _, y in pairs], heads)
     tensors = itertools.chain.from_iterable(linear.tensors() for linear in records)
     parts = [linear.without_tensors() for linear in records]
-    stream, *ys = NormLoRALinearFunction.apply(*_flat(x, delta), norm, parts, dtype, name, *tensors)
-    return stream.view(x.shape), *(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    apart = [P for P, _ in heads] if heads and REGISTRY[name].reads_parts else [1] * len(records)
+    stream, *ys = NormLoRALinearFunction.apply(*_flat(x, delta), norm, parts, apart, dtype, name, *tensors)
+    ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    if heads is not None and len(ys) > len(records):
+        ys = [y.unflatten(-1, (H, -1)) for y, H in zip(ys, (H for P, H in heads for _ in range(P)), strict=True)]
+        return stream.view(x.shape), *ys
+    return stream.view(x.shape), *_unbound(ys, heads)
 
 
 def norm_lora_mlp(
@@ -113,6 +121,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         delta: Tensor | None,  # [M, K]
         norm: Norm,
         linears: Sequence[AdaptedLinear],
+        parts: Sequence[int],  # of each product: its columns are so many results [M, D]
         dtype: torch.dtype,
         backend: str,
         *tensors: Tensor | None,
@@ -124,34 +133,35 @@ class NormLoRALinearFunction(torch.autograd.Function):
             products = [_linear_fwd(run, given, wholes[0]), *others]
         kept = itertools.chain.from_iterable(whole._replace(bias=None).tensors() for whole in wholes)
         ctx.save_for_backward(*_pack(normed), *(h for _, h in products), *kept)
-        ctx.eps, ctx.dtype, ctx.linears, ctx.backend = norm.eps, dtype, linears, backend
+        ctx.eps, ctx.dtype, ctx.linears, ctx.parts, ctx.backend = norm.eps, dtype, linears, parts, backend
         ctx.set_materialize_grads(False)
         stream = x.view_as(x) if delta is None else stream
         if not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(stream)  # the first adapted block: below it no gradient is asked for
-        return stream, *(y for y, _ in products)
+        cut = (y.chunk(part, 1) if part > 1 else [y] for (y, _), part in zip(products, parts, strict=True))
+        return stream, *itertools.chain.from_iterable(cut)
 
     @staticmethod
-    def backward(ctx: Any, d_stream: Tensor | None, *dYs: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_stream: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        dYs = _put_together(grads, ctx.parts)
         saved, needed, first = ctx.saved_tensors, ctx.needs_input_grad, 5 + len(dYs)
         normed, hs, linears = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5:first], ctx.linears
         needs_stream, run = any(needed[:2]), backend_of_backward(ctx.backend)
         dn, dx, d_tensors = None, d_stream, []
         with without_autocast(normed.x):
-            source = normed if len(dYs) == 1 or not any(needed[6:]) else normed.compute()  # once for all products
+            source = normed if len(dYs) == 1 or not any(needed[7:]) else normed.compute()  # once for all products
             defer = sum(dY is not None for dY in dYs) == 1  # what is to be added to another product is whole
             for dY, h, linear in zip(dYs, hs, _with_tensors(linears, saved[first:]), strict=True):
-                needs = needed[6 + len(d_tensors) :][: len(linear.tensors())]
-                grads = ProductGrads(None, [None] * len(linear.rows), [None] * len(linear.rows))
+                needs = needed[7 + len(d_tensors) :][: len(linear.tensors())]
+                own = ProductGrads(None, [None] * len(linear.rows), [None] * len(linear.rows))
                 if dY is not None:
-                    dY = dY.resolve_neg()  # kernels read memory
-                    grads = _linear_bwd(run, dY, source, h, linear, needs_stream, needs, defer=defer)
-                d_input: Any = grads.x
+                    own = _linear_bwd(run, dY, source, h, linear, needs_stream, needs, defer=defer)
+                d_input: Any = own.x
                 dn = d_input if dn is None else dn if d_input is None else dn + d_input
-                d_tensors += linear.gradients(grads)
+                d_tensors += linear.gradients(own)
             if dn is not None:
                 dx = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
-        return dx, dx if needed[1] else None, *[None] * 4, *d_tensors
+        return dx, dx if needed[1] else None, *[None] * 5, *d_tensors
 
 
 class NormLoRAMLPFunction(torch.autograd.Function):
@@ -241,7 +251,7 @@ def _linear_fwd(
 
 def _linear_bwd(
     run: Backend,
-    dY: Tensor,  # [M, N]
+    dY: Tensor | Sequence[Tensor],  # [M, N], or parts [M, D] of equal width
     source: Source,  # gives x [M, K]
     h: Tensor,  # [M, R]
     linear: AdaptedLinear,
@@ -250,10 +260,39 @@ def _linear_bwd(
     *,
     defer: bool,  # whether what reads dX may add its second term
 ) -> ProductGrads:
-    dY = dY.to(source.dtype)  # autocast leaves the stream, and so its gradient, in float32
+    # Autocast leaves the stream, and so its gradient, in float32; kernels read memory.
+    dtype = source.dtype
+    own: Any = [part.resolve_neg().to(dtype) for part in ([dY] if isinstance(dY, Tensor) else dY)]
+    dY = own[0] if len(own) == 1 else own if run.reads_parts else whole_gradient(own)
     if not linear.rows:
-        return ProductGrads(dY @ linear.weight.to(dY.dtype) if needs_x else None, [], [])
+        return ProductGrads(whole_gradient(dY) @ linear.weight.to(dtype) if needs_x else None, [], [])
     return run.packed_lora_linear_bwd(dY, source, h, linear, linear.needs(needs_x, needed), defer=defer)
+
+
+def _unbound(
+    ys: Sequence[Tensor],  # each [..., N]
+    heads: Sequence[tuple[int, int]] | None,
+) -> Sequence[Tensor]:
+    """The columns of each product as P results [..., H, N / (P H)]: the gradients of all are packed by one copy."""
+    if heads is None:
+        return ys
+    return [part for y, (P, H) in zip(ys, heads, strict=True) for part in y.unflatten(-1, (P, H, -1)).unbind(-3)]
+
+
+def _put_together(
+    grads: Sequence[Tensor | None],
+    parts: Sequence[int],
+) -> list[Any]:
+    """The gradient of each product, as one tensor or as its parts; None where nothing was computed from it."""
+    remaining, dYs = iter(grads), []
+    for part in parts:
+        own = list(itertools.islice(remaining, part))
+        known = next((grad for grad in own if grad is not None), None)
+        if part == 1 or known is None:
+            dYs.append(known)
+        else:
+            dYs.append([torch.zeros_like(known) if grad is None else grad for grad in own])
+    return dYs
 
 
 def _with_tensors(linears: Sequence[AdaptedLinear], tensors: Sequence[Any]) -> list[AdaptedLinear]:

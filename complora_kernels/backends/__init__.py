@@ -40,6 +40,10 @@ class Backend(Protocol):
         """Whether its dropout masks are those that kernels draw, of one key on the device, see `dropout`."""
 
     @property
+    def reads_parts(self) -> bool:
+        """Whether a product's gradient may come as those of its columns, one tensor [M, D] for each equal part."""
+
+    @property
     def own_operations(self) -> bool:
         """Whether it computes by operations of this package, which torch.func and the like cannot follow."""
 
@@ -103,12 +107,12 @@ class Backend(Protocol):
         """
 
     def packed_lora_linear_bwd(
-        self, dY: Tensor, source: Source, h: Tensor, linear: AdaptedLinear, needs: Needs, *, defer: bool = False
+        self, dY: Any, source: Source, h: Tensor, linear: AdaptedLinear, needs: Needs, *, defer: bool = False
     ) -> ProductGrads:
         """`g_i = dY_i B̃_i`, `dX = dY W + Σ_i m_i ∘ (g_i Ã_i)`, `dÃ_i = g_i^T drop_i(x)`, `dB̃_i = dY_i^T h_i`.
 
-        dY is [M, N]; x [M, K] is taken from its source. With `defer` dX may be a `Deferred`, for `norm_bwd` or
-        `activation_bwd` of the same backend.
+        dY is [M, N], or where the backend `reads_parts` a sequence; x [M, K] is taken from its source. With `defer` dX
+        may be a `Deferred`, for `norm_bwd` or `activation_bwd` of the same backend.
         """
 
     def norm_fwd(

@@ -31,6 +31,7 @@ class ExtensionBackend(TorchBackend):
     name = "extension"
     purpose = "compiled C++ and CUDA operations, torch's own large products"
     philox = True
+    reads_parts = False
     own_operations = True
 
     DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -40,6 +40,16 @@ def too_old(index: int | None) -> str | None:
     return None
 
 
+@functools.lru_cache
+def chip(name: str) -> int:
+    """The chip of a GPU of this machine, by its name: 90 for compute capability 9.0; 0 without one, and under ROCm."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    named = (i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_name(i) == name)
+    capabilities = [torch.cuda.get_device_capability(index) for index in named]
+    return max((10 * major + minor for major, minor in capabilities), default=0)
+
+
 # torch.compile calls these while it traces and takes the results for constants.
 interpreted._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 too_old._dynamo_marked_constant = True  # pyright: ignore[reportAttributeAccessIssue]

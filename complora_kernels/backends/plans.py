@@ -32,11 +32,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.backends import hardware
 from complora_kernels.common.files import read_plain, reading, set_aside, unsealed
 from complora_kernels.common.thread_stack import ThreadStack
 
 NAMES = ("fused", "concat", "merge", "addmm")
 MAX_FUSED_RANK = 64
+WIDE = ("float32", "float64")
 SCHEMA = 1
 ANY = 0  # stands for any number of tokens, while torch.compile traces
 
@@ -87,10 +89,30 @@ class Entry(NamedTuple):
 
 Entries = dict[tuple[Problem, tuple[str, ...]], Entry]  # the keys are a problem and the versions
 
+
+def _is_cast(problem: Problem) -> bool:
+    """Whether the weight is cast for the product: rounding the merged weight moves the same bytes."""
+    return problem.weight_dtype in WIDE and problem.dtype not in WIDE
+
+
 # Of the rows that apply, the first whose plan is eligible is used.
 SHIPPED: tuple[tuple[str, Callable[[Problem], bool], Plan], ...] = (
     (f"triton, r > {MAX_FUSED_RANK}", lambda p: p.backend == "triton" and p.rank > MAX_FUSED_RANK, Plan("concat")),
+    ("triton, float32 weight, 16-bit product", lambda p: p.backend == "triton" and _is_cast(p), Plan("merge")),
     ("triton, M <= 4096", lambda p: p.backend == "triton" and p.tokens <= 4096, Plan("fused", h="inside")),
+    (
+        # A layer alone, as the output projection: a copy of x beside h would cost what torch's product saves.
+        "triton, 16-bit, N = K, Hopper and later",
+        lambda p: (
+            p.backend == "triton" and p.inputs == p.outputs and p.dtype not in WIDE and hardware.chip(p.device) >= 90
+        ),
+        Plan("fused", h="inside"),
+    ),
+    (
+        "triton, 16-bit, Hopper and later",
+        lambda p: p.backend == "triton" and p.dtype not in WIDE and hardware.chip(p.device) >= 90,
+        Plan("concat"),
+    ),
     ("triton", lambda p: p.backend == "triton", Plan("fused", h="given")),
     ('float32, float64, or precision="fast"', lambda p: True, Plan("addmm")),
     ("bfloat16, float16", lambda p: True, Plan("concat")),
@@ -254,16 +276,15 @@ def versions() -> tuple[str, ...]:
 
 def _refusal(name: str, problem: Problem, precision: str) -> str | None:
     """Why a plan may not compute `problem`, or None."""
-    wide = ("float32", "float64")
     if name == "fused" and problem.backend != "triton":
         return f"its kernels are not those of the {problem.backend} backend"
     if name == "fused" and (problem.dtype == "float64" or problem.rank > MAX_FUSED_RANK):
         return f"its kernels support no float64 and no rank above {MAX_FUSED_RANK}"
     if name == "merge" and problem.dropout:
         return "with dropout no one weight serves all tokens"
-    if name == "merge" and problem.weight_dtype not in wide and precision == "exact":
+    if name == "merge" and problem.weight_dtype not in WIDE and precision == "exact":
         return f"a {problem.weight_dtype} weight loses small updates"
-    if name == "addmm" and problem.dtype not in wide and precision == "exact":
+    if name == "addmm" and problem.dtype not in WIDE and precision == "exact":
         return f"it rounds twice in {problem.dtype}"
     return None if name in NAMES else "unknown"
 
@@ -291,7 +312,7 @@ def _resolve(problem: Problem, precision: str, forced: Plan | None, variable: st
     tuned = [plan for plan, _ in entry.measured if plan.name in names] if entry else []
     shipped = [plan for _, applies, plan in SHIPPED if plan.name in names and applies(problem)]
     source = "COMPLORA_PLAN" if variable != "auto" else "tuned" if tuned else "shipped"
-    return (*tuned, *shipped, Plan(names[0]))[0], source  # the last: merge, which does not ship, is forced
+    return (*tuned, *shipped, Plan(names[0]))[0], source  # the last, whatever ships, is forced
 
 
 def _measured(problem: Problem) -> Entry | None:

@@ -85,6 +85,7 @@ class TorchBackend:
     name = "torch"
     purpose = "folded factors on torch's own products, any device and dtype"
     philox = False
+    reads_parts = False
     own_operations = False
     automatic = True
 
@@ -166,7 +167,7 @@ class TorchBackend:
 
     def packed_lora_linear_bwd(
         self,
-        dY: Tensor,  # [M, N]
+        dY: Tensor,  # [M, N]; this backend gets it whole
         source: Source,  # gives x [M, K]
         h: Tensor,  # [M, R]
         linear: AdaptedLinear,  # weight [N, K]
@@ -287,6 +288,11 @@ def activate(z: Tensor, activation: str) -> Tensor:
     if z.requires_grad and torch.is_grad_enabled():  # a backward pass that is differentiated again
         return (QUICK_GELU * z).sigmoid() * z
     return (QUICK_GELU * z).sigmoid_().mul_(z)
+
+
+def whole_gradient(dY: Tensor | Sequence[Tensor]) -> Tensor:  # [M, N]
+    """The gradient of a product from those of its columns [M, D], side by side."""
+    return dY if isinstance(dY, Tensor) else torch.cat(list(dY), 1)
 
 
 def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:

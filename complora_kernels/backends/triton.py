@@ -29,8 +29,9 @@ from complora_kernels.backends.torch import (
     block_diagonal,
     input_grad,
     input_of,
+    whole_gradient,
 )
-from complora_kernels.backends.wide_weights import wide_weight, width
+from complora_kernels.backends.wide_weights import tall_weight, wide_weight, width
 from complora_kernels.common.shapes import check_device, flatten, unflatten
 from complora_kernels.common.tracing import is_dispatched, is_plain
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH, groups_of
@@ -67,6 +68,7 @@ class TritonBackend:
     name = "triton"
     purpose = "fused kernels on CUDA GPUs"
     philox = True
+    reads_parts = True
     own_operations = True
 
     @property
@@ -179,7 +181,7 @@ class TritonBackend:
 
     def packed_lora_linear_bwd(
         self,
-        dY: Tensor,  # [M, N]
+        dY: Tensor | Sequence[Tensor],  # [M, N], or of each group of rows of the weight [M, D]
         source: Source,  # gives x [M, K]
         h: Tensor,  # [M, P r]
         linear: AdaptedLinear,  # weight [N, K]
@@ -187,8 +189,9 @@ class TritonBackend:
         *,
         defer: bool = False,
     ) -> ProductGrads:
-        if defer and needs.x and _may_defer(dY, source, linear):
+        if defer and needs.x and _may_defer(source, linear):
             return _deferred_bwd(dY, source, h, linear, needs)
+        dY = whole_gradient(dY)
         if isinstance(source, Tensor) and _is_registered(dY, source, h, *linear.tensors()):
             factors = (linear.As, linear.Bs, _starts(linear), linear.dropout_p, linear.seed)
             dX, dA, dB = torch.ops.complora_triton.packed_lora_linear_bwd(
@@ -281,7 +284,7 @@ def _one_mask(linear: AdaptedLinear) -> bool:
     return len(linear.rows) == 1 or not linear.seeds
 
 
-def _may_defer(dY: Tensor, source: Source, linear: AdaptedLinear) -> bool:
+def _may_defer(source: Source, linear: AdaptedLinear) -> bool:
     """Whether what computed x adds the second term of dX in its own gradient."""
     if isinstance(source, Tensor) or linear.columns is not None or len(linear.As[0]) > plans.MAX_FUSED_RANK:
         return False
@@ -291,7 +294,7 @@ def _may_defer(dY: Tensor, source: Source, linear: AdaptedLinear) -> bool:
 
 
 def _deferred_bwd(
-    dY: Tensor,  # [M, N]
+    dY: Tensor | Sequence[Tensor],  # [M, N], or of each group of rows of the weight [M, D]
     source: Source,  # a norm or an activation
     h: Tensor,  # [M, P r]
     linear: AdaptedLinear,
@@ -299,8 +302,12 @@ def _deferred_bwd(
 ) -> ProductGrads:
     """DX by torch's product alone, `dY W`; its second term is left to the gradient of what computed x."""
     k, stacked = kernels(), _stacked(linear)
-    g, dB = k.reductions.packed_lora_linear_db(dY, h.contiguous(), stacked, compute_g=True, compute_dB=needs.B)
-    base = dY @ _frozen_weight(linear, dY.dtype)
+    apart = not isinstance(dY, Tensor) and len(dY) == len(linear.weight) // (linear.rows[0][1] - linear.rows[0][0])
+    dY = dY if apart else whole_gradient(dY)
+    outputs = {"compute_g": True, "compute_dB": needs.B, "pack": apart}
+    g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h.contiguous(), stacked, **outputs)
+    whole: Any = packed[0] if apart else dY  # [M, N]
+    base = whole @ _frozen_weight(linear, whole.dtype)
     nothing: list[Tensor | None] = [None] * len(linear.rows)
     left = needs.A and isinstance(source, Activated) and linear.rank <= k.activation.MAX_DA_RANK
     dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
@@ -362,13 +369,19 @@ def _linear_bwd(
     dX, dA = x.new_empty(0), x.new_empty(0)
     if needs.x and plan.name == "fused" and plan.h == "inside":
         dX, g = k.linear.packed_lora_linear_dx(dY, linear, None, tiles=plan.tiles)
+        if needs.A and needs.B:
+            dA, dB = k.reductions.packed_lora_linear_grads(_da_source(source, g, linear), (dY, h, linear))
+            return dX, dA, dB
         _, dB = k.reductions.packed_lora_linear_db(dY, h, linear, compute_g=False, compute_dB=needs.B)
     else:
-        compute_g = needs.x or needs.A
-        g, dB = k.reductions.packed_lora_linear_db(dY, h, linear, compute_g=compute_g, compute_dB=needs.B)
-        if needs.x and plan.name == "merge":
+        beside = needs.x and plan.name == "concat" and not dropping
+        outputs = {"compute_g": needs.x or needs.A, "compute_dB": needs.B, "beside": beside}
+        g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h, linear, **outputs)
+        if beside:
+            dX = packed[0] @ tall_weight(linear, x.dtype)  # [dY | g | 0] [W ; Ã ; 0]
+        elif needs.x and plan.name == "merge":
             dX = dY @ k.factors.merge_weight(linear, x.dtype)  # dY (W + ΔW)
-        elif needs.x and plan.name in ("concat", "addmm") and not dropping:
+        elif needs.x and plan.name == "addmm" and not dropping:
             dX = input_grad(dY, g, linear, plan.name, x.dtype)
         elif needs.x:  # a dropout mask stands between g Ã and the sum, whatever the plan
             dX, _ = k.linear.packed_lora_linear_dx(dY, linear, g, tiles=plan.tiles)
@@ -379,13 +392,15 @@ def _linear_bwd(
 
 def _factor_grad(source: Source, g: Tensor, linear: AdaptedLinear) -> Tensor:  # g [M, P r] to dÃ [P, r, K]
     """`dÃ = g^T drop(x)`; a norm or an activation is computed again inside the kernel."""
-    given: dict[str, Any] = {}
-    if isinstance(source, Normed):
-        given["norm"] = (source.mean, source.rstd, *source.norm[:2])
-    elif isinstance(source, Activated):
-        given["activation"] = source.activation
+    x, g, linear, norm, activation = _da_source(source, g, linear)
+    return kernels().reductions.packed_lora_linear_da(x, g, linear, norm=norm, activation=activation)
+
+
+def _da_source(source: Source, g: Tensor, linear: AdaptedLinear) -> Any:
+    norm = (source.mean, source.rstd, *source.norm[:2]) if isinstance(source, Normed) else None
+    activation = source.activation if isinstance(source, Activated) else None
     x = source if isinstance(source, Tensor) else source.input
-    return kernels().reductions.packed_lora_linear_da(x, g, linear, **given)
+    return kernels().reductions.Source(x, g, linear, norm, activation)
 
 
 def _plan(x: Tensor, linear: AdaptedLinear) -> plans.Plan:

@@ -63,7 +63,10 @@ def reciprocal(x, PTX: tl.constexpr):
 @triton.jit
 def sigmoid(x, PTX: tl.constexpr):
     """`1 / (1 + e^-x)`, exact to a few ulp in both tails, as tanh's approximation is not."""
-    return reciprocal(1.0 + tl.exp2(-1.4426950408889634 * x), PTX)
+    power = -1.4426950408889634 * x
+    if not PTX:
+        power = tl.minimum(power, 127.0)  # of an infinite result hardware makes 0, and NumPy a warning
+    return reciprocal(1.0 + tl.exp2(power), PTX)
 
 
 @triton.jit

@@ -161,13 +161,10 @@ def _project(
     order = (1, 2, 0, 3) if attention.sequence_first else (0, 2, 1, 3)
     chosen = [(own, [name for name in own.names if name in wanted]) for own in attention.projections]
     chosen = [(projection, names) for projection, names in chosen if names]
-    stream, *products = norm_lora_linear(x, None, norm, *(_product(*each, x, dtype) for each in chosen))
-    heads: list[Tensor] = []
-    for packed, (_, names) in zip(products, chosen, strict=True):
-        # Unbound before they are permuted: the gradients of the heads are then packed by one copy.
-        parts = packed.unflatten(-1, (len(names), attention.heads, -1)).unbind(2)
-        heads += [part.permute(order) for part in parts]
-    return stream, heads
+    products = (_product(*each, x, dtype) for each in chosen)
+    heads = [(len(names), attention.heads) for _, names in chosen]
+    stream, *parts = norm_lora_linear(x, None, norm, *products, heads=heads)
+    return stream, [part.permute(order) for part in parts]
 
 
 def _attend(

@@ -113,7 +113,9 @@ def test_rows_and_weights_of_any_strides_make_no_difference():
     def results(place: Any) -> list[Tensor]:
         weight, bias = (place(part.expand(2, K))[0] for part in (norm.weight, norm.weight + 1))
         moved = Norm(weight, bias, norm.eps)
-        stream, normed, (n, h, _) = TRITON.norm_fwd(place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED]))
+        stream, normed, (n, h, _) = TRITON.norm_fwd(
+            place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED])
+        )
         dx = TRITON.norm_bwd(place(dn), place(x), normed)
         affine = (normed.mean, normed.rstd, *moved[:2])
         dA = reductions.packed_lora_linear_da(place(x), g, reader([A], 0.25, [SEED]), norm=affine)
@@ -214,8 +216,11 @@ def test_a_residual_is_added(residual, plan, given, monkeypatch):
     ("targets", "activation", "recompute"),
     [(ALL, nn.GELU, "none"), (ALL, QuickGELU, "mlp"), (("q", "v"), QuickGELU, "none"), (("fc2",), nn.GELU, "mlp")],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_on_the_kernels(dtype, targets, activation, recompute):
+@pytest.mark.parametrize(
+    ("dtype", "plan"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "concat")]
+)
+def test_a_block_on_the_kernels(dtype, plan, targets, activation, recompute, monkeypatch):
+    monkeypatch.setenv("COMPLORA_PLAN", plan)
     model = adapted(Blocks(plain_block(activation=activation)), target_modules=targets, towers=("image",))
     model = model.to(DEVICE, dtype).train()
     set_recompute(model, recompute)
@@ -227,9 +232,12 @@ def test_a_block_on_the_kernels(dtype, targets, activation, recompute):
         assert_as_accurate_as_reference(value, same[name], exact[name], name, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_draws_the_masks_of_its_layers(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "plan"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "concat")]
+)
+def test_a_block_draws_the_masks_of_its_layers(dtype, plan, monkeypatch):
     """Fused and not, the same seeds are drawn in the same order."""
+    monkeypatch.setenv("COMPLORA_PLAN", plan)
     model = adapted(Blocks(plain_block()), target_modules=ALL, towers=("image",), lora_dropout=0.25)
     model = model.to(DEVICE, dtype).train()
     x = random_input(dtype=dtype)[:2].to(DEVICE)
