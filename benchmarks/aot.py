@@ -125,6 +125,12 @@ def products(chip: int, dtype: torch.dtype, adapters: int, r: int, p: float) -> 
             wanted = {f"compute_{name}": name in outputs for name in ("g", "dB")}
             db = partial(reductions.packed_lora_linear_db, dY, h, product, **wanted)
             yield Launch(f"{case}, {' and '.join(outputs)}", db)
+        apart, both = dY.chunk(adapters, 1), {"compute_g": True, "compute_dB": True}
+        for name in ("partial_g", "pack", "beside"):
+            db = partial(reductions.packed_lora_linear_db, apart, h, product, **both, **{name: True})
+            yield Launch(f"{case}, {name}", db)
+    grads = partial(reductions.packed_lora_linear_grads, reductions.Source(x, h, product), (dY, h, product))
+    yield Launch(f"{case}, dA and dB", grads)
 
 
 def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
