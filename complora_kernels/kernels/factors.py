@@ -12,6 +12,7 @@ factor leave the complement.
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
