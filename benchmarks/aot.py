@@ -87,6 +87,7 @@ def launches(chip: int) -> Iterator[Launch]:
     yield from norms()
     yield from activations()
     yield from residuals(chip)
+    yield from folds()
     A, B, basis = torch.empty(16, WIDTH), torch.empty(WIDTH, 16), torch.empty(WIDTH, WIDTH // 2)
     for dtype in (torch.float32, torch.bfloat16):
         fold = ([A, B], [None, basis], [False, False], [False, True], 1.0, dtype)
@@ -97,6 +98,17 @@ def launches(chip: int) -> Iterator[Launch]:
         yield Launch(f"from {dtype}, not projected", partial(factors.fold_factors, *plain))
         product = AdaptedLinear(torch.empty(WIDTH, WIDTH), None, [A.to(dtype)], [B.to(dtype)], [(0, WIDTH)])
         yield Launch(f"to {dtype}", partial(factors.merge_weight, product, dtype))
+
+
+def folds() -> Iterator[Launch]:
+    """Folds of many layers, whose programs sum over all of d: both sides, every block, bases that are not aligned."""
+    from complora_kernels.kernels import factors
+
+    many = 64
+    for r, k in itertools.product((2, 16, 32, 64), (WIDTH // 2, WIDTH // 2 + 1)):
+        A, B, basis = torch.empty(r, WIDTH), torch.empty(WIDTH, r), torch.empty(WIDTH, k)
+        fold = ([A, B] * many, [basis] * 2 * many, [False] * 2 * many, [False, True] * many, 1.0, torch.bfloat16)
+        yield Launch(f"both sides of {many} layers, r={r} k={k}", partial(factors.fold_factors, *fold))
 
 
 def products(chip: int, dtype: torch.dtype, adapters: int, r: int, p: float) -> Iterator[Launch]:

@@ -1,4 +1,5 @@
-// The operations on CUDA devices, in two kinds of product, each of which reads its larger operand once:
+// The operations on CUDA devices, in two kinds of product, each of which reads its larger operand once for each tile of
+// ranks, which are 16, or up to 64 where halves are summed over the tokens:
 //
 //   out = left^T right                           coordinates of factors along their bases, sums over the tokens
 //   out = scale · (factor - coordinates U^T)     projections
