@@ -5,7 +5,7 @@ y = x W^T + b + h_p B̃_p^T in the rows of adapter p, + residual        h_p = dr
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
-# pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false, reportAssignmentType=false
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Loads of operands that a kernel multiplies behind its main loop."""
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 
 from __future__ import annotations
 
