@@ -114,13 +114,13 @@ UNALIGNED_TILES = Tiles(64, 64, 32, 4, 2)
 def tiles_of(chip: int, dtype: torch.dtype, *, crowded: bool = False) -> tuple[Tiles, ...]:
     """The tiles that ship for a chip.
 
-    A kernel is crowded when it needs a mask beside its accumulator: tiles of 128 elements a thread, or as wide as 256,
-    would spill registers there.
+    A kernel is crowded when it needs a mask beside its accumulator. It has the largest tiles of at most 64 elements a
+    thread: others spill registers there.
     """
     table = FLOAT32_TILES if dtype == torch.float32 else HALF_TILES
     tiles = table[_row(table, chip)]
-    small = tuple(t for t in tiles if t.block_m * t.block_out < 128 * 32 * t.num_warps and t.block_out < 256)
-    return small if crowded else tiles
+    small = tuple(t for t in tiles if t.block_m * t.block_out < 128 * 32 * t.num_warps)
+    return small[:1] if crowded else tiles
 
 
 def model_of(chip: int) -> Chip:
