@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from benchmarks import lorafusion
 from benchmarks.comparison import Comparison, Missing, Work, bounds, needed, pedantic
-from benchmarks.interleaved import Step, reason, replays
 from complora_kernels import reference
 from complora_kernels.backends import plans
 from complora_kernels.functional import complora_linear
+from complora_kernels.replays import Step, reason, replays
 from complora_kernels.subspace import principal_basis
 
 SCALING = 1.0

@@ -32,9 +32,9 @@ import complora_kernels as ck
 from benchmarks import baselines, transformers_clip
 from benchmarks.baselines import Trainee
 from benchmarks.comparison import Comparison, Missing, Work, needed
-from benchmarks.interleaved import Step, free_memory, reason
 from complora_kernels.backends import plans
 from complora_kernels.modules.block import set_recompute
+from complora_kernels.replays import Step, free_memory, reason
 
 OURS = "complora_kernels"
 ON_GPU = torch.cuda.is_available()

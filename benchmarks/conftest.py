@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def extra(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def comparison(request: pytest.FixtureRequest, checkouts: dict[str, Path | None]) -> Comparison:
+def comparison(request: pytest.FixtureRequest, checkouts: dict[str, Path | None]) -> Iterator[Comparison]:
+    """Where a benchmark records what it measures; what failed of ours fails it once all is measured."""
     options, made = request.config.option, request.config.stash[COMPARISONS]
     torch.set_num_threads(options.threads)
     described = made[0].found.machine if made else described_with(checkouts)
@@ -57,7 +59,9 @@ def comparison(request: pytest.FixtureRequest, checkouts: dict[str, Path | None]
     device = torch.device("cuda" if machine.on_gpu() else "cpu")
     benchmark = request.path.stem.removeprefix("bench_")
     made.append(Comparison(benchmark, options.rounds, device, found, path, options.go_on))
-    return made[-1]
+    yield made[-1]
+    if made[-1].failed:
+        pytest.fail("\n".join(made[-1].failed), pytrace=False)
 
 
 def described_with(checkouts: dict[str, Path | None]) -> dict[str, Any]:

@@ -146,8 +146,39 @@ def test_a_baseline_that_is_not_there_or_does_not_fit():
     def wrong() -> None:
         raise AssertionError("apart")
 
-    with pytest.raises(AssertionError, match="apart"):  # a benchmark whose check fails reports nothing
-        compared.attempt("s", "wrong", wrong)
+    assert compared.attempt("s", "wrong", wrong) is None
+    assert compared.attempt("s", "another", lambda: 4) == 4
+    assert compared.found.rows[-1].remark == "fails: AssertionError: apart"
+    assert compared.failed == ["s, wrong: AssertionError: apart"]
+
+
+BENCHMARK = """
+from benchmarks import conftest
+from benchmarks.comparison import Comparison
+
+conftest.described_with = lambda _: {"revision": "abc"}
+
+def wrong():
+    raise AssertionError("apart")
+
+def test_one(comparison):
+    comparison.attempt("s", "ours", wrong)
+    assert comparison.attempt("s", "baseline", lambda: 1) == 1
+
+def test_another(comparison):
+    assert comparison.attempt("t", "ours", lambda: 1) == 1
+"""
+
+
+def test_a_check_of_ours_that_fails_fails_the_run_when_all_is_measured(tmp_path):
+    (tmp_path / "bench_x.py").write_text(BENCHMARK)
+    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider"]
+    command += ["-p", "benchmarks.conftest", tmp_path / "bench_x.py", "--results", tmp_path / "found.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 passed, 1 error" in done.stdout
+    assert "s, ours: AssertionError: apart" in done.stdout
+    assert [row.remark for row in results.read(tmp_path / "found.json").rows] == ["fails: AssertionError: apart"]
 
 
 # ---- files
