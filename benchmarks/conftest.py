@@ -26,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lorafusion", type=Path, help="a checkout of LoRAFusion: a baseline on a GPU")
     parser.addoption("--go-on", action="store_true", help="leave what --results has of this revision as it is")
     parser.addoption("--extra", action="store_true", help="on a GPU, baselines too that no target asks for")
+    parser.addoption(
+        "--compiled",
+        choices=("all", "without", "only"),
+        default="all",
+        help="leave out the baselines that torch.compile takes minutes for, or compare with them alone (all)",
+    )
     parser.addoption("--rounds", type=int, default=20, help="paired repeats of every comparison")
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch")
 
@@ -44,6 +50,12 @@ def checkouts(request: pytest.FixtureRequest) -> dict[str, Path | None]:
 @pytest.fixture
 def extra(request: pytest.FixtureRequest) -> bool:
     return request.config.option.extra
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> str:
+    """Which of the compiled baselines are compared: "all", "without" them, or them "only"."""
+    return request.config.option.compiled
 
 
 @pytest.fixture
