@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import environment
@@ -14,7 +15,7 @@ from benchmarks.gpu.program import UNFINISHED, Log, run
 SETTLES = 10  # seconds, at the end, for what was begun with a small estimate
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exits with 0 when all is done and right, 1 when something failed, 3 when entries wait for another call."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--results", type=Path, required=True, help="the folder of the file that keeps the rows")
@@ -22,7 +23,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="what `make gpu-cache` has packed")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of a process that takes over
     parser.add_argument("--call", default=time.strftime("%Y-%m-%dT%H:%M:%S"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     until = options.until or time.time() + options.limit
     compiler = environment.compiler()
 
@@ -55,9 +56,9 @@ def main() -> int:
     outcome = run(table, bench, log, until - SETTLES, counted=compilations.row, alive=alive)
     if outcome.broken and until - time.time() > 2 * SETTLES:
         sys.stdout.flush()
-        arguments = ["--results", options.results, "--until", until, "--call", options.call]
-        arguments += ["--cache", options.cache] if options.cache is not None else []
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)])
+        again = ["--results", options.results, "--until", until, "--call", options.call]
+        again += ["--cache", options.cache] if options.cache is not None else []
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *map(str, again)])
     failing = [*outcome.failed, *([] if compiler["ok"] else ["C compiler"])]
     print(f"{len(table)} entries, failed: {', '.join(failing) or 'none'}; waiting: {len(outcome.waiting)}")
     return 1 if failing or outcome.broken else UNFINISHED if outcome.waiting else 0

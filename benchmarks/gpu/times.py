@@ -14,7 +14,7 @@ from complora_kernels.adapted_linear import AdaptedLinear, Needs
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
-from complora_kernels.replays import Capturer, Replay, Step, warm_seconds
+from complora_kernels.replays import Capturer, Replay, Step, free_memory, reason, warm_seconds
 
 ROUNDS = 5
 CUBLAS = "cuBLAS, frozen"
@@ -29,7 +29,7 @@ def timed(bench: Bench, steps: Mapping[str, Step]) -> dict[str, Row]:
         return {}
     clock = clock_of(bench)
     capture = Capturer(clock)
-    made = {name: capture(step) for name, step in steps.items()}
+    made = {name: captured(capture, step) for name, step in steps.items()}
     runs = {name: run for name, run in made.items() if isinstance(run, Replay)}
     warm: dict[str, list[float]] = {name: [] for name in runs}
     cold: dict[str, list[float]] = {name: [] for name in runs}
@@ -40,10 +40,21 @@ def timed(bench: Bench, steps: Mapping[str, Step]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for name, run in made.items():
         if isinstance(run, str):
-            rows[name] = {"what": name, "error": f"not captured: {run}", "ok": False}
+            rows[name] = {"what": name, "error": run, "ok": False}
         else:
             rows[name] = {"what": name, "s": statistics.median(warm[name]), "cold_s": statistics.median(cold[name])}
     return rows
+
+
+def captured(capture: Capturer, step: Step) -> Replay | str:
+    """A replay, or what is wrong with the step: one of several ways to compute a product ends no other."""
+    try:
+        made = capture(step)
+        return made if isinstance(made, Replay) else f"not captured: {made}"
+    except Exception as error:
+        why = f"fails: {reason(error)}"
+    free_memory()
+    return why
 
 
 # ---- products
