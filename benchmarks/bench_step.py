@@ -423,7 +423,7 @@ def planned(plan: plans.Plan | None, run: Callable[[], Made]) -> Callable[[], Ma
 
 @contextlib.contextmanager
 def a_row_where(done: str) -> Iterator[None]:
-    """A baseline that cannot be compiled, or captured, ends no benchmark; one with wrong results does."""
+    """A baseline that cannot be compiled, or captured, is a row that says so; one with wrong results fails the run."""
     try:
         yield
     except torch.OutOfMemoryError:

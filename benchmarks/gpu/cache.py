@@ -134,8 +134,9 @@ def pack(cache: Path, recorded: Iterable[Compiled], target: Path, chip: int) -> 
 def unpack(source: Path, *, launchers: bool = True) -> dict[str, Any]:
     """Puts packed kernels where the installed Triton looks for them, and builds their launchers; a row about it."""
     import triton
+    from triton import knobs
 
-    cache, own = Path(triton.knobs.cache.dir), triton_key()
+    cache, own = Path(knobs.cache.dir), triton_key()
     with zipfile.ZipFile(source) as file:
         manifest = json.loads(file.read(MANIFEST))
         row: dict[str, Any] = {"what": "kernels that were brought", "kernels": len(manifest["keys"])}

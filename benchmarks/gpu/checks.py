@@ -220,7 +220,7 @@ def attention(bench: Bench, tokens: int, *, causal: bool) -> Rows:
         yield row | {"allowed": allowed, "ok": row["error"] <= allowed}
     if bench.device.type == "cuda":
         q, k, v = (part.permute(0, 2, 1, 3) for part in packed.unbind(2))
-        taken = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, causal)).name
+        taken = SDPBackend(torch.ops.aten._fused_sdp_choice(q, k, v, None, 0.0, causal)).name
         version, chip = torch.backends.cudnn.version() or 0, torch.cuda.get_device_capability(bench.device)
         expected = chip == (9, 0) and version > CUDNN
         ok = taken == SDPBackend.CUDNN_ATTENTION.name or not expected

@@ -51,11 +51,11 @@ class Compilations:
     """Counts what Triton compiles, and what it finds compiled in its cache, from now on."""
 
     def __init__(self) -> None:
-        import triton
+        from triton import knobs
 
         self.compiled: list[str] = []
         self.found = 0
-        triton.knobs.compilation.listener = self
+        knobs.compilation.listener = self
 
     def __call__(self, *, src: Any, cache_hit: bool, **_: Any) -> None:
         if cache_hit:

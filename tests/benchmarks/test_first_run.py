@@ -289,7 +289,8 @@ def test_a_wrong_kernel_is_found(small, monkeypatch, name):
 
 
 def test_an_h_that_is_wrong_now_and_then_is_found(small, monkeypatch):
-    original, calls = TritonBackend.norm_fwd, []
+    original: Any = TritonBackend.norm_fwd
+    calls: list[int] = []
 
     def stale(*arguments: Any) -> Any:
         stream, normed, n, h = original(*arguments)
