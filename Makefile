@@ -16,7 +16,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=lo
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot waves bench report bench-gpu gpu targets lint format
+.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot waves bench report bench-gpu gpu gpu-cache targets lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,8 +85,13 @@ report: .venv/.installed  ## the tables of the README and the figures, from the 
 bench-gpu:  ## the benchmarks of `make gpu` alone
 	STAGES="$(basename $(notdir $(wildcard benchmarks/bench_*.py))) report" benchmarks/gpu.sh
 
-gpu:  ## all that needs a GPU, in stages, with PYTHON as it is: build, tests, benchmarks; needs no network
+gpu:  ## all that needs a GPU, in stages, with PYTHON as it is, in two calls of LIMIT=240 and 500 s; needs no network
 	benchmarks/gpu.sh
+
+# With the Triton of the GPU's machine: .venv-oldest has 3.6, GPU_VENV=.venv the newest. ARGS="--chip 100" for another chip.
+GPU_VENV ?= .venv-oldest
+gpu-cache: $(GPU_VENV)/.installed  ## compile the kernels of the first call of `make gpu` without a GPU, to be taken along
+	$(GPU_VENV)/bin/python -m benchmarks.gpu.cache --check $(ARGS)
 
 targets: .venv/.installed  ## which targets of the benchmarks are met, missed or not yet measured
 	.venv/bin/python -m benchmarks.targets

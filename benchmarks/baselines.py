@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.interleaved import Replay
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.graphs import CUDAGraphs
 from complora_kernels.integrations import open_clip
+from complora_kernels.replays import Replay
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 Factors = tuple[nn.Parameter, nn.Parameter]  # A [r, in], B [out, r]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import Comparison, Work, pedantic
-from benchmarks.interleaved import replays
 from complora_kernels import backends, reference
 from complora_kernels.backends.extension import ExtensionBackend
 from complora_kernels.functional import fold_factors, project_complement
+from complora_kernels.replays import replays
 
 RANK, WIDTH, LAYERS = 16, 768, 72  # q, k, v, o, fc1, fc2 of twelve blocks, were all of them square
 OURS = "extension"

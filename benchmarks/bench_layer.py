@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from benchmarks import lorafusion
 from benchmarks.comparison import Comparison, Missing, Work, bounds, needed, pedantic
-from benchmarks.interleaved import Step, reason, replays
 from complora_kernels import reference
 from complora_kernels.backends import plans
 from complora_kernels.functional import complora_linear
+from complora_kernels.replays import Step, reason, replays
 from complora_kernels.subspace import principal_basis
 
 SCALING = 1.0
@@ -286,7 +286,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("shape", SHAPES, ids=[f"shape-{n}, {shape}" for n, shape in enumerate(SHAPES, 1)])
-def test_forward_backward(benchmark, comparison, checkouts, shape, dropout_p):
+def test_forward_backward(benchmark, comparison, checkouts, compiled, shape, dropout_p):
     _, M, inputs, outputs, rank, _ = shape
     # y and dX with W; h, h B^T, g, g A, dA and dB. x twice (y, dA), dY once, y and dX out, W twice.
     operations = 4 * M * inputs * outputs + 6 * M * rank * (inputs + outputs)
@@ -296,7 +296,7 @@ def test_forward_backward(benchmark, comparison, checkouts, shape, dropout_p):
     if ON_GPU and shape == SHAPES[0]:
         targets = {name: f"{target}, dropout" if dropout_p else target for name, target in TARGETS.items()}
         targets = {name: target for name, target in targets.items() if target in bounds()}
-    steps = compare(comparison, checkouts, shape, label, dropout_p, work, targets)
+    steps = compare(comparison, checkouts, shape, label, dropout_p, work, targets, compiling=compiled)
     pedantic(benchmark, steps.get(OURS))
 
 
@@ -320,11 +320,16 @@ def compare(
     targets: dict[str, str],
     *,
     backward: bool = True,
+    compiling: str = "all",
 ) -> dict[str, Step]:
     """The steps that were timed; code of others comes last: a fault of the device would end what follows."""
     baselines = {name: r for name, r in BASELINES.items() if shape in r.shapes and (r.drops or not dropout_p)}
-    if ON_GPU and FOLDED not in targets:
+    if compiling == "without" or (ON_GPU and FOLDED not in targets):
         baselines.pop(FOLDED, None)  # compiled anew for each
+    if compiling == "only":
+        baselines = {name: r for name, r in baselines.items() if name in (OURS, FOLDED)}
+        if FOLDED not in baselines:
+            return {}
     if comparison.known(label, baselines):
         return {}
     torch.compiler.reset()
@@ -355,7 +360,7 @@ def compare(
         layer.dropout_p = dropout_p
 
     prepare_all([name for name in baselines if name not in theirs])
-    time(steps)
+    time(steps, again=[OURS] if compiling == "only" else [])
     prepare_all(theirs)
     if OURS in steps and any(name in steps for name in theirs):
         time({name: steps[name] for name in (OURS, *theirs) if name in steps}, again=[OURS])

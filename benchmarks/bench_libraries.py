@@ -22,9 +22,9 @@ from benchmarks import baselines
 from benchmarks.baselines import Adapter, Trainee
 from benchmarks.bench_step import DEVICE, DTYPE, FEW_CLASSES, ON_GPU, OURS, PLAIN, TOLERANCE, Batch, make_step
 from benchmarks.comparison import Work
-from benchmarks.interleaved import Step, free_memory
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.integrations import find
+from complora_kernels.replays import Step, free_memory
 
 PEFT = "PEFT eager"
 PACKED = "one adapter for q, k and v together"

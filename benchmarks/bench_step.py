@@ -32,9 +32,9 @@ import complora_kernels as ck
 from benchmarks import baselines, transformers_clip
 from benchmarks.baselines import Trainee
 from benchmarks.comparison import Comparison, Missing, Work, needed
-from benchmarks.interleaved import Step, free_memory, reason
 from complora_kernels.backends import plans
 from complora_kernels.modules.block import set_recompute
+from complora_kernels.replays import Step, free_memory, reason
 
 OURS = "complora_kernels"
 ON_GPU = torch.cuda.is_available()
@@ -314,9 +314,11 @@ CASES = GPU_CASES if ON_GPU else CPU_CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"case-{n}, {case}" for n, case in enumerate(CASES, 1)])
-def test_step(comparison, checkouts, extra, case):
+def test_step(comparison, checkouts, extra, compiled, case):
     names = [*compared(case, checkouts), *(case.extra if extra else ())]
-    if comparison.known(str(case), [OURS, *names]):
+    compiling = [name for name in names if BASELINES[name].compiled and compiled != "without"]
+    others = [] if compiled == "only" else [name for name in names if not BASELINES[name].compiled]
+    if comparison.known(str(case), [OURS, *others, *compiling]):
         return
     torch.compiler.reset()
     plain = make_plain(case.model)
@@ -325,11 +327,11 @@ def test_step(comparison, checkouts, extra, case):
     truth, work = true_results(case, plain, weights, batch)
     given = {"case": case, "plain": plain, "ours": ours, "weights": weights, "batch": batch, "truth": truth}
     make = partial(prepare, **given, checkouts=checkouts)
-    compiled = [name for name in names if BASELINES[name].compiled]
     # Compiling takes minutes: what else there is has its rows before it begins.
-    time_all(comparison, case, make, [OURS, *(name for name in names if name not in compiled)], work)
-    if compiled:
-        time_all(comparison, case, make, [OURS, *compiled], work, again=[OURS])
+    if compiled != "only":
+        time_all(comparison, case, make, [OURS, *others], work)
+    if compiling:
+        time_all(comparison, case, make, [OURS, *compiling], work, again=[OURS])
 
 
 def time_all(
@@ -421,7 +423,7 @@ def planned(plan: plans.Plan | None, run: Callable[[], Made]) -> Callable[[], Ma
 
 @contextlib.contextmanager
 def a_row_where(done: str) -> Iterator[None]:
-    """A baseline that cannot be compiled, or captured, ends no benchmark; one with wrong results does."""
+    """A baseline that cannot be compiled, or captured, is a row that says so; one with wrong results fails the run."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -48,10 +48,10 @@ from benchmarks.bench_step import (
     make_step,
 )
 from benchmarks.comparison import measures
-from benchmarks.interleaved import wall_seconds
 from benchmarks.results import Row
 from complora_kernels import subspace
 from complora_kernels.fewshot.glyphs import load_glyph_clip
+from complora_kernels.replays import wall_seconds
 
 ROOT = Path(__file__).parents[1]
 STEPS, ROUNDS = (200, 1) if ON_GPU else (30, 20)

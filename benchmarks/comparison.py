@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,20 +14,19 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from benchmarks import machine, results
-from benchmarks.interleaved import (
+from benchmarks.interleaved import Timing, time_interleaved
+from benchmarks.results import Row
+from complora_kernels.replays import (
     Capturer,
     Clock,
     Replays,
     Step,
-    Timing,
     clock,
     free_memory,
     reason,
-    time_interleaved,
     wall_seconds,
     warm_seconds,
 )
-from benchmarks.results import Row
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,6 +35,7 @@ else:
 
 TARGETS = Path(__file__).with_name("targets.toml")
 NOT_CAPTURED = "not captured: timed with launches"
+FAILS = "fails: "
 Made = TypeVar("Made")
 
 
@@ -59,6 +60,7 @@ class Comparison:
     found: results.Results
     path: Path | None  # the results file
     go_on: bool = False  # True: shapes that the file has at this revision are skipped
+    failed: list[str] = field(default_factory=list)  # of ours: each is a row, and the run fails when all are measured
 
     def record(self, row: Row) -> None:
         self.found.add(replace(row, revision=self.found.machine["revision"]))
@@ -66,8 +68,8 @@ class Comparison:
             results.write(self.path, self.found)
 
     def known(self, shape: str, baselines: Collection[str]) -> bool:
-        """Whether an earlier run of this revision measured a shape, which is then left as it is."""
-        now, rows = self.found.machine["revision"], self.found.rows
+        """Whether an earlier run of this revision measured a shape, which is then left as it is; not what failed."""
+        now, rows = self.found.machine["revision"], [r for r in self.found.rows if not r.remark.startswith(FAILS)]
         found = {r.baseline for r in rows if (r.benchmark, r.shape, r.revision) == (self.benchmark, shape, now)}
         told = now != "unknown" and not now.endswith("+")  # else nobody knows what code it was
         return self.go_on and told and set(baselines) <= found
@@ -75,10 +77,10 @@ class Comparison:
     def attempt(
         self, shape: str, baseline: str, make: Callable[[], Made], *, foreign: bool = False, again: bool = False
     ) -> Made | None:
-        """What `make` returns; None, and a row that says why, where the baseline is not installed or does not fit.
+        """What `make` returns; None, and a row that says why, where the baseline is missing, does not fit or fails.
 
         Args:
-            foreign: whatever fails in it is a row too: code that is not ours to mend.
+            foreign: code that is not ours to mend: the run does not fail with it.
             again: it has its row from an earlier comparison, which stays.
         """
         try:
@@ -90,9 +92,10 @@ class Comparison:
         except torch.OutOfMemoryError:
             remark = "does not fit in memory"
         except Exception as error:
+            remark = FAILS + reason(error)
             if not foreign:
-                raise
-            remark = f"fails: {reason(error)}"
+                traceback.print_exc()
+                self.failed.append(f"{shape}, {baseline}: {reason(error)}")
         if not again:
             self.record(Row(self.benchmark, shape, baseline, remark))
         free_memory()  # not while the error is handled, which holds what `make` has made
@@ -127,9 +130,10 @@ class Comparison:
             warm_up: rounds that are not counted; None: three on a GPU, one on a CPU, where nothing is tuned meanwhile.
             measure: the clock; None: the device's.
             replays: instead of it, times the steps without their launches, with a warm and a cold L2 cache.
-            check: what is timed, step or replay, a baseline's name first; it raises where its results are wrong.
+            check: what is timed, step or replay, a baseline's name first; it raises where its results are wrong,
+                which is a row in place of a time.
             launched: why a step is not to be captured, by the baseline's name.
-            foreign: whose code is not ours to mend: whatever fails in it is a row.
+            foreign: whose code is not ours to mend: the run does not fail with it.
             again: those that are here to compare with and have their rows from an earlier comparison.
         """
         remarks, targets, floors = remarks or {}, targets or {}, floors or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lorafusion", type=Path, help="a checkout of LoRAFusion: a baseline on a GPU")
     parser.addoption("--go-on", action="store_true", help="leave what --results has of this revision as it is")
     parser.addoption("--extra", action="store_true", help="on a GPU, baselines too that no target asks for")
+    parser.addoption(
+        "--compiled",
+        choices=("all", "without", "only"),
+        default="all",
+        help="leave out the baselines that torch.compile takes minutes for, or compare with them alone (all)",
+    )
     parser.addoption("--rounds", type=int, default=20, help="paired repeats of every comparison")
     parser.addoption("--threads", type=int, default=2, help="CPU threads of torch")
 
@@ -46,7 +53,14 @@ def extra(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def comparison(request: pytest.FixtureRequest, checkouts: dict[str, Path | None]) -> Comparison:
+def compiled(request: pytest.FixtureRequest) -> str:
+    """Which of the compiled baselines are compared: "all", "without" them, or them "only"."""
+    return request.config.option.compiled
+
+
+@pytest.fixture
+def comparison(request: pytest.FixtureRequest, checkouts: dict[str, Path | None]) -> Iterator[Comparison]:
+    """Where a benchmark records what it measures; what failed of ours fails it once all is measured."""
     options, made = request.config.option, request.config.stash[COMPARISONS]
     torch.set_num_threads(options.threads)
     described = made[0].found.machine if made else described_with(checkouts)
@@ -57,7 +71,9 @@ def comparison(request: pytest.FixtureRequest, checkouts: dict[str, Path | None]
     device = torch.device("cuda" if machine.on_gpu() else "cpu")
     benchmark = request.path.stem.removeprefix("bench_")
     made.append(Comparison(benchmark, options.rounds, device, found, path, options.go_on))
-    return made[-1]
+    yield made[-1]
+    if made[-1].failed:
+        pytest.fail("\n".join(made[-1].failed), pytrace=False)
 
 
 def described_with(checkouts: dict[str, Path | None]) -> dict[str, Any]:

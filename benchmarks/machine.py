@@ -110,7 +110,7 @@ def ceilings() -> dict[str, float]:
 
 
 def median_seconds(run: Any, device: torch.device, repeats: int = 20) -> float:
-    from benchmarks.interleaved import clock
+    from complora_kernels.replays import clock
 
     seconds = [clock(device)(run) for _ in range(3 + repeats)]
     return statistics.median(seconds[3:])

@@ -8,10 +8,10 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from complora_kernels import backends, functional
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Entry, Plan, Problem
 from complora_kernels.common.files import sealed, write_atomically
+from complora_kernels.replays import Capturer, Clock, Replays, replays, wall_seconds, warm_seconds
 
 SHAPES = {  # width d, and tokens of one image or text
     "ViT-B-32": (768, 50),
@@ -31,7 +32,6 @@ SHAPES = {  # width d, and tokens of one image or text
 }
 LAYERS = {"qkv": (1, 3, 3), "o": (1, 1, 1), "fc1": (1, 4, 1), "fc2": (4, 1, 1)}  # K / d, N / d, adapters
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-SECONDS = 0.02  # a measurement on a GPU lasts so long: single steps are too short for a clock
 
 Step = Callable[[], Sequence[Tensor]]
 
@@ -96,23 +96,29 @@ def agreeing(steps: Mapping[Plan, Step], dtype: torch.dtype, say: Callable[[str]
     return kept
 
 
-def measure(steps: Mapping[Plan, Step], device: torch.device, rounds: int) -> list[tuple[Plan, float]]:
-    """Median seconds, the fastest first. Steps take turns (ABBA): a slow spell of the machine slows all of them."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def measure(
+    steps: Mapping[Plan, Step], timed: Replays | None, rounds: int, say: Callable[[str], None]
+) -> list[tuple[Plan, float]]:
+    """Median seconds, the fastest first. Steps take turns (ABBA): a slow spell of the machine slows all of them.
 
-    def seconds(step: Step, repeats: int) -> float:
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    repeats = {plan: round(SECONDS / seconds(step, 1)) if device.type == "cuda" else 1 for plan, step in steps.items()}
-    taken: dict[Plan, list[float]] = {plan: [] for plan in steps}
+    On a GPU (`timed`) they are replays of CUDA graphs, with a warm L2 cache: the host takes longer to launch a product
+    than the GPU takes to compute it. Where one plan cannot be captured, all are timed with their launches.
+    """
+    runs: dict[Plan, Callable[[], Any]] = dict(steps)
+    clock: Clock = wall_seconds
+    if timed is not None:
+        capture = Capturer(timed)
+        captured = {plan: capture(step) for plan, step in steps.items()}
+        reasons = {plan: why for plan, why in captured.items() if isinstance(why, str)}
+        for plan, why in reasons.items():
+            say(f"  all plans are timed with their launches: {plan} cannot be captured: {why}")
+        if not reasons:
+            runs = {plan: run for plan, run in captured.items() if not isinstance(run, str)}
+        clock = timed.launched if reasons else functools.partial(warm_seconds, timed.warm)
+    taken: dict[Plan, list[float]] = {plan: [] for plan in runs}
     for number in range(rounds):
-        for plan in list(steps)[:: -1 if number % 2 else 1]:
-            taken[plan].append(seconds(steps[plan], max(1, repeats[plan])))
+        for plan in list(runs)[:: -1 if number % 2 else 1]:
+            taken[plan].append(clock(runs[plan]))
     return sorted(((plan, statistics.median(each)) for plan, each in taken.items()), key=lambda pair: pair[1])
 
 
@@ -143,7 +149,7 @@ def tune(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         problem, step = product(batch * tokens, inputs * d, outputs * d, rank, adapters, dropout_p, options)
         say(f"{model} {layer}: {problem}")
         steps = {plan: functools.partial(step, plan) for plan in candidates(problem, options.device, options.dtype)}
-        measured = measure(agreeing(steps, options.dtype, say), options.device, options.rounds)
+        measured = measure(agreeing(steps, options.dtype, say), replays(options.device), options.rounds, say)
         for plan, seconds in measured:
             say(f"  {seconds * 1e6:10.1f} µs  {plan}")
         if measured and not options.dry_run:

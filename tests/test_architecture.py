@@ -16,6 +16,7 @@ ROOMS = (
     "fewshot",
     "__init__",  # the public names
     "tune",
+    "replays",
     "graphs",
     "adapters",
     "integrations",

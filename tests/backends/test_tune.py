@@ -15,7 +15,7 @@ import torch
 from failures import contents, failing
 from torch import Tensor
 
-from complora_kernels import functional, tune
+from complora_kernels import functional, replays, tune
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan, Problem
 from complora_kernels.common.files import unsealed
@@ -70,7 +70,7 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> Standin:
 def clock(monkeypatch: pytest.MonkeyPatch, standin: Standin) -> dict[str, float]:
     """Seconds that each plan takes by `time.perf_counter`, for tests to set."""
     seconds = {"concat": 1.0, "merge": 1.0, "addmm": 1.0}
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: sum(seconds[name] for name in standin.ran))
+    monkeypatch.setattr(replays.time, "perf_counter", lambda: sum(seconds[name] for name in standin.ran))
     return seconds
 
 
@@ -122,11 +122,55 @@ def test_plans_take_turns_and_the_median_counts(monkeypatch):
         order.append(plan.name)
         return []
 
-    monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(replays.time, "perf_counter", lambda: next(clock))
     steps = {plan: (lambda plan=plan: step(plan)) for plan in (CONCAT, ADDMM)}
-    measured = tune.measure(steps, torch.device("cpu"), rounds=3)
+    measured = tune.measure(steps, None, 3, print)
     assert order == ["concat", "addmm", "addmm", "concat", "concat", "addmm"]
     assert measured == [(CONCAT, statistics.median([1, 10, 1])), (ADDMM, statistics.median([2, 1, 2]))]
+
+
+class Timed:
+    """Graphs that are the steps themselves; a replay of a plan takes `seconds` of its own, a launched step one."""
+
+    def __init__(self, seconds: dict[Plan, float], broken: Plan | None = None) -> None:
+        self.seconds, self.broken = seconds, broken
+        self.steps = {plan: lambda plan=plan: [torch.tensor(list(seconds).index(plan))] for plan in seconds}
+
+    def plan(self, run: Any) -> Plan:
+        return list(self.seconds)[int(run()[0])]
+
+    def warm_up(self, run: Callable[[], Any]) -> None:
+        pass
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        result = run()
+        if self.plan(lambda: result) == self.broken:
+            raise RuntimeError("it reads the host")
+        return lambda: None, result
+
+    def replays(self) -> replays.Replays:
+        def warm(run: Any) -> float:
+            assert isinstance(run, replays.Replay), "a step with its launches"
+            return self.seconds[self.plan(run)]
+
+        return replays.Replays(lambda: self, warm, warm, lambda run: 1.0 + self.seconds[self.plan(run)])
+
+
+def test_a_gpu_is_timed_by_replays():
+    timed = Timed({CONCAT: 0.2, MERGE: 0.1, ADDMM: 0.3})
+    said: list[str] = []
+    measured = tune.measure(timed.steps, timed.replays(), 3, said.append)
+    assert measured == [(MERGE, 0.1), (CONCAT, 0.2), (ADDMM, 0.3)]
+    assert said == []
+
+
+def test_where_one_plan_cannot_be_captured_all_are_timed_with_their_launches():
+    timed = Timed({CONCAT: 0.2, ADDMM: 0.3}, broken=ADDMM)
+    said: list[str] = []
+    measured = tune.measure(timed.steps, timed.replays(), 3, said.append)
+    assert measured == [(CONCAT, 1.2), (ADDMM, 1.3)]
+    why = "addmm cannot be captured: RuntimeError: it reads the host"
+    assert said == [f"  all plans are timed with their launches: {why}"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -146,8 +146,39 @@ def test_a_baseline_that_is_not_there_or_does_not_fit():
     def wrong() -> None:
         raise AssertionError("apart")
 
-    with pytest.raises(AssertionError, match="apart"):  # a benchmark whose check fails reports nothing
-        compared.attempt("s", "wrong", wrong)
+    assert compared.attempt("s", "wrong", wrong) is None
+    assert compared.attempt("s", "another", lambda: 4) == 4
+    assert compared.found.rows[-1].remark == "fails: AssertionError: apart"
+    assert compared.failed == ["s, wrong: AssertionError: apart"]
+
+
+BENCHMARK = """
+from benchmarks import conftest
+from benchmarks.comparison import Comparison
+
+conftest.described_with = lambda _: {"revision": "abc"}
+
+def wrong():
+    raise AssertionError("apart")
+
+def test_one(comparison):
+    comparison.attempt("s", "ours", wrong)
+    assert comparison.attempt("s", "baseline", lambda: 1) == 1
+
+def test_another(comparison):
+    assert comparison.attempt("t", "ours", lambda: 1) == 1
+"""
+
+
+def test_a_check_of_ours_that_fails_fails_the_run_when_all_is_measured(tmp_path):
+    (tmp_path / "bench_x.py").write_text(BENCHMARK)
+    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider"]
+    command += ["-p", "benchmarks.conftest", tmp_path / "bench_x.py", "--results", tmp_path / "found.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 passed, 1 error" in done.stdout
+    assert "s, ours: AssertionError: apart" in done.stdout
+    assert [row.remark for row in results.read(tmp_path / "found.json").rows] == ["fails: AssertionError: apart"]
 
 
 # ---- files
@@ -354,7 +385,7 @@ def test_compiled_baselines_come_after_the_rows_of_all_others(monkeypatch, tiny)
     monkeypatch.setattr(torch, "compile", compile_)
     recorded, record = [], compared.record
     compared.record = lambda row: (recorded.append(row.baseline), record(row))  # pyright: ignore
-    bench_step.test_step(compared, {}, False, replace(case, baselines=names))
+    bench_step.test_step(compared, {}, False, "all", replace(case, baselines=names))
     assert sorted(recorded) == sorted(
         [bench_step.OURS, *names]
     )  # ours once: its time is that beside the targets' baselines
@@ -695,6 +726,9 @@ esac
 """
 
 
+STAGES = 17  # but for those that are always done
+
+
 @pytest.fixture
 def gpu(tmp_path):
     """Runs a copy of the script where `python` notes what it is asked for, and fails at one thing."""
@@ -720,23 +754,25 @@ def gpu(tmp_path):
 def test_every_stage_and_none_twice(gpu):
     code, output, calls = gpu()
     assert code == 0, output
-    for asked in ("benchmarks.machine", "setup.py build_ext", "tests/backends/test_triton.py"):
+    for asked in ("benchmarks.gpu --results", "benchmarks.machine", "setup.py build_ext", "test_triton.py"):
         assert asked in calls
+    assert calls.startswith("-m benchmarks.gpu.environment\n")  # what is missing is said first
     assert "complora_kernels.tune" not in calls
     for path in (ROOT / "benchmarks").glob("bench_*.py"):
         assert f"benchmarks/{path.name}" in calls
     code, output, calls = gpu()
-    assert (code, output.count("done before")) == (0, 13)
+    assert (code, output.count("done before")) == (0, STAGES)
     again = ["benchmarks.machine", "complora_kernels.backends", "build_ext", "benchmarks.report", "benchmarks.targets"]
-    assert [call.split()[1] for call in calls.splitlines()[1:]] == again
+    assert [call.split()[1] for call in calls.splitlines()[2:]] == again
     _, _, calls = gpu(STAGES="tune bench_step")
     assert "complora_kernels.tune" in calls
-    assert re.findall(r"bench_step.py -k (\S+)", calls) == [f"case-{n}" for n in range(1, 5)]
+    assert re.findall(r"bench_step.py -k (\S+)", calls) == [f"case-{n}" for n in (1, 2, 3, 4, 1, 2)]
     assert "bench_layer.py" not in calls
     _, _, calls = gpu(STAGES="bench_step-3")
     assert re.findall(r"bench_\S+ -k \S+", calls) == ["bench_step.py -k case-3"]
     _, _, calls = gpu(STAGES="bench_layer")
-    assert re.findall(r"-k (.*) -q", calls) == ["backward and shape-1", "not (backward and shape-1)"]
+    shapes = ["backward and shape-1", "not (backward and shape-1)", "backward and shape-1"]
+    assert re.findall(r"-k (.*?)(?: --compiled \w+)? -q", calls) == shapes
 
 
 def test_another_gpu_or_revision_does_all_again(gpu):
@@ -746,7 +782,54 @@ def test_another_gpu_or_revision_does_all_again(gpu):
         assert (code, output.count("done before")) == (0, 0)
         assert "bench_step.py -k case-4" in calls
     _, output, _ = gpu()
-    assert output.count("done before") == 13
+    assert output.count("done before") == STAGES
+
+
+def waiting(output: str) -> list[str]:
+    return re.findall(r"^(\S+): waits for the next call", output, re.MULTILINE)
+
+
+def test_a_stage_begins_where_its_estimate_fits_the_limit_of_the_call(gpu):
+    """With `SECONDS` bash says how long a call has taken; 15 of the limit are for closing."""
+    code, output, calls = gpu(SECONDS="150")  # of 240
+    assert (code, waiting(output)) == (0, [])
+    assert "bench_train.py" in calls
+    _, output, calls = gpu(SECONDS="442", COMPLORA_REVISION="abd", LIMIT="500")
+    assert "-m benchmarks.gpu --results" not in calls  # is to take 60 s, 43 are left
+    assert waiting(output) == [
+        "first",
+        "extension",
+        "bench_layer-2",
+        "tests",
+        "bench_train-1",
+        "bench_step-5",
+        "bench_step-6",
+    ]
+    assert f"make gpu again goes on with: {' '.join(waiting(output))}" in output
+    _, output, _ = gpu(SECONDS="442", COMPLORA_REVISION="abd")  # the second call: of 500, not of 240
+    assert "first" in waiting(output)
+    assert "43 s are left" in output
+    _, output, _ = gpu(SECONDS="200", COMPLORA_REVISION="abe")
+    assert "25 s are left" in output
+
+
+def test_the_first_program_goes_on_in_the_next_call(gpu):
+    code, output, _ = gpu("benchmarks.gpu --results")  # with 3: entries wait
+    assert (code, "first: goes on in the next call" in output) == (0, True)
+    _, output, calls = gpu()
+    assert "first: done in" in output
+    assert re.search(r"benchmarks.gpu --results \S+ --limit 225 --cache build/gpu-cache/kernels.zip", calls)
+    _, output, _ = gpu(SECONDS="100", LIMIT="200", COMPLORA_REVISION="abd", STAGES="first")
+    _, _, calls = gpu(SECONDS="100", LIMIT="200", COMPLORA_REVISION="abd", STAGES="first")
+    assert re.search(r"--limit 8[45] ", calls)  # what is left of 100
+
+
+def test_what_torch_compiles_comes_last(gpu):
+    _, _, calls = gpu()
+    asked = re.findall(r"--compiled (\w+)", calls)
+    assert asked == ["without"] * 3 + ["only"] * 3
+    others = [line for line in calls.splitlines() if "benchmarks/bench_" in line]
+    assert all("only" in line for line in others[-3:])
 
 
 def test_a_warning_costs_no_figure(tmp_path):
@@ -771,19 +854,25 @@ def test_the_stages_of_a_layer_begin_with_what_its_targets_are_about():
 
 
 def test_every_case_of_a_step_has_its_stage():
-    stages = re.findall(
-        r'"bench_step-(\d) \d+ bench bench_step -k case-(\d)"', (ROOT / "benchmarks/gpu.sh").read_text()
-    )
-    assert stages == [(str(n), str(n)) for n in range(1, len(bench_step.GPU_CASES) + 1)]
+    found = r'"bench_step-\d \d+ \d+ bench bench_step -k case-(\d)( --compiled \w+)?"'
+    stages = re.findall(found, (ROOT / "benchmarks/gpu.sh").read_text())
+    compiling = [
+        str(n)
+        for n, case in enumerate(bench_step.GPU_CASES, 1)
+        if any(bench_step.BASELINES[name].compiled for name in case.baselines)
+    ]
+    whole = [(str(n), " --compiled without" if str(n) in compiling else "") for n in range(1, 5)]
+    assert len(bench_step.GPU_CASES) == 4
+    assert stages == [*whole, *((n, " --compiled only") for n in compiling)]
 
 
 def test_a_case_that_was_stopped_costs_no_other(gpu):
-    code, output, calls = gpu("case-2")
+    code, output, calls = gpu("case-2 --compiled without")
     assert (code, output.count("failed")) == (1, 1)
     assert "bench_step-2: failed with 3" in output
     assert "case-3" in calls
     code, output, calls = gpu()
-    assert (code, output.count("done before")) == (0, 12)
+    assert (code, output.count("done before")) == (0, STAGES - 1)
     assert re.findall(r"-k (\S+)", calls) == ["case-2"]
 
 
@@ -814,4 +903,4 @@ def test_no_gpu(gpu):
     code, output, calls = gpu("is_available")
     assert code == 2
     assert "sees no GPU" in output
-    assert "bench" not in calls
+    assert len(calls.splitlines()) == 2
