@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 
 import complora_kernels as ck
 from benchmarks.gpu.problems import DROPOUT, Bench, Product, Row, Rows, triton_backend
-from complora_kernels import reference
+from complora_kernels import blocks, reference
 from complora_kernels.adapted_linear import AdaptedLinear, Needs
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
@@ -80,6 +80,94 @@ def by_reference(problem: Product, masks: Sequence[Tensor] | None, dtype: torch.
     y = reference.packed_lora_linear(leaves[0], record, dropout_masks=given)
     dX, *factors = torch.autograd.grad(y, leaves, dY.to(dtype))
     return [y.detach(), dX, torch.stack(factors[:count]), torch.stack(factors[count:])]
+
+
+# ---- halves of a block, forward and backward
+
+
+def drawn_masks(linears: Sequence[AdaptedLinear], inputs: Sequence[int], M: int, device: torch.device) -> list[Any]:
+    """The masks that an operation draws for its products one after the other, right after the seed was set."""
+    if not linears[0].dropout_p:
+        return [None] * len(linears)
+    seeds = [torch.ops.complora.philox_seed(torch.empty(0, device=device)) for _ in linears]
+    pairs = zip(linears, seeds, inputs, strict=True)
+    return [masks_of(linear._replace(seeds=[seed]), seed.expand(M, width)) for linear, seed, width in pairs]
+
+
+def attention_half(bench: Bench, dropout_p: float = 0.0) -> Rows:
+    """`s = x + delta` and the heads of q, k and v from LN(s), with the gradients of all."""
+    batch, own, heads = bench.sizes.batches[1], bench.norm(), bench.sizes.heads
+    x, linear, dY = bench.product("qkv", batch, dropout_p)
+    delta, d_stream = (bench.random(*x.shape) for _ in range(2))
+
+    def run(dtype: torch.dtype, masks: Any, *, ours: bool = False) -> list[Tensor]:
+        leaves, record = leaves_of(dtype, (x,), (linear,))
+        s, moved = norm_in(own, dtype), delta.to(dtype)
+        if ours:
+            parts = blocks.norm_lora_linear(leaves[0], moved, own, *record, heads=[(3, heads)], backend="triton")
+            stream, y = parts[0], torch.cat([part.flatten(-2) for part in parts[1:]], -1)
+        else:
+            stream, y = reference.norm_lora_linear(leaves[0], moved, s, record[0], dropout_masks=masks)
+        return [y.detach(), *torch.autograd.grad([stream, y], leaves, [d_stream.to(dtype), dY.to(dtype)])]
+
+    yield from half(bench, run, (linear,), (x.shape[1],), len(x))
+
+
+def mlp_half(bench: Bench, kind: str, dropout_p: float = 0.0) -> Rows:
+    """`s + fc2(act(fc1(LN(s))))` with the gradients of all."""
+    batch, own = bench.sizes.batches[1], bench.norm()
+    (x, fc1, _), (_, fc2, dY) = (bench.product(layer, batch, dropout_p) for layer in ("fc1", "fc2"))
+
+    def run(dtype: torch.dtype, masks: Any, *, ours: bool = False) -> list[Tensor]:
+        leaves, (first, second) = leaves_of(dtype, (x,), (fc1, fc2))
+        if ours:
+            y = blocks.norm_lora_mlp(leaves[0], None, own, first, second, kind, backend="triton")
+        else:
+            stream, z = reference.norm_lora_linear(
+                leaves[0], None, norm_in(own, dtype), first, dropout_masks=masks and masks[0]
+            )
+            y = stream + reference.activation_lora_linear(z, kind, second, dropout_masks=masks and masks[1])
+        return [y.detach(), *torch.autograd.grad(y, leaves, dY.to(dtype))]
+
+    yield from half(bench, run, (fc1, fc2), (x.shape[1], 4 * x.shape[1]), len(x))
+
+
+def half(
+    bench: Bench, run: Callable[..., list[Tensor]], linears: Sequence[AdaptedLinear], inputs: Sequence[int], M: int
+) -> Rows:
+    """The results of a half in the order of its leaves: y, dx, each dA and dB."""
+    torch.manual_seed(0)
+    ours = run(bench.dtype, None, ours=True)
+    if bench.dry:
+        return
+    torch.manual_seed(0)
+    masks = drawn_masks(linears, inputs, M, bench.device)
+    rounded = [mask and [m.to(bench.dtype) for m in mask] for mask in masks]
+    single = len(linears) == 1
+    plain = run(bench.dtype, rounded[0] if single else rounded)
+    exact = run(torch.float64, masks[0] if single else masks)
+    for number, (mine, other, truth) in enumerate(zip(ours, plain, exact, strict=True)):
+        what = ("y", "dx")[number] if number < 2 else f"factor gradient {number - 2}"
+        yield compared(what, mine, other, truth)
+
+
+def leaves_of(
+    dtype: torch.dtype, inputs: Sequence[Tensor], linears: Sequence[AdaptedLinear]
+) -> tuple[list[Tensor], list[AdaptedLinear]]:
+    """Inputs and factors as leaves of a dtype, and the products of these factors, which draw their own masks."""
+    leaves, records = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs], []
+    for linear in linears:
+        factors = [factor.detach().to(dtype).requires_grad_() for factor in (*linear.As, *linear.Bs)]
+        leaves += factors
+        weight, bias = (tensor.to(dtype) for tensor in (linear.weight, linear.bias) if tensor is not None)
+        As, Bs = factors[: len(linear.As)], factors[len(linear.As) :]
+        records.append(linear._replace(weight=weight, bias=bias, As=As, Bs=Bs, seeds=[]))
+    return leaves, records
+
+
+def norm_in(own: reference.Norm, dtype: torch.dtype) -> reference.Norm:
+    bias = None if own.bias is None else own.bias.to(dtype)
+    return reference.Norm(own.weight.to(dtype), bias, own.eps)
 
 
 # ---- norms, activations, factors

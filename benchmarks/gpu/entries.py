@@ -29,6 +29,8 @@ def entries(bench: Bench) -> list[Entry]:
         Entry("check norm's h, repeated", 6, checks.norm_repeated),
         *(Entry(f"check {kind}", 3, partial(checks.activation, kind=kind)) for kind in checks.ACTIVATIONS),
         Entry("check fold", 3, checks.fold),
+        Entry("check half a block, attention", 4, checks.attention_half),
+        Entry("check half a block, MLP", 4, partial(checks.mlp_half, kind="quick_gelu")),
         *(Entry(f"check product {layer}", 3, partial(checks.products, layer=layer)) for layer in LAYERS),
         *(
             Entry(f"check product {layer}, dropout", 5, partial(checks.products, layer=layer, dropout_p=DROPOUT))
@@ -38,6 +40,8 @@ def entries(bench: Bench) -> list[Entry]:
             Entry(f"check product qkv by {plan}", 3, partial(checks.products, layer="qkv", plan=plan))
             for plan in (Plan("fused"), Plan("fused", "inside"), Plan("concat"), Plan("merge"))
         ),
+        Entry("check half a block, attention, dropout", 5, partial(checks.attention_half, dropout_p=DROPOUT)),
+        Entry("check half a block, MLP, dropout", 5, partial(checks.mlp_half, kind="gelu", dropout_p=DROPOUT)),
         Entry("check norm, dropout", 4, partial(checks.norm, dropout_p=DROPOUT)),
         Entry("check quick_gelu, dropout", 4, partial(checks.activation, kind="quick_gelu", dropout_p=DROPOUT)),
         Entry("check attention", 4, partial(checks.attention, tokens=tokens, causal=False)),

@@ -397,7 +397,7 @@ def activation_bwd(
     parts = splits.parts if compute_dA else 0
     if M > 0 or compute_dA:
         with launch.on_device(z.device):
-            activation_bwd_kernel[(tiles, splits.count)](
+            activation_bwd_kernel[(tiles, splits.number)](
                 da,
                 z,
                 z if g is None else g,
@@ -405,20 +405,20 @@ def activation_bwd(
                 dz,
                 dA,
                 torch.empty((parts, R, K), dtype=torch.float32, device=z.device),
-                partials.counters(tiles * splits.counters if compute_dA else 0, z.device),
+                partials.counters(tiles * splits.numberers if compute_dA else 0, z.device),
                 z if seed is None else seed,
                 M,
                 K,
                 da.stride(0),
                 z.stride(0),
                 splits.rows,
-                splits.count,
+                splits.number,
                 splits.group,
                 dropout.threshold,
                 dropout.scale,
                 RANK=R,
                 COMPUTE_DA=compute_dA,
-                SPLIT=splits.count > 1,
+                SPLIT=splits.number > 1,
                 BITS=dropout.bits,
                 KIND=KINDS[activation],
                 UPCAST=launch.upcast(z.dtype),
