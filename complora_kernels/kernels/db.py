@@ -254,9 +254,9 @@ def tiles_for(
         return Tiles(32, 64, 1, 4, 3, 264)
     if narrow or not compute_g:
         return Tiles(64, launch.power_of_two(D, 32, 128 if R <= 32 else 64), 1, 4, 3, 264)
-    block_n = launch.power_of_two(D, 32, 256)
-    columns = -(-D // block_n)
     chip = launch.chip(device)
+    block_n = launch.power_of_two(D, 32, 256 if R <= 32 or chip in WHOLE_G_CHIPS else 64)
+    columns = -(-D // block_n)
     if chip not in WHOLE_G_CHIPS or R > 16 or columns == 1:
         return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)  # B̃ lies in shared memory beside the stages of dY
     count = -(-columns // -(-columns // 3))

@@ -7,6 +7,7 @@ added in groups, so that the last program does not read all of them alone.
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 
