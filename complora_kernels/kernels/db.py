@@ -255,7 +255,9 @@ def tiles_for(
     if narrow or not compute_g:
         return Tiles(64, launch.power_of_two(D, 32, 128 if R <= 32 else 64), 1, 4, 3, 264)
     chip = launch.chip(device)
-    block_n = launch.power_of_two(D, 32, 256 if R <= 32 or chip in WHOLE_G_CHIPS else 64)
+    if R > 32 and chip not in WHOLE_G_CHIPS:  # B̃ and dY lie in registers, as operands of the tensor cores
+        return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
+    block_n = launch.power_of_two(D, 32, 256)
     columns = -(-D // block_n)
     if chip not in WHOLE_G_CHIPS or R > 16 or columns == 1:
         return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)  # B̃ lies in shared memory beside the stages of dY
