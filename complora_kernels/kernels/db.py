@@ -55,6 +55,7 @@ class Job(NamedTuple):
     packed: Tensor | None  # [M, N], or [M, N + P r, padded to 8] with g beside dY
     g_inside: Tensor | None  # [M, P r]: the place of g in it
     dtype: torch.dtype
+    wanted: tuple[bool, bool]  # g, dB̃
 
     def results(self) -> tuple[Tensor, ...]:
         """Of dB̃ and g, in the dtype of dY, and the packed dY if there is one; after the launch."""
@@ -62,6 +63,7 @@ class Job(NamedTuple):
         if self.g_inside is not None and launch.upcast(self.dtype):
             g = self.g_inside.copy_(g)
         dB = launch.rounded(self.dB, self.dtype)
+        g, dB = (part if wanted else part.new_empty(0) for part, wanted in zip((g, dB), self.wanted, strict=True))
         return (g, dB) if self.packed is None else (g, dB, self.packed)
 
 
@@ -352,7 +354,18 @@ def db_job(
     }
     counters = shared * blocks * splits.counters + splits.number * blocks
     g = g_partials if partial else g
-    return Job(shared * blocks * splits.number, counters, arguments, tiles, g, dB, packed, g_inside, dtype)
+    return Job(
+        shared * blocks * splits.number,
+        counters,
+        arguments,
+        tiles,
+        g,
+        dB,
+        packed,
+        g_inside,
+        dtype,
+        (compute_g, compute_dB),
+    )
 
 
 def packed_lora_linear_db(
