@@ -10,7 +10,6 @@ backward pass of attention three, a fused AdamW one for every 36 tensors).
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ ATTENTION = {  # operations of one product of queries and keys: two products for
     "_scaled_dot_product_flash_attention_for_cpu": 4,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 10,
 }
+LARGE_PRODUCTS = ("packed_lora_linear_fwd", "packed_lora_linear_dx")  # kernels of a product [M, N, K]
 WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_"}  # do not read what they write
 
 
@@ -111,7 +111,7 @@ class Follower(TorchDispatchMode):
         numbers = {name: value for name, value in given.items() if isinstance(value, (int, float))}
         tensors = memories(value for value in given.values() if isinstance(value, Tensor))
         self.launches.append(
-            Launch(kernel, self.phase, products_of(given), self.least_bytes or tensors, (), grid, numbers)
+            Launch(kernel, self.phase, products_of(kernel, given), self.least_bytes or tensors, (), grid, numbers)
         )
 
 
@@ -183,12 +183,10 @@ def operations_of(func: Any, args: Any, kwargs: Any, result: Any) -> float:
     return float(flop_registry[packet](*args, **kwargs, out_val=result)) if packet in flop_registry else 0.0
 
 
-def products_of(arguments: dict[str, Any]) -> float:
-    """Of a Triton kernel: those of its large product, which the names of its arguments tell."""
-    sizes = [arguments[name] for name in ("M", "N", "K") if name in arguments]
-    if "weight_ptr" not in arguments or len(sizes) < 3:
-        return 0.0
-    return 2.0 * math.prod(sizes)
+def products_of(kernel: str, arguments: dict[str, Any]) -> float:
+    """Of a Triton kernel: those of its large product."""
+    large = kernel.startswith(LARGE_PRODUCTS)
+    return 2.0 * arguments["M"] * arguments["N"] * arguments["K"] if large else 0.0
 
 
 LAUNCHED: list[Callable[..., None]] = []  # who is told of launches; Triton keeps a kernel for the whole process

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,6 +26,7 @@ from benchmarks import baselines, bench_layer, bench_step, dispatch, roofline
 from benchmarks.comparison import bounds
 from benchmarks.roofline import Modelled, modelled
 from benchmarks.targets import MODELLED
+from complora_kernels import subspace
 
 ITERATIONS = 8000
 CHIP = 90
@@ -36,6 +39,13 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
+def some_directions(weight: Tensor) -> tuple[subspace.Directions, subspace.Directions]:
+    """Directions of the sizes that the singular vectors of a weight have, in no time."""
+    sides = (torch.eye(size, min(weight.shape)) for size in weight.shape)
+    first, second = (subspace.Directions(side, torch.ones(min(weight.shape))) for side in sides)
+    return first, second
+
+
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """The benchmarks in the dtype of a GPU, on one thread; ours by the triton backend."""
@@ -44,6 +54,7 @@ def as_on_a_gpu() -> Iterator[None]:
             stack.enter_context(patch.object(module, "DTYPE", torch.bfloat16))
         stack.enter_context(patch.object(bench_layer, "ON_GPU", True))
         stack.enter_context(patch.object(F, "dropout", dropout))
+        stack.enter_context(patch.object(subspace, "_singular_vectors", some_directions))
         variables = {
             "COMPLORA_BACKEND": "triton",
             "COMPLORA_PLANS": str(MODELLED.with_name("plans.json")),
@@ -55,15 +66,21 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
+make_plain = functools.cache(bench_step.make_plain)
+
+
 def launches_of(run: Callable[[], object]) -> list[dispatch.Launch]:
+    """Of a second run: the first makes the optimizer's state."""
     with dispatch.following(CHIP) as follower:
+        run()
+        follower.launches.clear()
         run()
     return follower.launches
 
 
 def steps(case: bench_step.Case) -> dict[str, Modelled]:
     """Ours, and the baselines of a case that a target asks for."""
-    plain = bench_step.make_plain(case.model)
+    plain = make_plain(case.model)
     ours = bench_step.make_ours(plain, case.config)
     weights, batch = baselines.adapters(ours), bench_step.make_batch(case, plain)
     found = {}
@@ -109,11 +126,11 @@ def table(title: str, found: dict[str, Modelled]) -> str:
     return "\n".join(lines)
 
 
-def all_figures() -> tuple[dict[str, float], dict[str, float], list[str]]:
-    """The modelled figures by target, the seconds of our steps by case, and tables."""
+def all_figures() -> tuple[dict[str, float], dict[str, float]]:
+    """The modelled figures by target, and the seconds of our steps by case; prints each step by its parts."""
     figures: dict[str, float] = {}
     times: dict[str, float] = {}
-    tables = [f"{name}: {value:g} {what} ({source})" for name, (value, what, source) in roofline.ASSUMED.items()]
+    print("\n".join(f"{name}: {value:g} {what} ({source})" for name, (value, what, source) in roofline.ASSUMED.items()))
     with as_on_a_gpu():
         for case in bench_step.GPU_CASES:
             found, targets = steps(case), case.baselines
@@ -124,18 +141,18 @@ def all_figures() -> tuple[dict[str, float], dict[str, float], list[str]]:
             if case.prompts and case.lora_dropout:
                 figures["step/8000 iterations"] = ITERATIONS * seconds[bench_step.OURS]
             times[str(case)] = seconds[bench_step.OURS]
-            tables.append(table(str(case), found))
+            print(f"\n{table(str(case), found)}", flush=True)
         for dropout_p in (0.0, 0.25):
             found = layers(dropout_p)
             for name, target in bench_layer.TARGETS.items():
                 target = f"{target}, dropout" if dropout_p else target
                 if target in bounds() and name in found:
                     figures[target] = figure(target, found[name].total, found[bench_layer.OURS].total)
-            tables.append(table(f"one layer, {bench_layer.GPU_SHAPES[0]}, p={dropout_p}", found))
+            print(f"\n{table(f'one layer, {bench_layer.GPU_SHAPES[0]}, p={dropout_p}', found)}", flush=True)
     # The model's own targets are of the same steps.
     figures |= {f"model/{name}": figures[f"step/{name}"] for name in ("PEFT", "compiled", "frozen")}
     _, figures["model/batch 32, ms"], *_ = [1e3 * seconds for seconds in times.values()]
-    return figures, times, tables
+    return figures, times
 
 
 def rounded(value: Any) -> Any:
@@ -148,13 +165,17 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"keep the figures in {MODELLED.name}")
-    write = parser.parse_args().write
-    figures, times, tables = all_figures()
-    print("\n\n".join(tables))
+    parser.add_argument("--check", action="store_true", help=f"fail where {MODELLED.name} has others")
+    arguments = parser.parse_args()
+    figures, times = all_figures()
+    print()
     for target, value in figures.items():
         print(f"{target:<28} modelled {value:.2f}")
-    if write:
-        MODELLED.write_text(json.dumps({"figures": rounded(figures), "seconds": rounded(times)}, indent=1) + "\n")
+    content = json.dumps({"figures": rounded(figures), "seconds": rounded(times)}, indent=1) + "\n"
+    if arguments.write:
+        MODELLED.write_text(content)
+    if arguments.check and MODELLED.read_text() != content:
+        sys.exit(f"{MODELLED.name} has other figures: python -m benchmarks.model --write")
 
 
 if __name__ == "__main__":
