@@ -2,9 +2,9 @@
 
 Launching functions, plans, autograd and torch's dispatcher run as on a GPU, on tensors of the CPU. `kernels_uncompiled`
 lets Triton's own dispatch run up to the launch: nothing is compiled. `Follower` records each Triton kernel, and each
-operation of torch that is neither a view nor an allocation and so is one kernel or more; it computes no floating-point
-result, so that shapes may be those of a GPU. An operation counts as one launch: torch launches more for some (the
-backward pass of attention three, a fused AdamW one for every 36 tensors).
+operation of torch that is neither a view nor an allocation and so is one kernel or more; it computes no large result of
+floating-point numbers, so that shapes may be those of a GPU. An operation counts as one launch: torch launches more for
+some (the backward pass of attention three, a fused AdamW one for every 36 tensors).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ATTENTION = {  # operations of one product of queries and keys: two products for
     "_scaled_dot_product_flash_attention_for_cpu": 4,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 10,
 }
+SMALL = 2**14  # elements: of such tensors operations are computed
 LARGE_PRODUCTS = ("packed_lora_linear_fwd", "packed_lora_linear_dx")  # kernels of a product [M, N, K]
 WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_"}  # do not read what they write
 
@@ -68,8 +69,8 @@ class Launch:
 class Follower(TorchDispatchMode):
     """Records the launches of what runs within it; `phase` is noted beside each.
 
-    Memory is kept until the follower is dropped, so that an address stands for one tensor. Floating-point results are
-    memory that nobody has written to.
+    Memory is kept until the follower is dropped, so that an address stands for one tensor. Large floating-point
+    results are memory that nobody has written to.
     """
 
     def __init__(self) -> None:
@@ -116,7 +117,10 @@ class Follower(TorchDispatchMode):
 
 
 def computed(func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operation of torch; one that has floating-point numbers is memory with its shape."""
+    """The result of an operation of torch; one of many floating-point numbers is memory with its shape."""
+    given = tensors_of((args, kwargs))
+    if given and max(tensor.numel() for tensor in given) <= SMALL:  # a mask, whose values decide what follows
+        return func(*args, **kwargs)
     if func._schema.is_mutable:
         written, _ = operands(func, args, kwargs)
         if any(tensor.is_floating_point() for tensor in written):

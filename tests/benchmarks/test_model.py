@@ -53,12 +53,13 @@ def test_views_and_allocations_are_no_launches():
     assert copied.bytes == 2 * 4 * 24
 
 
-def test_whole_numbers_are_computed_and_others_are_not():
-    ids, x, found = torch.tensor([[3, 9, 4]]), torch.ones(2, 2), []
-    follow(lambda: found.extend((ids.argmax(-1), x.add_(1), (x + 1).shape)))
+def test_whole_numbers_and_masks_are_computed_and_many_numbers_are_not():
+    ids, x, mask, found = torch.tensor([[3, 9, 4]]), torch.ones(dispatch.SMALL + 1), torch.ones(3, 3), []
+    follow(lambda: found.extend((ids.argmax(-1), x.add_(1), (x + 1).shape, mask.triu(1))))
     assert found[0].item() == 1
-    assert torch.equal(x, torch.ones(2, 2))
-    assert found[2] == (2, 2)
+    assert torch.equal(x, torch.ones_like(x))
+    assert found[2] == x.shape
+    assert torch.equal(found[3], torch.ones(3, 3).triu(1))
 
 
 def test_attention_is_one_launch_of_two_products_and_five():
