@@ -42,7 +42,7 @@ ASSUMED = {
 # Tiles of cuBLAS, and their share of its rate: smaller ones read more for each product.
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9), (64, 256, 0.8))
 SKINNY = 64  # products with a side of at most so many are bound by memory
-PARTS = ("products", "attention", "skinny products", "norms and activations", "fold", "the rest")
+PARTS = ("products", "attention", "skinny products", "elementwise and norms", "fold", "the rest")
 
 
 def assumed(name: str) -> float:
@@ -74,8 +74,8 @@ def part_of(launch: Launch) -> str:
     if launch.operations:
         return "products"  # a convolution
     if launch.triton:
-        return "norms and activations" if kernel.startswith(("norm", "activation")) else "skinny products"
-    return "norms and activations" if launch.fusible else "the rest"
+        return "elementwise and norms" if kernel.startswith(("norm", "activation")) else "skinny products"
+    return "elementwise and norms" if launch.fusible else "the rest"
 
 
 def seconds(launch: Launch) -> float:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import comparison, dispatch, roofline, targets
+from benchmarks import bench_host, comparison, dispatch, roofline, targets
 from benchmarks.dispatch import Launch, Memory
 from benchmarks.results import Results, Row
+from complora_kernels.kernels import launch as launch_settings
 
 ROOT = Path(__file__).parents[2]
 GPU: dict[str, Any] = {"gpu": targets.MODELLED_GPU}
@@ -82,6 +83,17 @@ def test_memory_that_is_repeated_or_stands_for_nothing_counts_once():
     assert (kernel.bytes, kernel.operations, kernel.triton) == (4 * 35, 2 * 5 * 2 * 7, True)
 
 
+def test_interpreted_kernels_are_not_dispatched(monkeypatch):
+    monkeypatch.setattr(launch_settings, "INTERPRETED", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), dispatch.following():
+        pass
+
+
+def test_calls_of_python_functions_are_counted():
+    called = lambda: None
+    assert bench_host.python_calls(lambda: (called(), called(), len(()))) == 3
+
+
 # ---- how long it takes
 
 
@@ -117,7 +129,7 @@ def test_python_takes_its_time_and_a_graph_does_not():
     eager, graphed = (roofline.modelled(launches, graphed=graphed) for graphed in (False, True))
     assert eager.total == eager.host == pytest.approx(1000 * roofline.assumed("host"))
     assert graphed.total == pytest.approx(1000 * roofline.seconds(launches[0]))
-    assert graphed.parts.keys() == {"norms and activations"}
+    assert graphed.parts.keys() == {"elementwise and norms"}
 
 
 def test_a_compiler_joins_neighbours_and_keeps_what_others_read():
