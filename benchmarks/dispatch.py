@@ -242,6 +242,7 @@ def kernels_uncompiled(chip: int, launched: Callable[..., None]) -> Iterator[Non
         patch.object(triton.compiler, "compile", UncompiledKernel),
         patch.object(launch, "chip", lambda _device: chip),
         patch.object(hardware, "interpreted", lambda: True),  # CPU tensors are taken
+        patch.object(hardware, "chip", lambda _name: chip, create=True),  # plans ask for it
         patch.object(tracing, "_len_torch_dispatch_stack", lambda: 0),  # a follower changes nothing
     ):
         LAUNCHED.append(launched)
