@@ -11,10 +11,12 @@ import argparse
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor
 
 import complora_kernels as ck
 from benchmarks import baselines, dispatch
@@ -42,17 +44,19 @@ def configuration() -> ck.CompLoRAConfig:
     return ck.CompLoRAConfig(r=16, lora_dropout=0.25, subspace_k=few, target_modules=modules, towers=("image",))
 
 
-def count(model: Any) -> Counts:
-    """The launches of a forward and a backward pass."""
-    for parameter in model.parameters():
-        parameter.grad = None
+def count(model: Any, inputs: Iterable[Tensor] = ()) -> Counts:
+    """The launches of a forward and a backward pass, the second: the first makes what is kept between steps."""
     images = torch.empty(BATCH, 3, 224, 224, dtype=torch.bfloat16)
     with dispatch.following() as follower:
-        follower.phase = "forward"
-        features = model.encode_image(images)
-        gradient = torch.empty_like(features)
-        follower.phase = "backward"
-        features.backward(gradient)
+        for _ in range(2):
+            for leaf in (*model.parameters(), *inputs):
+                leaf.grad = None
+            follower.launches.clear()
+            follower.phase = "forward"
+            features = model.encode_image(images)
+            gradient = torch.empty_like(features)
+            follower.phase = "backward"
+            features.backward(gradient)
     counts: Counts = {"forward": Counter(), "backward": Counter()}
     for launch in follower.launches:
         counts[launch.phase][name_of(launch)] += 1
@@ -66,11 +70,11 @@ def name_of(launch: dispatch.Launch) -> str:
 def all_counts() -> dict[str, dict[str, Counts]]:
     """Ours without dropout, ours with it, and the frozen model: of each a block and the tower."""
     ours = [ck.apply_complora(tower(layers), configuration(), progress=False) for layers in (2, 3)]
-    frozen = [baselines.without_adapters(tower(layers), {}, configuration()).model for layers in (2, 3)]
+    frozen = [baselines.without_adapters(tower(layers), {}, configuration()) for layers in (2, 3)]
     return {
         "ours": of_block_and_tower(*[count(model.eval()) for model in ours]),  # in evaluation nothing is dropped
         "ours, dropout": of_block_and_tower(*[count(model.train()) for model in ours]),
-        "frozen model": of_block_and_tower(*[count(model) for model in frozen]),
+        "frozen model": of_block_and_tower(*[count(each.model, each.inputs) for each in frozen]),
     }
 
 
