@@ -241,15 +241,9 @@ def tiles_for(
     device: torch.device,
     *,
     compute_g: bool,
-    pack: bool = False,
     narrow: bool = False,
 ) -> Tiles:
-    """The tiles of a launch.
-
-    A program holds all columns of an adapter where its registers and shared memory allow, so that g is whole: on Hopper
-    and Blackwell with up to 16 ranks and 768 columns. Else programs share the columns evenly. `narrow`: with four
-    warps, for a launch that computes dÃ too.
-    """
+    """The tiles of a launch; programs share the columns of an adapter. `narrow`: for a launch that computes dÃ too."""
     if launch.INTERPRETED:
         return Tiles(32, 32, min(-(-D // 32), 2), 4, 1, 264)
     if dtype == torch.float32:
@@ -259,14 +253,9 @@ def tiles_for(
     chip = launch.chip(device)
     if R > 32 and chip not in WHOLE_G_CHIPS:  # B̃ and dY lie in registers, as operands of the tensor cores
         return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
-    block_n = launch.power_of_two(D, 32, 256)
-    columns = -(-D // block_n)
-    if chip not in WHOLE_G_CHIPS or R > 16 or columns == 1:
-        return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)  # B̃ lies in shared memory beside the stages of dY
-    count = -(-columns // -(-columns // 3))
-    if pack or chip == 100:  # passes through registers, or through another copy: fewer rows at a time, one stage more
-        return Tiles(32, block_n, count, 8, 3, 132)
-    return Tiles(64, block_n, count, 8, 2, 132)
+    # One program with all columns would leave 48 KiB a split for the last program to add: by the model of a GPU that
+    # takes longer than partial sums of g do.
+    return Tiles(64, launch.power_of_two(D, 32, 256), 1, 8, 3 if R <= 32 else 2, 132)
 
 
 def db_job(
@@ -293,7 +282,7 @@ def db_job(
     whole = parts[0]
     M, (P, D, R), N, dtype, device = len(whole), B.shape, len(linear.weight), whole.dtype, whole.device
     pack, compute_g = pack or beside, compute_g or beside
-    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, pack=pack, narrow=narrow)
+    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, narrow=narrow)
     shared = -(-D // (tiles.block_n * tiles.number))  # programs that share the columns of an adapter
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
     blocks = (len(groups.adapters) if pack else P) * -(-R // block_r)
