@@ -22,6 +22,11 @@ def upcast(dtype: torch.dtype) -> bool:
     return INTERPRETED and dtype.itemsize == 2
 
 
+def has_ptx() -> bool:
+    """Whether kernels may hold a line of Nvidia's own assembly."""
+    return not INTERPRETED and torch.version.hip is None
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for what a kernel stores, to be handed to `rounded` afterwards."""
     return torch.empty(shape, dtype=torch.float32 if upcast(dtype) else dtype, device=device)
@@ -33,8 +38,19 @@ def rounded(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """TF32 for float32 products only where torch itself would use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """TF32 for float32 products only where torch itself would use it; AMD's chips, but for one, have none."""
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def accurate_precision() -> str:
+    """Products of float32 accuracy: three of TF32 on tensor cores; on AMD's chips, whose matrix cores take float32, one."""
+    return "tf32x3" if torch.version.hip is None else "ieee"
+
+
+def stages(n: int) -> int:
+    """Stages of a loop's loads in shared memory. AMD's chips have a third of it: there loads wait in registers."""
+    return n if torch.version.hip is None else min(n, 2)
 
 
 def stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
@@ -67,13 +83,15 @@ def aligned(matrix: Tensor) -> bool:
 
 
 @functools.lru_cache
-def capability(index: int) -> int:
-    """The chip of a CUDA device: 90 for compute capability 9.0."""
+def capability(index: int) -> int | str:
+    """The chip of a device: 90 for compute capability 9.0, with ROCm its name, as "gfx942"."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
-def chip(device: torch.device) -> int:
+def chip(device: torch.device) -> int | str:
     """The chip that tiles are chosen for; 0 in the interpreter, where small tiles reach all the edges."""
     if INTERPRETED:
         return 0

@@ -52,16 +52,29 @@ HALF_TILES = {
 }
 FLOAT32_TILES = {80: (Tiles(64, 64, 32, 4, 3),), 0: (Tiles(32, 32, 32, 4, 1),)}
 
+# AMD's chips keep a stage of a loop in registers on its way to shared memory, of which they have 64 KiB.
+CDNA_TILES = {
+    torch.float32: (Tiles(64, 64, 32, 4, 2),),
+    torch.bfloat16: (Tiles(128, 128, 64, 8, 2), Tiles(128, 128, 32, 4, 2), Tiles(64, 128, 32, 4, 2)),
+}
+RDNA_TILES = {
+    torch.float32: (Tiles(64, 64, 16, 8, 2),),
+    torch.bfloat16: (Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 8, 2)),
+}
+
 # Loads of single elements need an address each: registers that larger tiles do not leave.
 UNALIGNED_TILES = Tiles(64, 64, 32, 4, 2)
 
 
-def tiles_of(chip: int, dtype: torch.dtype, *, crowded: bool = False) -> tuple[Tiles, ...]:
-    """The tiles that ship for a chip, the default first.
+def tiles_of(chip: int | str, dtype: torch.dtype, *, crowded: bool = False) -> tuple[Tiles, ...]:
+    """The tiles that ship for a chip (`launch.chip`), the default first.
 
     A kernel is crowded when it needs a mask or a residual beside an accumulator: tiles of 128 elements a thread would
     spill registers there.
     """
+    if isinstance(chip, str):
+        table = CDNA_TILES if chip.startswith("gfx9") else RDNA_TILES
+        return table[torch.float32 if dtype == torch.float32 else torch.bfloat16]
     table = FLOAT32_TILES if dtype == torch.float32 else HALF_TILES
     tiles = table[max(oldest for oldest in table if oldest <= chip)]
     return tuple(t for t in tiles if not crowded or t.block_m * t.block_out < 128 * 32 * t.num_warps)

@@ -252,7 +252,7 @@ def packed_lora_linear_db(
                 BLOCK_N=block_n,
                 BLOCK_R=block_r,
                 num_warps=warps,
-                num_stages=3 if block_r <= 32 else 2,  # B̃ lies in shared memory beside the stages of dY
+                num_stages=launch.stages(3 if block_r <= 32 else 2),  # B̃ lies in shared memory beside the stages of dY
             )
     whole_g = g.new_empty(0)
     if compute_g:
