@@ -1,13 +1,13 @@
-"""The factors of many layers in one launch: projected into the complement, scaled, cast and laid side by side.
+"""The factors of many layers in two launches: projected into the complement, scaled, cast and laid side by side.
 
     factor P = factor - (factor U) U^T   (U spans the protected directions)   or   (factor U) U^T   (U spans the rest)
 
-The same kernel folds the factors and projects their gradients, since P is symmetric. Products are float32 in three TF32
+The first launch computes the coordinates `factor U` of every factor, the second multiplies them by U^T: each reads
+every basis once. Factors that are not projected take part in the second alone.
+
+The same kernels fold the factors and project their gradients, since P is symmetric. Products are float32 in three TF32
 ones ("tf32x3": high and low halves of the operands), whatever torch allows elsewhere: a single TF32 product would let a
 factor leave the complement.
-
-Factors, bases and results lie anywhere in memory. A table with one row for each program, made once for a set of layers
-and kept on the device, says where; offsets count elements from the first factor, the first basis, the first result.
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
@@ -15,9 +15,7 @@ and kept on the device, says where; offsets count elements from the first factor
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -26,92 +24,215 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
+from complora_kernels.kernels.fold_programs import (
+    ALONG_D,
+    ALONG_R,
+    MIXED,
+    Blocks,
+    CoordinatesProgram,
+    Job,
+    ProjectionProgram,
+    fold_programs,
+)
 from complora_kernels.kernels.kept import keep
 from complora_kernels.kernels.rows import groups_of
 
-
-class Job(NamedTuple):
-    """One factor of one layer: `r` vectors of length `d`, and where it and its basis lie and its result goes."""
-
-    factor: int
-    factor_stride_r: int
-    factor_stride_d: int
-    basis: int
-    basis_stride_d: int
-    out: int
-    out_stride_r: int
-    out_stride_d: int
-    r: int
-    d: int
-    k: int  # 0: not projected
-    complement: int  # 1: the basis spans the complement
-    scaled: int  # 1: the result is multiplied by the scaling
+MIXED_LAYOUT = tl.constexpr(MIXED)
+ALONG_R_LAYOUT = tl.constexpr(ALONG_R)
 
 
-FIELDS = len(Job._fields) + 2  # and the first rank and the first element of the program
+@triton.jit
+def fold_coordinates_kernel(
+    table_ptr,  # [programs, FIELDS], int64: rows of CoordinatesProgram
+    factor_ptr,  # the first factor, each [r, d] by its strides
+    basis_ptr,  # the first basis, each [d, k], k contiguous
+    coordinates_ptr,  # for each factor [splits, r, k], k padded to four
+    FIELDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes the coordinates of BLOCK_R vectors along BLOCK_K directions, summed over one split of d.
+
+        coordinates[split] = factor[:, split] U[split, :]
+
+    At the least a launch reads every basis that projects once, 4 d k bytes, and its factor once, r d elements, and
+    writes the coordinates of every split, 4 splits r k bytes. A factor is read once for each BLOCK_K directions, and a
+    basis once for each BLOCK_R vectors: once where r <= BLOCK_R.
+
+    ALIGNED: every basis row starts on 16 bytes and has a multiple of four directions. WIDTH: elements of a factor that
+    one load takes; above 1 every factor is contiguous along d or r as LAYOUT says.
+    """
+    row = table_ptr + tl.program_id(0) * FIELDS
+    if LAYOUT == MIXED_LAYOUT:
+        if tl.load(row + 9) != 0:
+            _coordinates(row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, True, BLOCK_R, BLOCK_K, BLOCK_D)
+        else:
+            _coordinates(row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, False, BLOCK_R, BLOCK_K, BLOCK_D)
+    else:
+        FIRST_R: tl.constexpr = LAYOUT == ALONG_R_LAYOUT
+        _coordinates(row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, FIRST_R, BLOCK_R, BLOCK_K, BLOCK_D)
+
+
+@triton.jit
+def _coordinates(
+    row,
+    factor_ptr,
+    basis_ptr,
+    coordinates_ptr,
+    ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    factor_stride_r, factor_stride_d = tl.load(row + 1), tl.load(row + 2)
+    basis_stride_d, coordinates_stride_r = tl.load(row + 4), tl.load(row + 6)
+    R, K = tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32)
+    first_d, last_d = tl.multiple_of(tl.load(row + 12).to(tl.int32), BLOCK_D), tl.load(row + 13).to(tl.int32)
+    coordinates_stride_r = tl.multiple_of(coordinates_stride_r, 4)
+    basis_ptrs = basis_ptr + _multiple(tl.load(row + 3), 4 if ALIGNED else 1)
+    basis_stride_d, K = _multiple(basis_stride_d, 4 if ALIGNED else 1), _multiple(K, 4 if ALIGNED else 1)
+    last_d = last_d if FIRST_R else _multiple(last_d, WIDTH)
+    r = tl.multiple_of(tl.load(row + 10).to(tl.int32), BLOCK_R) + tl.arange(0, BLOCK_R)
+    k = tl.multiple_of(tl.load(row + 11).to(tl.int32), BLOCK_K) + tl.arange(0, BLOCK_K)
+    d = first_d + tl.arange(0, BLOCK_D)
+    factor_ptrs = _tile(
+        factor_ptr + _multiple(tl.load(row), WIDTH), r, d, factor_stride_r, factor_stride_d, WIDTH, FIRST_R
+    )
+    basis_ptrs += d[:, None] * basis_stride_d + k[None, :]
+
+    coordinates = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for d0 in range(first_d, last_d, BLOCK_D):
+        rest = d0 + tl.arange(0, BLOCK_D) < last_d
+        mask = rest[:, None] & (r < _multiple(R, WIDTH))[None, :] if FIRST_R else (r < R)[:, None] & rest[None, :]
+        factor = tl.load(factor_ptrs, mask=mask, other=0.0).to(tl.float32)
+        factor = tl.trans(factor) if FIRST_R else factor  # [BLOCK_R, BLOCK_D]
+        basis = tl.load(basis_ptrs, mask=rest[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_D, BLOCK_K]
+        coordinates += _product(factor, basis)  # factor U
+        factor_ptrs += BLOCK_D * factor_stride_d
+        basis_ptrs += BLOCK_D * basis_stride_d
+
+    coordinates_ptrs = coordinates_ptr + tl.multiple_of(tl.load(row + 5), 4)
+    coordinates_ptrs += r[:, None] * coordinates_stride_r + k[None, :]
+    tl.store(coordinates_ptrs, coordinates, mask=(r < R)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
 def fold_factors_kernel(
-    table_ptr,  # [programs, FIELDS], int64
+    table_ptr,  # [programs, FIELDS], int64: rows of ProjectionProgram
     factor_ptr,  # the first factor, each [r, d] by its strides
     basis_ptr,  # the first basis, each [d, k], k contiguous; where nothing is projected any pointer
-    out_ptr,  # the first result
+    coordinates_ptr,  # for each factor [splits, r, k], k padded to four; where nothing is projected any pointer
+    out_ptr,  # the first result, each [r, d] by its strides
     scaling,
     FIELDS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_I: tl.constexpr,
 ):
     """One program computes BLOCK_R vectors at BLOCK_D of their elements.
 
-    It goes through the basis BLOCK_K directions at a time: the coordinates of its vectors along them, which take all d
-    elements, then what they amount to at its own elements. So programs of one factor read its basis again, from the
-    cache, and none waits for another.
+        out = factor - (Σ coordinates[split]) U^T   or   (Σ coordinates[split]) U^T   or factor; of some, times scaling
+
+    The sum goes through the splits in their order, as it reads them. At the least a launch reads every basis that
+    projects once, 4 d k bytes, the coordinates of every split, 4 splits r k bytes, and every factor once, r d elements,
+    and writes every result once, r d elements. Coordinates are read once for each BLOCK_D elements, and a basis once
+    for each BLOCK_R vectors: once where r <= BLOCK_R.
+
+    ALIGNED, WIDTH, LAYOUT: see `fold_coordinates_kernel`.
     """
     row = table_ptr + tl.program_id(0) * FIELDS
-    factor_stride_r, factor_stride_d = tl.load(row + 1), tl.load(row + 2)
-    basis_offset, basis_stride_d = tl.load(row + 3), tl.load(row + 4)
-    if ALIGNED:
-        basis_offset, basis_stride_d = tl.multiple_of(basis_offset, 4), tl.multiple_of(basis_stride_d, 4)
-    R, D, K = tl.load(row + 8).to(tl.int32), tl.load(row + 9).to(tl.int32), tl.load(row + 10).to(tl.int32)
-    r = tl.load(row + 13) + tl.arange(0, BLOCK_R)
-    d = tl.load(row + 14) + tl.arange(0, BLOCK_D)
-    i = tl.arange(0, BLOCK_I)
-    j = tl.arange(0, BLOCK_K)
-    factor_ptrs = factor_ptr + tl.load(row) + r[:, None] * factor_stride_r
-    basis_ptrs = basis_ptr + basis_offset + j[None, :]
+    R, D, K = tl.load(row + 11).to(tl.int32), tl.load(row + 12).to(tl.int32), tl.load(row + 13).to(tl.int32)
+    r = tl.multiple_of(tl.load(row + 17).to(tl.int32), BLOCK_R) + tl.arange(0, BLOCK_R)
+    d = tl.multiple_of(tl.load(row + 18).to(tl.int32), BLOCK_D) + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_K)
+    K, basis_stride_d = _multiple(K, 4 if ALIGNED else 1), _multiple(tl.load(row + 4), 4 if ALIGNED else 1)
+    coordinates_stride_r, splits = tl.multiple_of(tl.load(row + 6), 4), tl.load(row + 7)
+    basis_ptrs = basis_ptr + _multiple(tl.load(row + 3), 4 if ALIGNED else 1)
+    basis_ptrs += d[:, None] * basis_stride_d + k[None, :]
+    coordinates_ptrs = coordinates_ptr + tl.multiple_of(tl.load(row + 5), 4)
+    coordinates_ptrs += r[:, None] * coordinates_stride_r + k[None, :]
 
     inside = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for j0 in range(0, K, BLOCK_K):
-        direction_mask = (j0 + j < K)[None, :]
-        coordinates = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for i0 in range(0, D, BLOCK_I):
-            element_mask = i0 + i < D
-            factor = tl.load(
-                factor_ptrs + (i0 + i)[None, :] * factor_stride_d,
-                mask=(r < R)[:, None] & element_mask[None, :],
-                other=0.0,
-            ).to(tl.float32)  # [BLOCK_R, BLOCK_I]
-            basis = tl.load(
-                basis_ptrs + (i0 + i)[:, None] * basis_stride_d + j0,
-                mask=element_mask[:, None] & direction_mask,
-                other=0.0,
-            ).to(tl.float32)  # [BLOCK_I, BLOCK_K]
-            coordinates = tl.dot(factor, basis, coordinates, input_precision="tf32x3")  # factor U
-        basis = tl.load(
-            basis_ptrs + d[:, None] * basis_stride_d + j0, mask=(d < D)[:, None] & direction_mask, other=0.0
-        ).to(tl.float32)  # [BLOCK_D, BLOCK_K]
-        inside = tl.dot(coordinates, tl.trans(basis), inside, input_precision="tf32x3")  # (factor U) U^T
+    for k0 in range(0, K, BLOCK_K):
+        rest = (k0 + k < K)[None, :]
+        mask = (r < R)[:, None] & rest
+        coordinates = tl.load(coordinates_ptrs, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_K]
+        for split in tl.static_range(1, SPLITS):
+            partial_ptrs = coordinates_ptrs + split * R * coordinates_stride_r
+            coordinates += tl.load(partial_ptrs, mask=mask & (split < splits), other=0.0)
+        basis = tl.load(basis_ptrs, mask=(d < D)[:, None] & rest, other=0.0)  # [BLOCK_D, BLOCK_K]
+        inside += _product(coordinates, tl.trans(basis))  # (factor U) U^T
+        coordinates_ptrs += BLOCK_K
+        basis_ptrs += BLOCK_K
 
-    mask = (r < R)[:, None] & (d < D)[None, :]
-    factor = tl.load(factor_ptrs + d[None, :] * factor_stride_d, mask=mask, other=0.0).to(tl.float32)
-    projected = tl.where(tl.load(row + 11) != 0, inside, factor - inside)
-    projected = tl.where(tl.load(row + 12) != 0, projected * scaling, projected)
-    out_ptrs = out_ptr + tl.load(row + 5) + r[:, None] * tl.load(row + 6) + d[None, :] * tl.load(row + 7)
+    if LAYOUT == MIXED_LAYOUT:
+        if tl.load(row + 16) != 0:
+            _finish(row, factor_ptr, out_ptr, inside, r, d, R, D, scaling, WIDTH, True)
+        else:
+            _finish(row, factor_ptr, out_ptr, inside, r, d, R, D, scaling, WIDTH, False)
+    else:
+        FIRST_R: tl.constexpr = LAYOUT == ALONG_R_LAYOUT
+        _finish(row, factor_ptr, out_ptr, inside, r, d, R, D, scaling, WIDTH, FIRST_R)
+
+
+@triton.jit
+def _finish(row, factor_ptr, out_ptr, inside, r, d, R, D, scaling, WIDTH: tl.constexpr, FIRST_R: tl.constexpr):
+    """Stores what the coordinates leave of a factor, or make of it."""
+    if FIRST_R:
+        inside = tl.trans(inside)
+        mask = (d < D)[:, None] & (r < _multiple(R, WIDTH))[None, :]
+    else:
+        mask = (r < R)[:, None] & (d < _multiple(D, WIDTH))[None, :]
+    factor_first, out_first = _multiple(tl.load(row), WIDTH), _multiple(tl.load(row + 8), WIDTH)
+    factor_ptrs = _tile(factor_ptr + factor_first, r, d, tl.load(row + 1), tl.load(row + 2), WIDTH, FIRST_R)
+    out_ptrs = _tile(out_ptr + out_first, r, d, tl.load(row + 9), tl.load(row + 10), WIDTH, FIRST_R)
+    factor = tl.load(factor_ptrs, mask=mask, other=0.0).to(tl.float32)
+    projected = tl.where(tl.load(row + 14) != 0, inside, factor - inside)
+    projected = tl.where(tl.load(row + 15) != 0, projected * scaling, projected)
     tl.store(out_ptrs, projected.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _product(left, right):
+    """`left right` in float32, of three TF32 products."""
+    left_low, right_low = left - _high(left), right - _high(right)
+    product = tl.dot(left_low, _high(right), input_precision="tf32")
+    product = tl.dot(_high(left), right_low, product, input_precision="tf32")
+    return tl.dot(left - left_low, right - right_low, product, input_precision="tf32")
+
+
+@triton.jit
+def _high(x):
+    """The 10 bits of mantissa that a tensor core takes of a float32."""
+    return (x.to(tl.int32, bitcast=True) & ~0x1FFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tile(first_ptr, r, d, stride_r, stride_d, WIDTH: tl.constexpr, FIRST_R: tl.constexpr):
+    """Pointers to a tile [d, r] if FIRST_R, else [r, d]; contiguous along its last dimension where WIDTH is above 1."""
+    if FIRST_R:
+        ptrs = first_ptr + d[:, None] * _multiple(stride_d, WIDTH) + r[None, :]
+    elif WIDTH > 1:
+        ptrs = first_ptr + r[:, None] * _multiple(stride_r, WIDTH) + d[None, :]
+    else:
+        ptrs = first_ptr + r[:, None] * stride_r + d[None, :] * stride_d
+    return ptrs
+
+
+@triton.jit
+def _multiple(n, WIDTH: tl.constexpr):
+    """n, a multiple of WIDTH, in a form in which the compiler sees that it is one: its loads take so many at a time."""
+    return n // WIDTH * WIDTH if WIDTH > 1 else n
 
 
 @triton.jit
@@ -166,8 +287,78 @@ def fold_factors(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:  # [Σ r d]: the results one after the other, each contiguous in the shape of its factor
-    """`A P_in` and, of the output side, `scaling · P_out B`, of all layers in one launch."""
+    """`A P_in` and, of the output side, `scaling · P_out B`, of all layers in two launches.
+
+    Raises:
+        ValueError: a basis or a factor does not fit.
+        RuntimeError: a CUDA graph is being captured, and these factors and bases were not folded before.
+    """
     bases = [basis if basis is None or basis.stride(-1) == 1 else basis.contiguous() for basis in bases]
+    first_factor, device = factors[0], factors[0].device
+    first_basis = next((basis for basis in bases if basis is not None), first_factor)
+    jobs, size = _jobs(factors, bases, complement, output_side)
+    out = launch.empty((size,), dtype, device)
+    if size == 0:
+        return launch.rounded(out, dtype)
+    aligned = first_basis.data_ptr() % 16 == 0 and all(
+        job.basis % 4 == job.basis_stride_d % 4 == job.k % 4 == 0 for job in jobs
+    )
+    width = 16 // first_factor.element_size()
+    while width > 1 and not (first_factor.data_ptr() % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):
+        width //= 2
+    blocks = blocks_of(max(job.r for job in jobs), aligned)
+    programs = fold_programs(tuple(jobs), blocks, device)
+    keep(programs.coordinates)
+    keep(programs.projections)
+    shared = {"ALIGNED": aligned, "WIDTH": width, "BLOCK_R": blocks.r, "num_warps": 4, "num_stages": blocks.stages}
+    with launch.on_device(device):
+        coordinates = torch.empty(programs.workspace, dtype=torch.float32, device=device)
+        if programs.workspace:
+            fold_coordinates_kernel[(len(programs.coordinates),)](
+                programs.coordinates,
+                first_factor,
+                first_basis,
+                coordinates,
+                FIELDS=len(CoordinatesProgram._fields),
+                LAYOUT=programs.coordinates_layout if width > 1 else ALONG_D,
+                BLOCK_K=blocks.coordinates_k,
+                BLOCK_D=blocks.coordinates_d,
+                **shared,
+            )
+        fold_factors_kernel[(len(programs.projections),)](
+            programs.projections,
+            first_factor,
+            first_basis,
+            coordinates if programs.workspace else first_basis,
+            out,
+            scaling,
+            FIELDS=len(ProjectionProgram._fields),
+            LAYOUT=programs.projections_layout if width > 1 else ALONG_D,
+            SPLITS=programs.splits,
+            BLOCK_D=blocks.projection_d,
+            BLOCK_K=blocks.projection_k,
+            **shared,
+        )
+    return launch.rounded(out, dtype)
+
+
+def blocks_of(rank: int, aligned: bool) -> Blocks:
+    """The largest blocks that leave a multiprocessor of sm_90 room for two programs, for factors of this rank or less.
+
+    The fewer directions and elements a program has, the more often factors and coordinates are read again.
+    """
+    block_r = launch.power_of_two(rank, 16, 64)
+    if block_r == 64:
+        return Blocks(64, coordinates_k=64, coordinates_d=32, projection_d=64, projection_k=32, stages=3)
+    if block_r == 32 or not aligned:
+        return Blocks(block_r, coordinates_k=64, coordinates_d=32, projection_d=128, projection_k=16, stages=4)
+    return Blocks(16, coordinates_k=128, coordinates_d=32, projection_d=256, projection_k=16, stages=4)
+
+
+def _jobs(
+    factors: Sequence[Tensor], bases: Sequence[Tensor | None], complement: Sequence[bool], output_side: Sequence[bool]
+) -> tuple[list[Job], int]:
+    """The factors as jobs, and the elements of all results."""
     first_factor = factors[0]
     first_basis = next((basis for basis in bases if basis is not None), first_factor)
     jobs, size = [], 0
@@ -197,31 +388,17 @@ def fold_factors(
         )
         jobs.append(job)
         size += factor.numel()
-    out = launch.empty((size,), dtype, first_factor.device)
-    if size == 0:
-        return launch.rounded(out, dtype)
-    block_r, block_d, block_k, block_i = (16, 32, 32, 32) if launch.INTERPRETED else (16, 256, 32, 32)
-    table = keep(_table(tuple(jobs), block_r, block_d, first_factor.device))
-    aligned = first_basis.data_ptr() % 16 == 0 and all(
-        job.basis % 4 == 0 and job.basis_stride_d % 4 == 0 for job in jobs
+    return jobs, size
+
+
+def _fits_loads(job: Job, width: int) -> bool:
+    """Whether a factor and its result can be read and written `width` elements at a time, along one dimension."""
+    step, other, length = (
+        (job.factor_stride_r, job.factor_stride_d, job.r)
+        if job.along_r
+        else (job.factor_stride_d, job.factor_stride_r, job.d)
     )
-    with launch.on_device(first_factor.device):
-        fold_factors_kernel[(len(table),)](
-            table,
-            first_factor,
-            first_basis,
-            out,
-            scaling,
-            FIELDS=FIELDS,
-            ALIGNED=aligned,
-            BLOCK_R=block_r,
-            BLOCK_D=block_d,
-            BLOCK_K=block_k,
-            BLOCK_I=block_i,
-            num_warps=8,
-            num_stages=3,
-        )
-    return launch.rounded(out, dtype)
+    return step == 1 and other % width == length % width == job.factor % width == job.out % width == 0
 
 
 def merge_weight(
@@ -263,10 +440,3 @@ def _elements_between(first: Tensor, other: Tensor) -> int:
     if rest or (address == 0 and other.numel() > 0):
         raise ValueError(f"a tensor {list(other.shape)} lies at address {address}, expected aligned memory")
     return elements
-
-
-@functools.lru_cache(maxsize=1024)
-def _table(jobs: tuple[Job, ...], block_r: int, block_d: int, device: torch.device) -> Tensor:  # [programs, FIELDS]
-    """The jobs cut into programs. Addresses of parameters and bases stay, so that it is copied to the device once."""
-    rows = [(*job, r, d) for job in jobs for d in range(0, job.d, block_d) for r in range(0, job.r, block_r)]
-    return torch.tensor(rows, dtype=torch.int64).to(device)
