@@ -1,0 +1,228 @@
+"""The gradient of Ã in one pass over the input of the product.
+
+    dÃ_p = g_p^T drop_p(x) [r, K]
+
+x may be what a LayerNorm or an activation reads: what the forward pass made of it is computed again.
+"""
+
+# A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.kernels import launch, partials
+from complora_kernels.kernels.activation import KINDS, activate
+from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
+from complora_kernels.kernels.linear import MAX_BLOCK_R
+from complora_kernels.kernels.partials import sum_when_last
+
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200, as registers and shared memory allow
+ROWS_PER_SPLIT = 128  # at least: below, storing and adding partial sums would cost more than it brings
+
+
+class Source(NamedTuple):
+    """The operands of `dÃ_p = g_p^T drop_p(x)`; with `drop_p(LN(x))` or `drop_p(act(x))` where these are given."""
+
+    x: Tensor  # [M, K]
+    g: Tensor  # [M, P r], rows at any distance
+    linear: AdaptedLinear  # the number of its adapters and its dropout are read
+    norm: Sequence[Tensor | None] | None = None  # mean, rstd [M], weight, bias [K]
+    activation: str | None = None
+
+
+class Job(NamedTuple):
+    """What a launch needs to compute dÃ."""
+
+    programs: int
+    counters: int
+    arguments: dict[str, Any]  # of the kernel, but for the counters and the first program
+    dA: Tensor  # [P, r, K] as the kernel stores it
+    source: Source
+
+    def result(self) -> Tensor:  # [P, r, K]
+        """dÃ in the dtype of g, after the launch."""
+        dA = launch.rounded(self.dA, self.source.g.dtype)
+        return dA.view(len(self.source.linear.rows), -1, self.source.x.shape[1])
+
+
+@triton.jit
+def packed_lora_linear_da_kernel(
+    first_program,  # the programs of the launch that come before and compute something else
+    x_ptr,  # [M, K]
+    g_ptr,  # [M, P * R]
+    dA_ptr,  # [P, R, K]
+    partials_ptr,  # [SPLITS + GROUPS, P, R, K]
+    counters_ptr,  # [P, tiles of R and K, GROUPS + 1]
+    mean_ptr,  # [M]
+    rstd_ptr,  # [M]
+    weight_ptr,  # [K]
+    bias_ptr,  # [K]
+    seed_ptr,  # [1]
+    M,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_gm,
+    rows_of_split,
+    splits,
+    group_of_splits,
+    threshold,
+    keep_scale,
+    RANK: tl.constexpr,
+    ADAPTERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BITS: tl.constexpr,
+    NORMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # 0: none
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program adds up BLOCK_K columns and BLOCK_R ranks of one adapter's dÃ over one split of the rows.
+
+    Adapters come first, so that the programs that read the same part of x run side by side. Least bytes: x [M, K],
+    g [M, P R] and what the norm needs once, dA [P, R, K] once. With masks x is read once for each adapter, from the
+    second on out of the L2 cache.
+    """
+    program = tl.program_id(0) - first_program
+    RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    tile = program % (ADAPTERS * RANK_BLOCKS * tiles_k)
+    split = (program // (ADAPTERS * RANK_BLOCKS * tiles_k)).to(tl.int64)
+    chunk = tile % (ADAPTERS * RANK_BLOCKS)
+    adapter = chunk // RANK_BLOCKS
+    r = (chunk % RANK_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k0 = tile // (ADAPTERS * RANK_BLOCKS) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    pr = adapter * RANK + r
+    if BITS > 0:
+        seed = tl.load(seed_ptr)
+    if NORMED:
+        weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    dA = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    first = split * rows_of_split
+    for m0 in range(0, rows_of_split, BLOCK_M):
+        rows = first + m0 + tl.arange(0, BLOCK_M)
+        row_mask = (rows < M)[:, None]
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
+        x = tl.load(x_ptrs, mask=row_mask & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        g_ptrs = g_ptr + rows[:, None] * stride_gm + pr[None, :]
+        g = tl.load(g_ptrs, mask=row_mask & (r < RANK)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        if NORMED:
+            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            x = (x.to(tl.float32) - mean) * rstd * weight[None, :]  # LN(x)
+            if HAS_BIAS:
+                x += bias[None, :]
+        if ACTIVATION > 0:
+            x = activate(x.to(tl.float32), ACTIVATION)  # act(x)
+        if not UPCAST:
+            x = x.to(g_ptr.dtype.element_ty)
+        if BITS > 0:
+            x = tl.where(keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), x, 0.0)
+        if UPCAST:
+            x, g = x.to(tl.float32), g.to(tl.float32)
+        dA = tl.dot(tl.trans(x), g, dA, input_precision=PRECISION)  # (mask ∘ x)^T g
+    offsets = pr[None, :].to(tl.int64) * K + k[:, None]
+    sum_when_last(
+        (dA * keep_scale,),
+        (offsets,),
+        ((k < K)[:, None] & (r < RANK)[None, :],),
+        dA_ptr,
+        partials_ptr,
+        counters_ptr + tile * (tl.cdiv(splits, group_of_splits) + 1),
+        ADAPTERS * RANK * K,
+        split,
+        splits,
+        group_of_splits,
+        COUNT=1,
+        SPLIT=SPLIT,
+    )
+
+
+def da_job(source: Source) -> Job:
+    """The launch that computes dÃ for these operands."""
+    x, g, linear, norm, activation = source
+    (M, K), dtype, device = x.shape, g.dtype, x.device
+    mean, rstd, weight, bias = norm or (None,) * 4
+    adapters, seed = len(linear.rows), linear.seed
+    P, R = adapters, g.shape[1] // adapters
+    dropout = dropout_lanes(linear.dropout_p)
+    if not dropout.bits:
+        P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
+    g = launch.contiguous_rows(g)
+    block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
+    wide = 128 if launch.aligned(x) else 64  # see `linear.UNALIGNED_TILES`
+    block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if dtype == torch.float32 else (64, wide)
+    tiles = P * -(-R // block_r) * -(-K // block_k)
+    splits = partials.split_rows(M, min(-(-M // ROWS_PER_SPLIT), PROGRAMS // tiles), block_m)
+    dA = launch.empty((P, R, K), dtype, device)
+    arguments = {
+        "x_ptr": x,
+        "g_ptr": g,
+        "dA_ptr": dA,
+        "partials_ptr": torch.empty((splits.parts, P, R, K), dtype=torch.float32, device=device),
+        "mean_ptr": x if mean is None else mean,
+        "rstd_ptr": x if rstd is None else rstd,
+        "weight_ptr": x if weight is None else weight.contiguous(),
+        "bias_ptr": x if bias is None else bias.contiguous(),
+        "seed_ptr": x if seed is None else seed,
+        "M": M,
+        "K": K,
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_gm": g.stride(0),
+        "rows_of_split": splits.rows,
+        "splits": splits.count,
+        "group_of_splits": splits.group,
+        "threshold": dropout.threshold,
+        "keep_scale": dropout.scale,
+        "RANK": R,
+        "ADAPTERS": P,
+        "SPLIT": splits.count > 1,
+        "BITS": dropout.bits,
+        "NORMED": norm is not None,
+        "HAS_BIAS": bias is not None,
+        "ACTIVATION": KINDS[activation] if activation else 0,
+        "UPCAST": launch.upcast(dtype),
+        "PRECISION": launch.input_precision(dtype),
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "BLOCK_R": block_r,
+    }
+    return Job(tiles * splits.count, tiles * splits.counters, arguments, dA, source)
+
+
+def packed_lora_linear_da(
+    x: Tensor,  # [M, K]
+    g: Tensor,  # [M, P r], rows at any distance
+    linear: AdaptedLinear,  # the number of its adapters and its dropout are read
+    *,
+    norm: Sequence[Tensor | None] | None = None,  # mean, rstd [M], weight, bias [K]
+    activation: str | None = None,
+) -> Tensor:  # [P, r, K]
+    """`dÃ_p = g_p^T drop_p(x)` in one pass over x; with `drop_p(LN(x))` or `drop_p(act(x))` where these are given."""
+    job = da_job(Source(x, g, linear, norm, activation))
+    with launch.on_device(x.device):
+        packed_lora_linear_da_kernel[(job.programs,)](
+            first_program=0,
+            **job.arguments,
+            counters_ptr=partials.counters(job.counters, x.device),
+            num_warps=8 if job.arguments["BLOCK_R"] > 32 else 4,
+            num_stages=3,
+        )
+    return job.result()
