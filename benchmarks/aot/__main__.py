@@ -26,7 +26,7 @@ def row(kernel: Kernel) -> str:
         f"{kernel.blocks:>2} blocks {kernel.tensor_cores:<10}",
     ]
     if loop is not None:
-        parts.append(f"loop {loop.instructions:>4}: {loop.tensor_cores} products, {loop.wide} wide loads")
+        parts.append(f"loop {loop.instructions:>4}: {loop.products} products, {loop.wide} wide loads")
     if each is not None:
         parts.append(f"{each.instructions:g} instructions and {each.special:g} special functions an element")
     return " ".join(parts)

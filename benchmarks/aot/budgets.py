@@ -28,14 +28,14 @@ HELD = re.compile(
     r"|(to|from) (b?float\d+)$"
 )
 LOWER_IS_BETTER = ("registers", "shared", "loop", "narrow", "instructions", "special")
-HIGHER_IS_BETTER = ("blocks", "tensor_cores", "wide")
+HIGHER_IS_BETTER = ("blocks", "products", "wide")
 TOLERANCE = {"loop": 1.05, "instructions": 1.05}
 
 Figures = Mapping[str, float]
 
 
 class Budgets(NamedTuple):
-    """The file: the version of Triton it was made with, the figures by chip and kernel, and the exceptions to the rules."""
+    """The file: the Triton it was made with, the figures by chip and kernel, and the exceptions to the rules."""
 
     triton: str
     figures: Mapping[str, Mapping[str, Figures]]
@@ -69,7 +69,7 @@ def figures(kernel: Kernel) -> dict[str, float]:
     }
     if kernel.loop is not None:
         loop = kernel.loop
-        held |= {"loop": loop.instructions, "tensor_cores": loop.tensor_cores, "wide": loop.wide, "narrow": loop.narrow}
+        held |= {"loop": loop.instructions, "products": loop.products, "wide": loop.wide, "narrow": loop.narrow}
     if kernel.per_element is not None:
         held |= kernel.per_element._asdict()
     return {name: value for name, value in held.items() if value}
@@ -96,7 +96,7 @@ def compare(budget: Mapping[str, Mapping[str, Figures]], now: Mapping[str, Mappi
         before = budget.get(chip, {})
         for key in sorted({*kernels, *before}):
             if key not in kernels or key not in before:
-                moves.append(Move(chip, key, "", *(float(key in side) or None for side in (before, kernels)), True))
+                moves.append(Move(chip, key, "", 1 if key in before else None, 1 if key in kernels else None, True))
                 continue
             for name in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER):
                 old, new = before[key].get(name, 0), kernels[key].get(name, 0)
@@ -125,11 +125,11 @@ def load(path: Path = PATH) -> Budgets:
 def save(budgets: Budgets, path: Path = PATH) -> None:
     """Writes the budgets: a line for each kernel, so that a difference can be read."""
     lines = [
-        "# What the compiled kernels cost, held by `make aot`; `make aot ARGS=--update` rewrites it. Compiled, not measured.",
+        "# What compiled kernels cost: `make aot` holds it, `make aot ARGS=--update` rewrites it. Not measured.",
         "#",
         "# registers a thread, shared: bytes a block, blocks: that one multiprocessor holds; of the main loop: its",
-        "# instructions, those for tensor cores, wide: global loads of 16 bytes a thread or of a tile, narrow: of 4 or less;",
-        "# of elementwise kernels: instructions and special functions an element.",
+        "# instructions, products: those for tensor cores, wide: global loads of 16 bytes a thread or of a whole tile,",
+        "# narrow: of 4 bytes or less; of elementwise kernels: instructions and special functions an element.",
         f"triton = {json.dumps(budgets.triton)}",
     ]
     for exception in sorted(budgets.exceptions):

@@ -13,7 +13,7 @@ from benchmarks.aot.compiled import Kernel
 BLOCKS_ASSUMED = {
     "norm_fwd_kernel": 4,
     "packed_lora_linear_da_kernel": 2,
-    "packed_lora_linear_db_kernel": 2,
+    "packed_lora_linear_grads_kernel": 2,
 }
 HOPPER_ON = ("sm_90", "sm_100")  # the chips for which `PROGRAMS` is chosen
 
@@ -47,7 +47,7 @@ def violations(kernel: Kernel) -> Iterator[Violation]:
     tensor cores   a half-precision product uses them
     narrow loads   no thread loads 4 bytes or less of a tile in the main loop
     early product  no product and no wait for one before the first load
-    late loads     nothing is loaded behind the main loop but a float32 residual, which does not fit the accumulator's tile
+    late loads     nothing is loaded behind the main loop but a float32 residual
     blocks         a multiprocessor holds the blocks that the launcher counts on
 
     Of AMD's machine code the first four are asked: nobody has read more of it.
@@ -68,10 +68,10 @@ def violations(kernel: Kernel) -> Iterator[Violation]:
         return
     if loop.narrow:
         yield Violation("narrow loads", f"{loop.narrow} loads of 4 bytes or less a thread in the main loop")
-    if loop.tensor_cores and loop.early:
+    if loop.products and loop.early:
         yield Violation("early product", f"{loop.early[0]} before the first load")
-    if loop.tensor_cores and loop.late and "residual float32" not in kernel.key:
+    if loop.products and loop.late and "residual float32" not in kernel.key:
         yield Violation("late loads", f"{loop.late} global loads behind the main loop")
     assumed = BLOCKS_ASSUMED.get(kernel.name, 0)
-    if kernel.chip in HOPPER_ON and kernel.blocks < assumed and loop.tensor_cores:
+    if kernel.chip in HOPPER_ON and kernel.blocks < assumed and loop.products:
         yield Violation("blocks", f"{kernel.blocks} on a multiprocessor, the launcher counts on {assumed}")

@@ -44,7 +44,8 @@ class Kernel(NamedTuple):
     @property
     def key(self) -> str:
         """Its name and label, shortened: a line of the budgets."""
-        return f"{self.name.removeprefix('packed_lora_linear_').removesuffix('_kernel')} {self.label}".replace("torch.", "")
+        name = self.name.removeprefix("packed_lora_linear_").removesuffix("_kernel")
+        return f"{name} {self.label}".replace("torch.", "")
 
 
 def compile_for(chip: str) -> list[Kernel]:
@@ -97,9 +98,7 @@ def inspect(chip: Chip, label: str, kernel: Any, options: Mapping[str, Any]) -> 
     )
 
 
-def per_element(
-    name: str, code: list[Instruction], options: Mapping[str, Any], threads: int
-) -> PerElement | None:
+def per_element(name: str, code: list[Instruction], options: Mapping[str, Any], threads: int) -> PerElement | None:
     """What the loop that stores, or a kernel without a loop, issues for an element; None where products dominate."""
     if not name.startswith(("activation_", "norm_")):
         return None

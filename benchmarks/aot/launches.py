@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -77,6 +76,14 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
             wanted = {f"compute_{name}": name in outputs for name in ("g", "dB")}
             db = partial(reductions.packed_lora_linear_db, dY, h, product, **wanted)
             yield Launch(f"{case}, {' and '.join(outputs)}", db)
+        if adapters == 1:
+            grads = partial(reductions.packed_lora_linear_grads, reductions.Source(x, h, product), (dY, h, product))
+            yield Launch(case, grads)
+        else:
+            parts = [empty(TOKENS, WIDTH) for _ in range(adapters)]
+            db = partial(reductions.packed_lora_linear_db, parts, h, product, compute_g=True, compute_dB=True)
+            yield Launch(f"{case}, from {adapters} tensors", db)
+            yield Launch(f"{case}, from {adapters} tensors, beside", partial(db, beside=True))
 
 
 def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
@@ -154,6 +161,10 @@ def activations() -> Iterator[Launch]:
             yield Launch(f"{case}, r={r} p={p}", partial(activation.activation_fwd, z, kind, reader))
             da = partial(reductions.packed_lora_linear_da, z, g, reader, activation=kind)
             yield Launch(f"{case}, r={r} p={p}", da)
+            closing = adapted(torch.empty(WIDTH, width, dtype=dtype), 1, r, p)
+            dY, h = torch.empty(TOKENS, WIDTH, dtype=dtype), torch.empty(TOKENS, r, dtype=dtype)
+            source = reductions.Source(z, g, reader, activation=kind)
+            yield Launch(f"{case}, r={r} p={p}", partial(reductions.packed_lora_linear_grads, source, (dY, h, closing)))
 
 
 def residuals(chip: int | str) -> Iterator[Launch]:

@@ -132,11 +132,11 @@ class MainLoop(NamedTuple):
     """What the main loop does, counted by its instructions, and what stands before and behind it."""
 
     instructions: int
-    tensor_cores: int
+    products: int  # tensor core instructions
     wide: int  # global loads of 16 bytes a thread, or of whole tiles
     narrow: int  # asynchronous ones of 4 bytes a thread or less, and others where no load is wider
     early: tuple[str, ...]  # tensor core instructions, and waits for them, before the first load
-    late: int  # global loads behind the loop
+    late: int  # global loads behind the loop, but of partial sums that other programs stored
 
 
 def describe(code: Sequence[Instruction]) -> MainLoop | None:
@@ -151,9 +151,9 @@ def describe(code: Sequence[Instruction]) -> MainLoop | None:
     narrow = [i.loads for i in body if 0 < i.loads <= 4 and (i.is_asynchronous or max(widths) <= 4)]
     return MainLoop(
         instructions=len(body),
-        tensor_cores=sum(i.on_tensor_cores for i in body),
+        products=sum(i.on_tensor_cores for i in body),
         wide=sum(width >= 16 for width in widths),
         narrow=len(narrow),
         early=tuple(i.opcode for i in code[:first] if i.on_tensor_cores or i.waits_for_product),
-        late=sum(i.loads > 0 for i in code[loop.last + 1 :]),
+        late=sum(i.loads > 0 and ".STRONG" not in i.opcode for i in code[loop.last + 1 :]),
     )

@@ -378,6 +378,6 @@ def packed_lora_linear_db(
                 **job.arguments,
                 counters_ptr=partials.counters(job.counters, device),
                 num_warps=job.tiles.num_warps,
-                num_stages=job.tiles.num_stages,
+                num_stages=launch.stages(job.tiles.num_stages),
             )
     return job.results()

@@ -37,15 +37,15 @@ def rounded(stored: Tensor, dtype: torch.dtype) -> Tensor:
     return stored.to(dtype)
 
 
+def has_tf32() -> bool:
+    """Whether tensor cores multiply float32 as TF32. AMD's matrix cores take float32 itself."""
+    return torch.version.hip is None
+
+
 def input_precision(dtype: torch.dtype) -> str:
-    """TF32 for float32 products only where torch itself would use it; AMD's chips, but for one, have none."""
-    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """TF32 for float32 products only where torch itself would use it."""
+    allowed = has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
-
-
-def accurate_precision() -> str:
-    """Products of float32 accuracy: three of TF32 on tensor cores; on AMD's chips, whose matrix cores take float32, one."""
-    return "tf32x3" if torch.version.hip is None else "ieee"
 
 
 def stages(n: int) -> int:
