@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.aot.checks import Except
 from benchmarks.aot.compiled import Kernel
+from benchmarks.aot.launches import is_held
 from benchmarks.comparison import tomllib
 
 PATH = Path(__file__).parent.with_name("budgets.toml")
-# What stands in the file of the variants that ship: the blocks of ViT-B/16 at rank 16, with and without dropout.
-HELD = re.compile(
-    r"bfloat16 P=[13] r=16 p=0\.(0|25)(?!.*own columns)(?!.*copies)"
-    r"|bfloat16, residual"
-    r"|(bfloat16|float32) to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.(0|25).*)?$"
-    r"|bfloat16 \w*gelu, K=3072(, r=16 p=0\.(0|25))?$"
-    r"|(to|from) (b?float\d+)$"
-)
 LOWER_IS_BETTER = ("registers", "shared", "loop", "narrow", "instructions", "special")
 HIGHER_IS_BETTER = ("blocks", "products", "wide")
 TOLERANCE = {"loop": 1.05, "instructions": 1.05}
@@ -79,7 +71,7 @@ def held(kernels: Iterable[Kernel]) -> dict[str, dict[str, dict[str, float]]]:
     """The figures of the kernels that the file holds, by chip and key, sorted."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for kernel in sorted(kernels, key=lambda kernel: (kernel.chip, kernel.key)):
-        if HELD.search(kernel.key) and not kernel.error:
+        if is_held(kernel.label) and not kernel.error:
             lines = found.setdefault(kernel.chip, {})
             key, copies = kernel.key, 1
             while key in lines:  # one launch, two specializations

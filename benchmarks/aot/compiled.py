@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.aot import machine_code
 from benchmarks.aot.chips import BY_NAME, Chip, ChipDriver
-from benchmarks.aot.launches import launches
+from benchmarks.aot.launches import is_held, launches
 from benchmarks.aot.machine_code import Instruction, MainLoop
 
 
@@ -48,8 +48,8 @@ class Kernel(NamedTuple):
         return f"{name} {self.label}".replace("torch.", "")
 
 
-def compile_for(chip: str) -> list[Kernel]:
-    """Compiles all launches for one chip. What does not compile is a kernel with its error."""
+def compile_for(chip: str, held_alone: bool = False) -> list[Kernel]:
+    """Compiles the launches for one chip, of AMD's always the held ones alone. What does not compile has its error."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -58,12 +58,14 @@ def compile_for(chip: str) -> list[Kernel]:
     os.environ.pop("TRITON_INTERPRET", None)
     target = BY_NAME[chip]
     run = JITFunction.run
-    compiled: dict[int, tuple[str, Any, Mapping[str, Any]]] = {}
-    failures = []
+    compiled: dict[int, Any] = {}  # Triton hands out the same kernel for launches that differ in nothing it knows
+    rows: list[Kernel] = []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.setdefault(id(kernel), (label, kernel, options))
+        if id(kernel) not in compiled:
+            compiled[id(kernel)] = kernel
+            rows.append(inspect(target, label, kernel, options))
 
     triton.runtime.driver.set_active(ChipDriver(target.arch))  # type: ignore[arg-type]
     hip = "7.0" if target.is_amd else None  # what torch says of itself decides what kernels may hold
@@ -73,11 +75,13 @@ def compile_for(chip: str) -> list[Kernel]:
         patch.object(torch.version, "hip", hip),
     ):
         for label, call in launches(target.arch):
+            if (held_alone or target.is_amd) and not is_held(label):
+                continue
             try:
                 call()
             except Exception as error:
-                failures.append(Kernel(target.name, "?", label, error=f"{type(error).__name__}: {str(error)[:300]}"))
-    return [inspect(target, label, kernel, options) for label, kernel, options in compiled.values()] + failures
+                rows.append(Kernel(target.name, "?", label, error=f"{type(error).__name__}: {str(error)[:300]}"))
+    return rows
 
 
 def inspect(chip: Chip, label: str, kernel: Any, options: Mapping[str, Any]) -> Kernel:
