@@ -80,7 +80,7 @@ def compile_for(chip: str, held_alone: bool = False) -> list[Kernel]:
             try:
                 call()
             except Exception as error:
-                rows.append(Kernel(target.name, "?", label, error=f"{type(error).__name__}: {str(error)[:300]}"))
+                rows.append(Kernel(target.name, "?", label, error=f"{type(error).__name__}: {str(error)[-300:]}"))
     return rows
 
 

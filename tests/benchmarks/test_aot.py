@@ -261,7 +261,7 @@ def test_figures_that_moved():
 
 
 def test_a_kernel_without_a_budget_and_a_budget_without_a_kernel():
-    before, now = (budgets.held([kernel(label=f"torch.bfloat16 P={P} r=16 p=0.0")]) for P in (1, 3))
+    before, now = (budgets.held([kernel(label=f"torch.bfloat16 P=1 r=16 p=0.0, {h}")]) for h in ("a", "b"))
     lost, found = budgets.compare(before, now)
     assert lost.is_worse
     assert "was not compiled" in str(lost)
