@@ -342,17 +342,45 @@ def test_memory_of_a_cache_is_kept_by_the_graph_that_reads_it(monkeypatch):
     from complora_kernels.kernels import factors
 
     monkeypatch.setenv("COMPLORA_BACKEND", "triton")
-    made, table = [], factors._table
-    monkeypatch.setattr(factors, "_table", lambda *job: made.append(weakref.ref(result := table(*job))) or result)
+    made, make = [], factors.fold_programs
+
+    def remember(*arguments):
+        programs = make(*arguments)
+        made.extend(weakref.ref(table) for table in (programs.coordinates, programs.projections))
+        return programs
+
+    monkeypatch.setattr(factors, "fold_programs", remember)
     config = ck.CompLoRAConfig(r=2, subspace_k=3)
     model = ck.CompLoRALinear.from_linear(nn.Linear(16, 16).requires_grad_(False), config).to(DEVICE)
     x = torch.ones(4, 16, device=DEVICE)
     with cuda_graphs_on_cpu() if DEVICE.type == "cpu" else contextlib.nullcontext():
         step = ck.GraphedTrainStep(model, lambda model, x: model(x).sum(), adamw(model, DEVICE.type), (x,), graph=True)
-    table.cache_clear()
+    make.cache_clear()
     assert made
     assert all(reference() is not None for reference in made)
     assert step(x).isfinite()
+
+
+def test_a_table_that_is_made_during_a_capture_is_an_error(monkeypatch):
+    from complora_kernels.kernels import factors
+
+    monkeypatch.setenv("COMPLORA_BACKEND", "triton")
+    config = ck.CompLoRAConfig(r=2, subspace_k=3)
+    model = ck.CompLoRALinear.from_linear(nn.Linear(16, 16).requires_grad_(False), config).to(DEVICE)
+    x, calls = torch.ones(4, 16, device=DEVICE), []
+
+    def loss(model, x):
+        calls.append(x)
+        if len(calls) > graphs.WARM_UPS:
+            factors.fold_programs.cache_clear()
+        return model(x).sum()
+
+    message = r"could not be captured: the fold of 2 factors .* run the step once"
+    with (
+        cuda_graphs_on_cpu() if DEVICE.type == "cpu" else contextlib.nullcontext(),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        ck.GraphedTrainStep(model, loss, adamw(model, DEVICE.type), (x,), graph=True)
 
 
 def test_a_graph_keeps_the_memory_of_parameters_that_get_other_memory():

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from complora_kernels import graphs
+from complora_kernels.kernels import fold_programs
 from complora_kernels.modules import truncation
 
 # `.item()`; the seed of the torch backend, made of numbers that a CUDA generator keeps on the host.
@@ -97,6 +98,7 @@ def cuda_graphs_on_cpu() -> Iterator[None]:
         patch.setattr(graphs, "CUDAGraphs", CUDAGraphsOnCPU)
         patch.setattr(truncation, "is_on_device", lambda _text: True)
         patch.setattr(truncation, "_is_capturing", lambda _text: CUDAGraphsOnCPU.capturing)
+        patch.setattr(fold_programs, "is_capturing", lambda _device: CUDAGraphsOnCPU.capturing)
         yield
 
 
