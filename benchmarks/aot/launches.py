@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
     yield Launch(f"{case}, copies x", partial(linear.packed_lora_linear_h, x, product, beside_x=True))
     yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, product))
     for tiles in linear.tiles_of(chip, dtype)[: None if adapters == 1 and r == 16 and p in (0, 0.25) else 1]:
-        cut = f"{case}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
+        cut = f"{case}, {label_of(tiles)}"
         for which, given in (("given", h), ("inside", None)):
             fwd = partial(linear.packed_lora_linear_fwd, x, product, given, tiles=tiles)
             dx = partial(linear.packed_lora_linear_dx, dY, product, given, tiles=tiles)
@@ -98,6 +98,11 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
             db = partial(reductions.packed_lora_linear_db, parts, h, product, compute_g=True, compute_dB=True)
             yield Launch(f"{case}, from {adapters} tensors", db)
             yield Launch(f"{case}, from {adapters} tensors, beside", partial(db, beside=True))
+
+
+def label_of(tiles: Sequence[int]) -> str:
+    """Tiles in a label."""
+    return "{}x{}x{} {} warps".format(*tiles)
 
 
 def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
@@ -192,7 +197,7 @@ def residuals(chip: int | str) -> Iterator[Launch]:
         )
         product = adapted(weight, 1, 16, 0.0, bias)
         h, residual = torch.empty(TOKENS, 16, dtype=dtype), torch.empty(TOKENS, WIDTH, dtype=stream)
-        for tiles in linear.tiles_of(chip, dtype, crowded=True):
-            case = f"{dtype}, residual {stream}, {tiles.block_m}x{tiles.block_out}x{tiles.block_in}"
+        for tiles in linear.tiles_of(chip, dtype, crowded=isinstance(chip, int) and chip >= 100):
+            case = f"{dtype}, residual {stream}, {label_of(tiles)}"
             fwd = partial(linear.packed_lora_linear_fwd, x, product, h, residual=residual, tiles=tiles)
             yield Launch(case, fwd)

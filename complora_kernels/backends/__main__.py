@@ -8,6 +8,8 @@ import torch
 
 from complora_kernels import backends
 from complora_kernels.backends import REFERENCE, REGISTRY, build, plans
+from complora_kernels.backends.plans import Problem
+from complora_kernels.kernels.tiles import model_of
 
 
 def main() -> None:
@@ -43,8 +45,27 @@ def main() -> None:
     print("\n".join(build.describe()))
     print("\nplans")
     print("\n".join(plans.describe()))
+    print("\n".join(["", *tiles()]))
     if error is not None:
         sys.exit(f"\n{error}")
+
+
+def tiles() -> list[str]:
+    """The tiles of the fused kernels for the products of a block of ViT-B/16 at batch 32, on this GPU or an H100."""
+    chip, processors = 90, model_of(90).processors
+    if torch.cuda.is_available() and torch.version.hip is None:
+        (major, minor), processors = (
+            torch.cuda.get_device_capability(),
+            torch.cuda.get_device_properties().multi_processor_count,
+        )
+        chip = 10 * major + minor
+    lines = [
+        f"tiles of the fused kernels, modelled for sm_{chip} with {processors} multiprocessors: ViT-B/16, batch 32"
+    ]
+    for layer, (K, N, P) in {"qkv": (1, 3, 3), "o": (1, 1, 1), "fc1": (1, 4, 1), "fc2": (4, 1, 1)}.items():
+        problem = Problem("triton", "cuda", 32 * 197, 768 * K, 768 * N, 16, P, "bfloat16", "bfloat16", dropout=False)
+        lines += [f"{layer:<4} {line}" for line in plans.explain(problem, chip, processors)]
+    return lines
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from torch import Tensor
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.common.files import read_plain, reading, set_aside, unsealed
 from complora_kernels.common.thread_stack import ThreadStack
+from complora_kernels.kernels.tiles import LargeProduct, choose_tiles
 
 NAMES = ("fused", "concat", "merge", "addmm")
 MAX_FUSED_RANK = 64
@@ -192,6 +193,21 @@ def describe() -> list[str]:
             rows.append((entry.problem, "none", "COMPLORA_PLAN: not eligible"))
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def explain(problem: Problem, chip: int, processors: int) -> list[str]:
+    """The tiles that the fused kernels take for a problem with h and g given, and what a model expects of them.
+
+    `chip` is 90 for compute capability 9.0, `processors` the number of its multiprocessors. Nothing is measured.
+    """
+    M, K, N, P, R = problem.tokens, problem.inputs, problem.outputs, problem.adapters, problem.rank
+    size = getattr(torch, problem.dtype).itemsize
+    masks, together = (P, R) if problem.dropout else (0, P * R)  # without masks the adapters are one of more ranks
+    products = {
+        "y": LargeProduct(M, N, K, P, R, size, size),
+        "dX": LargeProduct(M, K, N, 1, together, size, size, masks, crowded=masks > 1),
+    }
+    return [f"{name:<2}  {choose_tiles(product, chip, processors)}" for name, product in products.items()]
 
 
 def read(path: Path, *, locked: bool = False) -> Entries:

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from complora_kernels.kernels.dropout import keep_mask
+from complora_kernels.kernels.tiles import UNALIGNED_TILES, LargeProduct, Tiles, choose_tiles, model_of, tiles_of
 
 # Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were first imported). It cannot multiply
 # bfloat16 and truncates float32 to bfloat16, so there the kernels compute in float32 and torch rounds what they store.
@@ -96,6 +97,43 @@ def chip(device: torch.device) -> int | str:
     if INTERPRETED:
         return 0
     return capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.lru_cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """The streaming multiprocessors of a device; where there is none, as many as the chip has that is compiled for."""
+    if device.type != "cuda":
+        return model_of(chip(device)).processors
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def candidate_tiles(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """The tiles worth trying on a device."""
+    return tiles_of(chip(device), dtype)
+
+
+def tiles_for(
+    operands: tuple[Tensor, Tensor],  # the two of the large product
+    product: LargeProduct,
+    wanted: Sequence[int] | None,
+) -> Tiles:
+    """The tiles that were asked for, where the kernel can take them, else those that `choose_tiles` chooses."""
+    device, dtype = operands[0].device, operands[0].dtype
+    if not INTERPRETED and not all(aligned(operand) for operand in operands):
+        return UNALIGNED_TILES
+    if wanted is not None and wanted in tiles_of(chip(device), dtype, crowded=product.crowded):
+        return Tiles(*wanted)
+    return choose_tiles(product, chip(device), processors(device)).tiles
+
+
+def spills_with_residual(device: torch.device) -> bool:
+    """Whether an accumulator that starts from a residual leaves too few registers: Blackwell's lies in other memory."""
+    name = chip(device)
+    return isinstance(name, int) and name >= 100
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -22,6 +22,7 @@ from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import factors, launch, linear, reductions
 from complora_kernels.kernels.dropout import dropout_lanes
 from complora_kernels.kernels.rows import MAX_GROUPS, NO_ADAPTER, RowGroups, row_groups
+from complora_kernels.kernels.tiles import HALF_TILES, Tiles
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -177,8 +178,23 @@ def test_products_of_parts_are_those_of_the_whole():
 @pytest.mark.parametrize("tiles", [(64, 32, 32, 4, 1), (32, 64, 32, 4, 1), (32, 32, 64, 4, 1)], ids=str)
 def test_products_with_other_tiles(tiles, monkeypatch):
     """Masks among others: their counters start at the tile's column, whatever its width."""
-    monkeypatch.setattr(linear, "tiles_of", lambda *_, **__: (linear.Tiles(*tiles),))
+    monkeypatch.setitem(HALF_TILES, 0, (Tiles(*tiles),))
     check([make_product(70, 70, 33, 5, (1, 0), 0.25, torch.float16)])
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("r", "p"), [(5, 0.0), (33, 0.0), (17, 0.25)])
+def test_products_that_start_from_a_residual(r, p, stream):
+    """In the rows of several adapters and of none, with h given and inside, at sizes that no tile divides."""
+    of = make_product(37, 35, 33, r, (1, NONE, 0), p, torch.bfloat16)
+    bias, residual = randn(99, dtype=torch.bfloat16), randn(37, 99, dtype=stream)
+    of = replace(of, bias=bias)
+    exact = by_formulas(of, torch.float64)["y"] + residual.double()
+    same_dtype = by_formulas(of, torch.bfloat16)["y"].to(stream) + residual
+    for h in (linear.packed_lora_linear_h(of.x, of.linear), None):
+        y, _ = linear.packed_lora_linear_fwd(of.x, of.linear, h, residual=residual)
+        assert y.dtype == stream
+        assert_as_accurate_as_reference(y, same_dtype, exact, "y", torch.bfloat16)
 
 
 def test_memory_that_kernels_write_starts_as_nan():
