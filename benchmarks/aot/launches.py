@@ -16,7 +16,7 @@ from complora_kernels.adapted_linear import AdaptedLinear
 TOKENS, WIDTH = 512, 768
 # What matters most: the blocks of ViT-B/16 at rank 16, without dropout and as the default recipe has it.
 _HELD = re.compile(
-    r"bfloat16 P=(1 r=16 p=0\.0|3 r=16 p=0\.25|3 r=16 p=0\.0, from 3 tensors)(?!.*(own columns|copies))"
+    r"bfloat16 P=(1 r=16 p=0\.0|3 r=16 p=0\.25|3 r=16 p=0\.0, (pack|beside))(?!.*(own columns|copies))"
     r"|bfloat16, residual (bfloat16|float32), "
     r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.25.*)?$"
     r"|bfloat16 (gelu, K=3072(, r=16 p=0\.0)?|quick_gelu, K=3072(, r=16 p=0\.(0|25))?)$"
@@ -90,14 +90,12 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
             wanted = {f"compute_{name}": name in outputs for name in ("g", "dB")}
             db = partial(reductions.packed_lora_linear_db, dY, h, product, **wanted)
             yield Launch(f"{case}, {' and '.join(outputs)}", db)
-        if adapters == 1:
-            grads = partial(reductions.packed_lora_linear_grads, reductions.Source(x, h, product), (dY, h, product))
-            yield Launch(case, grads)
-        else:
-            parts = [empty(TOKENS, WIDTH) for _ in range(adapters)]
-            db = partial(reductions.packed_lora_linear_db, parts, h, product, compute_g=True, compute_dB=True)
-            yield Launch(f"{case}, from {adapters} tensors", db)
-            yield Launch(f"{case}, from {adapters} tensors, beside", partial(db, beside=True))
+        apart, both = dY.chunk(adapters, 1), {"compute_g": True, "compute_dB": True}
+        for name in ("partial_g", "pack", "beside"):
+            db = partial(reductions.packed_lora_linear_db, apart, h, product, **both, **{name: True})
+            yield Launch(f"{case}, {name}", db)
+    grads = partial(reductions.packed_lora_linear_grads, reductions.Source(x, h, product), (dY, h, product))
+    yield Launch(f"{case}, dA and dB", grads)
 
 
 def label_of(tiles: Sequence[int]) -> str:

@@ -25,7 +25,8 @@ from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.partials import sum_when_last
 
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200, as registers and shared memory allow
+PROGRAMS = 264  # the splits aim for so many: two for each multiprocessor of an H100 or H200
+WIDE_PROGRAMS = 132  # one: with more than 32 ranks a program has the registers of eight warps
 ROWS_PER_SPLIT = 128  # at least: below, storing and adding partial sums would cost more than it brings
 
 
@@ -137,13 +138,13 @@ def packed_lora_linear_da_kernel(
         if UPCAST:
             x, g = x.to(tl.float32), g.to(tl.float32)
         dA = tl.dot(tl.trans(x), g, dA, input_precision=PRECISION)  # (mask ∘ x)^T g
-    offsets = pr[None, :].to(tl.int64) * K + k[:, None]
+    of_adapter = adapter.to(tl.int64) * RANK * K
     sum_when_last(
         (dA * keep_scale,),
-        (offsets,),
+        (r[None, :] * K + k[:, None],),
         ((k < K)[:, None] & (r < RANK)[None, :],),
-        dA_ptr,
-        partials_ptr,
+        dA_ptr + of_adapter,
+        partials_ptr + of_adapter,
         counters_ptr + tile * (tl.cdiv(splits, group_of_splits) + 1),
         ADAPTERS * RANK * K,
         split,
@@ -169,7 +170,9 @@ def da_job(source: Source) -> Job:
     wide = 128 if launch.aligned(x) else 64  # see `linear.UNALIGNED_TILES`
     block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if dtype == torch.float32 else (64, wide)
     tiles = P * -(-R // block_r) * -(-K // block_k)
-    splits = partials.split_rows(M, min(-(-M // ROWS_PER_SPLIT), PROGRAMS // tiles), block_m)
+    splits = partials.split_rows(
+        M, min(-(-M // ROWS_PER_SPLIT), (WIDE_PROGRAMS if block_r > 32 else PROGRAMS) // tiles), block_m
+    )
     dA = launch.empty((P, R, K), dtype, device)
     arguments = {
         "x_ptr": x,
@@ -187,13 +190,13 @@ def da_job(source: Source) -> Job:
         "stride_xk": x.stride(1),
         "stride_gm": g.stride(0),
         "rows_of_split": splits.rows,
-        "splits": splits.count,
+        "splits": splits.number,
         "group_of_splits": splits.group,
         "threshold": dropout.threshold,
         "keep_scale": dropout.scale,
         "RANK": R,
         "ADAPTERS": P,
-        "SPLIT": splits.count > 1,
+        "SPLIT": splits.number > 1,
         "BITS": dropout.bits,
         "NORMED": norm is not None,
         "HAS_BIAS": bias is not None,
@@ -204,7 +207,7 @@ def da_job(source: Source) -> Job:
         "BLOCK_K": block_k,
         "BLOCK_R": block_r,
     }
-    return Job(tiles * splits.count, tiles * splits.counters, arguments, dA, source)
+    return Job(tiles * splits.number, tiles * splits.counters, arguments, dA, source)
 
 
 def packed_lora_linear_da(

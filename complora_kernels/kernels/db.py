@@ -7,7 +7,9 @@ afterwards, with g beside it or not, the same pass copies it there.
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
-# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# Triton knows no starred expressions.
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -27,14 +29,15 @@ from complora_kernels.kernels.rows import groups_of
 
 MAX_POINTERS = 3  # tensors that dY may be in: the gradients of q, k and v
 ROWS_PER_SPLIT = 128  # at least: below, storing and adding partial sums would cost more than it brings
+WHOLE_G_CHIPS = (90, 100)  # whose tensor cores read both operands from 227 KiB of shared memory
 
 
 class Tiles(NamedTuple):
-    """What one program of a launch holds: `count` tiles of BLOCK_N columns, and how many programs run at a time."""
+    """What one program of a launch holds: `number` tiles of BLOCK_N columns, and how many programs run at a time."""
 
     block_m: int
     block_n: int
-    count: int
+    number: int
     num_warps: int
     num_stages: int
     programs: int
@@ -54,7 +57,7 @@ class Job(NamedTuple):
     dtype: torch.dtype
 
     def results(self) -> tuple[Tensor, ...]:
-        """g and dB̃ in the dtype of dY, and the packed dY if there is one; after the launch."""
+        """Of dB̃ and g, in the dtype of dY, and the packed dY if there is one; after the launch."""
         g = self.g if self.g.dim() == 3 else launch.rounded(self.g, self.dtype)
         if self.g_inside is not None and launch.upcast(self.dtype):
             g = self.g_inside.copy_(g)
@@ -143,18 +146,17 @@ def packed_lora_linear_db_kernel(
         columns_ptr += (group * tl.cast(D, tl.int64)) * stride_dn
 
     first_column = tile * (COUNT * BLOCK_N)
-    B, dB, offsets, masks = (), (), (), ()
+    of_adapter = adapter.to(tl.int64) * D * RANK
+    B, dB = (), ()
     for j in tl.static_range(COUNT):
-        d = first_column + j * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (d < D)[:, None] & rank_mask[None, :]
-        offset = (adapter * tl.cast(D, tl.int64) + d)[:, None] * RANK + r[None, :]
         if COMPUTE_G:
-            B_tile = tl.load(B_ptr + offset, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_R]
+            d = first_column + j * BLOCK_N + tl.arange(0, BLOCK_N)
+            B_ptrs = B_ptr + of_adapter + (d[:, None] * RANK + r[None, :])
+            B_tile = tl.load(B_ptrs, mask=(d < D)[:, None] & rank_mask[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
             if UPCAST:
                 B_tile = B_tile.to(tl.float32)
             B = B + (B_tile,)
         dB = dB + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
-        offsets, masks = offsets + (offset,), masks + (mask,)
 
     first = split * rows_of_split
     for m0 in range(0, rows_of_split, BLOCK_M):
@@ -184,27 +186,31 @@ def packed_lora_linear_db_kernel(
         if COMPUTE_DB:
             dB = added
         if COMPUTE_G:
-            mask = row_mask & rank_mask[None, :]
+            g_mask = row_mask & rank_mask[None, :]
             if TILES == 1:
                 g_ptrs = g_ptr + rows[:, None] * stride_gm + pr[None, :]
-                tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=mask)
+                tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=g_mask)
             else:
                 part = tl.cast(tile, tl.int64) * M + rows
-                tl.store(g_partials_ptr + part[:, None] * (ADAPTERS * RANK) + pr[None, :], g, mask=mask)
-        if PAD > 0:
-            if chunk == 0:
-                pad = tl.arange(0, 8)[None, :]
-                pad_ptrs = packed_ptr + rows[:, None] * stride_pm + (GROUPS * D + ADAPTERS * RANK + pad)
-                tl.store(pad_ptrs, tl.zeros((BLOCK_M, 8), packed_ptr.dtype.element_ty), mask=row_mask & (pad < PAD))
+                tl.store(g_partials_ptr + part[:, None] * (ADAPTERS * RANK) + pr[None, :], g, mask=g_mask)
+        if PAD > 0 and chunk == 0:
+            pad = tl.arange(0, 8)[None, :]
+            pad_ptrs = packed_ptr + rows[:, None] * stride_pm + (GROUPS * D + ADAPTERS * RANK + pad)
+            tl.store(pad_ptrs, tl.zeros((BLOCK_M, 8), packed_ptr.dtype.element_ty), mask=row_mask & (pad < PAD))
 
     counters_of_tile = tl.cdiv(splits, group_of_splits) + 1
     if COMPUTE_DB:
+        offsets, masks = (), ()
+        for j in tl.static_range(COUNT):
+            d = first_column + j * BLOCK_N + tl.arange(0, BLOCK_N)
+            offsets = offsets + (d[:, None] * RANK + r[None, :],)
+            masks = masks + ((d < D)[:, None] & rank_mask[None, :],)
         sum_when_last(
             dB,
             offsets,
             masks,
-            dB_ptr,
-            partials_ptr,
+            dB_ptr + of_adapter,
+            partials_ptr + of_adapter,
             counters_ptr + chunk * counters_of_tile,
             ADAPTERS * RANK * D,
             split,
@@ -219,11 +225,11 @@ def packed_lora_linear_db_kernel(
             size = tl.cast(M, tl.int64) * (ADAPTERS * RANK)
             for m0 in range(0, rows_of_split, BLOCK_M):
                 rows = first + m0 + tl.arange(0, BLOCK_M)
-                mask = (rows < M)[:, None] & rank_mask[None, :]
-                offset = rows[:, None] * (ADAPTERS * RANK) + pr[None, :]
-                g = sum_in_order(g_partials_ptr, offset, mask, size, TILES)
+                g_mask = (rows < M)[:, None] & rank_mask[None, :]
+                g_offsets = rows[:, None] * (ADAPTERS * RANK) + pr[None, :]
+                g = sum_in_order(g_partials_ptr, g_offsets, g_mask, size, TILES)
                 g_ptrs = g_ptr + rows[:, None] * stride_gm + pr[None, :]
-                tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=mask)
+                tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=g_mask)
 
 
 def tiles_for(
@@ -233,20 +239,30 @@ def tiles_for(
     device: torch.device,
     *,
     compute_g: bool,
+    pack: bool = False,
     narrow: bool = False,
 ) -> Tiles:
-    """The tiles of a launch, which share the columns of an adapter among programs where one does not hold them all.
+    """The tiles of a launch.
 
-    `narrow`: with four warps, for a launch that computes dÃ too.
+    A program holds all columns of an adapter where its registers and shared memory allow, so that g is whole: on Hopper
+    and Blackwell with up to 16 ranks and 768 columns. Else programs share the columns evenly. `narrow`: with four
+    warps, for a launch that computes dÃ too.
     """
     if launch.INTERPRETED:
         return Tiles(32, 32, min(-(-D // 32), 2), 4, 1, 264)
     if dtype == torch.float32:
         return Tiles(32, 64, 1, 4, 3, 264)
-    if narrow:
+    if narrow or not compute_g:
         return Tiles(64, launch.power_of_two(D, 32, 128 if R <= 32 else 64), 1, 4, 3, 264)
     block_n = launch.power_of_two(D, 32, 256)
-    return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)
+    columns = -(-D // block_n)
+    chip = launch.chip(device)
+    if chip not in WHOLE_G_CHIPS or R > 16 or columns == 1:
+        return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)  # B̃ lies in shared memory beside the stages of dY
+    count = -(-columns // -(-columns // 3))
+    if pack or chip == 100:  # passes through registers, or through another copy: fewer rows at a time, one stage more
+        return Tiles(32, block_n, count, 8, 3, 132)
+    return Tiles(64, block_n, count, 8, 2, 132)
 
 
 def db_job(
@@ -273,8 +289,8 @@ def db_job(
     whole = parts[0]
     M, (P, D, R), N, dtype, device = len(whole), B.shape, len(linear.weight), whole.dtype, whole.device
     pack, compute_g = pack or beside, compute_g or beside
-    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, narrow=narrow)
-    shared = -(-D // (tiles.block_n * tiles.count))  # programs that share the columns of an adapter
+    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, pack=pack, narrow=narrow)
+    shared = -(-D // (tiles.block_n * tiles.number))  # programs that share the columns of an adapter
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
     blocks = (len(groups.adapters) if pack else P) * -(-R // block_r)
     splits = partials.split_rows(M, min(-(-M // ROWS_PER_SPLIT), tiles.programs // (shared * blocks)), tiles.block_m)
@@ -310,7 +326,7 @@ def db_job(
         "stride_gm": g.stride(0),
         "stride_pm": 0 if packed is None else packed.stride(0),
         "rows_of_split": splits.rows,
-        "splits": splits.count,
+        "splits": splits.number,
         "group_of_splits": splits.group,
         "RANK": R,
         "ADAPTERS": P,
@@ -323,18 +339,18 @@ def db_job(
         "COMPUTE_DB": compute_dB,
         "PACK": pack,
         "PAD": pad,
-        "SPLIT": splits.count > 1,
+        "SPLIT": splits.number > 1,
         "UPCAST": launch.upcast(dtype),
         "PRECISION": launch.input_precision(dtype),
         "TILES": shared,
-        "COUNT": tiles.count,
+        "COUNT": tiles.number,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_R": block_r,
     }
-    counters = shared * blocks * splits.counters + splits.count * blocks
+    counters = shared * blocks * splits.counters + splits.number * blocks
     g = g_partials if partial else g
-    return Job(shared * blocks * splits.count, counters, arguments, tiles, g, dB, packed, g_inside, dtype)
+    return Job(shared * blocks * splits.number, counters, arguments, tiles, g, dB, packed, g_inside, dtype)
 
 
 def packed_lora_linear_db(
@@ -350,12 +366,10 @@ def packed_lora_linear_db(
 ) -> tuple[Tensor, ...]:  # g [M, P r], dB̃ [P, D, r]; of no elements where they are not computed; packed dY
     """`g_p = dY_p B̃_p` and `dB̃_p = dY_p^T h_p` in one pass over dY.
 
-    Args:
-        partial_g: where no program holds all columns of an adapter, g is [TILES, M, P r] in float32, to be added up
-            in the order of the first dimension by whoever reads it.
-        pack: dY is also copied to one tensor [M, N], the third result.
-        beside: it is copied to [M, N + P r, padded to a multiple of 8] with g beside it and zeros behind; g is then
-            part of that tensor.
+    With `partial_g`, where no program holds all columns of an adapter, g is [TILES, M, P r] in float32, to be added up
+    in the order of the first dimension by whoever reads it. With `pack` dY is also copied to one tensor [M, N], the
+    third result; with `beside` to [M, N + P r, padded to a multiple of 8], with g beside it, which is then part of that
+    tensor, and zeros behind.
 
     Raises:
         ValueError: dY is another number of tensors than there are groups of rows.

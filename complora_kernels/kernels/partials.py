@@ -6,7 +6,7 @@ added in groups, so that the last program does not read all of them alone.
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
-# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ READ_AHEAD = tl.constexpr(4)  # loads of partial sums under way at a time
 class Splits(NamedTuple):
     """How the rows of a sum are shared out among programs."""
 
-    count: int
+    number: int
     rows: int  # of each split, a multiple of a program's block of rows
     group: int  # so many neighbouring splits are added first
 
     @property
     def groups(self) -> int:
-        return -(-self.count // self.group)
+        return -(-self.number // self.group)
 
     @property
     def parts(self) -> int:
         """The partial sums to be stored for a tile: of the splits, then of their groups; none of a single split."""
-        return 0 if self.count == 1 else self.count + (self.groups if self.groups > 1 else 0)
+        return 0 if self.number == 1 else self.number + (self.groups if self.groups > 1 else 0)
 
     @property
     def counters(self) -> int:
@@ -123,8 +123,8 @@ def is_last(counter_ptr, expected):
 
 @triton.jit
 def sum_in_order(
-    partials_ptr,  # [count, size], float32
-    offsets,  # of a tile inside one partial sum
+    partials_ptr,  # into the first of [count, size], float32
+    offsets,  # of a tile behind that pointer
     mask,
     size,
     count,
@@ -134,7 +134,7 @@ def sum_in_order(
     for first in range(0, count, READ_AHEAD):
         for i in tl.static_range(READ_AHEAD):
             part = tl.cast(first + i, tl.int64)
-            ptrs = partials_ptr + part * size + offsets
+            ptrs = (partials_ptr + part * size) + offsets
             total += tl.load(ptrs, mask=mask & (part < count), other=0.0, cache_modifier=".cg")
     return total
 
@@ -142,10 +142,10 @@ def sum_in_order(
 @triton.jit
 def sum_when_last(
     tiles,  # a tuple of tiles, float32: the sums over the rows of this program's split
-    offsets,  # a tuple: where they lie in the result, int64
+    offsets,  # a tuple: where they lie behind the pointers below
     masks,  # a tuple
-    out_ptr,  # [size]
-    partials_ptr,  # [SPLITS + GROUPS, size], float32
+    out_ptr,  # into the result, of `size` elements
+    partials_ptr,  # likewise into the first of [SPLITS + GROUPS, size], float32
     counters_ptr,  # [GROUPS + 1] of these tiles
     size,
     split,
@@ -168,7 +168,7 @@ def sum_when_last(
         mine = split // group
         first = mine * group
         for j in tl.static_range(COUNT):
-            tl.store(partials_ptr + split * step + offsets[j], tiles[j], mask=masks[j])
+            tl.store((partials_ptr + split * step) + offsets[j], tiles[j], mask=masks[j])
         members = tl.minimum(group, splits - first)
         if is_last(counters_ptr + mine, members):
             if groups == 1:
@@ -179,7 +179,7 @@ def sum_when_last(
                 sums_ptr = partials_ptr + splits * step  # [GROUPS, size]
                 for j in tl.static_range(COUNT):
                     total = sum_in_order(partials_ptr + first * step, offsets[j], masks[j], step, members)
-                    tl.store(sums_ptr + mine * step + offsets[j], total, mask=masks[j])
+                    tl.store((sums_ptr + mine * step) + offsets[j], total, mask=masks[j])
                 if is_last(counters_ptr + groups, groups):
                     for j in tl.static_range(COUNT):
                         total = sum_in_order(sums_ptr, offsets[j], masks[j], step, groups)

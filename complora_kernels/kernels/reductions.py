@@ -7,7 +7,7 @@ Sums over M are split, see `partials`.
 """
 
 # A launch takes more than its kernel's arguments.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 

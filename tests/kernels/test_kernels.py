@@ -19,7 +19,7 @@ from triton_device import DEVICE, drawn_p, masks_of
 
 from complora_kernels import reference
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.kernels import factors, launch, linear, reductions
+from complora_kernels.kernels import da, db, factors, launch, linear, reductions
 from complora_kernels.kernels.dropout import dropout_lanes
 from complora_kernels.kernels.rows import MAX_GROUPS, NO_ADAPTER, RowGroups, row_groups
 from complora_kernels.kernels.tiles import HALF_TILES, Tiles
@@ -224,7 +224,7 @@ def test_nothing_is_written_beside_the_results(dtype, p, monkeypatch):
     kept = torch.float32 if launch.upcast(dtype) else dtype
     monkeypatch.setattr(launch, "empty", lambda shape, _dtype, device: fenced(shape, kept, device))
     with monkeypatch.context() as patch:
-        patch.setattr(reductions.torch, "empty", only_partial_sums)
+        patch.setattr(torch, "empty", only_partial_sums)
         by_kernels(of)
     factors.merge_weight(of.linear, dtype)
     bases = [None, random_basis(37, 5).to(DEVICE)]
@@ -236,7 +236,7 @@ def test_nothing_is_written_beside_the_results(dtype, p, monkeypatch):
 @pytest.mark.parametrize(("p", "adapters"), [(0.25, 3), (0.1, 2), (0.5, 1), (2**-16, 1), (1e-9, 1), (1 - 2**-20, 1)])
 def test_masks_are_those_of_the_reference(p, adapters, monkeypatch):
     """Element for element in h, y, dX and dA, which show them where W = 0, A = B = I and x = 1."""
-    monkeypatch.setattr(reductions, "ROWS_PER_SPLIT", 20)  # masks of dA start in the middle, too
+    monkeypatch.setattr(da, "ROWS_PER_SPLIT", 20)  # masks of dA start in the middle, too
     K = M = D = 50
     masks = masks_of(SEED, adapters, (M, K), p)
     assert masks is not None
@@ -325,48 +325,6 @@ class Recorded:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         self.grids.append(grid)
         return self.kernel[grid] if self.runs else lambda *_, **__: None
-
-
-@pytest.mark.parametrize(("M", "dtype"), [(520, torch.float32), (300, torch.bfloat16)], ids=str)
-def test_sums_over_rows_are_split(M, dtype, monkeypatch):
-    """In parts of at least 256 rows, and in one order: the same bits every time."""
-    kernels = {"db": Recorded(reductions.packed_lora_linear_db_kernel)}
-    kernels["da"] = Recorded(reductions.packed_lora_linear_da_kernel)
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(reductions, f"packed_lora_linear_{name}_kernel", kernel)
-    of = make_product(M, 9, 8, 2, dtype=dtype)
-    (first,), second = check([of]), by_kernels(of)
-    assert {grid[-1] for kernel in kernels.values() for grid in kernel.grids} == {-(-M // 256)}
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.25])
-def test_many_short_splits(p, monkeypatch):
-    monkeypatch.setattr(reductions, "ROWS_PER_SPLIT", 1)
-    check([make_product(70, 33, 31, 3, (1, 0), p)])
-
-
-@settings(deadline=None, derandomize=True)
-@given(M=st.integers(0, 10**6), chunks=st.integers(1, 2000), block_m=st.sampled_from((32, 64)))
-def test_splits_cover_every_row_once(M, chunks, block_m):
-    splits, rows = reductions._splits(M, chunks, block_m)
-    if M == 0:
-        assert (splits, rows) == (0, 0)
-        return
-    assert (splits - 1) * rows < M <= splits * rows
-    assert rows % block_m == 0
-    assert splits == 1 or rows > reductions.ROWS_PER_SPLIT // 2
-    assert splits == 1 or splits * chunks <= reductions.PROGRAMS + chunks
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_partial_sums_are_added_in_order_and_rounded_once(dtype):
-    partials = randn(5, 3, 137)
-    total = torch.zeros(3, 137, device=DEVICE)
-    for partial in partials:
-        total = total + partial
-    assert torch.equal(reductions.sum_partials(partials, dtype), total.to(dtype))
-    assert not reductions.sum_partials(partials[:0], dtype).any()
 
 
 @pytest.mark.parametrize(("r", "layout"), [(1, "contiguous"), (17, "transposed"), (70, "strided"), (5, "among NaN")])
@@ -495,10 +453,9 @@ def test_factors_and_bases_beyond_32_bits(far_apart):
 @pytest.mark.parametrize("kernel", ["h", "fwd", "dx", "db", "da"])
 def test_grids_fit_the_device_for_any_number_of_rows(kernel, monkeypatch):
     """CUDA takes 2^31 - 1 programs in the first dimension, 65535 in the others."""
-    module = linear if kernel in ("h", "fwd", "dx") else reductions
+    module = {"da": da, "db": db}.get(kernel, linear)
     recorded = Recorded(None, runs=False)
     monkeypatch.setattr(module, f"packed_lora_linear_{kernel}_kernel", recorded)
-    monkeypatch.setattr(reductions, "sum_partials", lambda partials, dtype: partials[0])
     of = make_product(1, 1, 1, 1, p=0.25)
     M = 2**23
     x, dY, hg = (torch.ones(1, 1, device=DEVICE).expand(M, 1) for _ in range(3))
