@@ -316,5 +316,7 @@ def test_update_keeps_other_chips_and_needed_exceptions(tmp_path, monkeypatch):
 
 def test_the_committed_budgets_can_be_read():
     budget = budgets.load()
-    assert {"sm_80", "sm_89", "sm_90", "sm_100"} <= set(budget.figures)
+    names = {*budgets.LOWER_IS_BETTER, *budgets.HIGHER_IS_BETTER}
+    assert set(budget.figures) <= {chip.name for chip in BY_NAME.values()}
+    assert all(set(line) <= names for lines in budget.figures.values() for line in lines.values())
     assert all(exception.reason for exception in budget.exceptions)
