@@ -257,6 +257,8 @@ def tiles_for(
     block_n = launch.power_of_two(D, 32, 256)
     columns = -(-D // block_n)
     chip = launch.chip(device)
+    if isinstance(chip, str) and chip.startswith("gfx1"):  # RDNA: warps of 32 threads, and no more registers a thread
+        return Tiles(32, min(block_n, 64), 1, 8, 2, 132)
     if chip not in WHOLE_G_CHIPS or R > 16 or columns == 1:
         return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)  # B̃ lies in shared memory beside the stages of dY
     count = -(-columns // -(-columns // 3))

@@ -221,9 +221,10 @@ def test_forced_where_it_does_not_support_the_arguments_is_an_error_with_the_rea
 
 def table(output: str) -> dict[str, str]:
     """What follows each name, up to the column of purposes; after blank lines come the extension and the plans."""
-    rows, extension, chosen = output.split("\n\n")
+    rows, extension, chosen, tiles = output.split("\n\n")
     assert extension.splitlines() == ["extension", *build.describe()]
     assert chosen.splitlines() == ["plans", *plans.describe()]
+    assert tiles.startswith("tiles of the fused kernels, modelled")
     return {row.split()[0]: row[11:].split("  ")[0] for row in rows.splitlines() if not row.startswith("on ")}
 
 

@@ -47,7 +47,7 @@ def test_tiles_follow_the_number_of_processors():
     assert choose_tiles(of, 90, 114).tiles != WIDE
 
 
-@pytest.mark.parametrize("chip", sorted(set(CHIPS) - {0}))
+@pytest.mark.parametrize("chip", sorted(set(CHIPS) - {0}, key=str))
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_what_is_chosen_ships_for_the_chip(chip, itemsize):
     for rows in (0, 1, 63, 6304, 10**7):
@@ -122,8 +122,6 @@ def test_tiles_of_amd_fit_its_shared_memory(chip, dtype, crowded):
     tiles = tiles_of(chip, dtype, crowded=crowded)
     assert tiles
     assert all((t.block_m + t.block_out) * t.block_in * dtype.itemsize <= 64 * 1024 for t in tiles)
-    of = product(6304, itemsize=dtype.itemsize, crowded=crowded)
-    assert choose_tiles(of, chip, CHIPS[chip].processors).tiles in tiles
 
 
 def test_the_chip_of_rocm_is_its_name(monkeypatch):
