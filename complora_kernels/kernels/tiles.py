@@ -94,7 +94,7 @@ CHIPS = {
 }
 LATENCY = 1500  # cycles until the first loads are there and after the last store was issued
 MASK_CYCLES = 0.09  # of an element of a mask: 11 instructions, of which an SM issues 128 in a cycle
-REGISTERS = 100  # a thread, beside its accumulator
+REGISTERS = 110  # a thread, beside its accumulator
 
 # By the oldest chip that a row is for. `make aot` prints what each costs in registers and shared memory.
 HALF_TILES = {
@@ -128,11 +128,13 @@ UNALIGNED_TILES = Tiles(64, 64, 32, 4, 2)
 def tiles_of(chip: int | str, dtype: torch.dtype, *, crowded: bool = False) -> tuple[Tiles, ...]:
     """The tiles that ship for a chip.
 
-    A kernel is crowded when it needs a mask beside its accumulator: tiles of 128 elements a thread would spill there.
+    A kernel is crowded when it needs a mask beside its accumulator. It has the largest tiles of at most 64 elements a
+    thread: others spill registers there.
     """
     table = FLOAT32_TILES if dtype == torch.float32 else HALF_TILES
     tiles = table[_row(table, chip)]
-    return tuple(t for t in tiles if not crowded or t.block_m * t.block_out < 128 * 32 * t.num_warps)
+    small = tuple(t for t in tiles if t.block_m * t.block_out < 128 * 32 * t.num_warps)
+    return small[:1] if crowded else tiles
 
 
 def model_of(chip: int | str) -> Chip:
