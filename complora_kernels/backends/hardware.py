@@ -9,7 +9,7 @@ import os
 import torch
 
 OLDEST_CHIP = (8, 0)  # compute capability; the kernels need bfloat16 on tensor cores
-AMD_CHIPS = ("gfx942", "gfx950", "gfx1100", "gfx1201")  # for which the kernels were compiled; they have run on none
+AMD_CHIPS = ("gfx942", "gfx1100")  # for which `make aot` compiles the kernels; they have run on none
 
 
 def interpreted() -> bool:
