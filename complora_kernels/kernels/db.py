@@ -251,6 +251,8 @@ def tiles_for(
     if narrow or not compute_g:
         return Tiles(64, launch.power_of_two(D, 32, 128 if R <= 32 else 64), 1, 4, 3, 264)
     chip = launch.chip(device)
+    if isinstance(chip, str) and chip.startswith("gfx1"):  # RDNA: warps of 32 threads, and no more registers a thread
+        return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
     if R > 32 and chip not in WHOLE_G_CHIPS:  # B̃ and dY lie in registers, as operands of the tensor cores
         return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
     # One program with all columns would leave 48 KiB a split for the last program to add: by the model of a GPU that
@@ -396,6 +398,6 @@ def packed_lora_linear_db(
                 **job.arguments,
                 counters_ptr=partials.counters(job.counters, device),
                 num_warps=job.tiles.num_warps,
-                num_stages=job.tiles.num_stages,
+                num_stages=launch.stages(job.tiles.num_stages),
             )
     return job.results()

@@ -167,7 +167,7 @@ def packed_lora_linear_fwd(
     moved = dtype.itemsize + (0 if residual is None else residual.element_size())
     # On Blackwell the accumulator is in registers only until the loop: it then takes as many for its way to the tensor
     # memory as it has.
-    crowded = dropout.bits > 0 or (residual is not None and launch.chip(x.device) >= 100)
+    crowded = dropout.bits > 0 or (residual is not None and launch.spills_with_residual(x.device))
     count = len(groups.adapters)
     product = LargeProduct(M, N, K, count, R, x.element_size(), moved, crowded=crowded)
     cut = launch.tiles_for((x, weight), product, tiles)
