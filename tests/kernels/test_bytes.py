@@ -8,6 +8,7 @@ by design, from the L2 cache, and how often.
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -230,12 +231,17 @@ CASES = {
 }
 
 
+@functools.cache
+def launches_of(call: Callable[[], object]) -> list[memory_traffic.Traffic]:
+    with memory_traffic.watched() as launches:
+        call()
+    return launches
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_bytes_of(name):
     case, kernel = CASES[name], f"{name.partition(',')[0]}_kernel"
-    with memory_traffic.watched() as launches:
-        case.call()
-    launches = [launch for launch in launches if launch.kernel == kernel]
+    launches = [launch for launch in launches_of(case.call) if launch.kernel == kernel]
     least = 4 * sum(case.minimum.values())
     stated = 4 * sum(elements * case.again.get(operand, 1) for operand, elements in case.minimum.items())
     distinct, moved = (sum(launch.distinct() for launch in launches), sum(launch.bytes() for launch in launches))
