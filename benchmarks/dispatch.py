@@ -1,10 +1,11 @@
 """What a step launches on a GPU, in order, followed on a machine without one.
 
 Launching functions, plans, autograd and torch's dispatcher run as on a GPU, on tensors of the CPU. `kernels_uncompiled`
-lets Triton's own dispatch run up to the launch: nothing is compiled. `Follower` records each Triton kernel, and each
-operation of torch that is neither a view nor an allocation and so is one kernel or more; it computes no large result of
-floating-point numbers, so that shapes may be those of a GPU. An operation counts as one launch: torch launches more for
-some (the backward pass of attention three, a fused AdamW one for every 36 tensors).
+lets Triton's own dispatch run up to the launch and compiles nothing; `kernels_unlaunched` compiles each kernel and goes
+no further. `Follower` records each Triton kernel, and each operation of torch that is neither a view nor an allocation
+and so is one kernel or more. Large results of floating-point numbers are not computed, so that shapes may be those of a
+GPU. An operation counts as one launch: torch launches more for some (the backward pass of attention three, a fused
+AdamW one for every 36 tensors).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Follower(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.is_view or name in ALLOCATIONS or func.namespace not in ("aten", "complora"):
+        if left_alone(func):
             result = func(*args, **kwargs)
             self.kept += [tensor.untyped_storage() for tensor in tensors_of(result)]
             return result
@@ -114,6 +115,19 @@ class Follower(TorchDispatchMode):
         self.launches.append(
             Launch(kernel, self.phase, products_of(kernel, given), self.least_bytes or tensors, (), grid, numbers)
         )
+
+
+class Uncomputed(TorchDispatchMode):
+    """Large results of floating-point numbers are memory that nobody has written to."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **kwargs) if left_alone(func) else computed(func, args, kwargs)
+
+
+def left_alone(func: Any) -> bool:
+    """Whether an operation is no kernel: a view, an allocation, a question about a tensor."""
+    return func.is_view or func.overloadpacket.__name__ in ALLOCATIONS or func.namespace not in ("aten", "complora")
 
 
 def computed(func: Any, args: Any, kwargs: Any) -> Any:
@@ -221,11 +235,8 @@ class UncompiledKernel:
 
 
 @contextlib.contextmanager
-def kernels_uncompiled(chip: int, launched: Callable[..., None]) -> Iterator[None]:
-    """Within it CPU tensors count as those of a chip, and every launch of a Triton kernel is handed to `launched`.
-
-    It takes the kernel's name, the names of its arguments, the grid and the arguments. For the rest of the process
-    Triton's driver is that of the chip.
+def on_chip(chip: int) -> Iterator[None]:
+    """Within it CPU tensors count as those of a chip; for the rest of the process Triton's driver is that of the chip.
 
     Raises:
         RuntimeError: the kernels were imported for Triton's interpreter, which dispatches nothing.
@@ -239,17 +250,42 @@ def kernels_uncompiled(chip: int, launched: Callable[..., None]) -> Iterator[Non
         raise RuntimeError("TRITON_INTERPRET=1 in this process, expected kernels that are dispatched as on a GPU")
     triton.runtime.driver.set_active(ChipDriver(chip))  # type: ignore[arg-type]
     with (
-        patch.object(triton.compiler, "compile", UncompiledKernel),
         patch.object(launch, "chip", lambda _device: chip),
         patch.object(hardware, "interpreted", lambda: True),  # CPU tensors are taken
-        patch.object(hardware, "chip", lambda _name: chip, create=True),  # plans ask for it
-        patch.object(tracing, "_len_torch_dispatch_stack", lambda: 0),  # a follower changes nothing
+        patch.object(hardware, "chip", lambda _name: chip),  # plans ask for it
+        patch.object(tracing, "_len_torch_dispatch_stack", lambda: 0),  # a mode that only follows changes nothing
     ):
+        yield
+
+
+@contextlib.contextmanager
+def kernels_uncompiled(chip: int, launched: Callable[..., None]) -> Iterator[None]:
+    """Within it every launch of a Triton kernel is handed to `launched`, see `on_chip`.
+
+    It takes the kernel's name, the names of its arguments, the grid and the arguments.
+    """
+    import triton
+
+    with on_chip(chip), patch.object(triton.compiler, "compile", UncompiledKernel):
         LAUNCHED.append(launched)
         try:
             yield
         finally:
             LAUNCHED.remove(launched)
+
+
+@contextlib.contextmanager
+def kernels_unlaunched(chip: int, compiled: Callable[[Any], None]) -> Iterator[None]:
+    """Within it a launch ends when its kernel is compiled, which `compiled` is given, see `on_chip`."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled(run(self, *args, grid=grid, warmup=True, **options))
+
+    with on_chip(chip), patch.object(JITFunction, "run", compile_only), Uncomputed():
+        yield
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def record(share: int, shares: int, chip: int, cache: Path) -> Compiled:
     import torch
     import triton
 
-    from benchmarks.gpu import dry
+    from benchmarks import dispatch
     from benchmarks.gpu.entries import entries
     from benchmarks.gpu.environment import Compilations
     from benchmarks.gpu.problems import Bench
@@ -69,7 +69,7 @@ def record(share: int, shares: int, chip: int, cache: Path) -> Compiled:
     with patch.object(triton.compiler.compiler, "get_cache_key", noted):
         for entry in entries(bench)[share::shares]:
             try:
-                with dry.compiled_alone(chip, compiled):
+                with dispatch.kernels_unlaunched(chip, compiled):
                     list(entry.run(bench))
             except Exception as error:
                 failed.append(f"{entry.name}: {type(error).__name__}: {error}")

@@ -154,7 +154,8 @@ def activation_fwd_kernel(
 ):
     """One program computes a and h for BLOCK_M rows and BLOCK_R ranks; the first ranks' programs store a.
 
-    Minimum bytes: z and Ã read once, a and h written once; B̃ read and written once where h is stored beside a too.
+    Minimum bytes: z and Ã read once, a and h written once; B̃ read and written once where h is stored beside a. With
+    more than BLOCK_R ranks z is read once for each block of them.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
         write_factors(
@@ -243,7 +244,8 @@ def activation_bwd_kernel(
 ):
     """One program owns BLOCK_K columns of one split of the rows: it adds the rank-r term and adds up its part of dÃ.
 
-    Minimum bytes: da, z, g and Ã read once, dz and dÃ written once; the partial sums of dÃ written and read once.
+    Minimum bytes: da and z read once, dz written once; with the rank-r term g and Ã read once, with dÃ that written
+    once, and its partial sums written and read once.
     """
     split = tl.program_id(1).to(tl.int64)
     k0 = tl.program_id(0) * BLOCK_K

@@ -94,9 +94,10 @@ def packed_lora_linear_da_kernel(
 ):
     """One program adds up BLOCK_K columns and BLOCK_R ranks of one adapter's dÃ over one split of the rows.
 
-    Adapters come first, so that the programs that read the same part of x run side by side. Least bytes: x [M, K],
-    g [M, P R] and what the norm needs once, dA [P, R, K] once. With masks x is read once for each adapter, from the
-    second on out of the L2 cache.
+    Adapters come first, so that the programs that read the same part of x run side by side.
+
+    Minimum bytes: x, g and what the norm needs read once, dA written once; the partial sums of dA written and read
+    once. With masks x is read once for each adapter, from the second on out of the L2 cache.
     """
     program = tl.program_id(0) - first_program
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R

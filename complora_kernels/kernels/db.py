@@ -118,8 +118,8 @@ def packed_lora_linear_db_kernel(
     It adds up dB̃ for them and stores g, which is whole where these columns are all there are. Else it stores what they
     contribute, and the last program of a split adds that up, in order, or a consumer does.
 
-    Least bytes: dY [M, N], h [M, P R] and B̃ once, g [M, P R] and dB [P, D, R] once, and, where dY is packed, [M, N]
-    once more. With more than BLOCK_R ranks dY is read once for each block of them.
+    Minimum bytes: dY, h and B̃ read once, g and dB written once, and, where dY is packed, dY written once; the partial
+    sums of g and of dB written and read once. With more than BLOCK_R ranks dY is read once for each block of them.
     """
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     SLOTS: tl.constexpr = GROUPS if PACK else ADAPTERS

@@ -61,9 +61,9 @@ def fold_coordinates_kernel(
 
         coordinates[split] = factor[:, split] U[split, :]
 
-    At the least a launch reads every basis that projects once, 4 d k bytes, and its factor once, r d elements, and
-    writes the coordinates of every split, 4 splits r k bytes. A factor is read once for each BLOCK_K directions, and a
-    basis once for each BLOCK_R vectors: once where r <= BLOCK_R.
+    Minimum bytes: every basis that projects read once, 4 d k bytes, and its factor once, r d elements, the coordinates
+    of every split written once, 4 splits r k bytes. A factor is read once for each BLOCK_K directions, and a basis once
+    for each BLOCK_R vectors: once where r <= BLOCK_R.
 
     ALIGNED: every basis row starts on 16 bytes and has a multiple of four directions. WIDTH: elements of a factor that
     one load takes; above 1 every factor is contiguous along d or r as LAYOUT says.
@@ -153,10 +153,11 @@ def fold_factors_kernel(
 
         out = factor - (Σ coordinates[split]) U^T   or   (Σ coordinates[split]) U^T   or factor; of some, times scaling
 
-    The sum goes through the splits in their order, as it reads them. At the least a launch reads every basis that
-    projects once, 4 d k bytes, the coordinates of every split, 4 splits r k bytes, and every factor once, r d elements,
-    and writes every result once, r d elements. Coordinates are read once for each BLOCK_D elements, and a basis once
-    for each BLOCK_R vectors: once where r <= BLOCK_R.
+    The sum goes through the splits in their order, as it reads them.
+
+    Minimum bytes: every basis that projects read once, 4 d k bytes, the coordinates of every split once, 4 splits r k
+    bytes, and every factor once, r d elements, every result written once, r d elements. Coordinates are read once for
+    each BLOCK_D elements, and a basis once for each BLOCK_R vectors: once where r <= BLOCK_R.
 
     ALIGNED, WIDTH, LAYOUT: see `fold_coordinates_kernel`.
     """
@@ -266,7 +267,11 @@ def merge_weight_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program computes a tile [BLOCK_N, BLOCK_K] of the merged weight, all in one group of D rows."""
+    """One program computes a tile [BLOCK_N, BLOCK_K] of the merged weight, all in one group of D rows.
+
+    Minimum bytes: W, Ã and B̃ read once, the merged weight written once. A tile reads its part of Ã and of B̃: all but
+    the first reads of each come from the L2.
+    """
     tiles_of_group = tl.cdiv(D, BLOCK_N)
     group, tile_of_group = tl.program_id(0) // tiles_of_group, tl.program_id(0) % tiles_of_group
     owner = (ADAPTER_OF_GROUP >> (4 * group)) & 15

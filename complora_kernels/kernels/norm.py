@@ -84,8 +84,8 @@ def norm_fwd_kernel(
     For h it reads the norm that it has stored again, BLOCK_H columns at a time and from the cache: shared memory holds
     neither whole rows nor all of Ã, however wide they are.
 
-    Minimum bytes: x, delta, Ã, w and b read once, s (with delta), n, mean, rstd and h written once; B̃ read and written
-    once where h is stored beside n too.
+    Minimum bytes: x, delta, Ã, w and b read once, s (with delta), n, mean, rstd and h written once, and n read from the
+    cache for h; B̃ read and written once where h is stored beside n.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
         write_factors(
@@ -283,7 +283,8 @@ def norm_bwd_update_kernel(
 
     Tiles of whole rows would leave no registers beside the rank-r term. The second pass reads from the cache.
 
-    Minimum bytes: dn, d_s, s, w, mean, rstd, g and Ã read once, ds written once; dn, s, w, g and Ã twice from the L2.
+    Minimum bytes: dn, d_s, s, w, mean, rstd, g and Ã read once, ds written once. dn, s, w, g and Ã are
+    read twice, the second time from the L2.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)

@@ -85,7 +85,7 @@ def packed_lora_linear_grads_kernel(
 ):
     """One program is one of `packed_lora_linear_da_kernel`, or of `packed_lora_linear_db_kernel` without g.
 
-    Least bytes: those of both.
+    Minimum bytes: those of both.
     """
     if tl.program_id(0) < da_programs:
         packed_lora_linear_da_kernel(

@@ -25,6 +25,7 @@ from benchmarks.gpu import entries as gpu_entries
 from benchmarks.gpu.entries import Entry, entries
 from benchmarks.gpu.problems import Bench, Row, Sizes
 from benchmarks.gpu.program import Log, run
+from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
 from complora_kernels.backends.triton import TritonBackend
 from complora_kernels.replays import Replays
@@ -241,6 +242,16 @@ def small() -> Bench:
     return Bench(DEVICE, SMALL, clock=Replays(Again, second, second, second))
 
 
+def as_at_real_sizes(check: Any, **options: Any) -> Any:
+    """A check by the plan that a GPU's sizes have: h beside what products read, dX with a term that is added later."""
+
+    def run(bench: Bench) -> Iterator[Row]:
+        with plans.override(Plan("concat")):
+            yield from check(bench, **options)
+
+    return run
+
+
 CHECKS = {
     "norm": partial(checks.norm, dropout_p=0.25),
     "norm, repeated": checks.norm_repeated,
@@ -249,6 +260,10 @@ CHECKS = {
     "o": partial(checks.products, layer="o"),
     "q, k and v, dropout": partial(checks.products, layer="qkv", dropout_p=0.25),
     "concat": partial(checks.products, layer="o", plan=Plan("concat")),
+    "attention half": checks.attention_half,
+    "attention half, dropout": as_at_real_sizes(checks.attention_half, dropout_p=0.25),
+    "MLP half": as_at_real_sizes(checks.mlp_half, kind="quick_gelu"),
+    "MLP half, dropout": as_at_real_sizes(checks.mlp_half, kind="gelu", dropout_p=0.25),
     "attention": partial(checks.attention, tokens=5, causal=True),
 }
 
@@ -275,7 +290,8 @@ def test_the_fold_passes_and_a_wrong_one_does_not(monkeypatch):
 
 WRONG = {
     "norm": ("norm_bwd", lambda result: result * 1.02, ["ds"]),
-    "gelu": ("activation_fwd", lambda result: (result[0], result[1] * torch.nan), ["h"]),
+    "gelu": ("activation_fwd", lambda result: (result[0], result[1] * torch.nan, *result[2:]), ["h"]),
+    "MLP half": ("activation_bwd", lambda result: (result[0], [A * 1.05 for A in result[1]]), ["factor gradient 2"]),
     "o": ("packed_lora_linear_bwd", lambda result: result._replace(As=[A + 1e-1 for A in result.As]), ["dA"]),
 }
 
@@ -293,9 +309,9 @@ def test_an_h_that_is_wrong_now_and_then_is_found(small, monkeypatch):
     calls: list[int] = []
 
     def stale(*arguments: Any) -> Any:
-        stream, normed, n, h = original(*arguments)
+        stream, normed, (n, h, beside) = original(*arguments)
         calls.append(1)
-        return stream, normed, n, h + (len(calls) == 5)
+        return stream, normed, (n, h + (len(calls) == 5), beside)
 
     monkeypatch.setattr(TritonBackend, "norm_fwd", stale)
     *right, last = checks.norm_repeated(small)

@@ -188,6 +188,7 @@ class TestASmallUpdateIsRealised:
         with plans.override(CONCAT):
             grads = TRITON.packed_lora_linear_bwd(dY, x, x[:, : self.rank], record, Needs(True, False, False))
         update = (dY.double() @ B.double()) @ A.double()
+        assert isinstance(grads.x, Tensor)
         assert share(grads.x - dY.double() @ weight.double(), update) == pytest.approx(1, abs=self.ABS)
 
 

@@ -79,8 +79,7 @@ def make_product(
 def by_kernels(of: Product) -> dict[str, Tensor]:
     """Everything that the kernels compute, the large products with h and g given and, where they may be, inside."""
     h = linear.packed_lora_linear_h(of.x, of.linear)
-    beside_x = linear.packed_lora_linear_h(of.x, of.linear, beside_x=True)
-    assert torch.equal(beside_x, torch.cat([of.x, h], 1))
+    assert_beside(of, of.linear, h)
     y, _ = linear.packed_lora_linear_fwd(of.x, of.linear, h)
     g, dB = reductions.packed_lora_linear_db(of.dY, h, of.linear, compute_g=True, compute_dB=True)
     dX, _ = linear.packed_lora_linear_dx(of.dY, of.linear, g)
@@ -91,6 +90,20 @@ def by_kernels(of: Product) -> dict[str, Tensor]:
         dX, g = linear.packed_lora_linear_dx(of.dY, of.linear, None)
         result |= {"y, h inside": y, "h inside": h, "dX, g inside": dX, "g inside": g}
     return result
+
+
+def assert_beside(of: Product, record: AdaptedLinear, h: Tensor) -> None:
+    """x and h in the rows of one matrix, B̃ in those of another one, zeros behind both."""
+    (N, K), R = of.weight.shape, h.shape[1]
+    C = -(-(K + R) // 8) * 8
+    wide = torch.zeros(N, C, dtype=of.x.dtype, device=DEVICE)
+    xh, same = linear.packed_lora_linear_h(of.x, record, beside=beside.beside(record, wide))
+    assert torch.equal(same, h)
+    assert torch.equal(xh, F.pad(torch.cat([of.x, h], 1), (0, C - K - R)))
+    expected = torch.zeros_like(wide)
+    for p, (B, (start, stop)) in enumerate(zip(record.Bs, record.rows, strict=True)):
+        expected[start:stop, K + p * B.shape[1] : K + (p + 1) * B.shape[1]] = B
+    assert torch.equal(wide, expected)
 
 
 def by_formulas(of: Product, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -281,8 +294,7 @@ def test_columns_that_a_row_does_not_have_are_zero(p, dtype):
     columns = torch.rand(h.shape, device=DEVICE) < 0.5
     masked = of.linear._replace(columns=columns)
     assert torch.equal(linear.packed_lora_linear_h(of.x, masked), torch.where(columns, h, 0))
-    beside_x = linear.packed_lora_linear_h(of.x, masked, beside_x=True)
-    assert torch.equal(beside_x, torch.cat([of.x, torch.where(columns, h, 0)], 1))
+    assert_beside(of, masked, torch.where(columns, h, 0))
     of.A[0, 0] = torch.nan
     columns[:, 0] = False
     assert linear.packed_lora_linear_h(of.x, masked).isfinite().all()
