@@ -6,20 +6,24 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.backends.wide_weights import width as width_beside
+
+if TYPE_CHECKING:
+    from complora_kernels.kernels.beside import Beside
 
 TOKENS, WIDTH = 512, 768
 # What matters most: the blocks of ViT-B/16 at rank 16, without dropout and as the default recipe has it.
 _HELD = re.compile(
     r"bfloat16 P=(1 r=16 p=0\.0|3 r=16 p=0\.25|3 r=16 p=0\.0, (pack|beside))(?!.*(own columns|copies))"
     r"|bfloat16, residual (bfloat16|float32), "
-    r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.25.*)?$"
-    r"|bfloat16 (gelu, K=3072(, r=16 p=0\.0)?|quick_gelu, K=3072(, r=16 p=0\.(0|25))?)$"
+    r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.(0|25).*)?$"
+    r"|bfloat16 (quick_)?gelu, K=3072(, r=16 p=0\.(0|25).*)?$"
     r"|(to|from) (float32|bfloat16)$"
 )
 
@@ -87,7 +91,8 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
     yield Launch(case, partial(linear.packed_lora_linear_h, x, product))
     own = product._replace(columns=torch.empty(TOKENS, adapters * r, dtype=torch.bool))
     yield Launch(f"{case}, own columns", partial(linear.packed_lora_linear_h, x, own))
-    yield Launch(f"{case}, copies x", partial(linear.packed_lora_linear_h, x, product, beside_x=True))
+    copied = partial(linear.packed_lora_linear_h, x, product, beside=beside(product, dtype))
+    yield Launch(f"{case}, copies x", copied)
     yield Launch(case, partial(reductions.packed_lora_linear_da, x, h, product))
     for tiles in linear.tiles_of(chip, dtype)[: None if adapters == 1 and r == 16 and p in (0, 0.25) else 1]:
         cut = f"{case}, {label_of(tiles)}"
@@ -108,6 +113,15 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
             yield Launch(f"{case}, {name}", db)
     grads = partial(reductions.packed_lora_linear_grads, reductions.Source(x, h, product), (dY, h, product))
     yield Launch(f"{case}, dA and dB", grads)
+
+
+def beside(product: AdaptedLinear, dtype: torch.dtype) -> Beside:
+    """The matrices of a product whose input is written with h in the same rows."""
+    from complora_kernels.kernels.beside import beside
+
+    return beside(
+        product, torch.empty(len(product.weight), width_beside(product.weight.shape[1], product.rank), dtype=dtype)
+    )
 
 
 def label_of(tiles: Sequence[int]) -> str:
@@ -166,10 +180,15 @@ def norms() -> Iterator[Launch]:
             g = torch.empty(TOKENS, adapters * r, dtype=dtype)
             product = f"{case}, P={adapters} r={r} p={p}"
             if dtype == bf16:
-                for rows in (TOKENS, 64 * TOKENS):  # 16 or 64 rows a program
-                    tensors = (torch.empty(rows, width, dtype=stream), torch.empty(rows, width, dtype=dtype))
-                    fwd = partial(norm.norm_fwd, *tensors, weight, bias, 1e-5, dtype, reader)
-                    yield Launch(f"{product}, M={rows}", fwd)
+                fwd = partial(norm.norm_fwd, x, n, weight, bias, 1e-5, dtype, reader)
+                yield Launch(f"{product}, h", fwd)
+                if width % 8 == 0:
+                    yield Launch(f"{product}, n and h", partial(fwd, beside=beside(reader, dtype)))
+            for rows in (TOKENS, 64 * TOKENS) if width == WIDTH else (TOKENS,):  # 32 or 64 rows a program
+                dn, s = torch.empty(rows, width, dtype=dtype), torch.empty(rows, width, dtype=stream)
+                of_rows, own_g = torch.empty(rows), torch.empty(rows, adapters * r, dtype=dtype)
+                bwd = partial(norm.norm_bwd, dn, s, s, of_rows, of_rows, weight, g=own_g, reader=reader)
+                yield Launch(f"{product}, second term, M={rows}", bwd)
             saved = (statistics, statistics, weight, bias)
             da = partial(reductions.packed_lora_linear_da, x, g, reader, norm=saved)
             yield Launch(f"{product}, normed", da)
@@ -187,7 +206,13 @@ def activations() -> Iterator[Launch]:
         yield Launch(case, partial(activation.activation_bwd, z, z, kind))
         for r, p in ((16, 0.0), (16, 0.25), (64, 0.1)):
             reader, g = adapted(torch.empty(width, width, dtype=dtype), 1, r, p), torch.empty(TOKENS, r, dtype=dtype)
-            yield Launch(f"{case}, r={r} p={p}", partial(activation.activation_fwd, z, kind, reader))
+            fwd = partial(activation.activation_fwd, z, kind, reader)
+            yield Launch(f"{case}, r={r} p={p}", fwd)
+            if dtype == torch.bfloat16 and width % 8 == 0:
+                yield Launch(f"{case}, r={r} p={p}, a and h", partial(fwd, beside=beside(reader, dtype)))
+            dA = r <= activation.MAX_DA_RANK
+            bwd = partial(activation.activation_bwd, z, z, kind, g=g, reader=reader, compute_dA=dA)
+            yield Launch(f"{case}, r={r} p={p}, second term", bwd)
             da = partial(reductions.packed_lora_linear_da, z, g, reader, activation=kind)
             yield Launch(f"{case}, r={r} p={p}", da)
             closing = adapted(torch.empty(WIDTH, width, dtype=dtype), 1, r, p)
