@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_sources import launched_kernels
 from triton_device import DEVICE
 
 from benchmarks import machine
@@ -317,6 +318,30 @@ def test_an_h_that_is_wrong_now_and_then_is_found(small, monkeypatch):
     *right, last = checks.norm_repeated(small)
     assert all(row["ok"] for row in right)
     assert (last["ok"], last["different"] > 0) == (False, True)
+
+
+FITS = """
+import json
+import torch
+from benchmarks import dispatch
+from benchmarks.gpu.entries import entries
+from benchmarks.gpu.problems import Bench
+
+bench, launched = Bench(torch.device("cpu"), dry=True), set()
+for entry in entries(bench):
+    with dispatch.kernels_uncompiled(90, lambda kernel, *_: launched.add(kernel)), dispatch.Uncomputed():
+        list(entry.run(bench))
+print(json.dumps(sorted(launched)))
+"""
+
+
+@pytest.mark.long
+def test_the_first_call_fits_the_launching_functions_and_launches_every_kernel():
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"PYTHONPATH": str(ROOT), "COMPLORA_BACKEND": "triton"}
+    done = subprocess.run([sys.executable, "-c", FITS], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == sorted(launched_kernels())
 
 
 # ---- the times

@@ -7,21 +7,19 @@ by design, from the L2 cache, and how often.
 
 from __future__ import annotations
 
-import ast
 import functools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import memory_traffic
 import pytest
 import torch
+from kernel_sources import launched_kernels
 from torch import Tensor
 
-from complora_kernels import kernels
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import activation, da, db, factors, linear, norm, partials, reductions
 from complora_kernels.kernels.beside import Beside, beside
@@ -251,16 +249,6 @@ def test_the_bytes_of(name):
     assert least <= MARGIN * distinct, f"{distinct} bytes, fewer than the least, {least}\n{table}"
     assert distinct <= MARGIN * least, f"{distinct} bytes, expected at most {MARGIN} of {least}\n{table}"
     assert moved <= MARGIN * stated, f"{moved} bytes with what is read again, expected {MARGIN} of {stated}\n{table}"
-
-
-def launched_kernels() -> dict[str, str]:
-    """The functions that the files of the kernels launch with a grid, with their docstrings."""
-    trees = [ast.parse(file.read_text()) for file in Path(kernels.__path__[0]).glob("*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    calls = [node.func.value for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
-    launched = {value.id for value in calls if isinstance(value, ast.Name)}
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    return {node.name: ast.get_docstring(node) or "" for node in functions if node.name in launched}
 
 
 def test_every_kernel_states_its_bytes_and_is_counted():
