@@ -405,7 +405,7 @@ def activation_bwd(
                 dz,
                 dA,
                 torch.empty((parts, R, K), dtype=torch.float32, device=z.device),
-                partials.counters(tiles * splits.numberers if compute_dA else 0, z.device),
+                partials.counters(tiles * splits.counters if compute_dA else 0, z.device),
                 z if seed is None else seed,
                 M,
                 K,
