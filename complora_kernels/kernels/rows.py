@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 
 from complora_kernels.adapted_linear import AdaptedLinear
 
@@ -35,11 +38,12 @@ def groups_of(linear: AdaptedLinear) -> RowGroups:
     Raises:
         ValueError: groups of one size do not fill the weight.
     """
-    groups = row_groups(linear.rows, len(linear.weight))
+    rows, N = linear.rows, linear.weight.shape[0]
+    traced = torch.compiler.is_compiling() or type(N) is not int  # traced numbers are no keys
+    groups = row_groups(rows, N) if traced else _kept_row_groups(tuple(rows), N)
     if groups is None:
         raise ValueError(
-            f"rows={list(linear.rows)}, expected distinct ones of at most {MAX_GROUPS} equal groups of "
-            f"{len(linear.weight)} rows"
+            f"rows={list(linear.rows)}, expected distinct ones of at most {MAX_GROUPS} equal groups of {N} rows"
         )
     return groups
 
@@ -56,3 +60,6 @@ def row_groups(rows: Sequence[tuple[int, int]], N: int) -> RowGroups | None:
     for adapter, start in enumerate(starts):
         adapters[start // size] = adapter
     return RowGroups(size, tuple(adapters))
+
+
+_kept_row_groups = functools.lru_cache(maxsize=1024)(row_groups)
