@@ -16,7 +16,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=lo
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot waves bench report bench-gpu gpu gpu-cache targets lint format
+.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot waves bench report bench-gpu gpu gpu-cache targets model lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ gpu-cache: $(GPU_VENV)/.installed  ## compile the kernels of the first call of `
 
 targets: .venv/.installed  ## which targets of the benchmarks are met, missed or not yet measured
 	.venv/bin/python -m benchmarks.targets
+
+model: .venv/.installed  ## what an H200's steps would take by a roofline model, from the launches that the real dispatch makes
+	.venv/bin/python -m benchmarks.model $(ARGS)
 
 lint: .venv/.installed  ## check style, formatting and types
 	.venv/bin/ruff check

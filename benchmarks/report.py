@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from benchmarks import machine, results
 from benchmarks.comparison import NOT_CAPTURED, bounds
 from benchmarks.results import Results, Row
-from benchmarks.targets import measured, verdict
+from benchmarks.targets import known, modelled, verdict
 
 ROOT = Path(__file__).parents[1]
 MARKS = "†‡§¶‖"  # marks of remarks about some shapes of a baseline, which stand below the table
@@ -34,6 +34,7 @@ TITLES = {
     "layer": "One layer, forward and backward",
     "factors": "The factors alone",
     "step": "A whole training step: forward, backward, AdamW",
+    "host": "The host's time of an eager step, without launches and on tensors that take no time",
     "libraries": "A whole training step of other libraries' image models",
     "memory": "Memory that a step takes",
     "accuracy": "What of a small update arrives in the output",
@@ -71,7 +72,7 @@ def tables(files: Iterable[Results]) -> str:
             rows = [row for row in file.rows if row.benchmark == benchmark]
             replayed = any(row.cold_s is not None for row in rows)
             parts += [f"{TITLES[benchmark]}:{f' {WARM_AND_COLD}' if replayed else ''}", table(rows)]
-    figures = measured(files)
+    figures = known(files, modelled())
     parts.append("Targets ([what each means](benchmarks/targets.toml)):")
     lines = ["| target | machine | |", "| --- | --- | --- |"]
     for target in bounds().values():

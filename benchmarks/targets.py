@@ -1,11 +1,14 @@
 """Prints every target of `targets.toml` as met, missed or not yet measured: `make targets`.
 
-Where a figure has a 95% interval and the bound lies in it, the verdict adds "within noise".
+Where a figure has a 95% interval and the bound lies in it, the verdict adds "within noise". What `benchmarks.model`
+expects of a GPU stands behind it as "modelled", with its error where the figure was measured. Targets of the model
+itself have the machine `MODEL`: what they say was measured nowhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,10 @@ from benchmarks import machine, results
 from benchmarks.comparison import bounds
 
 RESULTS = Path(__file__).with_name("results")
+MODELLED = Path(__file__).with_name("modelled.json")  # `python -m benchmarks.model --write`
+MODEL = "model of an H200"
+MODELLED_GPU = "NVIDIA H200"
+ERROR = "model/step"  # the target that is the model's error
 
 
 class Figure(NamedTuple):
@@ -35,6 +42,47 @@ def measured(files: Iterable[results.Results]) -> dict[tuple[str, str], Figure]:
         for row in file.rows
         if row.target is not None and row.figure is not None
     }
+
+
+class Modelled(NamedTuple):
+    """What the model expects: figures by target, and seconds of our steps by shape."""
+
+    figures: dict[str, float]
+    seconds: dict[str, float]
+
+
+def modelled(path: Path = MODELLED) -> Modelled:
+    """The figures that are kept; none where there is no file."""
+    return Modelled(**json.loads(path.read_text())) if path.exists() else Modelled({}, {})
+
+
+def known(files: Iterable[results.Results], model: Modelled) -> dict[tuple[str, str], Figure]:
+    """The measured figures, those of the model's own targets, and its error where our steps were measured."""
+    files = list(files)
+    found = measured(files) | {
+        (target["id"], MODEL): Figure(model.figures[target["id"]])
+        for target in bounds().values()
+        if target["machine"] == MODEL and target["id"] in model.figures
+    }
+    errors = [
+        abs(model.seconds[row.shape] / row.median_s - 1)
+        for file in files
+        if machine.name(file.machine) == MODELLED_GPU
+        for row in file.rows
+        if (row.benchmark, row.baseline) == ("step", "complora_kernels")
+        and row.shape in model.seconds
+        and row.median_s is not None
+    ]
+    return found | ({(ERROR, MODELLED_GPU): Figure(max(errors))} if errors else {})
+
+
+def beside(target: dict[str, Any], figure: Figure | None, model: Modelled) -> str:
+    """The modelled figure of a target that is measured on a GPU, and its error where that was done."""
+    expected = model.figures.get(target["id"])
+    if expected is None or target["machine"] == MODEL:
+        return ""
+    error = "" if figure is None else f", {abs(expected / figure.value - 1):.0%} off"
+    return f"modelled {expected:.2f}{error}"
 
 
 def interval(row: results.Row) -> tuple[float, float] | None:
@@ -63,10 +111,12 @@ def verdict(target: dict[str, Any], figure: Figure | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results files")
-    figures = measured(results.read_all(parser.parse_args().results))
+    model = modelled()
+    figures = known(results.read_all(parser.parse_args().results), model)
     for target in bounds().values():
         figure = figures.get((target["id"], target["machine"]))
-        print(f"{target['machine']:<12} {target['id']:<26} {verdict(target, figure):<50} {target['what']}")
+        words = f"{verdict(target, figure):<50} {beside(target, figure, model):<16}"
+        print(f"{target['machine']:<16} {target['id']:<26} {words} {target['what']}")
 
 
 if __name__ == "__main__":

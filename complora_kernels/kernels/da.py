@@ -6,8 +6,7 @@ x may be what a LayerNorm or an activation reads: what the forward pass made of 
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
-# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
-# pyright: reportArgumentType=false
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportArgumentType=false
 
 from __future__ import annotations
 

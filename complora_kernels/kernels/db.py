@@ -55,6 +55,7 @@ class Job(NamedTuple):
     packed: Tensor | None  # [M, N], or [M, N + P r, padded to 8] with g beside dY
     g_inside: Tensor | None  # [M, P r]: the place of g in it
     dtype: torch.dtype
+    wanted: tuple[bool, bool]  # g, dB̃
 
     def results(self) -> tuple[Tensor, ...]:
         """Of dB̃ and g, in the dtype of dY, and the packed dY if there is one; after the launch."""
@@ -62,6 +63,7 @@ class Job(NamedTuple):
         if self.g_inside is not None and launch.upcast(self.dtype):
             g = self.g_inside.copy_(g)
         dB = launch.rounded(self.dB, self.dtype)
+        g, dB = (part if wanted else part.new_empty(0) for part, wanted in zip((g, dB), self.wanted, strict=True))
         return (g, dB) if self.packed is None else (g, dB, self.packed)
 
 
@@ -254,9 +256,11 @@ def tiles_for(
         return Tiles(32, 64, 1, 4, 3, 264)
     if narrow or not compute_g:
         return Tiles(64, launch.power_of_two(D, 32, 128 if R <= 32 else 64), 1, 4, 3, 264)
+    chip = launch.chip(device)
+    if R > 32 and chip not in WHOLE_G_CHIPS:  # B̃ and dY lie in registers, as operands of the tensor cores
+        return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
     block_n = launch.power_of_two(D, 32, 256)
     columns = -(-D // block_n)
-    chip = launch.chip(device)
     if chip not in WHOLE_G_CHIPS or R > 16 or columns == 1:
         return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)  # B̃ lies in shared memory beside the stages of dY
     count = -(-columns // -(-columns // 3))
@@ -350,7 +354,18 @@ def db_job(
     }
     counters = shared * blocks * splits.counters + splits.number * blocks
     g = g_partials if partial else g
-    return Job(shared * blocks * splits.number, counters, arguments, tiles, g, dB, packed, g_inside, dtype)
+    return Job(
+        shared * blocks * splits.number,
+        counters,
+        arguments,
+        tiles,
+        g,
+        dB,
+        packed,
+        g_inside,
+        dtype,
+        (compute_g, compute_dB),
+    )
 
 
 def packed_lora_linear_db(

@@ -7,6 +7,7 @@ added in groups, so that the last program does not read all of them alone.
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from complora_kernels.kernels.kept import KEPT, keep
 
 LEAST_COUNTERS = 16384  # 64 KiB: a larger buffer is rarely needed
 UNGROUPED = 8  # so many partial sums are read by one program
-READ_AHEAD = tl.constexpr(4)  # loads of partial sums under way at a time
+READ_AHEAD = tl.constexpr(4)  # partial sums of a tile under way at a time, fewer where they would take many registers
 
 
 class Splits(NamedTuple):
@@ -130,9 +131,11 @@ def sum_in_order(
     count,
 ):
     """The sum of one tile of all partial sums, in order."""
+    size_of_tile: tl.constexpr = offsets.shape[0] * offsets.shape[1]
+    ahead: tl.constexpr = READ_AHEAD if size_of_tile <= 4096 else 2 if size_of_tile <= 8192 else 1
     total = tl.zeros_like(offsets).to(tl.float32)
-    for first in range(0, count, READ_AHEAD):
-        for i in tl.static_range(READ_AHEAD):
+    for first in range(0, count, ahead):
+        for i in tl.static_range(ahead):
             part = tl.cast(first + i, tl.int64)
             ptrs = (partials_ptr + part * size) + offsets
             total += tl.load(ptrs, mask=mask & (part < count), other=0.0, cache_modifier=".cg")

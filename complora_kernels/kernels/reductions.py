@@ -201,7 +201,7 @@ def packed_lora_linear_grads(
             da_counters_ptr=counters,
             db_counters_ptr=counters[da.counters :],
             **arguments,
-            num_warps=4,
+            num_warps=8 if max(arguments["DA_BLOCK_R"], arguments["DB_BLOCK_R"]) > 32 else 4,
             num_stages=3,
         )
     return da.result(), db.results()[1]
