@@ -36,7 +36,7 @@ from complora_kernels.kernels.fold_programs import (
     fold_programs,
 )
 from complora_kernels.kernels.kept import keep
-from complora_kernels.kernels.rows import groups_of
+from complora_kernels.kernels.rows import RowGroups, groups_of
 
 MIXED_LAYOUT = tl.constexpr(MIXED)
 ALONG_R_LAYOUT = tl.constexpr(ALONG_R)
@@ -311,35 +311,33 @@ def fold_factors(
     programs = fold_programs(tuple(jobs), blocks, device)
     keep(programs.coordinates)
     keep(programs.projections)
-    shared = {"ALIGNED": aligned, "WIDTH": width, "BLOCK_R": blocks.r, "num_warps": 4, "num_stages": blocks.stages}
-    with launch.on_device(device):
-        coordinates = torch.empty(programs.workspace, dtype=torch.float32, device=device)
-        if programs.workspace:
-            fold_coordinates_kernel[(len(programs.coordinates),)](
-                programs.coordinates,
-                first_factor,
-                first_basis,
-                coordinates,
-                FIELDS=len(CoordinatesProgram._fields),
-                LAYOUT=programs.coordinates_layout if width > 1 else ALONG_D,
-                BLOCK_K=blocks.coordinates_k,
-                BLOCK_D=blocks.coordinates_d,
-                **shared,
-            )
-        fold_factors_kernel[(len(programs.projections),)](
-            programs.projections,
-            first_factor,
-            first_basis,
-            coordinates if programs.workspace else first_basis,
-            out,
-            scaling,
-            FIELDS=len(ProjectionProgram._fields),
-            LAYOUT=programs.projections_layout if width > 1 else ALONG_D,
-            SPLITS=programs.splits,
-            BLOCK_D=blocks.projection_d,
-            BLOCK_K=blocks.projection_k,
+    shared = {"ALIGNED": aligned, "WIDTH": width, "BLOCK_R": blocks.r}
+    coordinates = torch.empty(programs.workspace, dtype=torch.float32, device=device)
+    if programs.workspace:
+        constexprs = {
+            "FIELDS": len(CoordinatesProgram._fields),
+            "LAYOUT": programs.coordinates_layout if width > 1 else ALONG_D,
+            "BLOCK_K": blocks.coordinates_k,
+            "BLOCK_D": blocks.coordinates_d,
             **shared,
-        )
+        }
+        grid = (len(programs.coordinates),)
+        prepared = launch.Launch(grid, (), constexprs, num_warps=4, num_stages=blocks.stages)
+        tensors = (programs.coordinates, first_factor, first_basis, coordinates)
+        launch.run(fold_coordinates_kernel, prepared, tensors)
+    constexprs = {
+        "FIELDS": len(ProjectionProgram._fields),
+        "LAYOUT": programs.projections_layout if width > 1 else ALONG_D,
+        "SPLITS": programs.splits,
+        "BLOCK_D": blocks.projection_d,
+        "BLOCK_K": blocks.projection_k,
+        **shared,
+    }
+    grid = (len(programs.projections),)
+    prepared = launch.Launch(grid, (scaling,), constexprs, num_warps=4, num_stages=blocks.stages)
+    read = coordinates if programs.workspace else first_basis
+    tensors = (programs.projections, first_factor, first_basis, read, out)
+    launch.run(fold_factors_kernel, prepared, tensors)
     return launch.rounded(out, dtype)
 
 
@@ -410,29 +408,26 @@ def merge_weight(
     weight, A, B = linear.weight, launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
     (N, K), (P, R, _), groups = weight.shape, A.shape, groups_of(linear)
     merged = launch.empty((N, K), dtype, weight.device)
-    block_n, block_k = (32, 32) if launch.INTERPRETED else (64, 64)
-    grid = (N // groups.size * triton.cdiv(groups.size, block_n), triton.cdiv(K, block_k))
-    with launch.on_device(weight.device):
-        merge_weight_kernel[grid](
-            weight,
-            A,
-            B,
-            merged,
-            N,
-            K,
-            groups.size,
-            *weight.stride(),
-            RANK=R,
-            ADAPTERS=P,
-            ADAPTER_OF_GROUP=groups.adapter_of_group,
-            UPCAST=launch.upcast(A.dtype),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_R=launch.power_of_two(R, 16, 64),
-            num_warps=4,
-            num_stages=1,
-        )
+    prepared = _merge((N, K, *weight.stride()), P, R, groups, A.dtype)
+    launch.run(merge_weight_kernel, prepared, (weight, A, B, merged))
     return launch.rounded(merged, dtype)
+
+
+@launch.cached
+def _merge(shapes: tuple[int, ...], P: int, R: int, groups: RowGroups, dtype: torch.dtype) -> launch.Launch:
+    N, K, *strides = shapes
+    block_n, block_k = (32, 32) if launch.INTERPRETED else (64, 64)
+    grid = (N // groups.size * launch.cdiv(groups.size, block_n), launch.cdiv(K, block_k))
+    constexprs = {
+        "RANK": R,
+        "ADAPTERS": P,
+        "ADAPTER_OF_GROUP": groups.adapter_of_group,
+        "UPCAST": launch.upcast(dtype),
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "BLOCK_R": launch.power_of_two(R, 16, 64),
+    }
+    return launch.Launch(grid, (N, K, groups.size, *strides), constexprs, num_warps=4, num_stages=1)
 
 
 def _elements_between(first: Tensor, other: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The parts that all launches share: layouts of operands, the chip, the needs of the interpreter, and the launch itself.
+"""The parts that all launches share: layouts of operands, the chip, the needs of the interpreter, the launch itself.
 
 A `Launch` is what a launch takes beside its tensors. It follows from shapes, strides and dtypes alone, so launching
 functions keep it by these. It remembers what Triton compiled for the dtypes and alignments of the tensors, all that
@@ -8,7 +8,7 @@ Triton looks at beside its numbers: a later launch goes to the compiled kernel a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,13 @@ def has_ptx() -> bool:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for what a kernel stores, to be handed to `rounded` afterwards."""
-    return torch.empty(shape, dtype=torch.float32 if upcast(dtype) else dtype, device=device)
+    stored = torch.float32 if INTERPRETED and dtype.itemsize == 2 else dtype
+    return torch.empty(shape, dtype=stored, device=device)
 
 
 def rounded(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor that a kernel stored in the dtype that was asked for; on a GPU it has that dtype already."""
-    return cast(stored, dtype)
+    return stored if stored.dtype == dtype else stored.to(dtype)
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -60,15 +61,14 @@ def stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first.contiguous().unsqueeze(0)
-    neighbours = (
-        t.is_contiguous()
-        and t.data_ptr() == first.data_ptr() + i * first.nbytes
-        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for i, t in enumerate(tensors)
-    )
-    if all(neighbours):
-        return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
-    return torch.stack(list(tensors))
+    storage, following = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != following or not tensor.is_contiguous():
+            return torch.stack(list(tensors))
+        if tensor.untyped_storage().data_ptr() != storage:
+            return torch.stack(list(tensors))
+        following += first.nbytes
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:
@@ -165,6 +165,25 @@ class Launch:
         self.compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
 
 
+class Work:
+    """What some programs of a launch compute, by numbers alone: a kernel's own launch, or part of a common one."""
+
+    __slots__ = ("constexprs", "counters", "numbers", "partials", "programs")
+
+    def __init__(
+        self, programs: int, counters: int, partials: int, numbers: Mapping[str, float], constexprs: dict[str, Any]
+    ) -> None:
+        self.programs, self.counters, self.partials = programs, counters, partials  # the last two: as in `partials`
+        self.numbers, self.constexprs = numbers, constexprs  # by the names of the kernel's arguments
+
+
+@cached
+def alone(work: Work, num_warps: int, num_stages: int) -> Launch:
+    """The launch of a kernel whose first argument is the number of its first program."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return Launch((work.programs,), tuple(work.numbers.values()), work.constexprs, before=(0,), **options)
+
+
 def run(kernel: Any, launch: Launch, tensors: Sequence[Tensor]) -> None:
     """Launches the kernel that these are the tensors, numbers and constexprs of, on the device of its tensors."""
     device = tensors[0].device
@@ -174,7 +193,7 @@ def run(kernel: Any, launch: Launch, tensors: Sequence[Tensor]) -> None:
     if not _is_direct(kernel):
         _dispatch(kernel, launch, tensors)
         return None
-    driver = triton.runtime.driver.active
+    driver: Any = triton.runtime.driver.active
     index = driver.get_current_device()
     key = (index, *[tensor.dtype for tensor in tensors], *[tensor.data_ptr() % 16 for tensor in tensors])
     compiled = launch.compiled.get(key)
@@ -210,7 +229,8 @@ def _is_direct(kernel: Any) -> bool:
     """Whether a launch by Triton would do no more than find the compiled kernel and start it."""
     if _UNHOOKED is None or type(kernel) is not triton.JITFunction or triton.JITFunction.run is not _UNHOOKED:
         return False  # interpreted, another version of Triton, or somebody follows the launches
-    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    knobs: Any = triton.knobs  # pyright: ignore[reportAttributeAccessIssue]
+    runtime, compilation = knobs.runtime, knobs.compilation
     return not (
         runtime.debug
         or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
