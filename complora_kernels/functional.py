@@ -85,8 +85,10 @@ def fold_factors(
         lora_As, lora_Bs, output_bases, input_bases, output_kinds, input_kinds, strict=True
     ):
         _check_factors(A, B, "lora_A", "lora_B")
-        _check_basis(output_basis, output_kind, B.shape[0], "output_basis", B.device)
-        _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
+        if output_basis is not None or output_kind != "principal":
+            _check_basis(output_basis, output_kind, B.shape[0], "output_basis", B.device)
+        if input_basis is not None or input_kind != "principal":
+            _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
     factors, bases = [*lora_As, *lora_Bs], [*input_bases, *output_bases]
     name = resolve(
         backend,
@@ -260,7 +262,7 @@ def for_backend(x: Tensor, linear: AdaptedLinear, dtype: torch.dtype, backend: s
     As = [A if A.dtype == dtype else A.to(dtype) for A in linear.As]
     Bs = [B if B.dtype == dtype else B.to(dtype) for B in linear.Bs]
     seeds = [] if backend == REFERENCE else dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
-    save_h = torch.is_grad_enabled() and any([B.requires_grad for B in Bs])
+    save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
     weight, bias, _, _, rows, dropout_p, _, _, precision, columns = linear
     if columns is not None and backend != REFERENCE:
         columns = columns.expand(*x.shape[:-1], -1).reshape(-1, linear.rank)  # [M, R]
@@ -393,7 +395,8 @@ def _check_basis(basis: Tensor | None, kind: str, d: int, name: str, device: tor
         return
     if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
         raise ValueError(f"{name} has shape {tuple(basis.shape)}, expected [{d}, k] with k <= {d}")
-    _check_device(basis, name, device)
+    if basis.device != device:
+        _check_device(basis, name, device)
     if not basis.is_floating_point():
         raise ValueError(f"{name} has dtype {basis.dtype}, expected a floating-point one")
     check_orthonormal(basis, name)

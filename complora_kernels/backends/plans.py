@@ -186,7 +186,11 @@ def choose(problem: Problem, precision: str = "exact") -> Plan:
 
 def choose_for(x: Tensor, linear: AdaptedLinear, backend: str) -> Plan:
     """The plan of a backend for the product of x [M, in] and a record with adapters."""
-    return choose_for_shape(x.shape, x.dtype, x.device, linear, backend)
+    rows = x.shape[0]
+    if type(rows) is int and not torch.compiler.is_compiling():
+        return choose_for_shape(x.shape, x.dtype, x.device, linear, backend)
+    numbers = _numbers(x.shape[1], x.dtype, linear)
+    return choose(_problem(backend, x.device, ANY, *numbers), linear.precision)
 
 
 def choose_for_shape(
@@ -196,20 +200,28 @@ def choose_for_shape(
     linear: AdaptedLinear,
     backend: str,
 ) -> Plan:
-    """`choose_for` of an x that need not be there. What was chosen is kept by all that the choice depends on."""
-    As, weight = linear.As, linear.weight
-    dropout = linear.dropout_p > 0 or linear.columns is not None  # a masked h is in no weight either
-    rank = As.shape[1] if isinstance(As, Tensor) else max([A.shape[0] for A in As])
+    """`choose_for` of an x that need not be there, where nothing traces.
+
+    What was chosen is kept by all that the choice depends on.
+    """
     rows, inputs = shape
-    numbers = (inputs, weight.shape[0], rank, len(As), dtype, weight.dtype, dropout)
-    if torch.compiler.is_compiling() or type(rows) is not int:  # a size that make_fx or torch.jit.trace follows
-        return choose(_problem(backend, device, ANY, *numbers), linear.precision)
-    tokens = 1 << max(rows - 1, 0).bit_length()
+    numbers, tokens = _numbers(inputs, dtype, linear), 1 << max(rows - 1, 0).bit_length()
     forced, variable = _forced() if _FORCED.anywhere else None, os.environ.get("COMPLORA_PLAN", "auto")
     key = (forced, variable, linear.precision, backend, device, tokens, *numbers)
     if (plan := _chosen_for.get(key)) is None:  # one look, as in `_choose`
         plan = _chosen_for[key] = choose(_problem(backend, device, tokens, *numbers), linear.precision)
     return plan
+
+
+def _numbers(inputs: int, dtype: torch.dtype, linear: AdaptedLinear) -> tuple[Any, ...]:
+    """The last arguments of `_problem`."""
+    As, weight = linear.As, linear.weight
+    dropout = linear.dropout_p > 0 or linear.columns is not None  # a masked h is in no weight either
+    if isinstance(As, Tensor):
+        adapters, rank, _ = As.shape
+    else:
+        adapters, rank = len(As), max([A.shape[0] for A in As])
+    return inputs, weight.shape[0], rank, adapters, dtype, weight.dtype, dropout
 
 
 @contextlib.contextmanager

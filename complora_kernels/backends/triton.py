@@ -32,7 +32,7 @@ from complora_kernels.backends.torch import (
 )
 from complora_kernels.backends.wide_weights import tall_weight, wide_weight, width
 from complora_kernels.common.shapes import check_device, flatten, unflatten
-from complora_kernels.common.tracing import is_dispatched, is_plain
+from complora_kernels.common.tracing import PLAIN, is_dispatched
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH, groups_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +103,7 @@ class TritonBackend:
         if linear.columns is not None and is_dispatched(x):
             return "columns of h are left out, the registered operations compute all"
         try:
-            groups_of(linear)
+            groups_of(linear, traced=type(linear.weight.shape[0]) is not int or torch.compiler.is_compiling())
         except ValueError as error:
             return str(error)
         return None
@@ -418,7 +418,8 @@ def _stacked(linear: AdaptedLinear) -> AdaptedLinear:
     """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches."""
     As: Any = kernels().launch.stacked(linear.As)
     Bs: Any = kernels().launch.stacked(linear.Bs)
-    return linear._replace(As=As, Bs=Bs)
+    weight, bias, _, _, *others = linear
+    return AdaptedLinear(weight, bias, As, Bs, *others)
 
 
 def _starts(linear: AdaptedLinear) -> list[int]:
@@ -445,7 +446,7 @@ def _is_registered(first: Tensor, *others: Tensor | None) -> bool:
     for tensor in (first, *others):
         if tensor is None:
             continue
-        if not is_plain(tensor) or tensor.is_neg() or tensor.layout is not torch.strided:
+        if type(tensor) not in PLAIN or tensor.is_neg() or tensor.layout is not torch.strided:
             return True
         if tensor.data_ptr() == 0 and tensor.numel() > 0:
             return True
@@ -497,7 +498,7 @@ def _check_memory(*tensors: Tensor | None) -> None:
 
 
 def _check_dtype(dtype: torch.dtype, *tensors: Tensor) -> None:
-    if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
+    if dtype not in DTYPES or [tensor for tensor in tensors if tensor.dtype != dtype]:
         dtypes = [dtype, *(tensor.dtype for tensor in tensors)]
         raise ValueError(f"tensors have dtypes {dtypes}, expected one of {DTYPES}")
 

@@ -17,6 +17,7 @@ factor leave the complement.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -297,18 +298,11 @@ def fold_factors(
     bases = [basis if basis is None or basis.stride(-1) == 1 else basis.contiguous() for basis in bases]
     first_factor, device = factors[0], factors[0].device
     first_basis = next((basis for basis in bases if basis is not None), first_factor)
-    jobs, size = _jobs(factors, bases, complement, output_side)
+    jobs, size, aligned, width, blocks = _layout_of(factors, bases, complement, output_side, first_factor, first_basis)
     out = launch.empty((size,), dtype, device)
     if size == 0:
         return launch.rounded(out, dtype)
-    aligned = first_basis.data_ptr() % 16 == 0 and all(
-        job.basis % 4 == job.basis_stride_d % 4 == job.k % 4 == 0 for job in jobs
-    )
-    width = 16 // first_factor.element_size()
-    while width > 1 and not (first_factor.data_ptr() % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):
-        width //= 2
-    blocks = blocks_of(max(job.r for job in jobs), aligned)
-    programs = fold_programs(tuple(jobs), blocks, device)
+    programs = fold_programs(jobs, blocks, device)
     keep(programs.coordinates)
     keep(programs.projections)
     shared = {"ALIGNED": aligned, "WIDTH": width, "BLOCK_R": blocks.r}
@@ -354,12 +348,57 @@ def blocks_of(rank: int, aligned: bool) -> Blocks:
     return Blocks(16, coordinates_k=128, coordinates_d=32, projection_d=256, projection_k=16, stages=4)
 
 
+class _Layout(NamedTuple):
+    """Where the factors and bases of a fold lie behind the first of each, and what follows from it."""
+
+    jobs: tuple[Job, ...]
+    size: int  # the elements of all results
+    aligned: bool  # the bases
+    width: int  # elements of a factor that are read and written at a time
+    blocks: Blocks
+
+
+_LAYOUTS: dict[Any, _Layout] = {}  # by distances, shapes and strides: steps have few of them
+MAX_LAYOUTS = 256
+
+
+def _layout_of(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    first_factor: Tensor,
+    first_basis: Tensor,
+) -> _Layout:
+    from_factor, from_basis = first_factor.data_ptr(), first_basis.data_ptr()
+    key = (
+        (first_factor.dtype, from_factor % 16, from_basis % 16, *complement, *output_side),
+        tuple([(f.data_ptr() - from_factor, f.data_ptr() > 0, f.shape, f.stride()) for f in factors]),
+        tuple([b if b is None else (b.data_ptr() - from_basis, b.dtype, b.shape, b.stride()) for b in bases]),
+    )
+    if (layout := _LAYOUTS.get(key)) is not None:
+        return layout
+    jobs, size = _jobs(factors, bases, complement, output_side, first_factor, first_basis)
+    aligned = from_basis % 16 == 0 and all(job.basis % 4 == job.basis_stride_d % 4 == job.k % 4 == 0 for job in jobs)
+    width = 16 // first_factor.element_size()
+    while width > 1 and not (from_factor % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):
+        width //= 2
+    layout = _Layout(tuple(jobs), size, aligned, width, blocks_of(max(job.r for job in jobs), aligned))
+    if len(_LAYOUTS) >= MAX_LAYOUTS:
+        _LAYOUTS.clear()
+    _LAYOUTS[key] = layout
+    return layout
+
+
 def _jobs(
-    factors: Sequence[Tensor], bases: Sequence[Tensor | None], complement: Sequence[bool], output_side: Sequence[bool]
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    first_factor: Tensor,
+    first_basis: Tensor,
 ) -> tuple[list[Job], int]:
     """The factors as jobs, and the elements of all results."""
-    first_factor = factors[0]
-    first_basis = next((basis for basis in bases if basis is not None), first_factor)
     jobs, size = [], 0
     for factor, basis, rest, output in zip(factors, bases, complement, output_side, strict=True):
         vectors = factor.mT if output else factor  # [r, d]

@@ -122,11 +122,12 @@ def tiles_for(
 ) -> Tiles:
     """The tiles that were asked for, where the kernel can take them, else those that `choose_tiles` chooses."""
     device, dtype = operands[0].device, operands[0].dtype
-    if not INTERPRETED and not all(aligned(operand) for operand in operands):
+    if not INTERPRETED and not (aligned(operands[0]) and aligned(operands[1])):
         return UNALIGNED_TILES
-    if wanted is not None and wanted in tiles_of(chip(device), dtype, crowded=product.crowded):
+    known = chip(device)
+    if wanted is not None and wanted in tiles_of(known, dtype, crowded=product.crowded):
         return Tiles(*wanted)
-    return choose_tiles(product, chip(device), processors(device)).tiles
+    return choose_tiles(product, known, processors(device)).tiles
 
 
 def cdiv(n: int, step: int) -> int:
@@ -195,7 +196,7 @@ def run(kernel: Any, launch: Launch, tensors: Sequence[Tensor]) -> None:
         return None
     driver: Any = triton.runtime.driver.active
     index = driver.get_current_device()
-    key = (index, *[tensor.dtype for tensor in tensors], *[tensor.data_ptr() % 16 for tensor in tensors])
+    key = (index, *[(tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors])
     compiled = launch.compiled.get(key)
     if compiled is None:
         dispatched = _dispatch(kernel, launch, tensors)

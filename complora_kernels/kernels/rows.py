@@ -6,8 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from complora_kernels.adapted_linear import AdaptedLinear
 
 NO_ADAPTER = 15
@@ -32,14 +30,13 @@ class RowGroups(NamedTuple):
         return sum(group << (4 * adapter) for group, adapter in enumerate(self.adapters) if adapter != NO_ADAPTER)
 
 
-def groups_of(linear: AdaptedLinear) -> RowGroups:
-    """The groups of rows of a product's weight.
+def groups_of(linear: AdaptedLinear, *, traced: bool = False) -> RowGroups:
+    """The groups of rows of a product's weight; `traced`: its numbers may be no keys, torch.compile traces.
 
     Raises:
         ValueError: groups of one size do not fill the weight.
     """
     rows, N = linear.rows, linear.weight.shape[0]
-    traced = torch.compiler.is_compiling() or type(N) is not int  # traced numbers are no keys
     groups = row_groups(rows, N) if traced else _kept_row_groups(tuple(rows), N)
     if groups is None:
         raise ValueError(

@@ -123,6 +123,7 @@ def tiles_of(chip: int, dtype: torch.dtype, *, crowded: bool = False) -> tuple[T
     return small[:1] if crowded else tiles
 
 
+@functools.lru_cache
 def model_of(chip: int) -> Chip:
     """What the model knows of a chip (90 for compute capability 9.0), or of the one before it."""
     return CHIPS[_row(CHIPS, chip)]
