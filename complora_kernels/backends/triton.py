@@ -418,8 +418,8 @@ def _stacked(linear: AdaptedLinear) -> AdaptedLinear:
     """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches."""
     As: Any = kernels().launch.stacked(linear.As)
     Bs: Any = kernels().launch.stacked(linear.Bs)
-    weight, bias, _, _, *others = linear
-    return AdaptedLinear(weight, bias, As, Bs, *others)
+    weight, bias, _, _, rows, dropout_p, seeds, save_h, precision, columns = linear
+    return AdaptedLinear(weight, bias, As, Bs, rows, dropout_p, seeds, save_h, precision, columns)
 
 
 def _starts(linear: AdaptedLinear) -> list[int]:
