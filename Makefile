@@ -69,7 +69,7 @@ sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under
 		.venv/bin/pytest --override-ini=pythonpath=tests/support --capture=no \
 		tests/backends/test_extension.py tests/backends/test_cuda_source.py tests/backends/test_raw_operations.py $(ARGS)
 
-aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU: registers, spills, shared memory
+aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU, and hold it to benchmarks/budgets.toml
 	.venv/bin/python -m benchmarks.aot $(ARGS)
 
 waves: .venv/.installed  ## how far the tiles of each large product fill a GPU of 132 multiprocessors, as modelled

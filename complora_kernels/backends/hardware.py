@@ -9,6 +9,7 @@ import os
 import torch
 
 OLDEST_CHIP = (8, 0)  # compute capability; the kernels need bfloat16 on tensor cores
+AMD_CHIPS = ("gfx942", "gfx1100")  # for which `make aot` compiles the kernels; they have run on none
 
 
 def interpreted() -> bool:
@@ -25,7 +26,7 @@ def is_missing(package: str) -> bool:
 @functools.lru_cache
 def gpu_unavailable() -> str | None:
     """Why no GPU of this machine runs the kernels, or None."""
-    if torch.version.hip is not None or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "there is no CUDA GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
     reasons = [too_old(index) for index in range(torch.cuda.device_count())]
     return None if None in reasons else reasons[0]
@@ -34,6 +35,10 @@ def gpu_unavailable() -> str | None:
 @functools.lru_cache
 def too_old(index: int | None) -> str | None:
     """Why the kernels do not run on a GPU (None: the current one), or None where they do."""
+    if torch.version.hip is not None:
+        device = torch.cuda.current_device() if index is None else index
+        chip = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return None if chip in AMD_CHIPS else f"the GPU is a {chip}, expected one of {', '.join(AMD_CHIPS)}"
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_CHIP:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected at least 8.0"

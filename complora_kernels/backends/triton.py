@@ -65,14 +65,14 @@ class TritonBackend:
     """The kernels of `complora_kernels.kernels`."""
 
     name = "triton"
-    purpose = "fused kernels on CUDA GPUs"
+    purpose = "fused kernels on CUDA GPUs (on AMD's: compiled, not run)"
     philox = True
     reads_parts = True
     own_operations = True
 
     @property
     def automatic(self) -> bool:
-        return not hardware.interpreted()
+        return not hardware.interpreted() and torch.version.hip is None
 
     def unavailable(self) -> str | None:
         if hardware.is_missing("triton"):

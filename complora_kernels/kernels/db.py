@@ -242,15 +242,9 @@ def tiles_for(
     device: torch.device,
     *,
     compute_g: bool,
-    pack: bool = False,
     narrow: bool = False,
 ) -> Tiles:
-    """The tiles of a launch.
-
-    A program holds all columns of an adapter where its registers and shared memory allow, so that g is whole: on Hopper
-    and Blackwell with up to 16 ranks and 768 columns. Else programs share the columns evenly. `narrow`: with four
-    warps, for a launch that computes dÃ too.
-    """
+    """The tiles of a launch; programs share the columns of an adapter. `narrow`: for a launch that computes dÃ too."""
     if launch.INTERPRETED:
         return Tiles(32, 32, min(-(-D // 32), 2), 4, 1, 264)
     if dtype == torch.float32:
@@ -258,16 +252,13 @@ def tiles_for(
     if narrow or not compute_g:
         return Tiles(64, launch.power_of_two(D, 32, 128 if R <= 32 else 64), 1, 4, 3, 264)
     chip = launch.chip(device)
+    if isinstance(chip, str) and chip.startswith("gfx1"):  # RDNA: warps of 32 threads, and no more registers a thread
+        return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
     if R > 32 and chip not in WHOLE_G_CHIPS:  # B̃ and dY lie in registers, as operands of the tensor cores
         return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
-    block_n = launch.power_of_two(D, 32, 256)
-    columns = -(-D // block_n)
-    if chip not in WHOLE_G_CHIPS or R > 16 or columns == 1:
-        return Tiles(64, block_n, 1, 8, 3 if R <= 32 else 2, 132)  # B̃ lies in shared memory beside the stages of dY
-    count = -(-columns // -(-columns // 3))
-    if pack or chip == 100:  # passes through registers, or through another copy: fewer rows at a time, one stage more
-        return Tiles(32, block_n, count, 8, 3, 132)
-    return Tiles(64, block_n, count, 8, 2, 132)
+    # One program with all columns would leave 48 KiB a split for the last program to add: by the model of a GPU that
+    # takes longer than partial sums of g do.
+    return Tiles(64, launch.power_of_two(D, 32, 256), 1, 8, 3 if R <= 32 else 2, 132)
 
 
 def db_job(
@@ -294,7 +285,7 @@ def db_job(
     whole, second, third = parts[0], parts[1 % len(parts)], parts[2 % len(parts)]
     M, (P, D, R), N, dtype, device = whole.shape[0], B.shape, linear.weight.shape[0], whole.dtype, whole.device
     pack, compute_g = pack or beside, compute_g or beside
-    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, pack=pack, narrow=narrow)
+    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, narrow=narrow)
     h = launch.contiguous_rows(h)
     shapes = (M, N, *whole.stride(), second.stride(0), third.stride(0), h.stride(0))
     outputs = (compute_g, compute_dB, partial_g, pack, beside)
@@ -412,6 +403,6 @@ def packed_lora_linear_db(
     )
     if compute_g or compute_dB or job.packed is not None:
         tiles, counters = job.tiles, partials.counters(job.work.counters, job.dB.device)
-        prepared = launch.alone(job.work, tiles.num_warps, tiles.num_stages)
+        prepared = launch.alone(job.work, tiles.num_warps, launch.stages(tiles.num_stages))
         launch.run(packed_lora_linear_db_kernel, prepared, (*job.tensors, counters))
     return job.results()

@@ -53,6 +53,7 @@ def fold_coordinates_kernel(
     ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     LAYOUT: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,12 +72,18 @@ def fold_coordinates_kernel(
     row = table_ptr + tl.program_id(0) * FIELDS
     if LAYOUT == MIXED_LAYOUT:
         if tl.load(row + 9) != 0:
-            _coordinates(row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, True, BLOCK_R, BLOCK_K, BLOCK_D)
+            _coordinates(
+                row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, True, TF32, BLOCK_R, BLOCK_K, BLOCK_D
+            )
         else:
-            _coordinates(row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, False, BLOCK_R, BLOCK_K, BLOCK_D)
+            _coordinates(
+                row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, False, TF32, BLOCK_R, BLOCK_K, BLOCK_D
+            )
     else:
         FIRST_R: tl.constexpr = LAYOUT == ALONG_R_LAYOUT
-        _coordinates(row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, FIRST_R, BLOCK_R, BLOCK_K, BLOCK_D)
+        _coordinates(
+            row, factor_ptr, basis_ptr, coordinates_ptr, ALIGNED, WIDTH, FIRST_R, TF32, BLOCK_R, BLOCK_K, BLOCK_D
+        )
 
 
 @triton.jit
@@ -88,6 +95,7 @@ def _coordinates(
     ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     FIRST_R: tl.constexpr,
+    TF32: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -115,7 +123,7 @@ def _coordinates(
         factor = tl.load(factor_ptrs, mask=mask, other=0.0).to(tl.float32)
         factor = tl.trans(factor) if FIRST_R else factor  # [BLOCK_R, BLOCK_D]
         basis = tl.load(basis_ptrs, mask=rest[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_D, BLOCK_K]
-        coordinates += _product(factor, basis)  # factor U
+        coordinates += _product(factor, basis, TF32)  # factor U
         factor_ptrs += BLOCK_D * factor_stride_d
         basis_ptrs += BLOCK_D * basis_stride_d
 
@@ -136,6 +144,7 @@ def fold_factors_kernel(
     ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     LAYOUT: tl.constexpr,
+    TF32: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -173,7 +182,7 @@ def fold_factors_kernel(
             partial_ptrs = coordinates_ptrs + split * R * coordinates_stride_r
             coordinates += tl.load(partial_ptrs, mask=mask & (split < splits), other=0.0)
         basis = tl.load(basis_ptrs, mask=(d < D)[:, None] & rest, other=0.0)  # [BLOCK_D, BLOCK_K]
-        inside += _product(coordinates, tl.trans(basis))  # (factor U) U^T
+        inside += _product(coordinates, tl.trans(basis), TF32)  # (factor U) U^T
         coordinates_ptrs += BLOCK_K
         basis_ptrs += BLOCK_K
 
@@ -205,8 +214,10 @@ def _finish(row, factor_ptr, out_ptr, inside, r, d, R, D, scaling, WIDTH: tl.con
 
 
 @triton.jit
-def _product(left, right):
-    """`left right` in float32, of three TF32 products."""
+def _product(left, right, TF32: tl.constexpr):
+    """`left right` of float32 accuracy: of three TF32 products, or one of float32 where the chip has no TF32."""
+    if not TF32:
+        return tl.dot(left, right, input_precision="ieee")
     left_low, right_low = left - _high(left), right - _high(right)
     product = tl.dot(left_low, _high(right), input_precision="tf32")
     product = tl.dot(_high(left), right_low, product, input_precision="tf32")
@@ -305,7 +316,8 @@ def fold_factors(
     programs = fold_programs(jobs, blocks, device)
     keep(programs.coordinates)
     keep(programs.projections)
-    shared = {"ALIGNED": aligned, "WIDTH": width, "BLOCK_R": blocks.r}
+    shared = {"ALIGNED": aligned, "WIDTH": width, "TF32": launch.has_tf32(), "BLOCK_R": blocks.r}
+    options = {"num_warps": 4, "num_stages": launch.stages(blocks.stages)}
     coordinates = torch.empty(programs.workspace, dtype=torch.float32, device=device)
     if programs.workspace:
         constexprs = {
@@ -316,7 +328,7 @@ def fold_factors(
             **shared,
         }
         grid = (len(programs.coordinates),)
-        prepared = launch.Launch(grid, (), constexprs, num_warps=4, num_stages=blocks.stages)
+        prepared = launch.Launch(grid, (), constexprs, **options)
         tensors = (programs.coordinates, first_factor, first_basis, coordinates)
         launch.run(fold_coordinates_kernel, prepared, tensors)
     constexprs = {
@@ -328,7 +340,7 @@ def fold_factors(
         **shared,
     }
     grid = (len(programs.projections),)
-    prepared = launch.Launch(grid, (scaling,), constexprs, num_warps=4, num_stages=blocks.stages)
+    prepared = launch.Launch(grid, (scaling,), constexprs, **options)
     read = coordinates if programs.workspace else first_basis
     tensors = (programs.projections, first_factor, first_basis, read, out)
     launch.run(fold_factors_kernel, prepared, tensors)

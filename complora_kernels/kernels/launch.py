@@ -49,9 +49,20 @@ def rounded(stored: Tensor, dtype: torch.dtype) -> Tensor:
     return stored if stored.dtype == dtype else stored.to(dtype)
 
 
+def has_tf32() -> bool:
+    """Whether tensor cores multiply float32 as TF32. AMD's matrix cores take float32 itself."""
+    return torch.version.hip is None
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """TF32 for float32 products only where torch itself would use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    allowed = has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
+def stages(n: int) -> int:
+    """Stages of a loop's loads in shared memory. AMD's chips have a third of it: there loads wait in registers."""
+    return n if torch.version.hip is None else min(n, 2)
 
 
 def stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
@@ -85,13 +96,15 @@ def aligned(matrix: Tensor) -> bool:
 
 
 @functools.lru_cache
-def capability(index: int) -> int:
-    """The chip of a CUDA device: 90 for compute capability 9.0."""
+def capability(index: int) -> int | str:
+    """The chip of a device: 90 for compute capability 9.0, with ROCm its name, as "gfx942"."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
-def chip(device: torch.device) -> int:
+def chip(device: torch.device) -> int | str:
     """The chip that tiles are chosen for; 0 in the interpreter, where small tiles reach all the edges."""
     if INTERPRETED:
         return 0
@@ -128,6 +141,12 @@ def tiles_for(
     if wanted is not None and wanted in tiles_of(known, dtype, crowded=product.crowded):
         return Tiles(*wanted)
     return choose_tiles(product, known, processors(device)).tiles
+
+
+def spills_with_residual(device: torch.device) -> bool:
+    """Whether an accumulator that starts from a residual leaves too few registers: Blackwell's lies in other memory."""
+    name = chip(device)
+    return isinstance(name, int) and name >= 100
 
 
 def cdiv(n: int, step: int) -> int:

@@ -166,7 +166,7 @@ def packed_lora_linear_fwd(
     added = None if residual is None else residual.dtype
     dtype = x_dtype if added is None else torch.promote_types(x_dtype, added)
     dropout_p = linear.dropout_p if compute_h else 0.0
-    crowded = dropout_p > 0 or (added is not None and launch.chip(device) >= 100)
+    crowded = dropout_p > 0 or (added is not None and launch.spills_with_residual(device))
     product = _product(M, N, K, len(groups.adapters), R, x_dtype, dtype, added, crowded)
     cut = launch.tiles_for((x, weight), product, tiles)
     y = launch.empty((M, N), dtype, device)

@@ -41,6 +41,8 @@ class Chip(NamedTuple):
     cache_bytes: int  # that an SM loads from the L2 in a cycle
     memory_bytes: int  # of the memory's in a cycle, an SM's share
     shared: int  # KiB of an SM
+    registers: int = 65536  # of an SM, or of what takes its place: CDNA's compute unit, RDNA's pair of them
+    warp_size: int = 32
 
 
 class LargeProduct(NamedTuple):
@@ -85,6 +87,10 @@ CHIPS = {
     89: Chip(128, 512, 16, 3, 100),
     80: Chip(108, 1024, 40, 10, 164),
     0: Chip(1, 64, 64, 64, 64),  # the interpreter: it has one tile
+    "gfx942": Chip(304, 1024, 54, 8, 64, 131072, 64),
+    "gfx950": Chip(256, 2048, 54, 13, 160, 131072, 64),
+    "gfx1100": Chip(48, 512, 64, 8, 128, 196608),
+    "gfx1201": Chip(32, 1024, 64, 7, 128, 196608),
 }
 LATENCY = 1500  # cycles until the first loads are there and after the last store was issued
 MASK_CYCLES = 0.09  # of an element of a mask: 11 instructions, of which an SM issues 128 in a cycle
@@ -104,14 +110,22 @@ HALF_TILES = {
     89: (Tiles(128, 128, 32, 8, 3), Tiles(64, 128, 32, 4, 4)),
     80: (Tiles(128, 128, 32, 8, 4), Tiles(64, 128, 32, 4, 4)),
     0: (Tiles(32, 32, 32, 4, 1),),
+    # AMD's CDNA and RDNA keep one stage of a loop in registers, on its way to 64 KiB of shared memory.
+    "gfx9": (Tiles(128, 128, 64, 8, 2), Tiles(128, 128, 32, 4, 2), Tiles(64, 128, 32, 4, 2)),
+    "gfx1": (Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 8, 2)),
 }
-FLOAT32_TILES = {80: (Tiles(64, 64, 32, 4, 3),), 0: (Tiles(32, 32, 32, 4, 1),)}
+FLOAT32_TILES = {
+    80: (Tiles(64, 64, 32, 4, 3),),
+    0: (Tiles(32, 32, 32, 4, 1),),
+    "gfx9": (Tiles(64, 64, 32, 4, 2),),
+    "gfx1": (Tiles(64, 64, 16, 8, 2),),
+}
 
 # Loads of single elements need an address each: registers that larger tiles do not leave.
 UNALIGNED_TILES = Tiles(64, 64, 32, 4, 2)
 
 
-def tiles_of(chip: int, dtype: torch.dtype, *, crowded: bool = False) -> tuple[Tiles, ...]:
+def tiles_of(chip: int | str, dtype: torch.dtype, *, crowded: bool = False) -> tuple[Tiles, ...]:
     """The tiles that ship for a chip.
 
     A kernel is crowded when it needs a mask beside its accumulator. It has the largest tiles of at most 64 elements a
@@ -124,8 +138,8 @@ def tiles_of(chip: int, dtype: torch.dtype, *, crowded: bool = False) -> tuple[T
 
 
 @functools.lru_cache
-def model_of(chip: int) -> Chip:
-    """What the model knows of a chip (90 for compute capability 9.0), or of the one before it."""
+def model_of(chip: int | str) -> Chip:
+    """What the model knows of a chip (90 for compute capability 9.0, "gfx942"), or of Nvidia's one before it."""
     return CHIPS[_row(CHIPS, chip)]
 
 
@@ -134,16 +148,17 @@ def fits_inside(rank: int, dtype: torch.dtype, dropout_p: float) -> bool:
     return dtype != torch.float32 and rank <= (32 if dropout_p > 0 else MAX_INSIDE_R)
 
 
-def resident(tiles: Tiles, product: LargeProduct, chip: int) -> int:
+def resident(tiles: Tiles, product: LargeProduct, chip: int | str) -> int:
     """Programs at a time on an SM, by the registers of its threads and by shared memory."""
-    area, edges, threads = tiles.block_m * tiles.block_out, tiles.block_m + tiles.block_out, 32 * tiles.num_warps
+    model, area, edges = model_of(chip), tiles.block_m * tiles.block_out, tiles.block_m + tiles.block_out
+    threads = model.warp_size * tiles.num_warps
     registers = min(255, area // threads + REGISTERS)
     ranks = max(16, min(1 << (product.rank - 1).bit_length(), MAX_INSIDE_R))
     shared = edges * product.itemsize * (tiles.num_stages * tiles.block_in + ranks)
-    return max(1, min(65536 // (-(-registers // 8) * 8 * threads), model_of(chip).shared * 1024 // (shared + 1024)))
+    return max(1, min(model.registers // (-(-registers // 8) * 8 * threads), model.shared * 1024 // (shared + 1024)))
 
 
-def expected(tiles: Tiles, product: LargeProduct, chip: int, processors: int) -> Choice:
+def expected(tiles: Tiles, product: LargeProduct, chip: int | str, processors: int) -> Choice:
     """What the model expects of some tiles."""
     model, area, edges = model_of(chip), tiles.block_m * tiles.block_out, tiles.block_m + tiles.block_out
     across = product.groups * math.ceil(product.columns // product.groups / tiles.block_out)
@@ -159,7 +174,7 @@ def expected(tiles: Tiles, product: LargeProduct, chip: int, processors: int) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tiles(product: LargeProduct, chip: int, processors: int) -> Choice:
+def choose_tiles(product: LargeProduct, chip: int | str, processors: int) -> Choice:
     """The tiles that the model expects to take least time; the first of equals.
 
     A function of its arguments alone. Tiles of a plan that was measured come before it (`launch.tiles_for`).
@@ -168,5 +183,7 @@ def choose_tiles(product: LargeProduct, chip: int, processors: int) -> Choice:
     return min((expected(t, product, chip, processors) for t in candidates), key=lambda choice: choice.cycles)
 
 
-def _row(table: dict[int, Any], chip: int) -> int:
-    return max(oldest for oldest in table if oldest <= chip)
+def _row(table: dict[Any, Any], chip: int | str) -> int | str:
+    if isinstance(chip, str):
+        return chip if chip in table else chip[:4]
+    return max(oldest for oldest in table if isinstance(oldest, int) and oldest <= chip)

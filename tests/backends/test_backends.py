@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,23 +164,34 @@ def test_kernels_without_triton_are_refused_with_the_reason(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("available", "hip", "capability", "reason"),
+    ("available", "amd", "capability", "reason"),
     [
         (False, None, (9, 0), "there is no CUDA GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"),
-        (True, "6.2", (9, 4), "there is no CUDA GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU)"),
+        (True, "gfx942:sramecc+:xnack-", (9, 4), None),
+        (True, "gfx1100", (11, 0), None),
+        (True, "gfx906", (9, 0), "the GPU is a gfx906, expected one of gfx942, gfx1100"),
         (True, None, (7, 5), "the GPU has compute capability 7.5, expected at least 8.0"),
         (True, None, (8, 0), None),
         (True, None, (10, 0), None),
     ],
 )
-def test_gpus_that_the_kernels_run_on(available, hip, capability, reason, monkeypatch):
+def test_gpus_that_the_kernels_run_on(available, amd, capability, reason, monkeypatch):
     monkeypatch.undo()  # the fixtures' GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "hip", None if amd is None else "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName=amd))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     hardware.too_old.cache_clear()
     assert hardware.gpu_unavailable.__wrapped__() == reason
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_that_no_amd_gpu_has_run_are_had_by_name_alone(monkeypatch):
+    assert backends.resolve() == "triton"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backends.resolve() == "torch"
+    assert backends.resolve("triton") == "triton"
 
 
 @pytest.mark.usefixtures("gpu")
@@ -209,9 +221,10 @@ def test_forced_where_it_does_not_support_the_arguments_is_an_error_with_the_rea
 
 def table(output: str) -> dict[str, str]:
     """What follows each name, up to the column of purposes; after blank lines come the extension and the plans."""
-    rows, extension, chosen = output.split("\n\n")
+    rows, extension, chosen, tiles = output.split("\n\n")
     assert extension.splitlines() == ["extension", *build.describe()]
     assert chosen.splitlines() == ["plans", *plans.describe()]
+    assert tiles.startswith("tiles of the fused kernels, modelled")
     return {row.split()[0]: row[11:].split("  ")[0] for row in rows.splitlines() if not row.startswith("on ")}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.tiles import (
     CHIPS,
+    FLOAT32_TILES,
     HALF_TILES,
     UNALIGNED_TILES,
     LargeProduct,
@@ -44,7 +47,7 @@ def test_tiles_follow_the_number_of_processors():
     assert choose_tiles(of, 90, 114).tiles != WIDE
 
 
-@pytest.mark.parametrize("chip", sorted(set(CHIPS) - {0}))
+@pytest.mark.parametrize("chip", sorted(set(CHIPS) - {0}, key=str))
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_what_is_chosen_ships_for_the_chip(chip, itemsize):
     for rows in (0, 1, 63, 6304, 10**7):
@@ -108,4 +111,26 @@ def test_a_launcher_takes_the_tiles_of_a_plan_first(monkeypatch):
 
 
 def test_every_chip_with_tiles_has_a_model():
-    assert set(HALF_TILES) == set(CHIPS)
+    families = {chip[:4] if isinstance(chip, str) else chip for chip in CHIPS}
+    assert families == set(HALF_TILES) == set(HALF_TILES) | set(FLOAT32_TILES)
+
+
+@pytest.mark.parametrize("chip", [chip for chip in CHIPS if isinstance(chip, str)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_tiles_of_amd_fit_its_shared_memory(chip, dtype, crowded):
+    tiles = tiles_of(chip, dtype, crowded=crowded)
+    assert tiles
+    assert all((t.block_m + t.block_out) * t.block_in * dtype.itemsize <= 64 * 1024 for t in tiles)
+
+
+def test_the_chip_of_rocm_is_its_name(monkeypatch):
+    launch.capability.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert launch.capability(0) == "gfx942"
+    assert not launch.has_tf32()
+    assert not launch.has_ptx()
+    assert launch.stages(3) == 2
+    launch.capability.cache_clear()
