@@ -165,7 +165,10 @@ cached = functools.lru_cache(maxsize=KEPT_LAUNCHES)  # of functions of shapes, s
 
 
 class Launch:
-    """All that one kernel is launched with but its tensors, which stand between `before` and `numbers`."""
+    """All that one kernel is launched with but its tensors, which stand between `before` and `numbers`.
+
+    It is of that kernel alone, whose compiled forms it remembers.
+    """
 
     __slots__ = ("before", "compiled", "constexprs", "grid", "numbers", "options")
 
