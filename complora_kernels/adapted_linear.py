@@ -50,7 +50,8 @@ class AdaptedLinear(NamedTuple):
     @property
     def rank(self) -> int:
         """The sum of the adapters' ranks, R: h is [M, R]."""
-        return sum(len(A) for A in self.As)
+        As = self.As
+        return As.shape[0] * As.shape[1] if isinstance(As, Tensor) else sum([A.shape[0] for A in As])
 
     @property
     def seed(self) -> Tensor | None:

@@ -6,7 +6,6 @@ is differentiated again or batched.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,14 +71,15 @@ class FoldFactorsFunction(torch.autograd.Function):
         dtypes = [dtype or factor.dtype for factor in factors]
         with without_autocast(factors[0]):
             folded = REGISTRY[backend].fold_factors(factors, ctx.bases, ctx.kinds, output_side, scaling, dtypes)
-        frozen = (not needed for needed in ctx.needs_input_grad[7:])
-        ctx.mark_non_differentiable(*itertools.compress(folded, frozen))  # or layers would compute gradients for them
+        asked = ctx.needs_input_grad[7:]  # or layers would compute gradients for the others
+        ctx.mark_non_differentiable(*[part for part, needed in zip(folded, asked, strict=True) if not needed])
         return tuple(folded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """`dA = dÃ P_in` and `dB = P_out (s · d(sB̃))`, the operation that folded the factors."""
-        needed = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[7 + i]]
+        asked = ctx.needs_input_grad[7:]
+        needed = [i for i, grad in enumerate(grads) if grad is not None and asked[i]]
         result: list[Tensor | None] = [None] * len(grads)
         if needed:
             wanted: list[Any] = [grads[i] for i in needed]

@@ -10,7 +10,7 @@ stream passes through each autograd node, so that its gradient is added where th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -262,11 +262,17 @@ def _linear_bwd(
 ) -> ProductGrads:
     # Autocast leaves the stream, and so its gradient, in float32; kernels read memory.
     dtype = source.dtype
-    own: Any = [part.resolve_neg().to(dtype) for part in ([dY] if isinstance(dY, Tensor) else dY)]
+    own: Any = [_read(part, dtype) for part in ([dY] if isinstance(dY, Tensor) else dY)]
     dY = own[0] if len(own) == 1 else own if run.reads_parts else whole_gradient(own)
     if not linear.rows:
         return ProductGrads(whole_gradient(dY) @ linear.weight.to(dtype) if needs_x else None, [], [])
     return run.packed_lora_linear_bwd(dY, source, h, linear, linear.needs(needs_x, needed), defer=defer)
+
+
+def _read(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient as kernels read it."""
+    grad = grad.resolve_neg() if grad.is_neg() else grad
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 def _unbound(
@@ -329,10 +335,11 @@ def _prepare(
     dtype = functional.compute_dtype(x)
 
     def unsupported(backend: Backend) -> str | None:
-        like = x.new_empty(0, dtype=dtype)
+        like = x if x.dtype == dtype else x.new_empty(0, dtype=dtype)
+        tensors = itertools.chain.from_iterable([linear.tensors() for linear in linears])
         reasons = (backend.unsupported_linear(like, linear) for linear in linears)
         return (
-            backend.unsupported_norm(x, *_tensors(delta, norm, linears))
+            backend.unsupported_norm(x, delta, norm.weight, norm.bias, *tensors)
             or next(filter(None, reasons), None)
             or backend.unsupported_tensors("x", [x])
         )
@@ -355,20 +362,14 @@ def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[Adapte
         raise ValueError(f"delta {tuple(delta.shape)} on {delta.device}, expected as x, {tuple(x.shape)} on {x.device}")
     hidden = x
     for linear in linears:
-        lengths = [len(part) for part in (linear.As, linear.Bs, linear.rows)]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"As, Bs, rows have lengths {', '.join(map(str, lengths))}, expected equal ones")
+        if not len(linear.As) == len(linear.Bs) == len(linear.rows):
+            lengths = ", ".join(str(len(part)) for part in (linear.As, linear.Bs, linear.rows))
+            raise ValueError(f"As, Bs, rows have lengths {lengths}, expected equal ones")
         functional.check_linear(hidden, linear)
         if in_a_row:
-            hidden = x.new_empty(1).expand(*x.shape[:-1], len(linear.weight))
+            hidden = x.new_empty(1).expand(*x.shape[:-1], linear.weight.shape[0])
     if in_a_row and linears[1].weight.shape != (shape := linears[0].weight.shape)[::-1]:
         raise ValueError(f"fc1 {tuple(shape)} and fc2 {tuple(linears[1].weight.shape)}, expected transposed shapes")
-
-
-def _tensors(delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear]) -> Iterator[Tensor | None]:
-    yield from (delta, norm.weight, norm.bias)
-    for linear in linears:
-        yield from linear.tensors()
 
 
 def _flat(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:  # each [M, K]

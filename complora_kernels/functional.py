@@ -85,8 +85,10 @@ def fold_factors(
         lora_As, lora_Bs, output_bases, input_bases, output_kinds, input_kinds, strict=True
     ):
         _check_factors(A, B, "lora_A", "lora_B")
-        _check_basis(output_basis, output_kind, B.shape[0], "output_basis", B.device)
-        _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
+        if output_basis is not None or output_kind != "principal":
+            _check_basis(output_basis, output_kind, B.shape[0], "output_basis", B.device)
+        if input_basis is not None or input_kind != "principal":
+            _check_basis(input_basis, input_kind, A.shape[1], "input_basis", A.device)
     factors, bases = [*lora_As, *lora_Bs], [*input_bases, *output_bases]
     name = resolve(
         backend,
@@ -257,7 +259,8 @@ def for_backend(x: Tensor, linear: AdaptedLinear, dtype: torch.dtype, backend: s
 
     h is saved where B̃ gets a gradient. A backend gets `columns` for the rows of x one after the other.
     """
-    As, Bs = [A.to(dtype) for A in linear.As], [B.to(dtype) for B in linear.Bs]
+    As = [A if A.dtype == dtype else A.to(dtype) for A in linear.As]
+    Bs = [B if B.dtype == dtype else B.to(dtype) for B in linear.Bs]
     seeds = [] if backend == REFERENCE else dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
     save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
     weight, bias, _, _, rows, dropout_p, _, _, precision, columns = linear
@@ -306,12 +309,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def check_linear(x: Tensor, linear: AdaptedLinear, name_A: str = "folded_A", name_B: str = "folded_B") -> None:
     """Raises ValueError unless x [..., in], the weight and the factors fit each other; the message names them."""
-    weight, dropout_p = linear.weight, linear.dropout_p
+    weight, dropout_p, device = linear.weight, linear.dropout_p, x.device
     _check_base(x, weight, linear.bias)
     for A, B, (start, stop) in zip(linear.As, linear.Bs, linear.rows, strict=True):
         _check_factors(A, B, name_A, name_B)
-        _check_device(A, name_A, x.device)
-        _check_device(B, name_B, x.device)
+        if A.device != device or B.device != device:
+            _check_device(A, name_A, device)
+            _check_device(B, name_B, device)
         if not (0 <= start <= stop <= weight.shape[0]) or (B.shape[0], A.shape[1]) != (stop - start, weight.shape[1]):
             raise ValueError(
                 f"{name_A} {tuple(A.shape)}, {name_B} {tuple(B.shape)} and rows ({start}, {stop}) do not fit a weight "
@@ -351,7 +355,8 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen {name}: it gets no gradient here")
-        _check_device(tensor, name, x.device)
+        if tensor.device != x.device:
+            _check_device(tensor, name, x.device)
         if tensor.dtype != x.dtype and not reference.autocasts(x.device.type):
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}, outside autocast")
 
@@ -390,7 +395,8 @@ def _check_basis(basis: Tensor | None, kind: str, d: int, name: str, device: tor
         return
     if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
         raise ValueError(f"{name} has shape {tuple(basis.shape)}, expected [{d}, k] with k <= {d}")
-    _check_device(basis, name, device)
+    if basis.device != device:
+        _check_device(basis, name, device)
     if not basis.is_floating_point():
         raise ValueError(f"{name} has dtype {basis.dtype}, expected a floating-point one")
     check_orthonormal(basis, name)

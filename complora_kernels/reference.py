@@ -30,10 +30,13 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A block in which autocast does not lower what is computed in a chosen dtype, on the device of `tensor`."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else _AS_IT_IS
 
 
 def project_complement(

@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,6 +121,7 @@ SHIPPED: tuple[tuple[str, Callable[[Problem], bool], Plan], ...] = (
 
 _FORCED: ThreadStack[Plan] = ThreadStack("forced plan")  # set by `override`
 _chosen: dict[tuple[Any, ...], tuple[Plan, str]] = {}  # the plan and where it comes from
+_chosen_for: dict[tuple[Any, ...], Plan] = {}  # by devices and dtypes, whose names `_chosen` has
 
 
 def problem(
@@ -141,8 +142,23 @@ def problem(
     rows, inputs = x.shape
     traced = torch.compiler.is_compiling() or type(rows) is not int  # a size that make_fx or torch.jit.trace follows
     tokens = ANY if traced else 1 << max(rows - 1, 0).bit_length()
-    product, kept = str(dtype).removeprefix("torch."), str(weight.dtype).removeprefix("torch.")
-    return Problem(backend, _device(x.device), tokens, inputs, weight.shape[0], rank, adapters, product, kept, dropout)
+    return _problem(backend, x.device, tokens, inputs, weight.shape[0], rank, adapters, dtype, weight.dtype, dropout)
+
+
+def _problem(
+    backend: str,
+    device: torch.device,
+    tokens: int,
+    inputs: int,
+    outputs: int,
+    rank: int,
+    adapters: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    dropout: bool,
+) -> Problem:
+    product, kept = str(dtype).removeprefix("torch."), str(weight_dtype).removeprefix("torch.")
+    return Problem(backend, _device(device), tokens, inputs, outputs, rank, adapters, product, kept, dropout)
 
 
 def eligible(problem: Problem, precision: str = "exact") -> tuple[str, ...]:
@@ -170,11 +186,42 @@ def choose(problem: Problem, precision: str = "exact") -> Plan:
 
 def choose_for(x: Tensor, linear: AdaptedLinear, backend: str) -> Plan:
     """The plan of a backend for the product of x [M, in] and a record with adapters."""
+    rows = x.shape[0]
+    if type(rows) is int and not torch.compiler.is_compiling():
+        return choose_for_shape(x.shape, x.dtype, x.device, linear, backend)
+    numbers = _numbers(x.shape[1], x.dtype, linear)
+    return choose(_problem(backend, x.device, ANY, *numbers), linear.precision)
+
+
+def choose_for_shape(
+    shape: Sequence[int],  # of x: M, in
+    dtype: torch.dtype,  # of x
+    device: torch.device,
+    linear: AdaptedLinear,
+    backend: str,
+) -> Plan:
+    """`choose_for` of an x that need not be there, where nothing traces.
+
+    What was chosen is kept by all that the choice depends on.
+    """
+    rows, inputs = shape
+    numbers, tokens = _numbers(inputs, dtype, linear), 1 << max(rows - 1, 0).bit_length()
+    forced, variable = _forced() if _FORCED.anywhere else None, os.environ.get("COMPLORA_PLAN", "auto")
+    key = (forced, variable, linear.precision, backend, device, tokens, *numbers)
+    if (plan := _chosen_for.get(key)) is None:  # one look, as in `_choose`
+        plan = _chosen_for[key] = choose(_problem(backend, device, tokens, *numbers), linear.precision)
+    return plan
+
+
+def _numbers(inputs: int, dtype: torch.dtype, linear: AdaptedLinear) -> tuple[Any, ...]:
+    """The last arguments of `_problem`."""
     As, weight = linear.As, linear.weight
     dropout = linear.dropout_p > 0 or linear.columns is not None  # a masked h is in no weight either
-    rank = max([A.shape[0] for A in As])
-    asked = problem(x, weight, backend=backend, rank=rank, adapters=len(As), dtype=x.dtype, dropout=dropout)
-    return choose(asked, linear.precision)
+    if isinstance(As, Tensor):
+        adapters, rank, _ = As.shape
+    else:
+        adapters, rank = len(As), max([A.shape[0] for A in As])
+    return inputs, weight.shape[0], rank, adapters, dtype, weight.dtype, dropout
 
 
 @contextlib.contextmanager
@@ -191,6 +238,7 @@ def reload() -> None:
     """Forgets the plan file and what was chosen; the next choice reads it again."""
     _entries.cache_clear()
     _chosen.clear()
+    _chosen_for.clear()
 
 
 def plan_file() -> Path:
@@ -305,8 +353,12 @@ def _refusal(name: str, problem: Problem, precision: str) -> str | None:
     return None if name in NAMES else "unknown"
 
 
+def _forced() -> Plan | None:
+    return (_FORCED.values() or [None])[-1]
+
+
 def _choose(precision: str, *fields: Any) -> Plan:
-    forced, variable = (_FORCED.values() or [None])[-1], os.environ.get("COMPLORA_PLAN", "auto")
+    forced, variable = _forced() if _FORCED.anywhere else None, os.environ.get("COMPLORA_PLAN", "auto")
     key = (forced, variable, precision, fields)
     if (chosen := _chosen.get(key)) is None:  # one look: another thread may call `reload`
         chosen = _chosen[key] = _resolve(Problem(*fields), precision, forced, variable)

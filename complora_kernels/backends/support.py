@@ -46,7 +46,7 @@ def unsupported_tensors(
 
 def unsupported_ranks(linear: AdaptedLinear) -> str | None:
     """Why kernels do not support the adapters of one product: they need equal ranks."""
-    ranks = [len(A) for A in linear.As]
+    ranks = [A.shape[0] for A in linear.As]
     return f"the adapters have ranks {ranks}, the kernels support equal ones" if len(set(ranks)) > 1 else None
 
 

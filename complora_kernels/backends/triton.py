@@ -28,12 +28,11 @@ from complora_kernels.backends.torch import (
     add_residual,
     block_diagonal,
     input_grad,
-    input_of,
     whole_gradient,
 )
 from complora_kernels.backends.wide_weights import tall_weight, wide_weight, width
 from complora_kernels.common.shapes import check_device, flatten, unflatten
-from complora_kernels.common.tracing import is_dispatched, is_plain
+from complora_kernels.common.tracing import PLAIN, is_dispatched
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH, groups_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,7 +90,7 @@ class TritonBackend:
         if reason is not None:
             return reason
         for basis in bases:
-            if basis is not None and basis.dtype != torch.float32:
+            if basis is not None and basis.dtype is not torch.float32:
                 return f"a basis has dtype {basis.dtype}, the kernels support torch.float32"
         return None
 
@@ -104,7 +103,7 @@ class TritonBackend:
         if linear.columns is not None and is_dispatched(x):
             return "columns of h are left out, the registered operations compute all"
         try:
-            groups_of(linear)
+            groups_of(linear, traced=type(linear.weight.shape[0]) is not int or torch.compiler.is_compiling())
         except ValueError as error:
             return str(error)
         return None
@@ -112,8 +111,9 @@ class TritonBackend:
     def unsupported_norm(self, x: Tensor, *others: Tensor | None) -> str | None:
         if x.shape[-1] > MAX_NORM_WIDTH:
             return f"x {tuple(x.shape)}, the kernels support rows of at most {MAX_NORM_WIDTH}"
-        if any(tensor is not None and tensor.is_neg() for tensor in (x, *others)):
-            return "a tensor is a view that negates its memory, the kernels read the memory"
+        for tensor in (x, *others):
+            if tensor is not None and tensor.is_neg():
+                return "a tensor is a view that negates its memory, the kernels read the memory"
         return None
 
     def project_complement(
@@ -162,7 +162,7 @@ class TritonBackend:
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
         if beside is not None and h is not None:
-            bias = None if linear.bias is None else linear.bias.to(x.dtype)
+            bias = None if linear.bias is None else kernels().launch.cast(linear.bias, x.dtype)
             return add_residual(F.linear(*beside, bias), residual), h
         if h is None and residual is None and _is_registered(x, *linear.tensors()):
             return torch.ops.complora_triton.packed_lora_linear_fwd(
@@ -273,8 +273,7 @@ def _beside(
     """The matrices of a product whose input is written with h in the same rows, where its plan is `concat`."""
     if reader is None or dtype.itemsize != 2 or x.shape[1] % 8 or reader.weight.shape[1:] != x.shape[1:]:
         return None
-    like = x.new_empty(1, dtype=dtype).expand(x.shape)
-    if _plan(like, reader).name != "concat":
+    if _plan(x.shape, dtype, x.device, reader).name != "concat":
         return None
     return kernels().beside.beside(reader, wide_weight(reader, dtype))
 
@@ -286,11 +285,11 @@ def _one_mask(linear: AdaptedLinear) -> bool:
 
 def _may_defer(source: Source, linear: AdaptedLinear) -> bool:
     """Whether what computed x adds the second term of dX in its own gradient."""
-    if isinstance(source, Tensor) or linear.columns is not None or len(linear.As[0]) > plans.MAX_FUSED_RANK:
+    if isinstance(source, Tensor) or linear.columns is not None or linear.As[0].shape[0] > plans.MAX_FUSED_RANK:
         return False
     if isinstance(source, Activated) and not _one_mask(linear):
         return False
-    return _plan(input_of(source, shape_only=True), linear).name == "concat"
+    return _plan(source.input.shape, source.dtype, source.input.device, linear).name == "concat"
 
 
 def _deferred_bwd(
@@ -302,7 +301,8 @@ def _deferred_bwd(
 ) -> ProductGrads:
     """DX by torch's product alone, `dY W`; its second term is left to the gradient of what computed x."""
     k, stacked = kernels(), _stacked(linear)
-    apart = not isinstance(dY, Tensor) and len(dY) == len(linear.weight) // (linear.rows[0][1] - linear.rows[0][0])
+    start, stop = linear.rows[0]
+    apart = not isinstance(dY, Tensor) and len(dY) == linear.weight.shape[0] // (stop - start)
     dY = dY if apart else whole_gradient(dY)
     outputs = {"compute_g": True, "compute_dB": needs.B, "pack": apart}
     g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h.contiguous(), stacked, **outputs)
@@ -327,13 +327,13 @@ def _linear_fwd(
     residual: Tensor | None,  # [M, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
     k, linear, save_h = kernels(), _stacked(linear), linear.save_h
-    plan = _plan(x, linear)
+    plan = _plan(x.shape, x.dtype, x.device, linear)
     if plan.name == "fused":
         if h is None and plan.h != "inside":
             h = k.linear.packed_lora_linear_h(x, linear)
         y, h = k.linear.packed_lora_linear_fwd(x, linear, h, residual=residual, tiles=plan.tiles)
         return y, h if save_h else x.new_empty(0, h.shape[1])
-    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    bias = None if linear.bias is None else k.launch.cast(linear.bias, x.dtype)
     if plan.name == "merge":
         y = F.linear(x, k.factors.merge_weight(linear, x.dtype), bias)  # x (W + ΔW)^T + b
         h = k.linear.packed_lora_linear_h(x, linear) if h is None and save_h else h
@@ -364,9 +364,10 @@ def _linear_bwd(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dX [M, K], dÃ [P, r, K], dB̃ [P, D, r]; of no elements where they are not needed
     k, linear, dropping = kernels(), _stacked(linear), linear.dropout_p > 0
-    x = input_of(source, shape_only=True)
-    h, plan = h.contiguous(), _plan(x, linear)
-    dX, dA = x.new_empty(0), x.new_empty(0)
+    x = source if isinstance(source, Tensor) else source.input  # its shape and device are those of the product's input
+    h, dtype = h.contiguous(), source.dtype
+    plan = _plan(x.shape, dtype, x.device, linear)
+    dX = dA = x.new_empty(0, dtype=dtype)
     if needs.x and plan.name == "fused" and plan.h == "inside":
         dX, g = k.linear.packed_lora_linear_dx(dY, linear, None, tiles=plan.tiles)
         if needs.A and needs.B:
@@ -378,11 +379,11 @@ def _linear_bwd(
         outputs = {"compute_g": needs.x or needs.A, "compute_dB": needs.B, "beside": beside}
         g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h, linear, **outputs)
         if beside:
-            dX = packed[0] @ tall_weight(linear, x.dtype)  # [dY | g | 0] [W ; Ã ; 0]
+            dX = packed[0] @ tall_weight(linear, dtype)  # [dY | g | 0] [W ; Ã ; 0]
         elif needs.x and plan.name == "merge":
-            dX = dY @ k.factors.merge_weight(linear, x.dtype)  # dY (W + ΔW)
+            dX = dY @ k.factors.merge_weight(linear, dtype)  # dY (W + ΔW)
         elif needs.x and plan.name == "addmm" and not dropping:
-            dX = input_grad(dY, g, linear, plan.name, x.dtype)
+            dX = input_grad(dY, g, linear, plan.name, dtype)
         elif needs.x:  # a dropout mask stands between g Ã and the sum, whatever the plan
             dX, _ = k.linear.packed_lora_linear_dx(dY, linear, g, tiles=plan.tiles)
     if needs.A:
@@ -403,19 +404,22 @@ def _da_source(source: Source, g: Tensor, linear: AdaptedLinear) -> Any:
     return kernels().reductions.Source(x, g, linear, norm, activation)
 
 
-def _plan(x: Tensor, linear: AdaptedLinear) -> plans.Plan:
-    plan = plans.choose_for(x, linear, "triton")
-    fits = linear.columns is None and kernels().linear.fits_inside(len(linear.As[0]), x.dtype, linear.dropout_p)
-    if plan.h == "inside" and not fits:
-        return plan._replace(h="given")
-    return plan
+def _plan(shape: Sequence[int], dtype: torch.dtype, device: torch.device, linear: AdaptedLinear) -> plans.Plan:
+    """The plan for the product of an x of this shape, dtype and device."""
+    plan = plans.choose_for_shape(shape, dtype, device, linear, "triton")
+    if plan.h != "inside":
+        return plan
+    rank = linear.As[0].shape[0]
+    fits = linear.columns is None and kernels().linear.fits_inside(rank, dtype, linear.dropout_p)
+    return plan if fits else plan._replace(h="given")
 
 
 def _stacked(linear: AdaptedLinear) -> AdaptedLinear:
     """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches."""
     As: Any = kernels().launch.stacked(linear.As)
     Bs: Any = kernels().launch.stacked(linear.Bs)
-    return linear._replace(As=As, Bs=Bs)
+    weight, bias, _, _, rows, dropout_p, seeds, save_h, precision, columns = linear
+    return AdaptedLinear(weight, bias, As, Bs, rows, dropout_p, seeds, save_h, precision, columns)
 
 
 def _starts(linear: AdaptedLinear) -> list[int]:
@@ -437,11 +441,16 @@ def _is_registered(first: Tensor, *others: Tensor | None) -> bool:
     Something may follow the operations; or a tensor is one that a kernel could not read, and that torch's dispatcher
     turns into memory (a view that negates) or the operation's checks refuse.
     """
-    return is_dispatched(first) or any(
-        tensor is not None
-        and (not is_plain(tensor) or tensor.is_neg() or tensor.layout is not torch.strided or not _has_memory(tensor))
-        for tensor in (first, *others)
-    )
+    if is_dispatched(first):
+        return True
+    for tensor in (first, *others):
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN or tensor.is_neg() or tensor.layout is not torch.strided:
+            return True
+        if tensor.data_ptr() == 0 and tensor.numel() > 0:
+            return True
+    return False
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -489,7 +498,7 @@ def _check_memory(*tensors: Tensor | None) -> None:
 
 
 def _check_dtype(dtype: torch.dtype, *tensors: Tensor) -> None:
-    if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
+    if dtype not in DTYPES or [tensor for tensor in tensors if tensor.dtype != dtype]:
         dtypes = [dtype, *(tensor.dtype for tensor in tensors)]
         raise ValueError(f"tensors have dtypes {dtypes}, expected one of {DTYPES}")
 

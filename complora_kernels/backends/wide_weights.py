@@ -54,9 +54,9 @@ def wide_weight(linear: AdaptedLinear, dtype: torch.dtype) -> Tensor:  # [N, C]
 
 def tall_weight(linear: AdaptedLinear, dtype: torch.dtype) -> Tensor:  # [E, K]
     """`[W ; Ã ; 0]` in `dtype`, complete."""
-    tall, N = _buffer(linear, dtype, "A"), len(linear.weight)
+    tall, N = _buffer(linear, dtype, "A"), linear.weight.shape[0]
     A = linear.As.flatten(0, 1) if isinstance(linear.As, Tensor) else torch.cat(list(linear.As))  # [R, K]
-    tall[N : N + len(A)] = A
+    tall[N : N + A.shape[0]] = A
     return tall
 
 
@@ -64,7 +64,7 @@ def _buffer(linear: AdaptedLinear, dtype: torch.dtype, factor: str) -> Tensor:
     weight = linear.weight
     owner = weight if weight._base is None else weight._base
     version = -1 if weight.is_inference() else weight._version
-    shape, rows = tuple(map(int, weight.shape)), tuple((start, stop) for start, stop in linear.rows)
+    shape, rows = tuple(map(int, weight.shape)), tuple(linear.rows)
     state = _State(weight.data_ptr(), version, shape, weight.stride(), weight.device, dtype, rows, linear.rank)
     kept: dict[tuple[int, tuple[int, ...], int, str], tuple[_State, Tensor]] = _KEPT.setdefault(owner, {})
     thread = threading.get_ident()

@@ -39,6 +39,11 @@ class ThreadStack(Generic[Value]):
         self._here = _Here()
         self._open: set[_Entry[Value]] = set()  # entries of all threads
 
+    @property
+    def anywhere(self) -> bool:
+        """Whether a context is open on any thread: the cheaper question, where nothing is compiled."""
+        return bool(self._open)
+
     def values(self) -> list[Value]:
         """The values of the contexts that are open on this thread, the innermost last."""
         if torch.compiler.is_compiling():

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 Function = TypeVar("Function", bound=FunctionType)
 
+PLAIN = (Tensor, nn.Parameter)
 CHECKPOINT = "torch.utils.checkpoint"
 _VMAP_MODE = _dispatch_key_parse("VmapMode")
 
@@ -79,7 +80,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is of torch's own class, and of no subclass that may see operations or have no memory."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    return type(tensor) in PLAIN
 
 
 def is_differentiated() -> bool:

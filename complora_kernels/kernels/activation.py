@@ -18,6 +18,8 @@ before it is rounded, so that a small term is not lost as it would be in da itse
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch, partials
-from complora_kernels.kernels.beside import BLOCK_N, Beside, pad_rows, write_factors
+from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_factors
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.partials import sum_when_last
@@ -317,58 +319,76 @@ def activation_fwd(
     h is [0, P r] where nothing reads it again: it is stored beside a, and the reader does not save it.
     """
     z = launch.contiguous_rows(z)
-    A = None if reader is None else launch.stacked(reader.As).flatten(0, 1)  # [P r, K]
+    A = None if reader is None else flat_factors(reader)  # [P r, K]
     seed = None if reader is None else reader.seed
-    (M, K), R = z.shape, 1 if A is None else len(A)
-    dropout = dropout_lanes(0.0 if reader is None else reader.dropout_p)
-    a = launch.empty((M, K if beside is None else beside.wide.shape[1]), z.dtype, z.device)
+    dropout_p = 0.0 if reader is None else reader.dropout_p
+    (M, K), R, dtype, device = z.shape, 1 if A is None else A.shape[0], z.dtype, z.device
+    width = K if beside is None else beside.wide.shape[1]
+    a = launch.empty((M, width), dtype, device)
     store_h = A is not None and (beside is None or reader is None or reader.save_h)
-    h = launch.empty((M if store_h else 0, R), z.dtype, z.device)
-    block_m, block_k = (32, 32) if launch.INTERPRETED or z.dtype == torch.float32 else (32, 64)
-    block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[z.dtype])
-    programs = triton.cdiv(M, block_m) * triton.cdiv(R, block_r)
+    h = launch.empty((M if store_h else 0, R), dtype, device)
     if M > 0:
-        with launch.on_device(z.device):
-            activation_fwd_kernel[(programs + (0 if beside is None else beside.programs),)](
-                z,
-                z if A is None else A,
-                a,
-                h,
-                a if beside is None else a[:, K:],
-                z if beside is None else beside.B,
-                z if beside is None else beside.wide,
-                z if seed is None else seed,
-                M,
-                K,
-                0 if beside is None else len(beside.wide),
-                1 if beside is None else beside.D,
-                programs,
-                z.stride(0),
-                a.stride(0),
-                0 if beside is None else beside.wide.stride(0),
-                dropout.threshold,
-                dropout.scale,
-                RANK=R,
-                COMPUTE_H=A is not None,
-                STORE_H=store_h,
-                PADDING=-1 if beside is None else a.shape[1] - K - R,
-                B_RANK=1 if beside is None else beside.B.shape[2],
-                B_ADAPTERS=0 if beside is None else len(beside.B),
-                ADAPTER_OF_GROUP=0 if beside is None else beside.adapter_of_group,
-                BITS=dropout.bits,
-                KIND=KINDS[activation],
-                UPCAST=launch.upcast(z.dtype),
-                PRECISION=launch.input_precision(z.dtype),
-                PTX=launch.has_ptx(),
-                EVEN_K=K % block_k == 0,
-                BLOCK_M=block_m,
-                BLOCK_K=block_k,
-                BLOCK_R=block_r,
-                BLOCK_N=BLOCK_N,
-                num_warps=4,
-                num_stages=3,
-            )
-    return launch.rounded(a, z.dtype), launch.rounded(h, z.dtype)
+        shapes, flags = (M, K, R, z.stride(0), width), (A is not None, store_h)
+        layout = None if beside is None else beside.layout
+        how = (dtype, launch.input_precision(dtype), launch.has_ptx())
+        prepared = _fwd(shapes, dropout_p, *flags, layout, KINDS[activation], *how)
+        tensors = (
+            z,
+            z if A is None else A,
+            a,
+            h,
+            a if beside is None else a[:, K:],
+            z if beside is None else beside.B,
+            z if beside is None else beside.wide,
+            z if seed is None else seed,
+        )
+        launch.run(activation_fwd_kernel, prepared, tensors)
+    return launch.rounded(a, dtype), launch.rounded(h, dtype)
+
+
+def flat_factors(linear: AdaptedLinear) -> Tensor:  # [P r, K]
+    """The Ãs of a product below each other."""
+    return launch.stacked(linear.As).flatten(0, 1)
+
+
+@launch.cached
+def _fwd(
+    shapes: tuple[int, ...],  # M, K, R, the distance of the rows of z, the columns of a
+    dropout_p: float,
+    compute_h: bool,
+    store_h: bool,
+    beside: Layout | None,
+    kind: int,
+    dtype: torch.dtype,
+    precision: str,
+    ptx: bool,
+) -> launch.Launch:
+    M, K, R, stride, width = shapes
+    dropout = dropout_lanes(dropout_p)
+    block_m, block_k = (32, 32) if launch.INTERPRETED or dtype == torch.float32 else (32, 64)
+    block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
+    programs = launch.cdiv(M, block_m) * launch.cdiv(R, block_r)
+    layout = NOTHING_BESIDE if beside is None else beside
+    constexprs = {
+        "RANK": R,
+        "COMPUTE_H": compute_h,
+        "STORE_H": store_h,
+        "PADDING": -1 if beside is None else width - K - R,
+        **layout.constexprs(),
+        "BITS": dropout.bits,
+        "KIND": kind,
+        "UPCAST": launch.upcast(dtype),
+        "PRECISION": precision,
+        "PTX": ptx,
+        "EVEN_K": K % block_k == 0,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "BLOCK_R": block_r,
+        "BLOCK_N": BLOCK_N,
+    }
+    strides = (stride, width, layout.stride)
+    numbers = (M, K, layout.N, layout.D, programs, *strides, dropout.threshold, dropout.scale)
+    return launch.Launch((programs + layout.programs,), numbers, constexprs, num_warps=4, num_stages=3)
 
 
 def activation_bwd(
@@ -382,54 +402,68 @@ def activation_bwd(
 ) -> tuple[Tensor, Tensor]:  # dz [M, K], dÃ [P r, K], of no rows where it is not computed
     """`dz = (da + m ∘ (g Ã)) ∘ act'(z)` and `dÃ = g^T drop(act(z))` in one pass over da and z."""
     da, z = launch.contiguous_rows(da), launch.contiguous_rows(z)
-    A = None if g is None or reader is None else launch.stacked(reader.As).flatten(0, 1)  # [P r, K]
+    A = None if g is None or reader is None else flat_factors(reader)  # [P r, K]
     seed = None if A is None or reader is None else reader.seed
-    dropout = dropout_lanes(0.0 if A is None or reader is None else reader.dropout_p)
-    (M, K), R = z.shape, 0 if A is None else len(A)
+    dropout_p = 0.0 if A is None or reader is None else reader.dropout_p
+    (M, K), R, dtype, device = z.shape, 0 if A is None else A.shape[0], z.dtype, z.device
     if compute_dA and not 0 < R <= MAX_DA_RANK:
         raise ValueError(f"compute_dA=True with {R} ranks, expected 1 to {MAX_DA_RANK}")
-    dz = launch.empty((M, K), z.dtype, z.device)
-    block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if z.dtype == torch.float32 else (32, 128)
-    block_r, tiles = launch.power_of_two(R, 16, MAX_DA_RANK), triton.cdiv(K, block_k)
-    wanted = triton.cdiv(M, block_m)
-    if compute_dA:
-        wanted = min(triton.cdiv(M, ROWS_PER_SPLIT), triton.cdiv(SPLIT_PROGRAMS, tiles))
-    splits = partials.split_rows(M, wanted, block_m)
-    dA = launch.empty((R if compute_dA else 0, K), z.dtype, z.device)
-    parts = splits.parts if compute_dA else 0
+    dz = launch.empty((M, K), dtype, device)
+    dA = launch.empty((R if compute_dA else 0, K), dtype, device)
     if M > 0 or compute_dA:
-        with launch.on_device(z.device):
-            activation_bwd_kernel[(tiles, splits.number)](
-                da,
-                z,
-                z if g is None else g,
-                z if A is None else A,
-                dz,
-                dA,
-                torch.empty((parts, R, K), dtype=torch.float32, device=z.device),
-                partials.counters(tiles * splits.counters if compute_dA else 0, z.device),
-                z if seed is None else seed,
-                M,
-                K,
-                da.stride(0),
-                z.stride(0),
-                splits.rows,
-                splits.number,
-                splits.group,
-                dropout.threshold,
-                dropout.scale,
-                RANK=R,
-                COMPUTE_DA=compute_dA,
-                SPLIT=splits.number > 1,
-                BITS=dropout.bits,
-                KIND=KINDS[activation],
-                UPCAST=launch.upcast(z.dtype),
-                PTX=launch.has_ptx(),
-                EVEN_K=K % block_k == 0,
-                BLOCK_M=block_m,
-                BLOCK_K=block_k,
-                BLOCK_R=block_r,
-                num_warps=4,
-                num_stages=3 if compute_dA else 1,
-            )
-    return launch.rounded(dz, z.dtype), launch.rounded(dA, z.dtype)
+        shapes = (M, K, R, da.stride(0), z.stride(0))
+        work = _bwd(shapes, dropout_p, compute_dA, KINDS[activation], dtype, launch.has_ptx())
+        tensors = (
+            da,
+            z,
+            z if g is None else g,
+            z if A is None else A,
+            dz,
+            dA,
+            torch.empty((work.partials, R, K), dtype=torch.float32, device=device),
+            partials.counters(work.counters, device),
+            z if seed is None else seed,
+        )
+        launch.run(activation_bwd_kernel, work.prepared, tensors)
+    return launch.rounded(dz, dtype), launch.rounded(dA, dtype)
+
+
+class _Bwd(NamedTuple):
+    prepared: launch.Launch
+    counters: int
+    partials: int
+
+
+@launch.cached
+def _bwd(
+    shapes: tuple[int, ...],  # M, K, R, the distances of the rows of da and z
+    dropout_p: float,
+    compute_dA: bool,
+    kind: int,
+    dtype: torch.dtype,
+    ptx: bool,
+) -> _Bwd:
+    M, K, R, *strides = shapes
+    dropout = dropout_lanes(dropout_p)
+    block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if dtype == torch.float32 else (32, 128)
+    tiles, wanted = launch.cdiv(K, block_k), launch.cdiv(M, block_m)
+    if compute_dA:
+        wanted = min(launch.cdiv(M, ROWS_PER_SPLIT), launch.cdiv(SPLIT_PROGRAMS, tiles))
+    splits = partials.split_rows(M, wanted, block_m)
+    constexprs = {
+        "RANK": R,
+        "COMPUTE_DA": compute_dA,
+        "SPLIT": splits.number > 1,
+        "BITS": dropout.bits,
+        "KIND": kind,
+        "UPCAST": launch.upcast(dtype),
+        "PTX": ptx,
+        "EVEN_K": K % block_k == 0,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "BLOCK_R": launch.power_of_two(R, 16, MAX_DA_RANK),
+    }
+    sizes = (M, K, *strides, splits.rows, splits.number, splits.group)
+    numbers, stages = (*sizes, dropout.threshold, dropout.scale), 3 if compute_dA else 1
+    prepared = launch.Launch((tiles, splits.number), numbers, constexprs, num_warps=4, num_stages=stages)
+    return _Bwd(prepared, tiles * splits.counters if compute_dA else 0, splits.parts if compute_dA else 0)

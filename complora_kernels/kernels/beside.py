@@ -13,9 +13,32 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.rows import groups_of
+from complora_kernels.kernels.rows import RowGroups, groups_of
 
 BLOCK_N = 64  # rows of the weight that one program writes B̃ beside
+
+
+class Layout(NamedTuple):
+    """How B̃ is written into the second matrix of a product `[x | h | 0] [W | B̃ | 0]^T`: numbers alone."""
+
+    N: int
+    D: int
+    stride: int  # C
+    rank: int
+    adapters: int
+    adapter_of_group: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that write B̃, after those of a kernel itself."""
+        return launch.cdiv(self.N, BLOCK_N)
+
+    def constexprs(self) -> dict[str, int]:
+        """Those of a kernel that calls `write_factors`."""
+        return {"B_RANK": self.rank, "B_ADAPTERS": self.adapters, "ADAPTER_OF_GROUP": self.adapter_of_group}
+
+
+NOTHING_BESIDE = Layout(0, 1, 0, 1, 0, 0)
 
 
 class Beside(NamedTuple):
@@ -23,21 +46,19 @@ class Beside(NamedTuple):
 
     B: Tensor  # [P, D, R]
     wide: Tensor  # [N, C]
-    K: int
-    D: int
-    adapter_of_group: int
-
-    @property
-    def programs(self) -> int:
-        """Programs that write B̃, after those of a kernel itself."""
-        return triton.cdiv(len(self.wide), BLOCK_N)
+    layout: Layout
 
 
 def beside(linear: AdaptedLinear, wide: Tensor) -> Beside:
     """The record of a product whose wide weight is `wide` [N, C]."""
-    groups = groups_of(linear)
-    B = launch.stacked(linear.Bs)  # [P, D, R]
-    return Beside(B, wide, linear.weight.shape[1], groups.size, groups.adapter_of_group)
+    groups, B = groups_of(linear), launch.stacked(linear.Bs)  # [P, D, R]
+    P, _, R = B.shape
+    return Beside(B, wide, _layout(wide.shape[0], wide.stride(0), R, P, groups))
+
+
+@launch.cached
+def _layout(N: int, stride: int, R: int, P: int, groups: RowGroups) -> Layout:
+    return Layout(N, groups.size, stride, R, P, groups.adapter_of_group)
 
 
 @triton.jit

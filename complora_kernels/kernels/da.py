@@ -11,7 +11,7 @@ x may be what a LayerNorm or an activation reads: what the forward pass made of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -41,18 +41,36 @@ class Source(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a launch needs to compute dÃ."""
+    """A launch that computes dÃ, or part of one."""
 
-    programs: int
-    counters: int
-    arguments: dict[str, Any]  # of the kernel, but for the counters and the first program
+    work: launch.Work
     dA: Tensor  # [P, r, K] as the kernel stores it
+    partials: Tensor  # [SPLITS + GROUPS, P, r, K], float32
+    g: Tensor  # [M, P r], rows contiguous
     source: Source
+
+    def tensors(self, counters: Tensor) -> tuple[Tensor, ...]:
+        """Those of the kernel, in order."""
+        x, _, linear, norm, _ = self.source
+        seed = linear.seed
+        mean, rstd, weight, bias = norm or (None,) * 4
+        return (
+            x,
+            self.g,
+            self.dA,
+            self.partials,
+            counters,
+            x if mean is None else mean,
+            x if rstd is None else rstd,
+            x if weight is None else weight.contiguous(),
+            x if bias is None else bias.contiguous(),
+            x if seed is None else seed,
+        )
 
     def result(self) -> Tensor:  # [P, r, K]
         """dÃ in the dtype of g, after the launch."""
-        dA = launch.rounded(self.dA, self.source.g.dtype)
-        return dA.view(len(self.source.linear.rows), -1, self.source.x.shape[1])
+        dA, P = launch.rounded(self.dA, self.g.dtype), len(self.source.linear.rows)
+        return dA if dA.shape[0] == P else dA.view(P, -1, self.source.x.shape[1])
 
 
 @triton.jit
@@ -161,56 +179,68 @@ def da_job(source: Source) -> Job:
     """The launch that computes dÃ for these operands."""
     x, g, linear, norm, activation = source
     (M, K), dtype, device = x.shape, g.dtype, x.device
-    mean, rstd, weight, bias = norm or (None,) * 4
-    adapters, seed = len(linear.rows), linear.seed
+    adapters, dropout_p = len(linear.rows), linear.dropout_p
     P, R = adapters, g.shape[1] // adapters
-    dropout = dropout_lanes(linear.dropout_p)
-    if not dropout.bits:
+    if not dropout_p:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     g = launch.contiguous_rows(g)
+    shapes = (M, K, P, R, *x.stride(), g.stride(0))
+    flags = (norm is not None, norm is not None and norm[3] is not None, KINDS[activation] if activation else 0)
+    how = (launch.aligned(x), dtype, launch.input_precision(dtype), launch.has_ptx())
+    work = _work(shapes, dropout_p, *flags, *how, ROWS_PER_SPLIT)
+    dA = launch.empty((P, R, K), dtype, device)
+    return Job(work, dA, torch.empty((work.partials, P, R, K), dtype=torch.float32, device=device), g, source)
+
+
+@launch.cached
+def _work(
+    shapes: tuple[int, ...],  # M, K, P, R, the strides of x, the distance of the rows of g
+    dropout_p: float,
+    normed: bool,
+    has_bias: bool,
+    activation: int,
+    aligned: bool,  # x
+    dtype: torch.dtype,
+    precision: str,
+    ptx: bool,
+    rows_per_split: int,
+) -> launch.Work:
+    M, K, P, R, stride_m, stride_k, stride_g = shapes
+    dropout = dropout_lanes(dropout_p)
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
-    wide = 128 if launch.aligned(x) else 64  # see `linear.UNALIGNED_TILES`
+    wide = 128 if aligned else 64  # see `linear.UNALIGNED_TILES`
     block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if dtype == torch.float32 else (64, wide)
     tiles = P * -(-R // block_r) * -(-K // block_k)
-    splits = partials.split_rows(
-        M, min(-(-M // ROWS_PER_SPLIT), (WIDE_PROGRAMS if block_r > 32 else PROGRAMS) // tiles), block_m
-    )
-    dA = launch.empty((P, R, K), dtype, device)
-    arguments = {
-        "x_ptr": x,
-        "g_ptr": g,
-        "dA_ptr": dA,
-        "partials_ptr": torch.empty((splits.parts, P, R, K), dtype=torch.float32, device=device),
-        "mean_ptr": x if mean is None else mean,
-        "rstd_ptr": x if rstd is None else rstd,
-        "weight_ptr": x if weight is None else weight.contiguous(),
-        "bias_ptr": x if bias is None else bias.contiguous(),
-        "seed_ptr": x if seed is None else seed,
+    programs = WIDE_PROGRAMS if block_r > 32 else PROGRAMS
+    splits = partials.split_rows(M, min(-(-M // rows_per_split), programs // tiles), block_m)
+    numbers = {
         "M": M,
         "K": K,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "stride_gm": g.stride(0),
+        "stride_xm": stride_m,
+        "stride_xk": stride_k,
+        "stride_gm": stride_g,
         "rows_of_split": splits.rows,
         "splits": splits.number,
         "group_of_splits": splits.group,
         "threshold": dropout.threshold,
         "keep_scale": dropout.scale,
+    }
+    constexprs = {
         "RANK": R,
         "ADAPTERS": P,
         "SPLIT": splits.number > 1,
         "BITS": dropout.bits,
-        "NORMED": norm is not None,
-        "HAS_BIAS": bias is not None,
-        "ACTIVATION": KINDS[activation] if activation else 0,
+        "NORMED": normed,
+        "HAS_BIAS": has_bias,
+        "ACTIVATION": activation,
         "UPCAST": launch.upcast(dtype),
-        "PRECISION": launch.input_precision(dtype),
-        "PTX": launch.has_ptx(),
+        "PRECISION": precision,
+        "PTX": ptx,
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
         "BLOCK_R": block_r,
     }
-    return Job(tiles * splits.number, tiles * splits.counters, arguments, dA, source)
+    return launch.Work(tiles * splits.number, tiles * splits.counters, splits.parts, numbers, constexprs)
 
 
 def packed_lora_linear_da(
@@ -223,12 +253,7 @@ def packed_lora_linear_da(
 ) -> Tensor:  # [P, r, K]
     """`dÃ_p = g_p^T drop_p(x)` in one pass over x; with `drop_p(LN(x))` or `drop_p(act(x))` where these are given."""
     job = da_job(Source(x, g, linear, norm, activation))
-    with launch.on_device(x.device):
-        packed_lora_linear_da_kernel[(job.programs,)](
-            first_program=0,
-            **job.arguments,
-            counters_ptr=partials.counters(job.counters, x.device),
-            num_warps=8 if job.arguments["BLOCK_R"] > 32 else 4,
-            num_stages=3,
-        )
+    work = job.work
+    prepared = launch.alone(work, 8 if work.constexprs["BLOCK_R"] > 32 else 4, 3)
+    launch.run(packed_lora_linear_da_kernel, prepared, job.tensors(partials.counters(work.counters, x.device)))
     return job.result()

@@ -14,7 +14,7 @@ afterwards, with g beside it or not, the same pass copies it there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,7 @@ from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch, partials
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.partials import is_last, sum_in_order, sum_when_last
-from complora_kernels.kernels.rows import groups_of
+from complora_kernels.kernels.rows import RowGroups, groups_of
 
 MAX_POINTERS = 3  # tensors that dY may be in: the gradients of q, k and v
 ROWS_PER_SPLIT = 128  # at least: below, storing and adding partial sums would cost more than it brings
@@ -44,14 +44,15 @@ class Tiles(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a launch needs to compute g and dB̃."""
+    """A launch that computes g and dB̃, or part of one."""
 
-    programs: int
-    counters: int
-    arguments: dict[str, Any]  # of the kernel, but for the counters and the first program
+    work: launch.Work
     tiles: Tiles
+    tensors: tuple[Tensor, ...]  # of the kernel, in order, but for the counters
     g: Tensor  # [M, P r], or [TILES, M, P r] float32, as the kernel stores it
+    h: Tensor  # [M, P r], rows contiguous
     dB: Tensor  # [P, D, r], as the kernel stores it
+    partials: Tensor  # [SPLITS + GROUPS, P, D, r], float32
     packed: Tensor | None  # [M, N], or [M, N + P r, padded to 8] with g beside dY
     g_inside: Tensor | None  # [M, P r]: the place of g in it
     dtype: torch.dtype
@@ -63,7 +64,7 @@ class Job(NamedTuple):
         if self.g_inside is not None and launch.upcast(self.dtype):
             g = self.g_inside.copy_(g)
         dB = launch.rounded(self.dB, self.dtype)
-        g, dB = (part if wanted else part.new_empty(0) for part, wanted in zip((g, dB), self.wanted, strict=True))
+        g, dB = g if self.wanted[0] else g.new_empty(0), dB if self.wanted[1] else dB.new_empty(0)
         return (g, dB) if self.packed is None else (g, dB, self.packed)
 
 
@@ -281,62 +282,84 @@ def db_job(
         parts = [torch.cat(parts, 1)]
     if len(parts) > 1:
         parts = [launch.contiguous_rows(part) for part in parts]
-    whole = parts[0]
-    M, (P, D, R), N, dtype, device = len(whole), B.shape, len(linear.weight), whole.dtype, whole.device
+    whole, second, third = parts[0], parts[1 % len(parts)], parts[2 % len(parts)]
+    M, (P, D, R), N, dtype, device = whole.shape[0], B.shape, linear.weight.shape[0], whole.dtype, whole.device
     pack, compute_g = pack or beside, compute_g or beside
     tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, narrow=narrow)
-    shared = -(-D // (tiles.block_n * tiles.number))  # programs that share the columns of an adapter
-    block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
-    blocks = (len(groups.adapters) if pack else P) * -(-R // block_r)
-    splits = partials.split_rows(M, min(-(-M // ROWS_PER_SPLIT), tiles.programs // (shared * blocks)), tiles.block_m)
-    pad = -(N + P * R) % 8 if beside else 0
+    h = launch.contiguous_rows(h)
+    shapes = (M, N, *whole.stride(), second.stride(0), third.stride(0), h.stride(0))
+    outputs = (compute_g, compute_dB, partial_g, pack, beside)
+    precision = launch.input_precision(dtype)
+    work = _work(shapes, P, R, groups, len(parts), outputs, tiles, dtype, precision, ROWS_PER_SPLIT)
+    shared, pad, partial = work.constexprs["TILES"], work.constexprs["PAD"], not work.constexprs["SUM_G"]
     packed = torch.empty((M, N + (P * R + pad if beside else 0)), dtype=dtype, device=device) if pack else None
     g_inside = packed[:, N : N + P * R] if packed is not None and beside else None
-    partial = compute_g and partial_g and shared > 1 and not beside
     if g_inside is not None and not launch.upcast(dtype):
         g = g_inside
     else:
         g = launch.empty((M if compute_g and not partial else 0, P * R), dtype, device)
-    g_partials = torch.empty((shared if compute_g and shared > 1 else 0, M, P * R), dtype=torch.float32, device=device)
-    h = launch.contiguous_rows(h)
+    g_partials = g
+    if compute_g and shared > 1:
+        g_partials = torch.empty((shared, M, P * R), dtype=torch.float32, device=device)
     dB = launch.empty((P if compute_dB else 0, D, R), dtype, device)
-    arguments = {
-        "dY_ptr": whole,
-        "dY1_ptr": parts[1 % len(parts)],
-        "dY2_ptr": parts[2 % len(parts)],
-        "h_ptr": h,
-        "B_ptr": B,
-        "g_ptr": g,
-        "g_partials_ptr": g_partials,
-        "packed_ptr": whole if packed is None else packed,
-        "dB_ptr": dB,
-        "partials_ptr": torch.empty((splits.parts if compute_dB else 0, P, D, R), dtype=torch.float32, device=device),
+    sums = torch.empty((work.partials if compute_dB else 0, P, D, R), dtype=torch.float32, device=device)
+    stored = (g, g_partials, whole if packed is None else packed, dB, sums)
+    tensors = (whole, second, third, h, B, *stored)
+    g, wanted = g_partials if partial else g, (compute_g, compute_dB)
+    return Job(work, tiles, tensors, g, h, dB, sums, packed, g_inside, dtype, wanted)
+
+
+@launch.cached
+def _work(
+    shapes: tuple[int, ...],  # M, N, the strides of dY, the distances of the rows of its second and third part and of h
+    P: int,
+    R: int,
+    groups: RowGroups,
+    pointers: int,
+    outputs: tuple[bool, ...],  # compute_g, compute_dB, partial_g, pack, beside
+    tiles: Tiles,
+    dtype: torch.dtype,
+    precision: str,
+    rows_per_split: int,
+) -> launch.Work:
+    M, N, stride_m, stride_n, stride_m1, stride_m2, stride_h = shapes
+    compute_g, compute_dB, partial_g, pack, beside = outputs
+    D, count = groups.size, len(groups.adapters)
+    shared = -(-D // (tiles.block_n * tiles.number))  # programs that share the columns of an adapter
+    block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
+    blocks = (count if pack else P) * -(-R // block_r)
+    splits = partials.split_rows(M, min(-(-M // rows_per_split), tiles.programs // (shared * blocks)), tiles.block_m)
+    pad = -(N + P * R) % 8 if beside else 0
+    width = N + (P * R + pad if beside else 0)  # of the packed dY
+    numbers = {
         "M": M,
         "D": D,
-        "stride_dm": whole.stride(0),
-        "stride_dm1": parts[1 % len(parts)].stride(0),
-        "stride_dm2": parts[2 % len(parts)].stride(0),
-        "stride_dn": whole.stride(1),
-        "stride_hm": h.stride(0),
-        "stride_gm": g.stride(0),
-        "stride_pm": 0 if packed is None else packed.stride(0),
+        "stride_dm": stride_m,
+        "stride_dm1": stride_m1,
+        "stride_dm2": stride_m2,
+        "stride_dn": stride_n,
+        "stride_hm": stride_h,
+        "stride_gm": width if beside and not launch.upcast(dtype) else P * R,
+        "stride_pm": width if pack else 0,
         "rows_of_split": splits.rows,
         "splits": splits.number,
         "group_of_splits": splits.group,
+    }
+    constexprs = {
         "RANK": R,
         "ADAPTERS": P,
-        "GROUPS": len(groups.adapters),
+        "GROUPS": count,
         "ADAPTER_OF_GROUP": groups.adapter_of_group,
         "GROUP_OF_ADAPTER": groups.group_of_adapter,
-        "POINTERS": len(parts),
+        "POINTERS": pointers,
         "COMPUTE_G": compute_g,
-        "SUM_G": not partial,
+        "SUM_G": not (compute_g and partial_g and shared > 1 and not beside),
         "COMPUTE_DB": compute_dB,
         "PACK": pack,
         "PAD": pad,
         "SPLIT": splits.number > 1,
         "UPCAST": launch.upcast(dtype),
-        "PRECISION": launch.input_precision(dtype),
+        "PRECISION": precision,
         "TILES": shared,
         "COUNT": tiles.number,
         "BLOCK_M": tiles.block_m,
@@ -344,19 +367,7 @@ def db_job(
         "BLOCK_R": block_r,
     }
     counters = shared * blocks * splits.counters + splits.number * blocks
-    g = g_partials if partial else g
-    return Job(
-        shared * blocks * splits.number,
-        counters,
-        arguments,
-        tiles,
-        g,
-        dB,
-        packed,
-        g_inside,
-        dtype,
-        (compute_g, compute_dB),
-    )
+    return launch.Work(shared * blocks * splits.number, counters, splits.parts, numbers, constexprs)
 
 
 def packed_lora_linear_db(
@@ -390,14 +401,8 @@ def packed_lora_linear_db(
         pack=pack,
         beside=beside,
     )
-    device = job.dB.device
     if compute_g or compute_dB or job.packed is not None:
-        with launch.on_device(device):
-            packed_lora_linear_db_kernel[(job.programs,)](
-                first_program=0,
-                **job.arguments,
-                counters_ptr=partials.counters(job.counters, device),
-                num_warps=job.tiles.num_warps,
-                num_stages=launch.stages(job.tiles.num_stages),
-            )
+        tiles, counters = job.tiles, partials.counters(job.work.counters, job.dB.device)
+        prepared = launch.alone(job.work, tiles.num_warps, launch.stages(tiles.num_stages))
+        launch.run(packed_lora_linear_db_kernel, prepared, (*job.tensors, counters))
     return job.results()

@@ -17,6 +17,7 @@ factor leave the complement.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +37,7 @@ from complora_kernels.kernels.fold_programs import (
     fold_programs,
 )
 from complora_kernels.kernels.kept import keep
-from complora_kernels.kernels.rows import groups_of
+from complora_kernels.kernels.rows import RowGroups, groups_of
 
 MIXED_LAYOUT = tl.constexpr(MIXED)
 ALONG_R_LAYOUT = tl.constexpr(ALONG_R)
@@ -313,56 +314,41 @@ def fold_factors(
     bases = [basis if basis is None or basis.stride(-1) == 1 else basis.contiguous() for basis in bases]
     first_factor, device = factors[0], factors[0].device
     first_basis = next((basis for basis in bases if basis is not None), first_factor)
-    jobs, size = _jobs(factors, bases, complement, output_side)
+    jobs, size, aligned, width, blocks = _layout_of(factors, bases, complement, output_side, first_factor, first_basis)
     out = launch.empty((size,), dtype, device)
     if size == 0:
         return launch.rounded(out, dtype)
-    aligned = first_basis.data_ptr() % 16 == 0 and all(
-        job.basis % 4 == job.basis_stride_d % 4 == job.k % 4 == 0 for job in jobs
-    )
-    width = 16 // first_factor.element_size()
-    while width > 1 and not (first_factor.data_ptr() % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):
-        width //= 2
-    blocks = blocks_of(max(job.r for job in jobs), aligned)
-    programs = fold_programs(tuple(jobs), blocks, device)
+    programs = fold_programs(jobs, blocks, device)
     keep(programs.coordinates)
     keep(programs.projections)
-    shared = {
-        "ALIGNED": aligned,
-        "WIDTH": width,
-        "TF32": launch.has_tf32(),
-        "BLOCK_R": blocks.r,
-        "num_warps": 4,
-        "num_stages": launch.stages(blocks.stages),
-    }
-    with launch.on_device(device):
-        coordinates = torch.empty(programs.workspace, dtype=torch.float32, device=device)
-        if programs.workspace:
-            fold_coordinates_kernel[(len(programs.coordinates),)](
-                programs.coordinates,
-                first_factor,
-                first_basis,
-                coordinates,
-                FIELDS=len(CoordinatesProgram._fields),
-                LAYOUT=programs.coordinates_layout if width > 1 else ALONG_D,
-                BLOCK_K=blocks.coordinates_k,
-                BLOCK_D=blocks.coordinates_d,
-                **shared,
-            )
-        fold_factors_kernel[(len(programs.projections),)](
-            programs.projections,
-            first_factor,
-            first_basis,
-            coordinates if programs.workspace else first_basis,
-            out,
-            scaling,
-            FIELDS=len(ProjectionProgram._fields),
-            LAYOUT=programs.projections_layout if width > 1 else ALONG_D,
-            SPLITS=programs.splits,
-            BLOCK_D=blocks.projection_d,
-            BLOCK_K=blocks.projection_k,
+    shared = {"ALIGNED": aligned, "WIDTH": width, "TF32": launch.has_tf32(), "BLOCK_R": blocks.r}
+    options = {"num_warps": 4, "num_stages": launch.stages(blocks.stages)}
+    coordinates = torch.empty(programs.workspace, dtype=torch.float32, device=device)
+    if programs.workspace:
+        constexprs = {
+            "FIELDS": len(CoordinatesProgram._fields),
+            "LAYOUT": programs.coordinates_layout if width > 1 else ALONG_D,
+            "BLOCK_K": blocks.coordinates_k,
+            "BLOCK_D": blocks.coordinates_d,
             **shared,
-        )
+        }
+        grid = (len(programs.coordinates),)
+        prepared = launch.Launch(grid, (), constexprs, **options)
+        tensors = (programs.coordinates, first_factor, first_basis, coordinates)
+        launch.run(fold_coordinates_kernel, prepared, tensors)
+    constexprs = {
+        "FIELDS": len(ProjectionProgram._fields),
+        "LAYOUT": programs.projections_layout if width > 1 else ALONG_D,
+        "SPLITS": programs.splits,
+        "BLOCK_D": blocks.projection_d,
+        "BLOCK_K": blocks.projection_k,
+        **shared,
+    }
+    grid = (len(programs.projections),)
+    prepared = launch.Launch(grid, (scaling,), constexprs, **options)
+    read = coordinates if programs.workspace else first_basis
+    tensors = (programs.projections, first_factor, first_basis, read, out)
+    launch.run(fold_factors_kernel, prepared, tensors)
     return launch.rounded(out, dtype)
 
 
@@ -379,12 +365,57 @@ def blocks_of(rank: int, aligned: bool) -> Blocks:
     return Blocks(16, coordinates_k=128, coordinates_d=32, projection_d=256, projection_k=16, stages=4)
 
 
+class _Layout(NamedTuple):
+    """Where the factors and bases of a fold lie behind the first of each, and what follows from it."""
+
+    jobs: tuple[Job, ...]
+    size: int  # the elements of all results
+    aligned: bool  # the bases
+    width: int  # elements of a factor that are read and written at a time
+    blocks: Blocks
+
+
+_LAYOUTS: dict[Any, _Layout] = {}  # by distances, shapes and strides: steps have few of them
+MAX_LAYOUTS = 256
+
+
+def _layout_of(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    first_factor: Tensor,
+    first_basis: Tensor,
+) -> _Layout:
+    from_factor, from_basis = first_factor.data_ptr(), first_basis.data_ptr()
+    key = (
+        (first_factor.dtype, from_factor % 16, from_basis % 16, *complement, *output_side),
+        tuple([(f.data_ptr() - from_factor, f.data_ptr() > 0, f.shape, f.stride()) for f in factors]),
+        tuple([b if b is None else (b.data_ptr() - from_basis, b.dtype, b.shape, b.stride()) for b in bases]),
+    )
+    if (layout := _LAYOUTS.get(key)) is not None:
+        return layout
+    jobs, size = _jobs(factors, bases, complement, output_side, first_factor, first_basis)
+    aligned = from_basis % 16 == 0 and all(job.basis % 4 == job.basis_stride_d % 4 == job.k % 4 == 0 for job in jobs)
+    width = 16 // first_factor.element_size()
+    while width > 1 and not (from_factor % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):
+        width //= 2
+    layout = _Layout(tuple(jobs), size, aligned, width, blocks_of(max(job.r for job in jobs), aligned))
+    if len(_LAYOUTS) >= MAX_LAYOUTS:
+        _LAYOUTS.clear()
+    _LAYOUTS[key] = layout
+    return layout
+
+
 def _jobs(
-    factors: Sequence[Tensor], bases: Sequence[Tensor | None], complement: Sequence[bool], output_side: Sequence[bool]
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    complement: Sequence[bool],
+    output_side: Sequence[bool],
+    first_factor: Tensor,
+    first_basis: Tensor,
 ) -> tuple[list[Job], int]:
     """The factors as jobs, and the elements of all results."""
-    first_factor = factors[0]
-    first_basis = next((basis for basis in bases if basis is not None), first_factor)
     jobs, size = [], 0
     for factor, basis, rest, output in zip(factors, bases, complement, output_side, strict=True):
         vectors = factor.mT if output else factor  # [r, d]
@@ -433,29 +464,26 @@ def merge_weight(
     weight, A, B = linear.weight, launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
     (N, K), (P, R, _), groups = weight.shape, A.shape, groups_of(linear)
     merged = launch.empty((N, K), dtype, weight.device)
-    block_n, block_k = (32, 32) if launch.INTERPRETED else (64, 64)
-    grid = (N // groups.size * triton.cdiv(groups.size, block_n), triton.cdiv(K, block_k))
-    with launch.on_device(weight.device):
-        merge_weight_kernel[grid](
-            weight,
-            A,
-            B,
-            merged,
-            N,
-            K,
-            groups.size,
-            *weight.stride(),
-            RANK=R,
-            ADAPTERS=P,
-            ADAPTER_OF_GROUP=groups.adapter_of_group,
-            UPCAST=launch.upcast(A.dtype),
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_R=launch.power_of_two(R, 16, 64),
-            num_warps=4,
-            num_stages=1,
-        )
+    prepared = _merge((N, K, *weight.stride()), P, R, groups, A.dtype)
+    launch.run(merge_weight_kernel, prepared, (weight, A, B, merged))
     return launch.rounded(merged, dtype)
+
+
+@launch.cached
+def _merge(shapes: tuple[int, ...], P: int, R: int, groups: RowGroups, dtype: torch.dtype) -> launch.Launch:
+    N, K, *strides = shapes
+    block_n, block_k = (32, 32) if launch.INTERPRETED else (64, 64)
+    grid = (N // groups.size * launch.cdiv(groups.size, block_n), launch.cdiv(K, block_k))
+    constexprs = {
+        "RANK": R,
+        "ADAPTERS": P,
+        "ADAPTER_OF_GROUP": groups.adapter_of_group,
+        "UPCAST": launch.upcast(dtype),
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "BLOCK_R": launch.power_of_two(R, 16, 64),
+    }
+    return launch.Launch(grid, (N, K, groups.size, *strides), constexprs, num_warps=4, num_stages=1)
 
 
 def _elements_between(first: Tensor, other: Tensor) -> int:

@@ -11,6 +11,7 @@ KEPT: ThreadStack[list[Tensor]] = ThreadStack("memory of the capture under way")
 
 def keep(tensor: Tensor) -> Tensor:
     """Keeps `tensor`, from a cache that may drop it, for as long as the graph that is being captured."""
-    for kept in KEPT.values():
-        kept.append(tensor)
+    if KEPT.anywhere:
+        for kept in KEPT.values():
+            kept.append(tensor)
     return tensor

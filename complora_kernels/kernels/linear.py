@@ -25,7 +25,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.beside import BLOCK_N, Beside, pad_rows, write_factors
+from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_factors
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.launch import candidate_tiles
 from complora_kernels.kernels.linear_dx import packed_lora_linear_dx
@@ -148,58 +148,67 @@ def packed_lora_linear_h(
     beside: Beside | None = None,  # the product is one of [x | h | 0] and [W | B̃ | 0]: both are made
 ) -> Any:  # h [M, P r]; or, beside x, [x | h | 0] [M, C] and h, [0, P r] unless the product saves it
     """`h_p = drop_p(x) Ã_p^T`, 0 outside the columns of each row, in one pass over x, which it can copy beside h."""
-    A, seed = launch.stacked(linear.As), linear.seed  # [P, r, K]
+    A, seed, dtype, device = launch.stacked(linear.As), linear.seed, x.dtype, x.device  # [P, r, K]
     (M, K), (P, R, _) = x.shape, A.shape
-    dropout = dropout_lanes(linear.dropout_p)
-    if not dropout.bits:
+    if not linear.dropout_p:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     store_h = beside is None or linear.save_h
-    h = launch.empty((M if store_h else 0, P * R), x.dtype, x.device)
-    copy = h if beside is None else launch.empty((M, beside.wide.shape[1]), x.dtype, x.device)
+    h = launch.empty((M if store_h else 0, P * R), dtype, device)
+    copy = h if beside is None else launch.empty((M, beside.wide.shape[1]), dtype, device)
     columns = None if linear.columns is None else linear.columns.contiguous().view(torch.uint8)
-    block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[x.dtype])
-    block_m, block_k = (32, 32) if launch.INTERPRETED or x.dtype == torch.float32 else (64, 64)
-    programs = triton.cdiv(M, block_m) * P * triton.cdiv(R, block_r)
     if M > 0:
-        with launch.on_device(x.device):
-            packed_lora_linear_h_kernel[(programs + (0 if beside is None else beside.programs),)](
-                x,
-                A,
-                h,
-                copy,
-                h if beside is None else copy[:, K:],
-                A if beside is None else beside.B,
-                A if beside is None else beside.wide,
-                x if columns is None else columns,
-                x if seed is None else seed,
-                M,
-                K,
-                0 if beside is None else len(beside.wide),
-                1 if beside is None else beside.D,
-                programs,
-                *x.stride(),
-                copy.stride(0),
-                0 if beside is None else beside.wide.stride(0),
-                dropout.threshold,
-                dropout.scale,
-                RANK=R,
-                ADAPTERS=P,
-                BITS=dropout.bits,
-                STORE_H=store_h,
-                PADDING=-1 if beside is None else copy.shape[1] - K - P * R,
-                B_RANK=1 if beside is None else beside.B.shape[2],
-                B_ADAPTERS=0 if beside is None else len(beside.B),
-                ADAPTER_OF_GROUP=0 if beside is None else beside.adapter_of_group,
-                HAS_COLUMNS=columns is not None,
-                UPCAST=launch.upcast(x.dtype),
-                PRECISION=launch.input_precision(x.dtype),
-                EVEN_K=K % block_k == 0,
-                BLOCK_M=block_m,
-                BLOCK_K=block_k,
-                BLOCK_R=block_r,
-                BLOCK_N=BLOCK_N,
-                num_warps=4,
-                num_stages=3,
-            )
-    h = launch.rounded(h, x.dtype)
-    return h if beside is None else (launch.rounded(copy, x.dtype), h)
+        shapes = (M, K, P, R, *x.stride(), copy.shape[1])
+        layout, precision = None if beside is None else beside.layout, launch.input_precision(dtype)
+        prepared = _launch(shapes, linear.dropout_p, store_h, layout, columns is not None, dtype, precision)
+        tensors = (
+            x,
+            A,
+            h,
+            copy,
+            h if beside is None else copy[:, K:],
+            A if beside is None else beside.B,
+            A if beside is None else beside.wide,
+            x if columns is None else columns,
+            x if seed is None else seed,
+        )
+        launch.run(packed_lora_linear_h_kernel, prepared, tensors)
+    h = launch.rounded(h, dtype)
+    return h if beside is None else (launch.rounded(copy, dtype), h)
+
+
+@launch.cached
+def _launch(
+    shapes: tuple[int, ...],  # M, K, P, R, the strides of x, the columns of its copy
+    dropout_p: float,
+    store_h: bool,
+    beside: Layout | None,
+    has_columns: bool,
+    dtype: torch.dtype,
+    precision: str,
+) -> launch.Launch:
+    M, K, P, R, stride_m, stride_k, width = shapes
+    dropout = dropout_lanes(dropout_p)
+    block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
+    block_m, block_k = (32, 32) if launch.INTERPRETED or dtype == torch.float32 else (64, 64)
+    programs = launch.cdiv(M, block_m) * P * launch.cdiv(R, block_r)
+    beside_numbers = NOTHING_BESIDE if beside is None else beside
+    constexprs = {
+        "RANK": R,
+        "ADAPTERS": P,
+        "BITS": dropout.bits,
+        "STORE_H": store_h,
+        "PADDING": -1 if beside is None else width - K - P * R,
+        **beside_numbers.constexprs(),
+        "HAS_COLUMNS": has_columns,
+        "UPCAST": launch.upcast(dtype),
+        "PRECISION": precision,
+        "EVEN_K": K % block_k == 0,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "BLOCK_R": block_r,
+        "BLOCK_N": BLOCK_N,
+    }
+    N, D, stride_wn = beside_numbers.N, beside_numbers.D, beside_numbers.stride
+    strides = (stride_m, stride_k, P * R if beside is None else width, stride_wn)
+    numbers = (M, K, N, D, programs, *strides, dropout.threshold, dropout.scale)
+    return launch.Launch((programs + beside_numbers.programs,), numbers, constexprs, num_warps=4, num_stages=3)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +21,7 @@ from complora_kernels.kernels import launch
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.operands import as_loaded, load_early
 from complora_kernels.kernels.rows import RowGroups, groups_of
-from complora_kernels.kernels.tiles import MAX_BLOCK_R, MAX_INSIDE_R, LargeProduct
+from complora_kernels.kernels.tiles import MAX_BLOCK_R, MAX_INSIDE_R, LargeProduct, Tiles
 
 
 @triton.jit
@@ -160,55 +161,64 @@ def packed_lora_linear_dx(
     tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # dX [M, K], g [M, P r]
     """`dX = dY W + Σ_p m_p ∘ (g_p Ã_p)`."""
-    weight, seed, groups = linear.weight.to(dY.dtype), linear.seed, groups_of(linear)
+    dtype, device, seed, groups = dY.dtype, dY.device, linear.seed, groups_of(linear)
+    weight = launch.cast(linear.weight, dtype)
     A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
     (M, N), K, (P, R, _) = dY.shape, weight.shape[1], A.shape
-    dropout = dropout_lanes(linear.dropout_p)
-    compute_g = g is None
+    dropping, compute_g = linear.dropout_p > 0, g is None
     if compute_g and R > MAX_INSIDE_R:
         raise ValueError(f"g=None with rank {R}, expected g above rank {MAX_INSIDE_R}")
-    dX = launch.empty((M, K), dY.dtype, dY.device)
-    stored_g = launch.empty((M, P * R), dY.dtype, dY.device) if g is None else g
+    dX = launch.empty((M, K), dtype, device)
+    stored_g = launch.empty((M, P * R), dtype, device) if g is None else g
     if not compute_g:
         groups = RowGroups(N, (0,))
-        if not dropout.bits:
+        if not dropping:
             P, R = 1, P * R
-    masks = P if dropout.bits else 0
-    crowded = masks > 0 and (compute_g or P > 1)
-    product = LargeProduct(M, K, N, 1, R, dY.element_size(), dY.element_size(), masks, crowded)
+    crowded = dropping and (compute_g or P > 1)
+    product = _product(M, N, K, R, dtype, P if dropping else 0, crowded)
     cut = launch.tiles_for((dY, weight), product, tiles)
     if M > 0:
-        with launch.on_device(dY.device):
-            packed_lora_linear_dx_kernel[(triton.cdiv(M, cut.block_m) * triton.cdiv(K, cut.block_out),)](
-                dY,
-                weight,
-                A,
-                B,
-                stored_g,
-                dX,
-                dY if seed is None else seed,
-                M,
-                N,
-                K,
-                groups.size,
-                *dY.stride(),
-                *weight.stride(),
-                dropout.threshold,
-                dropout.scale,
-                RANK=R,
-                ADAPTERS=P,
-                GROUPS=len(groups.adapters),
-                ADAPTER_OF_GROUP=groups.adapter_of_group,
-                BITS=dropout.bits,
-                COMPUTE_G=compute_g,
-                UPCAST=launch.upcast(dY.dtype),
-                PRECISION=launch.input_precision(dY.dtype),
-                EVEN_D=groups.size % cut.block_in == 0,
-                BLOCK_M=cut.block_m,
-                BLOCK_N=cut.block_in,
-                BLOCK_K=cut.block_out,
-                BLOCK_R=launch.power_of_two(R, 16, MAX_INSIDE_R if compute_g else MAX_BLOCK_R[dY.dtype]),
-                num_warps=cut.num_warps,
-                num_stages=cut.num_stages,
-            )
-    return launch.rounded(dX, dY.dtype), launch.rounded(stored_g, dY.dtype)
+        strides, precision = (*dY.stride(), *weight.stride()), launch.input_precision(dtype)
+        prepared = _launch(product, strides, P, groups, linear.dropout_p, compute_g, dtype, precision, cut)
+        tensors = (dY, weight, A, B, stored_g, dX, dY if seed is None else seed)
+        launch.run(packed_lora_linear_dx_kernel, prepared, tensors)
+    return launch.rounded(dX, dtype), launch.rounded(stored_g, dtype)
+
+
+@launch.cached
+def _product(M: int, N: int, K: int, R: int, dtype: torch.dtype, masks: int, crowded: bool) -> LargeProduct:
+    return LargeProduct(M, K, N, 1, R, dtype.itemsize, dtype.itemsize, masks, crowded)
+
+
+@launch.cached
+def _launch(
+    product: LargeProduct,
+    strides: tuple[int, ...],  # of dY and the weight
+    P: int,
+    groups: RowGroups,
+    dropout_p: float,
+    compute_g: bool,
+    dtype: torch.dtype,
+    precision: str,
+    cut: Tiles,
+) -> launch.Launch:
+    M, N, K, R = product.rows, product.inner, product.columns, product.rank
+    dropout = dropout_lanes(dropout_p)
+    constexprs = {
+        "RANK": R,
+        "ADAPTERS": P,
+        "GROUPS": len(groups.adapters),
+        "ADAPTER_OF_GROUP": groups.adapter_of_group,
+        "BITS": dropout.bits,
+        "COMPUTE_G": compute_g,
+        "UPCAST": launch.upcast(dtype),
+        "PRECISION": precision,
+        "EVEN_D": groups.size % cut.block_in == 0,
+        "BLOCK_M": cut.block_m,
+        "BLOCK_N": cut.block_in,
+        "BLOCK_K": cut.block_out,
+        "BLOCK_R": launch.power_of_two(R, 16, MAX_INSIDE_R if compute_g else MAX_BLOCK_R[dtype]),
+    }
+    grid = (launch.cdiv(M, cut.block_m) * launch.cdiv(K, cut.block_out),)
+    numbers = (M, N, K, groups.size, *strides, dropout.threshold, dropout.scale)
+    return launch.Launch(grid, numbers, constexprs, num_warps=cut.num_warps, num_stages=cut.num_stages)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.dropout import Dropout, dropout_lanes, keep_mask
+from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.operands import as_loaded, load_early
-from complora_kernels.kernels.rows import groups_of
-from complora_kernels.kernels.tiles import MAX_BLOCK_R, MAX_INSIDE_R, LargeProduct
+from complora_kernels.kernels.rows import RowGroups, groups_of
+from complora_kernels.kernels.tiles import MAX_BLOCK_R, MAX_INSIDE_R, LargeProduct, Tiles
 
 
 @triton.jit
@@ -152,8 +152,9 @@ def packed_lora_linear_fwd(
     tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r], or [0, P r] when it is neither given nor stored
     """`y = x W^T + b + h_p B̃_p^T` in the rows of adapter p, plus a residual, in the wider dtype of both."""
-    weight, store_h, seed, groups = linear.weight.to(x.dtype), linear.save_h, linear.seed, groups_of(linear)
-    bias = None if linear.bias is None else linear.bias.to(x.dtype).contiguous()
+    x_dtype, device, store_h, seed = x.dtype, x.device, linear.save_h, linear.seed
+    weight, groups = launch.cast(linear.weight, x_dtype), groups_of(linear)
+    bias = None if linear.bias is None else launch.cast(linear.bias, x_dtype).contiguous()
     A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
     (M, K), N, (P, R, _) = x.shape, weight.shape[0], A.shape
     compute_h = h is None
@@ -161,56 +162,87 @@ def packed_lora_linear_fwd(
         raise ValueError(f"h=None with rank {R}, expected h above rank {MAX_INSIDE_R}")
     if compute_h and linear.columns is not None:
         raise ValueError("h=None with columns, expected h, which packed_lora_linear_h computes")
-    dropout = dropout_lanes(linear.dropout_p) if compute_h else Dropout(0, 0, 1.0)
     residual = None if residual is None else launch.contiguous_rows(residual)
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    moved = dtype.itemsize + (0 if residual is None else residual.element_size())
-    # On Blackwell the accumulator is in registers only until the loop: it then takes as many for its way to the tensor
-    # memory as it has.
-    crowded = dropout.bits > 0 or (residual is not None and launch.spills_with_residual(x.device))
-    count = len(groups.adapters)
-    product = LargeProduct(M, N, K, count, R, x.element_size(), moved, crowded=crowded)
+    added = None if residual is None else residual.dtype
+    dtype = x_dtype if added is None else torch.promote_types(x_dtype, added)
+    dropout_p = linear.dropout_p if compute_h else 0.0
+    crowded = dropout_p > 0 or (added is not None and launch.spills_with_residual(device))
+    product = _product(M, N, K, len(groups.adapters), R, x_dtype, dtype, added, crowded)
     cut = launch.tiles_for((x, weight), product, tiles)
-    y = launch.empty((M, N), dtype, x.device)
-    stored_h = launch.empty((M if store_h else 0, P * R), x.dtype, x.device) if h is None else h
+    y = launch.empty((M, N), dtype, device)
+    stored_h = launch.empty((M if store_h else 0, P * R), x_dtype, device) if h is None else h
     if M > 0:
-        grid = (triton.cdiv(M, cut.block_m) * count * triton.cdiv(groups.size, cut.block_out),)
-        with launch.on_device(x.device):
-            packed_lora_linear_fwd_kernel[grid](
-                x,
-                weight,
-                x if bias is None else bias,
-                A,
-                B,
-                stored_h,
-                x if residual is None else residual,
-                y,
-                x if seed is None else seed,
-                M,
-                N,
-                K,
-                groups.size,
-                *x.stride(),
-                *weight.stride(),
-                0 if residual is None else residual.stride(0),
-                dropout.threshold,
-                dropout.scale,
-                RANK=R,
-                ADAPTERS=P,
-                ADAPTER_OF_GROUP=groups.adapter_of_group,
-                BITS=dropout.bits,
-                HAS_BIAS=bias is not None,
-                HAS_RESIDUAL=residual is not None,
-                COMPUTE_H=compute_h,
-                STORE_H=store_h,
-                UPCAST=launch.upcast(x.dtype),
-                PRECISION=launch.input_precision(x.dtype),
-                EVEN_K=K % cut.block_in == 0,
-                BLOCK_M=cut.block_m,
-                BLOCK_N=cut.block_out,
-                BLOCK_K=cut.block_in,
-                BLOCK_R=launch.power_of_two(R, 16, MAX_INSIDE_R if compute_h else MAX_BLOCK_R[x.dtype]),
-                num_warps=cut.num_warps,
-                num_stages=cut.num_stages,
-            )
-    return launch.rounded(y, dtype), launch.rounded(stored_h, x.dtype)
+        strides = (*x.stride(), *weight.stride(), 0 if residual is None else residual.stride(0))
+        flags = (bias is not None, residual is not None, compute_h, store_h)
+        precision = launch.input_precision(x_dtype)
+        prepared = _launch(product, strides, P, groups, dropout_p, *flags, x_dtype, precision, cut)
+        tensors = (
+            x,
+            weight,
+            x if bias is None else bias,
+            A,
+            B,
+            stored_h,
+            x if residual is None else residual,
+            y,
+            x if seed is None else seed,
+        )
+        launch.run(packed_lora_linear_fwd_kernel, prepared, tensors)
+    return launch.rounded(y, dtype), launch.rounded(stored_h, x_dtype)
+
+
+@launch.cached
+def _product(
+    M: int,
+    N: int,
+    K: int,
+    groups: int,
+    R: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,  # of y
+    added: torch.dtype | None,  # of the residual
+    crowded: bool,  # see `LargeProduct`
+) -> LargeProduct:
+    # On Blackwell the accumulator is in registers only until the loop: it then takes as many for its way to the tensor
+    # memory as it has. A residual makes it crowded there.
+    moved = dtype.itemsize + (0 if added is None else added.itemsize)
+    return LargeProduct(M, N, K, groups, R, x_dtype.itemsize, moved, crowded=crowded)
+
+
+@launch.cached
+def _launch(
+    product: LargeProduct,
+    strides: tuple[int, ...],  # of x, the weight and the rows of the residual
+    P: int,
+    groups: RowGroups,
+    dropout_p: float,  # of an h that is computed
+    has_bias: bool,
+    has_residual: bool,
+    compute_h: bool,
+    store_h: bool,
+    dtype: torch.dtype,  # of x
+    precision: str,
+    cut: Tiles,
+) -> launch.Launch:
+    M, N, K, R = product.rows, product.columns, product.inner, product.rank
+    dropout = dropout_lanes(dropout_p)
+    grid = (launch.cdiv(M, cut.block_m) * product.groups * launch.cdiv(groups.size, cut.block_out),)
+    constexprs = {
+        "RANK": R,
+        "ADAPTERS": P,
+        "ADAPTER_OF_GROUP": groups.adapter_of_group,
+        "BITS": dropout.bits,
+        "HAS_BIAS": has_bias,
+        "HAS_RESIDUAL": has_residual,
+        "COMPUTE_H": compute_h,
+        "STORE_H": store_h,
+        "UPCAST": launch.upcast(dtype),
+        "PRECISION": precision,
+        "EVEN_K": K % cut.block_in == 0,
+        "BLOCK_M": cut.block_m,
+        "BLOCK_N": cut.block_out,
+        "BLOCK_K": cut.block_in,
+        "BLOCK_R": launch.power_of_two(R, 16, MAX_INSIDE_R if compute_h else MAX_BLOCK_R[dtype]),
+    }
+    numbers = (M, N, K, groups.size, *strides, dropout.threshold, dropout.scale)
+    return launch.Launch(grid, numbers, constexprs, num_warps=cut.num_warps, num_stages=cut.num_stages)

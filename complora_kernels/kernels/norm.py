@@ -22,7 +22,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.beside import BLOCK_N, Beside, pad_rows, write_factors
+from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_factors
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
@@ -374,72 +374,84 @@ def norm_fwd(
         raise ValueError(f"x {tuple(x.shape)}, expected rows of at most {MAX_NORM_WIDTH}")
     x, delta = launch.contiguous_rows(x), None if delta is None else launch.contiguous_rows(delta)
     A, seed = (None, None) if reader is None else (launch.stacked(reader.As), reader.seed)  # [P, r, K]
+    dropout_p = 0.0 if reader is None else reader.dropout_p
     P, R = (0, 1) if A is None else A.shape[:2]
-    dropout = dropout_lanes(0.0 if reader is None else reader.dropout_p)
-    if A is not None and not dropout.bits:
+    if A is not None and not dropout_p:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     wide = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)
     stream = x if delta is None else launch.empty((M, K), wide, device)
     store_h = beside is None or reader is None or reader.save_h
-    normed = launch.empty((M, K if beside is None else beside.wide.shape[1]), dtype, device)
+    width = K if beside is None else beside.wide.shape[1]
+    normed = launch.empty((M, width), dtype, device)
     h = launch.empty((M if store_h else 0, P * R), dtype, device)
-    mean, rstd = (torch.empty(M, dtype=torch.float32, device=device) for _ in range(2))
+    mean = torch.empty(M, dtype=torch.float32, device=device)
+    rstd = torch.empty(M, dtype=torch.float32, device=device)
+    if M > 0:
+        x_stride = x.stride(0)
+        shapes = (M, K, P, R, width, x_stride, x_stride if delta is None else delta.stride(0))
+        flags = (A is not None, delta is not None, bias is not None, store_h)
+        prepared = _fwd(shapes, eps, dropout_p, *flags, None if beside is None else beside.layout, dtype)
+        tensors = (
+            x,
+            x if delta is None else delta,
+            weight.contiguous(),
+            weight if bias is None else bias.contiguous(),
+            x if A is None else A,
+            stream,
+            normed,
+            mean,
+            rstd,
+            h,
+            normed if beside is None else normed[:, K:],
+            x if beside is None else beside.B,
+            x if beside is None else beside.wide,
+            x if seed is None else seed,
+        )
+        launch.run(norm_fwd_kernel, prepared, tensors)
+    return launch.rounded(stream, wide), launch.rounded(normed, dtype), mean, rstd, launch.rounded(h, dtype)
+
+
+@launch.cached
+def _fwd(
+    shapes: tuple[int, ...],  # M, K, P, R, the columns of n, the distances of the rows of x and delta
+    eps: float,
+    dropout_p: float,
+    compute_h: bool,
+    has_delta: bool,
+    has_bias: bool,
+    store_h: bool,
+    beside: Layout | None,
+    dtype: torch.dtype,
+) -> launch.Launch:
+    M, K, P, R, width, *strides = shapes
+    dropout = dropout_lanes(dropout_p)
     block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
     block_h = 32 if launch.INTERPRETED else 64
     rows = max(1, ELEMENTS // block_k)
-    block_m = rows if A is None else ROWS_WITH_H
-    programs = triton.cdiv(M, block_m)
-    if M > 0:
-        with launch.on_device(device):
-            norm_fwd_kernel[(programs + (0 if beside is None else beside.programs),)](
-                x,
-                x if delta is None else delta,
-                weight.contiguous(),
-                weight if bias is None else bias.contiguous(),
-                x if A is None else A,
-                stream,
-                normed,
-                mean,
-                rstd,
-                h,
-                normed if beside is None else normed[:, K:],
-                x if beside is None else beside.B,
-                x if beside is None else beside.wide,
-                x if seed is None else seed,
-                M,
-                K,
-                0 if beside is None else len(beside.wide),
-                1 if beside is None else beside.D,
-                programs,
-                x.stride(0),
-                x.stride(0) if delta is None else delta.stride(0),
-                normed.stride(0),
-                0 if beside is None else beside.wide.stride(0),
-                eps,
-                dropout.threshold,
-                dropout.scale,
-                RANK=R,
-                ADAPTERS=P,
-                BITS=dropout.bits,
-                HAS_DELTA=delta is not None,
-                HAS_BIAS=bias is not None,
-                STORE_H=store_h,
-                PADDING=-1 if beside is None else normed.shape[1] - K - P * R,
-                B_RANK=1 if beside is None else beside.B.shape[2],
-                B_ADAPTERS=0 if beside is None else len(beside.B),
-                ADAPTER_OF_GROUP=0 if beside is None else beside.adapter_of_group,
-                UPCAST=launch.upcast(dtype),
-                EVEN_K=K % block_h == 0,
-                BLOCK_M=block_m,
-                ROWS=min(rows, block_m),
-                BLOCK_K=block_k,
-                BLOCK_H=block_h,
-                BLOCK_R=launch.power_of_two(R, 16, MAX_BLOCK_R[dtype]),
-                BLOCK_N=BLOCK_N,
-                num_warps=4,
-                num_stages=3,
-            )
-    return launch.rounded(stream, wide), launch.rounded(normed, dtype), mean, rstd, launch.rounded(h, dtype)
+    block_m = ROWS_WITH_H if compute_h else rows
+    programs = launch.cdiv(M, block_m)
+    layout = NOTHING_BESIDE if beside is None else beside
+    constexprs = {
+        "RANK": R,
+        "ADAPTERS": P,
+        "BITS": dropout.bits,
+        "HAS_DELTA": has_delta,
+        "HAS_BIAS": has_bias,
+        "STORE_H": store_h,
+        "PADDING": -1 if beside is None else width - K - P * R,
+        **layout.constexprs(),
+        "UPCAST": launch.upcast(dtype),
+        "EVEN_K": K % block_h == 0,
+        "BLOCK_M": block_m,
+        "ROWS": min(rows, block_m),
+        "BLOCK_K": block_k,
+        "BLOCK_H": block_h,
+        "BLOCK_R": launch.power_of_two(R, 16, MAX_BLOCK_R[dtype]),
+        "BLOCK_N": BLOCK_N,
+    }
+    sizes = (M, K, layout.N, layout.D, programs, *strides, width, layout.stride)
+    numbers = (*sizes, eps, dropout.threshold, dropout.scale)
+    return launch.Launch((programs + layout.programs,), numbers, constexprs, num_warps=4, num_stages=3)
 
 
 def norm_bwd(
@@ -458,48 +470,51 @@ def norm_bwd(
     dn, stream = launch.contiguous_rows(dn), launch.contiguous_rows(stream)
     d_stream = None if d_stream is None else launch.contiguous_rows(d_stream)
     dx = launch.empty((M, K), stream.dtype, stream.device)
-    tensors = (dn, dn if d_stream is None else d_stream, stream, mean, rstd, weight.contiguous())
-    sizes = (M, K, dn.stride(0), dn.stride(0) if d_stream is None else d_stream.stride(0), stream.stride(0))
     if M == 0:
         return launch.rounded(dx, stream.dtype)
-    with launch.on_device(stream.device):
-        if g is None or reader is None:
-            block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
-            block_m = max(1, ELEMENTS // block_k)
-            norm_bwd_kernel[(triton.cdiv(M, block_m),)](
-                *tensors,
-                dx,
-                *sizes,
-                HAS_D_STREAM=d_stream is not None,
-                BLOCK_M=block_m,
-                BLOCK_K=block_k,
-                num_warps=4,
-                num_stages=1,
-            )
-        else:
-            A, seed, dropout = launch.stacked(reader.As), reader.seed, dropout_lanes(reader.dropout_p)  # [P, r, K]
-            P, R = A.shape[:2]
-            if not dropout.bits:
-                P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
-            block_m = 32 if launch.INTERPRETED or M <= UPDATE_ROWS * 64 else 64
-            norm_bwd_update_kernel[(triton.cdiv(M, block_m),)](
-                *tensors,
-                g,
-                A,
-                dx,
-                dn if seed is None else seed,
-                *sizes,
-                dropout.threshold,
-                dropout.scale,
-                RANK=R,
-                ADAPTERS=P,
-                BITS=dropout.bits,
-                HAS_D_STREAM=d_stream is not None,
-                UPCAST=launch.upcast(dn.dtype),
-                BLOCK_M=block_m,
-                BLOCK_K=32 if launch.INTERPRETED else 64,
-                BLOCK_R=launch.power_of_two(R, 16, 16),
-                num_warps=block_m // 8,
-                num_stages=3,
-            )
+    tensors = (dn, dn if d_stream is None else d_stream, stream, mean, rstd, weight.contiguous())
+    sizes = (M, K, dn.stride(0), dn.stride(0) if d_stream is None else d_stream.stride(0), stream.stride(0))
+    if g is None or reader is None:
+        launch.run(norm_bwd_kernel, _bwd(sizes, d_stream is not None), (*tensors, dx))
+    else:
+        A, seed = launch.stacked(reader.As), reader.seed  # [P, r, K]
+        P, R, _ = A.shape
+        prepared = _bwd_update(sizes, P, R, reader.dropout_p, d_stream is not None, dn.dtype)
+        launch.run(norm_bwd_update_kernel, prepared, (*tensors, g, A, dx, dn if seed is None else seed))
     return launch.rounded(dx, stream.dtype)
+
+
+@launch.cached
+def _bwd(sizes: tuple[int, ...], has_d_stream: bool) -> launch.Launch:
+    M, K = sizes[:2]
+    block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
+    block_m = max(1, ELEMENTS // block_k)
+    constexprs = {"HAS_D_STREAM": has_d_stream, "BLOCK_M": block_m, "BLOCK_K": block_k}
+    return launch.Launch((launch.cdiv(M, block_m),), sizes, constexprs, num_warps=4, num_stages=1)
+
+
+@launch.cached
+def _bwd_update(
+    sizes: tuple[int, ...],
+    P: int,
+    R: int,
+    dropout_p: float,
+    has_d_stream: bool,
+    dtype: torch.dtype,
+) -> launch.Launch:
+    M, dropout = sizes[0], dropout_lanes(dropout_p)
+    if not dropout.bits:
+        P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
+    block_m = 32 if launch.INTERPRETED or M <= UPDATE_ROWS * 64 else 64
+    constexprs = {
+        "RANK": R,
+        "ADAPTERS": P,
+        "BITS": dropout.bits,
+        "HAS_D_STREAM": has_d_stream,
+        "UPCAST": launch.upcast(dtype),
+        "BLOCK_M": block_m,
+        "BLOCK_K": 32 if launch.INTERPRETED else 64,
+        "BLOCK_R": launch.power_of_two(R, 16, 16),
+    }
+    numbers, warps = (*sizes, dropout.threshold, dropout.scale), block_m // 8
+    return launch.Launch((launch.cdiv(M, block_m),), numbers, constexprs, num_warps=warps, num_stages=3)

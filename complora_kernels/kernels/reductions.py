@@ -11,6 +11,9 @@ Sums over M are split, see `partials`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -190,27 +193,28 @@ def packed_lora_linear_grads(
             "expected equal numbers of rows and equal dtypes"
         )
     da, db = da_job(da_of), db_job(dY, h, linear, compute_g=False, compute_dB=True, narrow=True)
-    counters = partials.counters(da.counters + db.counters, dY.device)
-    arguments = {_name("da", name): value for name, value in da.arguments.items()}
-    for name, value in db.arguments.items():
-        arguments.setdefault(_name("db", name), value)
-    arguments = {name: value for name, value in arguments.items() if name in _ARGUMENTS}
-    with launch.on_device(dY.device):
-        packed_lora_linear_grads_kernel[(da.programs + db.programs,)](
-            da_programs=da.programs,
-            da_counters_ptr=counters,
-            db_counters_ptr=counters[da.counters :],
-            **arguments,
-            num_warps=8 if max(arguments["DA_BLOCK_R"], arguments["DB_BLOCK_R"]) > 32 else 4,
-            num_stages=3,
-        )
+    counters = partials.counters(da.work.counters + db.work.counters, dY.device)
+    tensors = (*da.tensors(counters), dY, db.h, db.dB, db.partials, counters[da.work.counters :])
+    launch.run(packed_lora_linear_grads_kernel, _launch(da.work, db.work), tensors)
     return da.result(), db.results()[1]
 
 
-_ARGUMENTS = frozenset(packed_lora_linear_grads_kernel.arg_names)
+@launch.cached
+def _launch(da: launch.Work, db: launch.Work) -> launch.Launch:
+    numbers = _merged(da.numbers, db.numbers)
+    constexprs, programs = _merged(da.constexprs, db.constexprs), da.programs + db.programs
+    options = {"num_warps": 4, "num_stages": 3}
+    return launch.Launch((programs,), tuple(numbers.values()), constexprs, before=(da.programs,), **options)
+
+
+def _merged(da: Mapping[str, Any], db: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of two jobs by their names in the common launch, in its order."""
+    given = {_name("db", name): value for name, value in db.items()}
+    given |= {_name("da", name): value for name, value in da.items()}
+    return {name: given[name] for name in packed_lora_linear_grads_kernel.arg_names if name in given}
 
 
 def _name(job: str, name: str) -> str:
     """The name of a job's argument in the common launch, whose two jobs have some names in common."""
     own = f"{job.upper() if name.isupper() else job}_{name}"
-    return own if own in _ARGUMENTS else name
+    return own if own in packed_lora_linear_grads_kernel.arg_names else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,17 +30,17 @@ class RowGroups(NamedTuple):
         return sum(group << (4 * adapter) for group, adapter in enumerate(self.adapters) if adapter != NO_ADAPTER)
 
 
-def groups_of(linear: AdaptedLinear) -> RowGroups:
-    """The groups of rows of a product's weight.
+def groups_of(linear: AdaptedLinear, *, traced: bool = False) -> RowGroups:
+    """The groups of rows of a product's weight; `traced`: its numbers may be no keys, torch.compile traces.
 
     Raises:
         ValueError: groups of one size do not fill the weight.
     """
-    groups = row_groups(linear.rows, len(linear.weight))
+    rows, N = linear.rows, linear.weight.shape[0]
+    groups = row_groups(rows, N) if traced else _kept_row_groups(tuple(rows), N)
     if groups is None:
         raise ValueError(
-            f"rows={list(linear.rows)}, expected distinct ones of at most {MAX_GROUPS} equal groups of "
-            f"{len(linear.weight)} rows"
+            f"rows={list(linear.rows)}, expected distinct ones of at most {MAX_GROUPS} equal groups of {N} rows"
         )
     return groups
 
@@ -56,3 +57,6 @@ def row_groups(rows: Sequence[tuple[int, int]], N: int) -> RowGroups | None:
     for adapter, start in enumerate(starts):
         adapters[start // size] = adapter
     return RowGroups(size, tuple(adapters))
+
+
+_kept_row_groups = functools.lru_cache(maxsize=1024)(row_groups)

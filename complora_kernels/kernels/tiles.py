@@ -137,6 +137,7 @@ def tiles_of(chip: int | str, dtype: torch.dtype, *, crowded: bool = False) -> t
     return small[:1] if crowded else tiles
 
 
+@functools.lru_cache
 def model_of(chip: int | str) -> Chip:
     """What the model knows of a chip (90 for compute capability 9.0, "gfx942"), or of Nvidia's one before it."""
     return CHIPS[_row(CHIPS, chip)]

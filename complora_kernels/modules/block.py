@@ -136,8 +136,11 @@ class CompLoRABlock(Extension):
         if not _is_plain(x) or _global_hooks():
             return None
         parts = self.parts()
-        if isinstance(parts, str) or any(has_user_hooks(module, self.recorders) for module in _below(self)):
+        if isinstance(parts, str):
             return None
+        for module in _below(self):
+            if has_user_hooks(module, self.recorders):
+                return None
         attention, fc1, fc2 = parts.attention, parts.fc1, parts.fc2
         layers = (*(projection.layer for projection in attention.projections), attention.out, fc1, fc2)
         adapted = [layer for layer in layers if isinstance(layer, CompLoRALayer)]
@@ -147,7 +150,10 @@ class CompLoRABlock(Extension):
             return parts
         modules = (parts.norm1, parts.norm2, fc1, fc2, attention.out)
         frozen = [tensor for module in (*attention.projections, *modules) for tensor in (module.weight, module.bias)]
-        return None if any(p is not None and p.requires_grad for p in (*frozen, parts.scale)) else parts
+        for parameter in (*frozen, parts.scale):
+            if parameter is not None and parameter.requires_grad:
+                return None
+        return parts
 
 
 def _project(
