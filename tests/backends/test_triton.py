@@ -32,7 +32,7 @@ from complora_kernels.functional import (
     packed_lora_linear,
     project_complement,
 )
-from complora_kernels.kernels import linear
+from complora_kernels.kernels import tiles
 
 OPS = torch.ops.complora_triton
 GIVEN, INSIDE = Plan("fused", "given"), Plan("fused", "inside")
@@ -418,7 +418,7 @@ def test_a_small_adapter_is_realised_in_bfloat16(monkeypatch, ratio, twice_round
     is measured beside them, so that this test is seen to tell the two apart. Over 2²¹ outputs the rounding of y moves
     the share at 1e-4 by 0.008 (one standard deviation).
     """
-    monkeypatch.setitem(linear.HALF_TILES, 0, (linear.Tiles(512, 512, 64, 4, 1),))  # fewer programs to interpret
+    monkeypatch.setitem(tiles.HALF_TILES, 0, (tiles.Tiles(512, 512, 64, 4, 1),))  # fewer programs to interpret
     M, N, K, r = 2048, 1024, 64, 4
     x, weight, delta_A, delta_B = (torch.randn(shape, device=DEVICE) for shape in ((M, K), (N, K), (r, K), (N, r)))
     x, A = x.bfloat16(), delta_A.bfloat16()

@@ -13,7 +13,7 @@ from benchmarks.aot.checks import Except
 from benchmarks.aot.chips import BY_NAME
 from benchmarks.aot.compiled import Kernel
 from benchmarks.aot.machine_code import MainLoop, parse_amdgcn, parse_sass
-from complora_kernels.kernels import da, norm
+from complora_kernels.kernels import activation, da
 
 # A product that waits for a dot before its first load, has a loop of 16-byte loads, and loads its bias behind it.
 PRODUCT = """
@@ -213,7 +213,7 @@ def test_a_product_is_late_where_it_has_a_loop_alone():
 
 def test_blocks_that_are_assumed_are_those_of_the_launchers():
     assert checks.BLOCKS_ASSUMED["packed_lora_linear_da_kernel"] == da.PROGRAMS // 132
-    assert checks.BLOCKS_ASSUMED["norm_fwd_kernel"] == norm.PROGRAMS // 132
+    assert checks.BLOCKS_ASSUMED["activation_bwd_kernel"] == activation.SPLIT_PROGRAMS // 132
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from triton_device import DEVICE, drawn_p, masks_of
 
 from complora_kernels import reference
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.kernels import da, db, factors, launch, linear, reductions
+from complora_kernels.kernels import beside, da, db, factors, launch, linear, reductions
 from complora_kernels.kernels.dropout import dropout_lanes
 from complora_kernels.kernels.rows import MAX_GROUPS, NO_ADAPTER, RowGroups, row_groups
 from complora_kernels.kernels.tiles import HALF_TILES, Tiles
