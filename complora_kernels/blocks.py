@@ -55,6 +55,10 @@ def norm_lora_linear(
         ValueError: as `packed_lora_linear`; a norm that does not fit or requires a gradient.
         RuntimeError: a backend that was asked for by name does not support the arguments.
     """
+    if heads is not None:
+        widths = [linear.weight.shape[0] for linear in linears]
+        if len(heads) != len(linears) or any(N % (P * H) for N, (P, H) in zip(widths, heads, strict=True)):
+            raise ValueError(f"heads={list(heads)}, expected for each product (P, H) whose P · H divides its {widths}")
     records, dtype, name = _prepare("norm_lora_linear", x, delta, norm, linears, precision, backend)
     if name == REFERENCE:
         pairs = [

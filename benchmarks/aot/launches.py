@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.backends.wide_weights import width as width_beside
 
 if TYPE_CHECKING:
     from complora_kernels.kernels.beside import Beside
@@ -119,9 +118,7 @@ def beside(product: AdaptedLinear, dtype: torch.dtype) -> Beside:
     """The matrices of a product whose input is written with h in the same rows."""
     from complora_kernels.kernels.beside import beside
 
-    return beside(
-        product, torch.empty(len(product.weight), width_beside(product.weight.shape[1], product.rank), dtype=dtype)
-    )
+    return beside(product, dtype)
 
 
 def label_of(tiles: Sequence[int]) -> str:

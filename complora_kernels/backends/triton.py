@@ -30,7 +30,6 @@ from complora_kernels.backends.torch import (
     input_grad,
     whole_gradient,
 )
-from complora_kernels.backends.wide_weights import tall_weight, wide_weight, width
 from complora_kernels.common.shapes import check_device, flatten, unflatten
 from complora_kernels.common.tracing import PLAIN, is_dispatched
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH, groups_of
@@ -219,7 +218,7 @@ class TritonBackend:
         stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside, beside=beside)
         saved = Normed(stream, mean, rstd, norm, dtype)
         if beside is not None:
-            return stream, saved, ProductInput(normed[:, : x.shape[1]], h, (normed, beside.wide))
+            return stream, saved, ProductInput(normed[:, : x.shape[1]], h, (normed, beside.whole(dtype)))
         if adapted and inside is None:
             h = k.linear.packed_lora_linear_h(normed, reader)
         return stream, saved, ProductInput(normed, h if adapted else None)
@@ -246,7 +245,7 @@ class TritonBackend:
         beside = _beside(z, z.dtype, inside)
         a, h = k.activation.activation_fwd(z, activation, inside, beside=beside)
         if beside is not None:
-            return ProductInput(a[:, : z.shape[1]], h, (a, beside.wide))
+            return ProductInput(a[:, : z.shape[1]], h, (a, beside.whole(z.dtype)))
         if adapters and inside is None:
             h = k.linear.packed_lora_linear_h(a, reader)
         return ProductInput(a, h if adapters else None)
@@ -275,7 +274,7 @@ def _beside(
         return None
     if _plan(x.shape, dtype, x.device, reader).name != "concat":
         return None
-    return kernels().beside.beside(reader, wide_weight(reader, dtype))
+    return kernels().beside.beside(reader, dtype)
 
 
 def _one_mask(linear: AdaptedLinear) -> bool:
@@ -307,17 +306,11 @@ def _deferred_bwd(
     outputs = {"compute_g": True, "compute_dB": needs.B, "pack": apart}
     g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h.contiguous(), stacked, **outputs)
     whole: Any = packed[0] if apart else dY  # [M, N]
-    base = whole @ _frozen_weight(linear, whole.dtype)
+    base = whole @ k.launch.cast(linear.weight, whole.dtype)
     nothing: list[Tensor | None] = [None] * len(linear.rows)
     left = needs.A and isinstance(source, Activated) and linear.rank <= k.activation.MAX_DA_RANK
     dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
     return ProductGrads(Deferred(base, g, stacked, left), dA, dB.unbind() if needs.B else nothing)
-
-
-def _frozen_weight(linear: AdaptedLinear, dtype: torch.dtype) -> Tensor:  # [N, K]
-    """W in the dtype of the product; under autocast from the buffer that holds it beside B̃."""
-    weight = linear.weight
-    return weight if weight.dtype == dtype else wide_weight(linear, dtype)[:, : weight.shape[1]]
 
 
 def _linear_fwd(
@@ -341,12 +334,11 @@ def _linear_fwd(
         beside = _beside(x, x.dtype, linear)
         if h is None and beside is not None:
             xh, h = k.linear.packed_lora_linear_h(x, linear, beside=beside)
-            y = F.linear(xh, beside.wide, bias)  # [x | h | 0] [W | B̃ | 0]^T + b
+            y = F.linear(xh, beside.whole(x.dtype), bias)  # [x | h | 0] [W | B̃ | 0]^T + b
         else:
             h = k.linear.packed_lora_linear_h(x, linear) if h is None else h
-            wide = wide_weight(linear, x.dtype)  # [N, C]
-            wide[:, x.shape[1] : x.shape[1] + linear.rank] = block_diagonal(linear)
-            y = F.linear(_side_by_side(x, h), wide, bias)
+            wide = _side_by_side(linear.weight, block_diagonal(linear), x.dtype)  # [N, C]
+            y = F.linear(_side_by_side(x, h, x.dtype), wide, bias)
     else:
         h = k.linear.packed_lora_linear_h(x, linear) if h is None else h
         y = F.linear(x, linear.weight.to(x.dtype), bias)
@@ -379,7 +371,9 @@ def _linear_bwd(
         outputs = {"compute_g": needs.x or needs.A, "compute_dB": needs.B, "beside": beside}
         g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h, linear, **outputs)
         if beside:
-            dX = packed[0] @ tall_weight(linear, dtype)  # [dY | g | 0] [W ; Ã ; 0]
+            A, W = k.launch.stacked(linear.As).flatten(0, 1), k.launch.cast(linear.weight, dtype)  # [P r, K], [N, K]
+            zeros = A.new_zeros(packed[0].shape[1] - len(W) - len(A), A.shape[1])
+            dX = packed[0] @ torch.cat([W, A, zeros] if len(zeros) else [W, A])  # [dY | g | 0] [W ; Ã ; 0]
         elif needs.x and plan.name == "merge":
             dX = dY @ k.factors.merge_weight(linear, dtype)  # dY (W + ΔW)
         elif needs.x and plan.name == "addmm" and not dropping:
@@ -426,9 +420,9 @@ def _starts(linear: AdaptedLinear) -> list[int]:
     return [start for start, _ in linear.rows]
 
 
-def _side_by_side(left: Tensor, right: Tensor) -> Tensor:
+def _side_by_side(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """`[left | right | 0]`, rows starting on 16 bytes as cuBLAS wants them."""
-    whole = left.new_empty(len(left), width(left.shape[1], right.shape[1]))
+    whole = left.new_empty(len(left), kernels().beside.width(left.shape[1], right.shape[1]), dtype=dtype)
     whole[:, : left.shape[1]], end = left, left.shape[1] + right.shape[1]
     whole[:, left.shape[1] : end] = right
     whole[:, end:].zero_()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch, partials
-from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_factors
+from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_wide_weight
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.partials import sum_when_last
@@ -123,6 +123,7 @@ def activation_fwd_kernel(
     a_ptr,  # [M, K]
     h_ptr,  # [M, R]
     beside_ptr,  # [M, R], at column K of a's rows
+    frozen_ptr,  # [N, K]
     B_ptr,  # [B_ADAPTERS, D, B_RANK]
     wide_ptr,  # [N, C]
     seed_ptr,  # [1]
@@ -130,9 +131,11 @@ def activation_fwd_kernel(
     K,
     N,
     D,
-    programs,  # of activations; those after them write B̃
+    programs,  # of activations; those after them write `[W | B̃ | 0]`
     stride_zm,
     stride_am,
+    stride_fn,
+    stride_fk,
     stride_wn,
     threshold,
     keep_scale,
@@ -156,21 +159,25 @@ def activation_fwd_kernel(
 ):
     """One program computes a and h for BLOCK_M rows and BLOCK_R ranks; the first ranks' programs store a.
 
-    Minimum bytes: z and Ã read once, a and h written once; B̃ read and written once where h is stored beside a. With
-    more than BLOCK_R ranks z is read once for each block of them.
+    Minimum bytes: z and Ã read once, a and h written once; W and B̃ read and written once where h is stored beside a.
+    With more than BLOCK_R ranks z is read once for each block of them.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
-        write_factors(
+        write_wide_weight(
             tl.program_id(0) - programs,
+            frozen_ptr,
             B_ptr,
             wide_ptr,
             N,
             K,
             D,
+            stride_fn,
+            stride_fk,
             stride_wn,
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            PADDING,
             BLOCK_N,
             BLOCK_R,
         )
@@ -249,8 +256,9 @@ def activation_bwd_kernel(
     Minimum bytes: da and z read once, dz written once; with the rank-r term g and Ã read once, with dÃ that written
     once, and its partial sums written and read once.
     """
-    split = tl.program_id(1).to(tl.int64)
-    k0 = tl.program_id(0) * BLOCK_K
+    tiles = tl.cdiv(K, BLOCK_K)
+    tile, split = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    k0 = tile * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     column_mask = EVEN_K | (k < K)
@@ -297,7 +305,7 @@ def activation_bwd_kernel(
             ((k < K)[:, None] & (r < RANK)[None, :],),
             dA_ptr,
             partials_ptr,
-            counters_ptr + tl.program_id(0) * (tl.cdiv(splits, group_of_splits) + 1),
+            counters_ptr + tile * (tl.cdiv(splits, group_of_splits) + 1),
             RANK * K,
             split,
             splits,
@@ -323,7 +331,7 @@ def activation_fwd(
     seed = None if reader is None else reader.seed
     dropout_p = 0.0 if reader is None else reader.dropout_p
     (M, K), R, dtype, device = z.shape, 1 if A is None else A.shape[0], z.dtype, z.device
-    width = K if beside is None else beside.wide.shape[1]
+    width = K if beside is None else beside.layout.width
     a = launch.empty((M, width), dtype, device)
     store_h = A is not None and (beside is None or reader is None or reader.save_h)
     h = launch.empty((M if store_h else 0, R), dtype, device)
@@ -338,6 +346,7 @@ def activation_fwd(
             a,
             h,
             a if beside is None else a[:, K:],
+            z if beside is None else beside.frozen,
             z if beside is None else beside.B,
             z if beside is None else beside.wide,
             z if seed is None else seed,
@@ -386,7 +395,7 @@ def _fwd(
         "BLOCK_R": block_r,
         "BLOCK_N": BLOCK_N,
     }
-    strides = (stride, width, layout.stride)
+    strides = (stride, width, layout.stride_n, layout.stride_k, layout.width)
     numbers = (M, K, layout.N, layout.D, programs, *strides, dropout.threshold, dropout.scale)
     return launch.Launch((programs + layout.programs,), numbers, constexprs, num_warps=4, num_stages=3)
 
@@ -465,5 +474,5 @@ def _bwd(
     }
     sizes = (M, K, *strides, splits.rows, splits.number, splits.group)
     numbers, stages = (*sizes, dropout.threshold, dropout.scale), 3 if compute_dA else 1
-    prepared = launch.Launch((tiles, splits.number), numbers, constexprs, num_warps=4, num_stages=stages)
+    prepared = launch.Launch((tiles * splits.number,), numbers, constexprs, num_warps=4, num_stages=stages)
     return _Bwd(prepared, tiles * splits.counters if compute_dA else 0, splits.parts if compute_dA else 0)

@@ -1,4 +1,7 @@
-"""B̃ beside the frozen weight, `[W | B̃ | 0]`, written by the kernels that compute h for the product of both."""
+"""`[W | B̃ | 0]`, the second matrix of a product whose input is `[x | h | 0]`, written by the kernels that compute h.
+
+It is put together anew for each product: nothing of it is kept that a write to W, or another adapter, could make stale.
+"""
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,92 +19,119 @@ from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.rows import RowGroups, groups_of
 
-BLOCK_N = 64  # rows of the weight that one program writes B̃ beside
+BLOCK_N = 16  # rows of the weight that one program copies
 
 
 class Layout(NamedTuple):
-    """How B̃ is written into the second matrix of a product `[x | h | 0] [W | B̃ | 0]^T`: numbers alone."""
+    """The shapes and distances of a frozen weight and its factors: numbers alone."""
 
     N: int
     D: int
-    stride: int  # C
+    stride_n: int  # of W
+    stride_k: int
+    width: int  # C
     rank: int
     adapters: int
     adapter_of_group: int
 
     @property
     def programs(self) -> int:
-        """Programs that write B̃, after those of a kernel itself."""
+        """Programs that write the matrix, after those of a kernel itself."""
         return launch.cdiv(self.N, BLOCK_N)
 
     def constexprs(self) -> dict[str, int]:
-        """Those of a kernel that calls `write_factors`."""
+        """Those of a kernel that calls `write_wide_weight`."""
         return {"B_RANK": self.rank, "B_ADAPTERS": self.adapters, "ADAPTER_OF_GROUP": self.adapter_of_group}
 
 
-NOTHING_BESIDE = Layout(0, 1, 0, 1, 0, 0)
+NOTHING_BESIDE = Layout(0, 1, 0, 0, 0, 1, 0, 0)
 
 
 class Beside(NamedTuple):
-    """The matrices of a product `[x | h | 0] [W | B̃ | 0]^T`, and how B̃ is written into the second one."""
+    """What `[W | B̃ | 0]` is made of, and the memory that it is written to."""
 
+    frozen: Tensor  # W [N, K]
     B: Tensor  # [P, D, R]
     wide: Tensor  # [N, C]
     layout: Layout
 
+    def whole(self, dtype: torch.dtype) -> Tensor:  # [N, C]
+        """The matrix, after the launch that wrote it."""
+        return launch.rounded(self.wide, dtype)
 
-def beside(linear: AdaptedLinear, wide: Tensor) -> Beside:
-    """The record of a product whose wide weight is `wide` [N, C]."""
-    groups, B = groups_of(linear), launch.stacked(linear.Bs)  # [P, D, R]
-    P, _, R = B.shape
-    return Beside(B, wide, _layout(wide.shape[0], wide.stride(0), R, P, groups))
+
+def width(inputs: int, rank: int) -> int:
+    """C, the elements of a row of x [M, inputs] and h [M, rank] side by side: a multiple of 8, or 16 bytes."""
+    return -(-(inputs + rank) // 8) * 8
+
+
+def beside(linear: AdaptedLinear, dtype: torch.dtype) -> Beside:
+    """The record of a product in `dtype`."""
+    W, groups, B = linear.weight, groups_of(linear), launch.stacked(linear.Bs)  # [N, K], [P, D, R]
+    (N, K), (P, _, R) = W.shape, B.shape
+    layout = _layout(N, K, W.stride(0), W.stride(1), R, P, groups)
+    return Beside(W, B, launch.empty((N, layout.width), dtype, W.device), layout)
 
 
 @launch.cached
-def _layout(N: int, stride: int, R: int, P: int, groups: RowGroups) -> Layout:
-    return Layout(N, groups.size, stride, R, P, groups.adapter_of_group)
+def _layout(N: int, K: int, stride_n: int, stride_k: int, R: int, P: int, groups: RowGroups) -> Layout:
+    return Layout(N, groups.size, stride_n, stride_k, width(K, P * R), R, P, groups.adapter_of_group)
 
 
 @triton.jit
-def write_factors(
+def write_wide_weight(
     program,
+    frozen_ptr,  # W [N, K]
     B_ptr,  # [P, D, R]
     wide_ptr,  # [N, C]
     N,
     K,
     D,
+    stride_fn,
+    stride_fk,
     stride_wn,
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
     ADAPTER_OF_GROUP: tl.constexpr,
+    PADDING: tl.constexpr,  # C - K - P R
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Writes B̃ beside BLOCK_N rows of W: in the rows of adapter p to columns K + p R ... K + (p + 1) R."""
+    """Writes BLOCK_N rows of `[W | B̃ | 0]`: in those of adapter p its B̃ stands in the columns from K + p R on."""
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = (n < N)[:, None]
+    frozen_ptrs = frozen_ptr + n[:, None].to(tl.int64) * stride_fn
+    wide_ptrs = wide_ptr + n[:, None].to(tl.int64) * stride_wn
+    j = tl.arange(0, 128)
+    for k0 in range(0, K, 128):
+        k = (k0 + j)[None, :]
+        mask = row_mask & (k < K)
+        W = tl.load(frozen_ptrs + k.to(tl.int64) * stride_fk, mask=mask, other=0.0)  # [BLOCK_N, 128]
+        tl.store(wide_ptrs + k, W.to(wide_ptr.dtype.element_ty), mask=mask)
     group = n // D
     owner = (ADAPTER_OF_GROUP >> (4 * group)) & 15
-    adapted = (n < N) & (owner < ADAPTERS)
     row = owner.to(tl.int64) * D + (n - group * D)  # of B̃
-    for r0 in tl.static_range(0, RANK, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        mask = adapted[:, None] & (r < RANK)[None, :]
-        B = tl.load(B_ptr + row[:, None] * RANK + r[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_R]
-        columns = K + owner[:, None] * RANK + r[None, :]
-        tl.store(wide_ptr + n[:, None].to(tl.int64) * stride_wn + columns, B, mask=mask)
+    for adapter in tl.static_range(ADAPTERS):
+        for r0 in tl.static_range(0, RANK, BLOCK_R):
+            r = (r0 + tl.arange(0, BLOCK_R))[None, :]
+            mask = row_mask & (r < RANK)
+            own = mask & (owner == adapter)[:, None]
+            B = tl.load(B_ptr + row[:, None] * RANK + r, mask=own, other=0.0)  # [BLOCK_N, BLOCK_R]
+            tl.store(wide_ptrs + K + adapter * RANK + r, B.to(wide_ptr.dtype.element_ty), mask=mask)
+    pad_rows(wide_ptr + K + ADAPTERS * RANK, n.to(tl.int64), N, stride_wn, PADDING)
 
 
 @triton.jit
 def pad_rows(
-    wide_ptr,  # [M, C], at its column K + R
+    rows_ptr,  # [M, C], at its column K + R
     rows,  # [BLOCK_M]
     M,
     stride_m,
     PADDING: tl.constexpr,  # C - K - R
 ):
-    """Writes zeros behind h: what memory held there could be NaN."""
+    """Writes zeros behind h or B̃: what memory held there could be NaN."""
     if PADDING > 0:
         c = tl.arange(0, 8)
         mask = (rows < M)[:, None] & (c < PADDING)[None, :]
-        zeros = tl.zeros((rows.shape[0], 8), wide_ptr.dtype.element_ty)
-        tl.store(wide_ptr + rows[:, None] * stride_m + c[None, :], zeros, mask=mask)
+        zeros = tl.zeros((rows.shape[0], 8), rows_ptr.dtype.element_ty)
+        tl.store(rows_ptr + rows[:, None] * stride_m + c[None, :], zeros, mask=mask)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_factors
+from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_wide_weight
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.launch import candidate_tiles
 from complora_kernels.kernels.linear_dx import packed_lora_linear_dx
@@ -49,6 +49,7 @@ def packed_lora_linear_h_kernel(
     h_ptr,  # [M, P * R]
     copy_ptr,  # [M, K], where x is copied to
     beside_ptr,  # [M, P * R], at column K of the copy's rows
+    frozen_ptr,  # [N, K]
     B_ptr,  # [B_ADAPTERS, D, B_RANK]
     wide_ptr,  # [N, C]
     columns_ptr,  # [M, P * R]
@@ -57,10 +58,12 @@ def packed_lora_linear_h_kernel(
     K,
     N,
     D,
-    programs,  # of h; those after them write B̃
+    programs,  # of h; those after them write `[W | B̃ | 0]`
     stride_xm,
     stride_xk,
     stride_cm,
+    stride_fn,
+    stride_fk,
     stride_wn,
     threshold,
     keep_scale,
@@ -83,21 +86,25 @@ def packed_lora_linear_h_kernel(
 ):
     """One program computes h for BLOCK_M rows and BLOCK_R ranks of one adapter.
 
-    Minimum bytes: x and Ã read once, h written once; where x is copied beside h, x and h written once more, and B̃ read
-    and written once.
+    Minimum bytes: x and Ã read once, h written once; where x is copied beside h, x and h written once more, and W
+    and B̃ read and written once.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
-        write_factors(
+        write_wide_weight(
             tl.program_id(0) - programs,
+            frozen_ptr,
             B_ptr,
             wide_ptr,
             N,
             K,
             D,
+            stride_fn,
+            stride_fk,
             stride_wn,
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            PADDING,
             BLOCK_N,
             BLOCK_R,
         )
@@ -154,7 +161,7 @@ def packed_lora_linear_h(
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     store_h = beside is None or linear.save_h
     h = launch.empty((M if store_h else 0, P * R), dtype, device)
-    copy = h if beside is None else launch.empty((M, beside.wide.shape[1]), dtype, device)
+    copy = h if beside is None else launch.empty((M, beside.layout.width), dtype, device)
     columns = None if linear.columns is None else linear.columns.contiguous().view(torch.uint8)
     if M > 0:
         shapes = (M, K, P, R, *x.stride(), copy.shape[1])
@@ -166,6 +173,7 @@ def packed_lora_linear_h(
             h,
             copy,
             h if beside is None else copy[:, K:],
+            A if beside is None else beside.frozen,
             A if beside is None else beside.B,
             A if beside is None else beside.wide,
             x if columns is None else columns,
@@ -208,7 +216,7 @@ def _launch(
         "BLOCK_R": block_r,
         "BLOCK_N": BLOCK_N,
     }
-    N, D, stride_wn = beside_numbers.N, beside_numbers.D, beside_numbers.stride
-    strides = (stride_m, stride_k, P * R if beside is None else width, stride_wn)
-    numbers = (M, K, N, D, programs, *strides, dropout.threshold, dropout.scale)
+    of_weight = (beside_numbers.stride_n, beside_numbers.stride_k, beside_numbers.width)
+    strides = (stride_m, stride_k, P * R if beside is None else width, *of_weight)
+    numbers = (M, K, beside_numbers.N, beside_numbers.D, programs, *strides, dropout.threshold, dropout.scale)
     return launch.Launch((programs + beside_numbers.programs,), numbers, constexprs, num_warps=4, num_stages=3)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_factors
+from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_wide_weight
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
@@ -45,6 +45,7 @@ def norm_fwd_kernel(
     rstd_ptr,  # [M]
     h_ptr,  # [M, P * R]
     beside_ptr,  # [M, P * R], at column K of n's rows
+    frozen_ptr,  # [N, K]
     B_ptr,  # [B_ADAPTERS, D, B_RANK]
     wide_ptr,  # [N, C]
     seed_ptr,  # [1]
@@ -52,10 +53,12 @@ def norm_fwd_kernel(
     K,
     N,
     D,
-    programs,  # of norms; those after them write B̃
+    programs,  # of norms; those after them write `[W | B̃ | 0]`
     stride_xm,
     stride_dm,
     stride_nm,
+    stride_fn,
+    stride_fk,
     stride_wn,
     eps,
     threshold,
@@ -85,20 +88,24 @@ def norm_fwd_kernel(
     neither whole rows nor all of Ã, however wide they are.
 
     Minimum bytes: x, delta, Ã, w and b read once, s (with delta), n, mean, rstd and h written once, and n read from the
-    cache for h; B̃ read and written once where h is stored beside n.
+    cache for h; W and B̃ read and written once where h is stored beside n.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
-        write_factors(
+        write_wide_weight(
             tl.program_id(0) - programs,
+            frozen_ptr,
             B_ptr,
             wide_ptr,
             N,
             K,
             D,
+            stride_fn,
+            stride_fk,
             stride_wn,
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            PADDING,
             BLOCK_N,
             BLOCK_R,
         )
@@ -381,7 +388,7 @@ def norm_fwd(
     wide = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)
     stream = x if delta is None else launch.empty((M, K), wide, device)
     store_h = beside is None or reader is None or reader.save_h
-    width = K if beside is None else beside.wide.shape[1]
+    width = K if beside is None else beside.layout.width
     normed = launch.empty((M, width), dtype, device)
     h = launch.empty((M if store_h else 0, P * R), dtype, device)
     mean = torch.empty(M, dtype=torch.float32, device=device)
@@ -403,6 +410,7 @@ def norm_fwd(
             rstd,
             h,
             normed if beside is None else normed[:, K:],
+            x if beside is None else beside.frozen,
             x if beside is None else beside.B,
             x if beside is None else beside.wide,
             x if seed is None else seed,
@@ -449,7 +457,7 @@ def _fwd(
         "BLOCK_R": launch.power_of_two(R, 16, MAX_BLOCK_R[dtype]),
         "BLOCK_N": BLOCK_N,
     }
-    sizes = (M, K, layout.N, layout.D, programs, *strides, width, layout.stride)
+    sizes = (M, K, layout.N, layout.D, programs, *strides, width, layout.stride_n, layout.stride_k, layout.width)
     numbers = (*sizes, eps, dropout.threshold, dropout.scale)
     return launch.Launch((programs + layout.programs,), numbers, constexprs, num_warps=4, num_stages=3)
 

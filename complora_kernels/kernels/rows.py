@@ -37,7 +37,7 @@ def groups_of(linear: AdaptedLinear, *, traced: bool = False) -> RowGroups:
         ValueError: groups of one size do not fill the weight.
     """
     rows, N = linear.rows, linear.weight.shape[0]
-    groups = row_groups(rows, N) if traced else _kept_row_groups(tuple(rows), N)
+    groups = row_groups(rows, N) if traced else _kept_row_groups(tuple(map(tuple, rows)), N)
     if groups is None:
         raise ValueError(
             f"rows={list(linear.rows)}, expected distinct ones of at most {MAX_GROUPS} equal groups of {N} rows"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import activation, da, db, factors, linear, norm, partials, reductions
-from complora_kernels.kernels.beside import Beside, beside
+from complora_kernels.kernels.beside import beside
 
 M, K, R, P = 69, 96, 12, 3  # an eighth of ViT-B/16's width; q, k and v
 N, HIDDEN = P * K, 2 * K
@@ -51,10 +51,10 @@ def adapted(rows: int, columns: int, adapters: int, *, save_h: bool = True) -> A
     return AdaptedLinear(empty(rows, columns), empty(rows), As, Bs, cut, save_h=save_h)
 
 
-def wide_of(reader: AdaptedLinear) -> Beside:
-    """The wide weight of a product with h beside its input, rows padded to eight columns."""
-    rows, columns = reader.weight.shape
-    return beside(reader, empty(rows, -(-(columns + reader.rank) // 8) * 8))
+def wide_weight(reader: AdaptedLinear) -> dict[str, int]:
+    """What is read and written of `[W | B̃ | 0]`."""
+    weight, C = reader.weight, reader.weight.shape[1] + reader.rank + padding(reader)
+    return {"W": weight.numel(), "B": sum(B.numel() for B in reader.Bs), "W and B": len(weight) * C}
 
 
 def padding(reader: AdaptedLinear) -> int:
@@ -112,11 +112,18 @@ CASES = {
     "norm_fwd": Case(
         partial(norm.norm_fwd, rows, rows.clone(), *affine, 1e-5, torch.float32, qkv), NORM | H_OF_NORM, NORM_AGAIN
     ),
-    "norm_fwd, h and B beside": Case(
+    "norm_fwd, h, W and B beside": Case(
         partial(
-            norm.norm_fwd, rows, rows.clone(), *affine, 1e-5, torch.float32, qkv_beside, beside=wide_of(qkv_beside)
+            norm.norm_fwd,
+            rows,
+            rows.clone(),
+            *affine,
+            1e-5,
+            torch.float32,
+            qkv_beside,
+            beside=beside(qkv_beside, torch.float32),
         ),
-        NORM | H_OF_NORM | {"padding": M * padding(qkv), "B": 2 * N * R},
+        NORM | H_OF_NORM | {"padding": M * padding(qkv)} | wide_weight(qkv),
         NORM_AGAIN,
     ),
     "norm_bwd": Case(
@@ -134,9 +141,9 @@ CASES = {
         {"z, a": 2 * M * HIDDEN, "A": R * HIDDEN, "h": M * R},
         {"A": tiles(M)},
     ),
-    "activation_fwd, h and B beside": Case(
-        partial(activation.activation_fwd, wide, "quick_gelu", fc2_beside, beside=wide_of(fc2_beside)),
-        {"z, a": 2 * M * HIDDEN, "A": R * HIDDEN, "h": M * R, "padding": M * padding(fc2), "B": 2 * K * R},
+    "activation_fwd, h, W and B beside": Case(
+        partial(activation.activation_fwd, wide, "quick_gelu", fc2_beside, beside=beside(fc2_beside, torch.float32)),
+        {"z, a": 2 * M * HIDDEN, "A": R * HIDDEN, "h": M * R, "padding": M * padding(fc2)} | wide_weight(fc2),
         {"A": tiles(M)},
     ),
     "activation_bwd": Case(
@@ -153,9 +160,9 @@ CASES = {
         {"x": M * K, "A": P * R * K, "h": M * P * R},
         {"x": CHUNKS, "A": tiles(M)},
     ),
-    "packed_lora_linear_h, x and B beside": Case(
-        partial(linear.packed_lora_linear_h, rows, qkv, beside=wide_of(qkv)),
-        {"x": M * K, "copy": M * K, "A": P * R * K, "h": 2 * M * P * R, "padding": M * padding(qkv), "B": 2 * N * R},
+    "packed_lora_linear_h, x, W and B beside": Case(
+        partial(linear.packed_lora_linear_h, rows, qkv, beside=beside(qkv, torch.float32)),
+        {"x": M * K, "copy": M * K, "A": P * R * K, "h": 2 * M * P * R, "padding": M * padding(qkv)} | wide_weight(qkv),
         {"x": CHUNKS, "A": tiles(M)},
     ),
     "packed_lora_linear_fwd": Case(

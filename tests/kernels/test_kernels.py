@@ -93,17 +93,18 @@ def by_kernels(of: Product) -> dict[str, Tensor]:
 
 
 def assert_beside(of: Product, record: AdaptedLinear, h: Tensor) -> None:
-    """x and h in the rows of one matrix, B̃ in those of another one, zeros behind both."""
+    """x and h in the rows of one matrix, W and B̃ in those of another one, zeros behind both."""
     (N, K), R = of.weight.shape, h.shape[1]
     C = -(-(K + R) // 8) * 8
-    wide = torch.zeros(N, C, dtype=of.x.dtype, device=DEVICE)
-    xh, same = linear.packed_lora_linear_h(of.x, record, beside=beside.beside(record, wide))
+    matrices = beside.beside(record, of.x.dtype)
+    xh, same = linear.packed_lora_linear_h(of.x, record, beside=matrices)
     assert torch.equal(same, h)
     assert torch.equal(xh, F.pad(torch.cat([of.x, h], 1), (0, C - K - R)))
-    expected = torch.zeros_like(wide)
+    expected = torch.zeros(N, C, dtype=of.x.dtype, device=DEVICE)
+    expected[:, :K] = of.weight
     for p, (B, (start, stop)) in enumerate(zip(record.Bs, record.rows, strict=True)):
         expected[start:stop, K + p * B.shape[1] : K + (p + 1) * B.shape[1]] = B
-    assert torch.equal(wide, expected)
+    assert torch.equal(matrices.whole(of.x.dtype), expected)
 
 
 def by_formulas(of: Product, dtype: torch.dtype) -> dict[str, Tensor]:
