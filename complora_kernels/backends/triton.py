@@ -359,7 +359,7 @@ def _linear_bwd(
     x = source if isinstance(source, Tensor) else source.input  # its shape and device are those of the product's input
     h, dtype = h.contiguous(), source.dtype
     plan = _plan(x.shape, dtype, x.device, linear)
-    dX = dA = x.new_empty(0, dtype=dtype)
+    dX, dA = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)  # an operation's results are no aliases
     if needs.x and plan.name == "fused" and plan.h == "inside":
         dX, g = k.linear.packed_lora_linear_dx(dY, linear, None, tiles=plan.tiles)
         if needs.A and needs.B:

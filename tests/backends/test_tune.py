@@ -16,6 +16,7 @@ from failures import contents, failing
 from torch import Tensor
 
 from complora_kernels import functional, replays, tune
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan, Problem
 from complora_kernels.common.files import unsealed
@@ -42,17 +43,19 @@ class Standin:
     """The real product, the problems it asks about, the plans that computed it, and what a test makes of its output."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.compute, self.choose = functional.packed_lora_linear, plans.choose
+        self.compute, self.choose, self.choose_for = functional.packed_lora_linear, plans.choose, plans.choose_for
         self.asked: set[Problem] = set()
         self.chosen: list[Plan] = []
         self.ran: list[str] = []
         self.behaviour: dict[str, Callable[[Tensor], Tensor]] = {}
         monkeypatch.setattr(functional, "packed_lora_linear", self.product)
-        monkeypatch.setattr(plans, "choose", self.spy)
+        monkeypatch.setattr(plans, "choose_for", self.spy)
 
-    def spy(self, problem: Problem, precision: str = "exact") -> Plan:
-        self.asked.add(problem)
-        self.chosen.append(self.choose(problem, precision))
+    def spy(self, x: Tensor, linear: AdaptedLinear, backend: str) -> Plan:
+        As, dropout = linear.As, linear.dropout_p > 0
+        numbers = {"rank": max(map(len, As)), "adapters": len(As), "dtype": x.dtype, "dropout": dropout}
+        self.asked.add(plans.problem(x, linear.weight, backend=backend, **numbers))
+        self.chosen.append(self.choose_for(x, linear, backend))
         return self.chosen[-1]
 
     def product(self, *args: Any, **options: Any) -> Tensor:
