@@ -278,6 +278,9 @@ def db_job(
     parts = [dY] if isinstance(dY, Tensor) else list(dY)
     if len(parts) not in (1, len(groups.adapters)):
         raise ValueError(f"dY is {len(parts)} tensors, expected one for each of {len(groups.adapters)} groups of rows")
+    if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts[1:]):
+        said = [(tuple(part.shape), part.dtype) for part in parts]
+        raise ValueError(f"dY is {said}, expected tensors of one shape and dtype")
     if len(parts) > MAX_POINTERS:
         parts = [torch.cat(parts, 1)]
     if len(parts) > 1:
@@ -389,7 +392,7 @@ def packed_lora_linear_db(
     tensor, and zeros behind.
 
     Raises:
-        ValueError: dY is another number of tensors than there are groups of rows.
+        ValueError: dY is another number of tensors than there are groups of rows, or they differ in shape or dtype.
     """
     job = db_job(
         dY,

@@ -128,6 +128,8 @@ def test_parts_of_dY_have_their_own_strides():
     assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
     with pytest.raises(ValueError, match="dY is 2 tensors, expected one for each of 4 groups"):
         reductions.packed_lora_linear_db(dY.chunk(2, 1), h, many, compute_g=True, compute_dB=True)
+    with pytest.raises(ValueError, match="expected tensors of one shape and dtype"):
+        reductions.packed_lora_linear_db([*dY.chunk(4, 1)[:3], dY[:10, :10]], h, many, compute_g=True, compute_dB=True)
 
 
 def test_what_is_not_needed_is_not_computed():
