@@ -16,7 +16,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=lo
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot waves bench report bench-gpu gpu gpu-cache targets model lint format
+.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot aot-held waves bench report bench-gpu gpu gpu-cache targets model lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ sanitize: .venv/.installed  ## test the extension, its CUDA half emulated, under
 
 aot: .venv/.installed  ## compile every Triton kernel for every chip it ships for, without a GPU, and hold it to benchmarks/budgets.toml
 	.venv/bin/python -m benchmarks.aot $(ARGS)
+
+aot-held: .venv/.installed  ## the same of the kernels whose figures benchmarks/budgets.toml holds, in a fourth of the time
+	.venv/bin/python -m benchmarks.aot --held $(ARGS)
 
 waves: .venv/.installed  ## how far the tiles of each large product fill a GPU of 132 multiprocessors, as modelled
 	.venv/bin/python -m benchmarks.waves $(ARGS)
