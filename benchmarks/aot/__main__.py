@@ -16,7 +16,7 @@ from benchmarks.aot.checks import Except, violations
 from benchmarks.aot.chips import BY_NAME
 from benchmarks.aot.compiled import Kernel, compile_for
 
-CHIPS = ("80", "89", "90", "100", "gfx942", "gfx1100")
+CHIPS = ("80", "89", "90", "100")
 
 
 def row(kernel: Kernel) -> str:
