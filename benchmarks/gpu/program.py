@@ -90,8 +90,8 @@ def run(
     failed = [entry.name for entry in entries if log.states.get(entry.name, {}).get("state") == "failed"]
     failed = [name for name in failed if log.is_done(name)]  # by this call, before another process took over
     waiting = []
-    todo = [entry for entry in entries if not log.is_done(entry.name)]
-    for entry in sorted(todo, key=lambda entry: log.was_stopped(entry.name)):
+    remaining = [entry for entry in entries if not log.is_done(entry.name)]
+    for entry in sorted(remaining, key=lambda entry: log.was_stopped(entry.name)):
         if entry.seconds > deadline - now():
             waiting.append(entry.name)
             continue
