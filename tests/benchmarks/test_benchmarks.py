@@ -731,20 +731,22 @@ STAGES = 17  # but for those that are always done
 
 @pytest.fixture
 def gpu(tmp_path):
-    """Runs a copy of the script where `python` notes what it is asked for, and fails at one thing."""
+    """Runs a copy of the script where `python` notes what it is asked for, and fails at one thing; its clock stands."""
     (tmp_path / "benchmarks").mkdir()
     script = tmp_path / "benchmarks" / "gpu.sh"
     script.write_bytes((ROOT / "benchmarks" / "gpu.sh").read_bytes())
     for name, source in (("python", STUB), ("nvidia-smi", '#!/bin/sh\necho "$GPU"\n')):
         (tmp_path / name).write_text(source)
         (tmp_path / name).chmod(0o755)
-    calls = tmp_path / "calls"
+    calls, clock = tmp_path / "calls", tmp_path / "clock"
 
-    def run(fail: str = "no such thing", **variables: str) -> tuple[int, str, str]:
+    def run(fail: str = "no such thing", *, seconds: int = 0, **variables: str) -> tuple[int, str, str]:
         calls.write_text("")
+        clock.write_text(f"unset SECONDS\nSECONDS={seconds}\n")  # bash reads it first: no longer counts by itself
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         variables = {"COMPLORA_REVISION": "abc", "GPU": "NVIDIA H200"} | variables
         variables |= {"PATH": path, "PYTHON": str(tmp_path / "python"), "CALLS": str(calls), "FAIL": fail}
+        variables["BASH_ENV"] = str(clock)
         done = subprocess.run(["bash", script], env=os.environ | variables, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr, calls.read_text()
 
@@ -790,11 +792,11 @@ def waiting(output: str) -> list[str]:
 
 
 def test_a_stage_begins_where_its_estimate_fits_the_limit_of_the_call(gpu):
-    """With `SECONDS` bash says how long a call has taken; 15 of the limit are for closing."""
-    code, output, calls = gpu(SECONDS="150")  # of 240
+    """Of the limit of a call 15 seconds are for closing."""
+    code, output, calls = gpu(seconds=150)  # of 240
     assert (code, waiting(output)) == (0, [])
     assert "bench_train.py" in calls
-    _, output, calls = gpu(SECONDS="442", COMPLORA_REVISION="abd", LIMIT="500")
+    _, output, calls = gpu(seconds=442, COMPLORA_REVISION="abd", LIMIT="500")
     assert "-m benchmarks.gpu --results" not in calls  # is to take 60 s, 43 are left
     assert waiting(output) == [
         "first",
@@ -806,10 +808,10 @@ def test_a_stage_begins_where_its_estimate_fits_the_limit_of_the_call(gpu):
         "bench_step-6",
     ]
     assert f"make gpu again goes on with: {' '.join(waiting(output))}" in output
-    _, output, _ = gpu(SECONDS="442", COMPLORA_REVISION="abd")  # the second call: of 500, not of 240
+    _, output, _ = gpu(seconds=442, COMPLORA_REVISION="abd")  # the second call: of 500, not of 240
     assert "first" in waiting(output)
     assert "43 s are left" in output
-    _, output, _ = gpu(SECONDS="200", COMPLORA_REVISION="abe")
+    _, output, _ = gpu(seconds=200, COMPLORA_REVISION="abe")
     assert "25 s are left" in output
 
 
@@ -819,8 +821,8 @@ def test_the_first_program_goes_on_in_the_next_call(gpu):
     _, output, calls = gpu()
     assert "first: done in" in output
     assert re.search(r"benchmarks.gpu --results \S+ --limit 225 --cache build/gpu-cache/kernels.zip", calls)
-    _, output, _ = gpu(SECONDS="100", LIMIT="200", COMPLORA_REVISION="abd", STAGES="first")
-    _, _, calls = gpu(SECONDS="100", LIMIT="200", COMPLORA_REVISION="abd", STAGES="first")
+    _, output, _ = gpu(seconds=100, LIMIT="200", COMPLORA_REVISION="abd", STAGES="first")
+    _, _, calls = gpu(seconds=100, LIMIT="200", COMPLORA_REVISION="abd", STAGES="first")
     assert re.search(r"--limit 8[45] ", calls)  # what is left of 100
 
 
