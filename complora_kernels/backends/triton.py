@@ -298,7 +298,7 @@ def _deferred_bwd(
     linear: AdaptedLinear,
     needs: Needs,
 ) -> ProductGrads:
-    """DX by torch's product alone, `dY W`; its second term is left to the gradient of what computed x."""
+    """Torch's product alone, `dY W`, for dX: the gradient of what computed x adds the second term."""
     k, stacked = kernels(), _stacked(linear)
     start, stop = linear.rows[0]
     apart = not isinstance(dY, Tensor) and len(dY) == linear.weight.shape[0] // (stop - start)
