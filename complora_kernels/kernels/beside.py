@@ -40,7 +40,7 @@ class Layout(NamedTuple):
         return launch.cdiv(self.N, BLOCK_N)
 
     def constexprs(self) -> dict[str, int]:
-        """Those of a kernel that calls `write_wide_weight`."""
+        """The constexprs of a kernel that calls `write_wide_weight`."""
         return {"B_RANK": self.rank, "B_ADAPTERS": self.adapters, "ADAPTER_OF_GROUP": self.adapter_of_group}
 
 

@@ -50,7 +50,7 @@ class Job(NamedTuple):
     source: Source
 
     def tensors(self, counters: Tensor) -> tuple[Tensor, ...]:
-        """Those of the kernel, in order."""
+        """The tensors of the kernel, in order."""
         x, _, linear, norm, _ = self.source
         seed = linear.seed
         mean, rstd, weight, bias = norm or (None,) * 4

@@ -59,7 +59,7 @@ class Job(NamedTuple):
     wanted: tuple[bool, bool]  # g, dB̃
 
     def results(self) -> tuple[Tensor, ...]:
-        """Of dB̃ and g, in the dtype of dY, and the packed dY if there is one; after the launch."""
+        """What the launch computed: g and dB̃ in the dtype of dY, and the packed dY if there is one."""
         g = self.g if self.g.dim() == 3 else launch.rounded(self.g, self.dtype)
         if self.g_inside is not None and launch.upcast(self.dtype):
             g = self.g_inside.copy_(g)
