@@ -70,11 +70,13 @@ def norm_lora_linear(
     parts = [linear.without_tensors() for linear in records]
     apart = [P for P, _ in heads] if heads and REGISTRY[name].reads_parts else [1] * len(records)
     stream, *ys = NormLoRALinearFunction.apply(*_flat(x, delta), norm, parts, apart, dtype, name, *tensors)
-    ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    batch = x.shape[:-1]
     if heads is not None and len(ys) > len(records):
-        ys = [y.unflatten(-1, (H, -1)) for y, H in zip(ys, (H for P, H in heads for _ in range(P)), strict=True)]
-        return stream.view(x.shape), *ys
-    return stream.view(x.shape), *_unbound(ys, heads)
+        numbers = [H for P, H in heads for _ in range(P)]
+        ys = [y.view(*batch, H, y.shape[1] // H) for y, H in zip(ys, numbers, strict=True)]
+    else:
+        ys = _unbound([y.view(*batch, y.shape[1]) for y in ys], heads)
+    return stream.view(x.shape), *ys
 
 
 def norm_lora_mlp(
@@ -354,24 +356,24 @@ def _prepare(
 
 
 def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear], *, in_a_row: bool) -> None:
-    width = x.shape[-1:]
+    width, device = x.shape[-1:], x.device
     for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
         if tensor is None:
             continue
-        if tensor.shape != width or tensor.device != x.device:
-            raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}, expected {tuple(width)} on {x.device}")
+        if tensor.shape != width or tensor.device != device:
+            raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}, expected {tuple(width)} on {device}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen norm: it gets no gradient here")
-    if delta is not None and (delta.shape != x.shape or delta.device != x.device):
-        raise ValueError(f"delta {tuple(delta.shape)} on {delta.device}, expected as x, {tuple(x.shape)} on {x.device}")
-    hidden = x
+    if delta is not None and (delta.shape != x.shape or delta.device != device):
+        raise ValueError(f"delta {tuple(delta.shape)} on {delta.device}, expected as x, {tuple(x.shape)} on {device}")
+    inputs: int | None = None
     for linear in linears:
         if not len(linear.As) == len(linear.Bs) == len(linear.rows):
             lengths = ", ".join(str(len(part)) for part in (linear.As, linear.Bs, linear.rows))
             raise ValueError(f"As, Bs, rows have lengths {lengths}, expected equal ones")
-        functional.check_linear(hidden, linear)
+        functional.check_linear(x, linear, inputs=inputs)
         if in_a_row:
-            hidden = x.new_empty(1).expand(*x.shape[:-1], linear.weight.shape[0])
+            inputs = linear.weight.shape[0]
     if in_a_row and linears[1].weight.shape != (shape := linears[0].weight.shape)[::-1]:
         raise ValueError(f"fc1 {tuple(shape)} and fc2 {tuple(linears[1].weight.shape)}, expected transposed shapes")
 

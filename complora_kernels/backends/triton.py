@@ -135,7 +135,8 @@ class TritonBackend:
         dtypes: Sequence[torch.dtype],  # all the same
     ) -> list[Tensor]:  # parts of one tensor, in the shapes of the factors
         complement = [kind == "complement" for kind in kinds]
-        fold = torch.ops.complora_triton.fold_factors if _is_registered(*factors, *bases) else _fold_factors
+        registered = _is_registered(*factors, *bases)
+        fold = torch.ops.complora_triton.fold_factors if registered else kernels().factors.fold_factors
         return split_like(fold(factors, bases, complement, output_side, scaling, dtypes[0]), factors)
 
     def fold_factors_bwd(
@@ -148,7 +149,7 @@ class TritonBackend:
         dtypes: Sequence[torch.dtype],
     ) -> list[Tensor]:
         # Factors and bases stay where they are and gradients do not: gathered, they too lie at known distances.
-        gathered = split_like(torch.cat([factor.reshape(-1) for factor in factors]), factors)
+        gathered = split_like(torch._utils._flatten_dense_tensors(factors), factors)
         return self.fold_factors(gathered, bases, kinds, output_side, scaling, dtypes)
 
     def packed_lora_linear_fwd(

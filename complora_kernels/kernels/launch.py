@@ -56,8 +56,9 @@ def has_tf32() -> bool:
 
 def input_precision(dtype: torch.dtype) -> str:
     """TF32 for float32 products only where torch itself would use it."""
-    allowed = has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32 or not has_tf32():
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def stages(n: int) -> int:
