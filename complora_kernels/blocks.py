@@ -153,20 +153,22 @@ class NormLoRALinearFunction(torch.autograd.Function):
         saved, needed, first = ctx.saved_tensors, ctx.needs_input_grad, 5 + len(dYs)
         normed, hs, linears = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5:first], ctx.linears
         needs_stream, run = any(needed[:2]), backend_of_backward(ctx.backend)
-        dn, dx, d_tensors = None, d_stream, []
+        dn, dx, d_A, owns, remaining = None, d_stream, None, [], iter(needed[7:])
         with without_autocast(normed.x):
             source = normed if len(dYs) == 1 or not any(needed[7:]) else normed.compute()  # once for all products
             defer = sum(dY is not None for dY in dYs) == 1  # what is to be added to another product is whole
             for dY, h, linear in zip(dYs, hs, _with_tensors(linears, saved[first:]), strict=True):
-                needs = needed[7 + len(d_tensors) :][: len(linear.tensors())]
+                needs = list(itertools.islice(remaining, len(linear.tensors())))
                 own = ProductGrads(None, [None] * len(linear.rows), [None] * len(linear.rows))
                 if dY is not None:
                     own = _linear_bwd(run, dY, source, h, linear, needs_stream, needs, defer=defer)
                 d_input: Any = own.x
                 dn = d_input if dn is None else dn if d_input is None else dn + d_input
-                d_tensors += linear.gradients(own)
+                owns.append(own)
             if dn is not None:
-                dx = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
+                dx, d_A = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
+        whole = (own if own.x is not dn or d_A is None else own._replace(As=d_A) for own in owns)
+        d_tensors = itertools.chain.from_iterable(map(AdaptedLinear.gradients, linears, whole))
         return dx, dx if needed[1] else None, *[None] * 5, *d_tensors
 
 
@@ -235,9 +237,11 @@ class NormLoRAMLPFunction(torch.autograd.Function):
                 grads2 = ProductGrads(None, grads2.As if d_A is None else d_A, grads2.Bs)
                 del da, z, source
                 grads1 = _linear_bwd(run, dz, normed, h1, fc1, needs_stream, needs1, defer=True)
-                d_fc1, dn = fc1.gradients(grads1), grads1.x
                 d_stream = dY if d_stream is None else dY + d_stream
-                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream and dn is not None else None
+                if needs_stream and grads1.x is not None:
+                    dx, d_A = run.norm_bwd(grads1.x, d_stream, normed)
+                    grads1 = grads1 if d_A is None else grads1._replace(As=d_A)
+                d_fc1 = fc1.gradients(grads1)
         return dx, dx if needed[1] else None, *[None] * 7, *d_fc1, *fc2.gradients(grads2)
 
 

@@ -155,7 +155,7 @@ def adapted(weight: Tensor, adapters: int, r: int, p: float, bias: Tensor | None
 
 def norms() -> Iterator[Launch]:
     """LayerNorms of a block at the widths of CLIP towers, and the gradients of the factors behind them."""
-    from complora_kernels.kernels import norm, reductions
+    from complora_kernels.kernels import norm, norm_bwd, reductions
 
     bf16 = torch.bfloat16
     streams = ((bf16, bf16), (torch.float32, bf16), (torch.float32, torch.float32))
@@ -170,7 +170,7 @@ def norms() -> Iterator[Launch]:
         for delta, what in ((None, ""), (n, ", delta")):
             yield Launch(f"{case}{what}", partial(norm.norm_fwd, x, delta, weight, bias, 1e-5, dtype, None))
         for d_stream, what in ((None, ""), (x, ", d_stream")):
-            bwd = partial(norm.norm_bwd, n, d_stream, x, statistics, statistics, weight)
+            bwd = partial(norm_bwd.norm_bwd, n, d_stream, x, statistics, statistics, weight)
             yield Launch(f"{case}{what}", bwd)
         for adapters, r, p in ((1, 16, 0.0), (3, 16, 0.0), (3, 16, 0.25), (1, 64, 0.1)):
             reader = adapted(torch.empty(adapters * width, width, dtype=dtype), adapters, r, p)
@@ -184,7 +184,7 @@ def norms() -> Iterator[Launch]:
             for rows in (TOKENS, 64 * TOKENS) if width == WIDTH else (TOKENS,):  # 32 or 64 rows a program
                 dn, s = torch.empty(rows, width, dtype=dtype), torch.empty(rows, width, dtype=stream)
                 of_rows, own_g = torch.empty(rows), torch.empty(rows, adapters * r, dtype=dtype)
-                bwd = partial(norm.norm_bwd, dn, s, s, of_rows, of_rows, weight, g=own_g, reader=reader)
+                bwd = partial(norm_bwd.norm_bwd, dn, s, s, of_rows, of_rows, weight, g=own_g, reader=reader)
                 yield Launch(f"{product}, second term, M={rows}", bwd)
             saved = (statistics, statistics, weight, bias)
             da = partial(reductions.packed_lora_linear_da, x, g, reader, norm=saved)

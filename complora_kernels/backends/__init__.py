@@ -123,8 +123,13 @@ class Backend(Protocol):
         Where it comes for free, h = drop(LN(s)) Ã^T [M, R] of that product is part of its input.
         """
 
-    def norm_bwd(self, d_normed: Tensor | Deferred, d_stream: Tensor | None, normed: Normed) -> Tensor:
-        """`ds = d_stream + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))`, `ŝ = (s - mean) · rstd`, [M, K]."""
+    def norm_bwd(
+        self, d_normed: Tensor | Deferred, d_stream: Tensor | None, normed: Normed
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:
+        """`ds = d_stream + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))`, `ŝ = (s - mean) · rstd`, [M, K].
+
+        Beside it each dÃ [r, K] of the product that read the norm, where dn left them to it.
+        """
 
     def activation_fwd(self, z: Tensor, activation: str, reader: AdaptedLinear) -> ProductInput:
         """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, R] of the product that reads it, where it comes for free."""

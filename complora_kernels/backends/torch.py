@@ -224,7 +224,7 @@ class TorchBackend:
         d_normed: Tensor | Deferred,  # [M, K]; never deferred by this backend
         d_stream: Tensor | None,  # [M, K]
         normed: Normed,
-    ) -> Tensor:  # [M, K]
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:  # ds [M, K], each dÃ [r, K] or None
         assert isinstance(d_normed, Tensor)
         x, wide = normed.x, normed.mean.dtype
         mean, rstd = normed.mean.unsqueeze(1), normed.rstd.unsqueeze(1)  # [M, 1]
@@ -232,7 +232,7 @@ class TorchBackend:
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             d_normed.to(wide), x.to(wide), x.shape[-1:], mean, rstd, weight, bias, [True, False, False]
         )
-        return (dx if d_stream is None else dx.add_(d_stream)).to(x.dtype)
+        return (dx if d_stream is None else dx.add_(d_stream)).to(x.dtype), None
 
     def activation_fwd(
         self,

@@ -55,7 +55,8 @@ _LIBRARY.define(
 def kernels() -> Any:
     """`complora_kernels.kernels` with its modules. This is the one place that imports Triton."""
     from complora_kernels import kernels
-    from complora_kernels.kernels import activation, beside, factors, launch, linear, norm, reductions  # noqa: F401
+    from complora_kernels.kernels import activation, beside, factors, launch, linear  # noqa: F401
+    from complora_kernels.kernels import norm, norm_bwd, norm_bwd_da, reductions  # noqa: F401
 
     return kernels
 
@@ -229,11 +230,15 @@ class TritonBackend:
         d_normed: Tensor | Deferred,  # [M, K]
         d_stream: Tensor | None,  # [M, K]
         normed: Normed,
-    ) -> Tensor:  # [M, K]
-        saved, norm_bwd = (normed.x, normed.mean, normed.rstd, normed.norm.weight), kernels().norm.norm_bwd
-        if isinstance(d_normed, Deferred):
-            return norm_bwd(d_normed.base, d_stream, *saved, g=d_normed.g, reader=d_normed.linear)
-        return norm_bwd(d_normed, d_stream, *saved)
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:  # ds [M, K], each dÃ [r, K] or None
+        k, saved = kernels(), (normed.x, normed.mean, normed.rstd, normed.norm.weight)
+        if not isinstance(d_normed, Deferred):
+            return k.norm_bwd.norm_bwd(d_normed, d_stream, *saved), None
+        base, g, linear, needs_A = d_normed
+        if not needs_A:
+            return k.norm_bwd.norm_bwd(base, d_stream, *saved, g=g, reader=linear), None
+        ds, dA = k.norm_bwd_da.norm_bwd_da(base, d_stream, *saved, normed.norm.bias, g, linear)
+        return ds, dA.unbind()
 
     def activation_fwd(
         self,
@@ -309,7 +314,7 @@ def _deferred_bwd(
     whole: Any = packed[0] if apart else dY  # [M, N]
     base = whole @ k.launch.cast(linear.weight, whole.dtype)
     nothing: list[Tensor | None] = [None] * len(linear.rows)
-    left = needs.A and isinstance(source, Activated) and linear.rank <= k.activation.MAX_DA_RANK
+    left = needs.A and (isinstance(source, Normed) or linear.rank <= k.activation.MAX_DA_RANK)
     dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
     return ProductGrads(Deferred(base, g, stacked, left), dA, dB.unbind() if needs.B else nothing)
 
