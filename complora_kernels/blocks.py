@@ -200,9 +200,10 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         whole1, whole2 = fc1.with_tensors(tensors[:end1]), fc2.with_tensors(tensors[end1:])
         whole1 = whole1._replace(save_h=whole1.save_h or recompute)
         with without_autocast(x):
-            stream, normed, given = run.norm_fwd(x, delta, norm, dtype, whole1)
+            residual, normed, given = run.norm_fwd(x, delta, norm, dtype, whole1, closing=whole2)
             z, h1 = _linear_fwd(run, given, whole1)
-            y, h2 = _linear_fwd(run, run.activation_fwd(z, activation, whole2), whole2, residual=stream)
+            onto = None if residual is normed.x else residual  # s in memory of its own, which y takes
+            y, h2 = _linear_fwd(run, run.activation_fwd(z, activation, whole2, onto=onto), whole2, residual=residual)
         if recompute:
             z = z.new_empty(0)
         ctx.save_for_backward(*_pack(normed), z, h1, h2, *whole1.tensors(), *whole2._replace(bias=None).tensors())
@@ -212,8 +213,8 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         if delta is None:
             return y, None
         if not any(ctx.needs_input_grad[:2]):
-            ctx.mark_non_differentiable(stream)
-        return y, stream
+            ctx.mark_non_differentiable(normed.x)
+        return y, normed.x
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor | None, d_stream: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]

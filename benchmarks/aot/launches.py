@@ -22,6 +22,7 @@ _HELD = re.compile(
     r"bfloat16 P=(1 r=16 p=0\.0|3 r=16 p=0\.25|3 r=16 p=0\.0, (pack|beside))(?!.*(own columns|copies))"
     r"|bfloat16, residual (bfloat16|float32), "
     r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.(0|25).*)?$"
+    r"|bfloat16 to bfloat16, K=768, P=1 r=16 p=0\.0, s twice, n and h$"
     r"|bfloat16 (quick_)?gelu, K=3072(, r=16 p=0\.(0|25).*)?$"
     r"|(to|from) (float32|bfloat16)$"
 )
@@ -114,11 +115,11 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
     yield Launch(f"{case}, dA and dB", grads)
 
 
-def beside(product: AdaptedLinear, dtype: torch.dtype) -> Beside:
+def beside(product: AdaptedLinear, dtype: torch.dtype, *, with_bias: bool = False) -> Beside:
     """The matrices of a product whose input is written with h in the same rows."""
     from complora_kernels.kernels.beside import beside
 
-    return beside(product, dtype)
+    return beside(product, dtype, with_bias=with_bias)
 
 
 def label_of(tiles: Sequence[int]) -> str:
@@ -180,7 +181,10 @@ def norms() -> Iterator[Launch]:
                 fwd = partial(norm.norm_fwd, x, n, weight, bias, 1e-5, dtype, reader)
                 yield Launch(f"{product}, h", fwd)
                 if width % 8 == 0:
-                    yield Launch(f"{product}, n and h", partial(fwd, beside=beside(reader, dtype)))
+                    fwd = partial(fwd, beside=beside(reader, dtype))
+                    yield Launch(f"{product}, n and h", fwd)
+                    if adapters == 1 and stream == dtype:  # before fc1, whose MLP is added to s in place
+                        yield Launch(f"{product}, s twice, n and h", partial(fwd, twice=True))
             for rows in (TOKENS, 64 * TOKENS) if width == WIDTH else (TOKENS,):  # 32 or 64 rows a program
                 dn, s = torch.empty(rows, width, dtype=dtype), torch.empty(rows, width, dtype=stream)
                 of_rows, own_g = torch.empty(rows), torch.empty(rows, adapters * r, dtype=dtype)
@@ -207,6 +211,8 @@ def activations() -> Iterator[Launch]:
             yield Launch(f"{case}, r={r} p={p}", fwd)
             if dtype == torch.bfloat16 and width % 8 == 0:
                 yield Launch(f"{case}, r={r} p={p}, a and h", partial(fwd, beside=beside(reader, dtype)))
+                biased = beside(reader._replace(bias=torch.empty(width, dtype=dtype)), dtype, with_bias=True)
+                yield Launch(f"{case}, r={r} p={p}, bias inside, a and h", partial(fwd, beside=biased))
             dA = r <= activation.MAX_DA_RANK
             bwd = partial(activation.activation_bwd, z, z, kind, g=g, reader=reader, compute_dA=dA)
             yield Launch(f"{case}, r={r} p={p}, second term", bwd)

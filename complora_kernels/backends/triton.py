@@ -24,6 +24,7 @@ from complora_kernels.backends.torch import (
     Norm,
     Normed,
     ProductInput,
+    SideBySide,
     Source,
     add_residual,
     block_diagonal,
@@ -159,12 +160,15 @@ class TritonBackend:
         linear: AdaptedLinear,  # weight [N, K]
         *,
         h: Tensor | None = None,  # [M, P r]
-        beside: tuple[Tensor, Tensor] | None = None,  # [x | h | 0] [M, C], [W | B̃ | 0] [N, C]
+        beside: SideBySide | None = None,
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
         if beside is not None and h is not None:
+            inputs, weights, onto = beside
+            if onto is not None:
+                return onto.addmm_(inputs, weights.mT), h  # s + [x | h | 1 | 0] [W | B̃ | b | 0]^T
             bias = None if linear.bias is None else kernels().launch.cast(linear.bias, x.dtype)
-            return add_residual(F.linear(*beside, bias), residual), h
+            return add_residual(F.linear(inputs, weights, bias), residual), h
         if h is None and residual is None and _is_registered(x, *linear.tensors()):
             return torch.ops.complora_triton.packed_lora_linear_fwd(
                 x,
@@ -212,18 +216,22 @@ class TritonBackend:
         norm: Norm,
         dtype: torch.dtype,
         reader: AdaptedLinear,
+        *,
+        closing: AdaptedLinear | None = None,
     ) -> tuple[Tensor, Normed, ProductInput]:
         k, adapted = kernels(), len(reader.rows) > 0
         # float32 rows and Ã do not fit beside each other
         inside = reader if adapted and dtype.itemsize == 2 and reader.columns is None else None
         beside = _beside(x, dtype, inside)
-        stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside, beside=beside)
+        twice = closing is not None and _adds_in_place(x, delta, dtype, closing)
+        outputs = k.norm.norm_fwd(x, delta, *norm, dtype, inside, beside=beside, twice=twice)
+        stream, normed, mean, rstd, h, again = outputs
         saved = Normed(stream, mean, rstd, norm, dtype)
         if beside is not None:
-            return stream, saved, ProductInput(normed[:, : x.shape[1]], h, (normed, beside.whole(dtype)))
+            return again, saved, ProductInput(normed[:, : x.shape[1]], h, SideBySide(normed, beside.whole(dtype)))
         if adapted and inside is None:
             h = k.linear.packed_lora_linear_h(normed, reader)
-        return stream, saved, ProductInput(normed, h if adapted else None)
+        return again, saved, ProductInput(normed, h if adapted else None)
 
     def norm_bwd(
         self,
@@ -245,13 +253,15 @@ class TritonBackend:
         z: Tensor,  # [M, K]
         activation: str,
         reader: AdaptedLinear,
+        *,
+        onto: Tensor | None = None,  # [M, N]
     ) -> ProductInput:
         k, adapters = kernels(), len(reader.rows)
-        inside = reader if adapters and _one_mask(reader) and reader.columns is None else None
-        beside = _beside(z, z.dtype, inside)
+        inside = reader if _activation_computes_h(reader) else None
+        beside = _beside(z, z.dtype, inside) if onto is None else k.beside.beside(reader, z.dtype, with_bias=True)
         a, h = k.activation.activation_fwd(z, activation, inside, beside=beside)
         if beside is not None:
-            return ProductInput(a[:, : z.shape[1]], h, (a, beside.whole(z.dtype)))
+            return ProductInput(a[:, : z.shape[1]], h, SideBySide(a, beside.whole(z.dtype), onto))
         if adapters and inside is None:
             h = k.linear.packed_lora_linear_h(a, reader)
         return ProductInput(a, h if adapters else None)
@@ -276,11 +286,38 @@ def _beside(
     reader: AdaptedLinear | None,
 ) -> Any:
     """The matrices of a product whose input is written with h in the same rows, where its plan is `concat`."""
-    if reader is None or dtype.itemsize != 2 or x.shape[1] % 8 or reader.weight.shape[1:] != x.shape[1:]:
-        return None
-    if _plan(x.shape, dtype, x.device, reader).name != "concat":
+    if reader is None or not _lies_beside(x.shape, dtype, x.device, reader):
         return None
     return kernels().beside.beside(reader, dtype)
+
+
+def _lies_beside(
+    shape: Sequence[int],  # of the product's input: M, K
+    dtype: torch.dtype,
+    device: torch.device,
+    reader: AdaptedLinear,
+) -> bool:
+    """Whether h is written in the rows of the product's input: its plan is `concat`."""
+    if dtype.itemsize != 2 or shape[1] % 8 or reader.weight.shape[1:] != shape[1:]:
+        return False
+    return _plan(shape, dtype, device, reader).name == "concat"
+
+
+def _adds_in_place(
+    x: Tensor,  # [M, N]
+    delta: Tensor | None,  # [M, N]
+    dtype: torch.dtype,  # of the product
+    closing: AdaptedLinear,  # weight [N, K]
+) -> bool:
+    """Whether torch can add the product of an activation to `s = x + delta` where it lies, in one rounding."""
+    if x.dtype != dtype or (delta is not None and delta.dtype != dtype) or not _activation_computes_h(closing):
+        return False
+    return _lies_beside((x.shape[0], closing.weight.shape[1]), dtype, x.device, closing)
+
+
+def _activation_computes_h(reader: AdaptedLinear) -> bool:
+    """Whether the kernel of an activation computes h of the product that reads it."""
+    return len(reader.rows) > 0 and reader.columns is None and _one_mask(reader)
 
 
 def _one_mask(linear: AdaptedLinear) -> bool:

@@ -94,6 +94,7 @@ def packed_lora_linear_h_kernel(
             tl.program_id(0) - programs,
             frozen_ptr,
             B_ptr,
+            frozen_ptr,
             wide_ptr,
             N,
             K,
@@ -104,6 +105,7 @@ def packed_lora_linear_h_kernel(
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            False,
             PADDING,
             BLOCK_N,
             BLOCK_R,
@@ -145,7 +147,7 @@ def packed_lora_linear_h_kernel(
     if PADDING >= 0:
         tl.store(beside_ptr + rows[:, None] * stride_cm + pr, h_rounded, mask=row_mask & rank_mask)
         if PADDING > 0 and chunk == 0:
-            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_cm, PADDING)
+            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_cm, 0.0, PADDING)
 
 
 def packed_lora_linear_h(

@@ -35,6 +35,7 @@ def norm_fwd_kernel(
     bias_ptr,  # [K]
     A_ptr,  # [P, R, K]
     stream_ptr,  # [M, K]
+    again_ptr,  # [M, K]
     normed_ptr,  # [M, K]
     mean_ptr,  # [M]
     rstd_ptr,  # [M]
@@ -62,6 +63,7 @@ def norm_fwd_kernel(
     ADAPTERS: tl.constexpr,  # 0: h is not computed
     BITS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    TWICE: tl.constexpr,  # s is stored to `again_ptr` too
     HAS_BIAS: tl.constexpr,
     STORE_H: tl.constexpr,
     PADDING: tl.constexpr,  # columns behind h in n's rows; -1: h is not stored there
@@ -83,13 +85,14 @@ def norm_fwd_kernel(
     neither whole rows nor all of Ã, however wide they are.
 
     Minimum bytes: x, delta, Ã, w and b read once, s (with delta), n, mean, rstd and h written once, and n read from the
-    cache for h; W and B̃ read and written once where h is stored beside n.
+    cache for h; W and B̃ read and written once where h is stored beside n; with TWICE s written once more.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
         write_wide_weight(
             tl.program_id(0) - programs,
             frozen_ptr,
             B_ptr,
+            frozen_ptr,
             wide_ptr,
             N,
             K,
@@ -100,6 +103,7 @@ def norm_fwd_kernel(
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            False,
             PADDING,
             BLOCK_N,
             BLOCK_R,
@@ -121,6 +125,8 @@ def norm_fwd_kernel(
             rounded = (s + delta).to(stream_ptr.dtype.element_ty)  # s = x + delta
             tl.store(stream_ptr + rows[:, None] * K + k[None, :], rounded, mask=mask)
             s = rounded.to(tl.float32)  # the value that the backward pass will read
+        if TWICE:
+            tl.store(again_ptr + rows[:, None] * K + k[None, :], s.to(again_ptr.dtype.element_ty), mask=mask)
         mean = tl.sum(s, 1) / K  # [ROWS]
         centred = tl.where(mask, s - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)
@@ -163,7 +169,7 @@ def norm_fwd_kernel(
             if PADDING >= 0:
                 tl.store(beside_ptr + rows[:, None] * stride_nm + pr, h_rounded, mask=row_mask & rank_mask)
         if PADDING > 0:
-            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_nm, PADDING)
+            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_nm, 0.0, PADDING)
 
 
 def norm_fwd(
@@ -176,10 +182,12 @@ def norm_fwd(
     reader: AdaptedLinear | None,  # the product that reads n, of that dtype; None: h is not computed
     *,
     beside: Beside | None = None,  # the product is one of [n | h | 0] and [W | B̃ | 0]: both are completed
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # s, n [M, K] or [n | h | 0] [M, C], mean, rstd [M], h [M, P r]
+    twice: bool = False,
+) -> tuple[Tensor, ...]:  # s [M, K], n [M, K] or [n | h | 0] [M, C], mean, rstd [M], h [M, P r], s again [M, K]
     """`s = x + delta`, `n = LN(s)` in `dtype`, and `h_p = drop_p(n) Ã_p^T` of half-precision n. K <= 2048.
 
-    h is [0, P r] where nothing reads it again: it is stored beside n, and the reader does not save it.
+    h is [0, P r] where nothing reads it again: it is stored beside n, and the reader does not save it. The last result
+    is the first one, or with `twice` its values in memory of their own.
     """
     (M, K), device = x.shape, x.device
     if K > MAX_NORM_WIDTH:
@@ -192,6 +200,7 @@ def norm_fwd(
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     wide = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)
     stream = x if delta is None else launch.empty((M, K), wide, device)
+    again = launch.empty((M, K), wide, device) if twice else stream
     store_h = beside is None or reader is None or reader.save_h
     width = K if beside is None else beside.layout.width
     normed = launch.empty((M, width), dtype, device)
@@ -201,7 +210,7 @@ def norm_fwd(
     if M > 0:
         x_stride = x.stride(0)
         shapes = (M, K, P, R, width, x_stride, x_stride if delta is None else delta.stride(0))
-        flags = (A is not None, delta is not None, bias is not None, store_h)
+        flags = (A is not None, delta is not None, twice, bias is not None, store_h)
         prepared = _fwd(shapes, eps, dropout_p, *flags, None if beside is None else beside.layout, dtype)
         tensors = (
             x,
@@ -210,6 +219,7 @@ def norm_fwd(
             weight if bias is None else bias.contiguous(),
             x if A is None else A,
             stream,
+            again,
             normed,
             mean,
             rstd,
@@ -221,7 +231,8 @@ def norm_fwd(
             x if seed is None else seed,
         )
         launch.run(norm_fwd_kernel, prepared, tensors)
-    return launch.rounded(stream, wide), launch.rounded(normed, dtype), mean, rstd, launch.rounded(h, dtype)
+    stream, normed, h = launch.rounded(stream, wide), launch.rounded(normed, dtype), launch.rounded(h, dtype)
+    return stream, normed, mean, rstd, h, launch.rounded(again, wide) if twice else stream
 
 
 @launch.cached
@@ -231,6 +242,7 @@ def _fwd(
     dropout_p: float,
     compute_h: bool,
     has_delta: bool,
+    twice: bool,
     has_bias: bool,
     store_h: bool,
     beside: Layout | None,
@@ -249,6 +261,7 @@ def _fwd(
         "ADAPTERS": P,
         "BITS": dropout.bits,
         "HAS_DELTA": has_delta,
+        "TWICE": twice,
         "HAS_BIAS": has_bias,
         "STORE_H": store_h,
         "PADDING": -1 if beside is None else width - K - P * R,
