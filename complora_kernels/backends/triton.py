@@ -56,8 +56,17 @@ _LIBRARY.define(
 def kernels() -> Any:
     """`complora_kernels.kernels` with its modules. This is the one place that imports Triton."""
     from complora_kernels import kernels
-    from complora_kernels.kernels import activation, beside, factors, launch, linear  # noqa: F401
-    from complora_kernels.kernels import norm, norm_bwd, norm_bwd_da, reductions  # noqa: F401
+    from complora_kernels.kernels import (  # noqa: F401
+        activation,
+        beside,
+        factors,
+        launch,
+        linear,
+        norm,
+        norm_bwd,
+        norm_bwd_da,
+        reductions,
+    )
 
     return kernels
 
@@ -414,7 +423,7 @@ def _linear_bwd(
         outputs = {"compute_g": needs.x or needs.A, "compute_dB": needs.B, "beside": beside}
         g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h, linear, **outputs)
         if beside:
-            A, W = k.launch.stacked(linear.As).flatten(0, 1), k.launch.cast(linear.weight, dtype)  # [P r, K], [N, K]
+            A, W = k.activation.flat_factors(linear), k.launch.cast(linear.weight, dtype)  # [P r, K], [N, K]
             zeros = A.new_zeros(packed[0].shape[1] - len(W) - len(A), A.shape[1])
             dX = packed[0] @ torch.cat([W, A, zeros] if len(zeros) else [W, A])  # [dY | g | 0] [W ; Ã ; 0]
         elif needs.x and plan.name == "merge":
@@ -452,7 +461,12 @@ def _plan(shape: Sequence[int], dtype: torch.dtype, device: torch.device, linear
 
 
 def _stacked(linear: AdaptedLinear) -> AdaptedLinear:
-    """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches."""
+    """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches.
+
+    That of a single adapter stays as it is.
+    """
+    if len(linear.rows) == 1:
+        return linear
     As: Any = kernels().launch.stacked(linear.As)
     Bs: Any = kernels().launch.stacked(linear.Bs)
     weight, bias, _, _, rows, dropout_p, seeds, save_h, precision, columns = linear

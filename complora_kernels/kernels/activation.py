@@ -363,7 +363,8 @@ def activation_fwd(
 
 def flat_factors(linear: AdaptedLinear) -> Tensor:  # [P r, K]
     """The Ãs of a product below each other."""
-    return launch.stacked(linear.As).flatten(0, 1)
+    A = launch.stacked(linear.As)
+    return A if A.dim() == 2 else A.flatten(0, 1)
 
 
 @launch.cached

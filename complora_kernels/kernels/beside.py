@@ -72,7 +72,7 @@ def width(inputs: int, rank: int) -> int:
 def beside(linear: AdaptedLinear, dtype: torch.dtype, *, with_bias: bool = False) -> Beside:
     """The record of a product in `dtype`; `with_bias`: b is a column, where the product has one."""
     W, groups, B = linear.weight, groups_of(linear), launch.stacked(linear.Bs)  # [N, K], [P, D, R]
-    (N, K), (P, _, R) = W.shape, B.shape
+    (N, K), (P, R) = W.shape, launch.adapters_of(linear)
     bias = linear.bias.contiguous() if with_bias and linear.bias is not None else None  # [N]
     layout = _layout(N, K, W.stride(0), W.stride(1), R, P, groups, bias is not None)
     return Beside(W, B, launch.empty((N, layout.width), dtype, W.device), layout, bias)

@@ -481,7 +481,7 @@ def merge_weight(
 ) -> Tensor:  # [N, K]
     """`round(W + B̃_p Ã_p)` in the rows of adapter p: from a float32 W the one rounding that the plain product needs."""
     weight, A, B = linear.weight, launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
-    (N, K), (P, R, _), groups = weight.shape, A.shape, groups_of(linear)
+    (N, K), (P, R), groups = weight.shape, launch.adapters_of(linear), groups_of(linear)
     merged = launch.empty((N, K), dtype, weight.device)
     prepared = _merge((N, K, *weight.stride()), P, R, groups, A.dtype)
     launch.run(merge_weight_kernel, prepared, (weight, A, B, merged))

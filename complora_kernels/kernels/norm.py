@@ -195,7 +195,7 @@ def norm_fwd(
     x, delta = launch.contiguous_rows(x), None if delta is None else launch.contiguous_rows(delta)
     A, seed = (None, None) if reader is None else (launch.stacked(reader.As), reader.seed)  # [P, r, K]
     dropout_p = 0.0 if reader is None else reader.dropout_p
-    P, R = (0, 1) if A is None else A.shape[:2]
+    P, R = (0, 1) if reader is None else launch.adapters_of(reader)
     if A is not None and not dropout_p:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     wide = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)

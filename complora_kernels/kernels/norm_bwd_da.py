@@ -155,7 +155,7 @@ def norm_bwd_da(
     dx = launch.empty(stream.shape, stream.dtype, stream.device)
     da = da_job(Source(stream, g, reader, (mean, rstd, weight, bias)), narrow=True)
     sizes = (*stream.shape, dn.stride(0), added.stride(0), stream.stride(0))
-    update = update_work(sizes, *A.shape[:2], reader.dropout_p, d_stream is not None, dn.dtype)
+    update = update_work(sizes, *launch.adapters_of(reader), reader.dropout_p, d_stream is not None, dn.dtype)
     tensors = (dn, added, A, dx, *da.tensors(partials.counters(da.work.counters, stream.device)))
     launch.run(norm_bwd_da_kernel, _launch(da.work, update), tensors)
     return launch.rounded(dx, stream.dtype), da.result()
