@@ -62,6 +62,7 @@ def kernels() -> Any:
         factors,
         launch,
         linear,
+        linear_bwd,
         norm,
         norm_bwd,
         norm_bwd_da,
@@ -412,7 +413,13 @@ def _linear_bwd(
     h, dtype = h.contiguous(), source.dtype
     plan = _plan(x.shape, dtype, x.device, linear)
     dX, dA = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)  # an operation's results are no aliases
-    if needs.x and plan.name == "fused" and plan.h == "inside":
+    inside = needs.x and plan.name == "fused" and plan.h == "inside"
+    if inside and len(linear.rows) == 1 and len(x) > 0:
+        _, _, _, norm, activation = _da_source(source, h, linear)
+        wanted = {"compute_dA": needs.A, "compute_dB": needs.B}
+        kind = {"norm": norm, "activation": activation}
+        return k.linear_bwd.packed_lora_linear_bwd(dY, x, h, linear, tiles=plan.tiles, **wanted, **kind)
+    if inside:
         dX, g = k.linear.packed_lora_linear_dx(dY, linear, None, tiles=plan.tiles)
         if needs.A and needs.B:
             dA, dB = k.reductions.packed_lora_linear_grads(_da_source(source, g, linear), (dY, h, linear))

@@ -74,6 +74,71 @@ class Job(NamedTuple):
 
 
 @triton.jit
+def affine_of_norm(
+    weight_ptr,  # [K]
+    bias_ptr,  # [K]
+    k,  # [BLOCK_K]
+    K,
+    NORMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """The weight and bias of a LayerNorm [BLOCK_K] in float32; numbers that nobody reads where there is none."""
+    weight, bias = 1.0, 0.0
+    if NORMED:
+        weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return weight, bias
+
+
+@triton.jit
+def input_of_product(
+    x_ptr,  # [M, K]
+    rows,  # [BLOCK_M], int64
+    k0,  # the first column, a multiple of 16
+    mean_ptr,  # [M]
+    rstd_ptr,  # [M]
+    weight,  # [BLOCK_K], see `affine_of_norm`
+    bias,  # [BLOCK_K]
+    seed,
+    adapter,
+    M,
+    K,
+    stride_xm,
+    stride_xk,
+    threshold,
+    DTYPE: tl.constexpr,  # of the product
+    BITS: tl.constexpr,
+    NORMED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # 0: none
+    UPCAST: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile [BLOCK_M, BLOCK_K] of `mask ∘ x` in the product's dtype, of `mask ∘ LN(x)` or of `mask ∘ act(x)`."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    x = tl.load(x_ptrs, mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)
+    if NORMED:
+        mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        x = (x.to(tl.float32) - mean) * rstd * weight[None, :]  # LN(x)
+        if HAS_BIAS:
+            x += bias[None, :]
+    if ACTIVATION > 0:
+        x = activate(x.to(tl.float32), ACTIVATION, PTX)  # act(x)
+    if not UPCAST:
+        x = x.to(DTYPE)
+    if BITS > 0:
+        x = tl.where(keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), x, 0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def packed_lora_linear_da_kernel(
     first_program,  # the programs of the launch that come before and compute something else
     x_ptr,  # [M, K]
@@ -128,35 +193,42 @@ def packed_lora_linear_da_kernel(
     k0 = tile // (ADAPTERS * RANK_BLOCKS) * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     pr = adapter * RANK + r
-    if BITS > 0:
-        seed = tl.load(seed_ptr)
-    if NORMED:
-        weight = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    seed = tl.load(seed_ptr) if BITS > 0 else 0
+    weight, bias = affine_of_norm(weight_ptr, bias_ptr, k, K, NORMED, HAS_BIAS)
     dA = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     first = split * rows_of_split
     for m0 in range(0, rows_of_split, BLOCK_M):
         rows = first + m0 + tl.arange(0, BLOCK_M)
         row_mask = (rows < M)[:, None]
-        x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :].to(tl.int64) * stride_xk
-        x = tl.load(x_ptrs, mask=row_mask & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         g_ptrs = g_ptr + rows[:, None] * stride_gm + pr[None, :]
         g = tl.load(g_ptrs, mask=row_mask & (r < RANK)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        if NORMED:
-            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
-            x = (x.to(tl.float32) - mean) * rstd * weight[None, :]  # LN(x)
-            if HAS_BIAS:
-                x += bias[None, :]
-        if ACTIVATION > 0:
-            x = activate(x.to(tl.float32), ACTIVATION, PTX)  # act(x)
-        if not UPCAST:
-            x = x.to(g_ptr.dtype.element_ty)
-        if BITS > 0:
-            x = tl.where(keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS), x, 0.0)
         if UPCAST:
-            x, g = x.to(tl.float32), g.to(tl.float32)
+            g = g.to(tl.float32)
+        x = input_of_product(
+            x_ptr,
+            rows,
+            k0,
+            mean_ptr,
+            rstd_ptr,
+            weight,
+            bias,
+            seed,
+            adapter,
+            M,
+            K,
+            stride_xm,
+            stride_xk,
+            threshold,
+            g_ptr.dtype.element_ty,
+            BITS,
+            NORMED,
+            HAS_BIAS,
+            ACTIVATION,
+            UPCAST,
+            PTX,
+            BLOCK_M,
+            BLOCK_K,
+        )
         dA = tl.dot(tl.trans(x), g, dA, input_precision=PRECISION)  # (mask ∘ x)^T g
     of_adapter = adapter.to(tl.int64) * RANK * K
     sum_when_last(

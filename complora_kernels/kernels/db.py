@@ -243,14 +243,18 @@ def tiles_for(
     *,
     compute_g: bool,
     narrow: bool = False,
+    columns: int = 128,
 ) -> Tiles:
-    """The tiles of a launch; programs share the columns of an adapter. `narrow`: for a launch that computes dÃ too."""
+    """The tiles of a launch; programs share the columns of an adapter.
+
+    `narrow`: for a launch that computes dÃ too, with at most so many `columns` at a time.
+    """
     if launch.INTERPRETED:
         return Tiles(32, 32, min(-(-D // 32), 2), 4, 1, 264)
     if dtype == torch.float32:
         return Tiles(32, 64, 1, 4, 3, 264)
     if narrow or not compute_g:
-        return Tiles(64, launch.power_of_two(D, 32, 128 if R <= 32 else 64), 1, 4, 3, 264)
+        return Tiles(64, launch.power_of_two(D, 32, columns if R <= 32 else 64), 1, 4, 3, 264)
     chip = launch.chip(device)
     if isinstance(chip, str) and chip.startswith("gfx1"):  # RDNA: warps of 32 threads, and no more registers a thread
         return Tiles(32, launch.power_of_two(D, 32, 64), 1, 8, 2, 132)
@@ -272,8 +276,9 @@ def db_job(
     pack: bool = False,
     beside: bool = False,
     narrow: bool = False,
+    columns: int = 128,
 ) -> Job:
-    """The launch that `packed_lora_linear_db` makes; `narrow`: as part of a launch that computes dÃ too."""
+    """The launch that `packed_lora_linear_db` makes; `narrow`, `columns`: as part of another one, see `tiles_for`."""
     B, groups = launch.stacked(linear.Bs), groups_of(linear)  # [P, D, r]
     parts = [dY] if isinstance(dY, Tensor) else list(dY)
     if len(parts) not in (1, len(groups.adapters)):
@@ -289,7 +294,7 @@ def db_job(
     M, D, (P, R) = whole.shape[0], groups.size, launch.adapters_of(linear)
     N, dtype, device = linear.weight.shape[0], whole.dtype, whole.device
     pack, compute_g = pack or beside, compute_g or beside
-    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, narrow=narrow)
+    tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, narrow=narrow, columns=columns)
     h = launch.contiguous_rows(h)
     shapes = (M, N, *whole.stride(), second.stride(0), third.stride(0), h.stride(0))
     outputs = (compute_g, compute_dB, partial_g, pack, beside)

@@ -25,16 +25,16 @@ from complora_kernels.kernels.tiles import MAX_BLOCK_R, MAX_INSIDE_R, LargeProdu
 
 
 @triton.jit
-def packed_lora_linear_dx_kernel(
+def dx_of_tile(
+    rows,  # [BLOCK_M], int64
+    tile,  # of BLOCK_K columns
     dY_ptr,  # [M, N]
     weight_ptr,  # [N, K]
     A_ptr,  # [P, R, K]
     B_ptr,  # [P, D, R]
-    g_ptr,  # [M, P * R]
-    dX_ptr,  # [M, K]
+    g_ptr,  # [M, P * R]; only its dtype counts where g is computed and not stored
     seed_ptr,  # [1]
     M,
-    N,
     K,
     D,
     stride_dm,
@@ -49,6 +49,7 @@ def packed_lora_linear_dx_kernel(
     ADAPTER_OF_GROUP: tl.constexpr,
     BITS: tl.constexpr,
     COMPUTE_G: tl.constexpr,
+    STORE_G: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -57,18 +58,11 @@ def packed_lora_linear_dx_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program computes BLOCK_M rows and BLOCK_K columns of dX.
+    """One tile of dX [BLOCK_M, BLOCK_K] in float32, and the last adapter's g [BLOCK_M, BLOCK_R] with COMPUTE_G.
 
-    With COMPUTE_G it computes g in the same loop over N, group by group, and the first tile of each row stores it.
-    Without it the groups do not matter: D is N and GROUPS is 1.
-
-    Minimum bytes: dY, W, B̃ (with COMPUTE_G), Ã, g and dX once each, `size (M N + N K + P D R + P R K + M P R + M K)`.
-    A program loads its rows of dY and its columns of W whole, so that dY is loaded `ceil(K / BLOCK_K)` and W
-    `ceil(M / BLOCK_M)` times: all but the first come from the L2.
+    g is computed in the loop over N, group by group, and rounded; with STORE_G the first tile of each row stores it.
+    Without COMPUTE_G the groups do not matter: D is N and GROUPS is 1.
     """
-    tiles = tl.cdiv(K, BLOCK_K)
-    tile = tl.program_id(0) % tiles  # neighbours share rows of dY; the weight stays in the cache
-    rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_N)
     row_mask, column_mask = (rows < M)[:, None], (k < K)[None, :]
@@ -81,6 +75,7 @@ def packed_lora_linear_dx_kernel(
         seed = tl.load(seed_ptr)
 
     dX = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    g_rounded = tl.zeros((BLOCK_M, BLOCK_R), g_ptr.dtype.element_ty)
     if not COMPUTE_G and BITS == 0:
         # The end needs these: their latency is that of the first dY and W. Were g not transposed, it would be moved
         # into the layout of the dot here, through shared memory.
@@ -131,7 +126,7 @@ def packed_lora_linear_dx_kernel(
             weight_ptrs -= overshoot * stride_wn
         if COMPUTE_G and owner < ADAPTERS:
             g_rounded = g.to(g_ptr.dtype.element_ty)
-            if tile == 0:
+            if STORE_G and tile == 0:
                 tl.store(g_ptrs[:, None] + (owner * RANK + r)[None, :], g_rounded, mask=row_mask & rank_mask[None, :])
             if BITS > 0:
                 update = tl.dot(g_rounded, as_loaded(A, A_ptr, UPCAST), input_precision=PRECISION)
@@ -149,8 +144,99 @@ def packed_lora_linear_dx_kernel(
             if UPCAST:
                 g, A = g.to(tl.float32), A.to(tl.float32)
             dX = tl.dot(g, A, dX, input_precision=PRECISION)
+    return dX, g_rounded
+
+
+@triton.jit
+def packed_lora_linear_dx_kernel(
+    dY_ptr,  # [M, N]
+    weight_ptr,  # [N, K]
+    A_ptr,  # [P, R, K]
+    B_ptr,  # [P, D, R]
+    g_ptr,  # [M, P * R]
+    dX_ptr,  # [M, K]
+    seed_ptr,  # [1]
+    M,
+    N,
+    K,
+    D,
+    stride_dm,
+    stride_dn,
+    stride_wn,
+    stride_wk,
+    threshold,
+    keep_scale,
+    RANK: tl.constexpr,
+    ADAPTERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ADAPTER_OF_GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    COMPUTE_G: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program computes BLOCK_M rows and BLOCK_K columns of dX.
+
+    Minimum bytes: dY, W, B̃ (with COMPUTE_G), Ã, g and dX once each, `size (M N + N K + P D R + P R K + M P R + M K)`.
+    A program loads its rows of dY and its columns of W whole, so that dY is loaded `ceil(K / BLOCK_K)` and W
+    `ceil(M / BLOCK_M)` times: all but the first come from the L2.
+    """
+    tiles = tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0) % tiles  # neighbours share rows of dY; the weight stays in the cache
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dX, _ = dx_of_tile(
+        rows,
+        tile,
+        dY_ptr,
+        weight_ptr,
+        A_ptr,
+        B_ptr,
+        g_ptr,
+        seed_ptr,
+        M,
+        K,
+        D,
+        stride_dm,
+        stride_dn,
+        stride_wn,
+        stride_wk,
+        threshold,
+        keep_scale,
+        RANK,
+        ADAPTERS,
+        GROUPS,
+        ADAPTER_OF_GROUP,
+        BITS,
+        COMPUTE_G,
+        COMPUTE_G,
+        UPCAST,
+        PRECISION,
+        EVEN_D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_R,
+    )
+    store_tile(dX_ptr, dX, rows, tile * BLOCK_K + tl.arange(0, BLOCK_K), M, K)
+
+
+@triton.jit
+def store_tile(
+    dX_ptr,  # [M, K]
+    dX,  # [BLOCK_M, BLOCK_K]
+    rows,  # [BLOCK_M], int64
+    k,  # [BLOCK_K]
+    M,
+    K,
+):
+    """Rounds a tile of dX to the dtype of the memory and stores it."""
     dX_ptrs = dX_ptr + rows[:, None] * K + k[None, :]
-    tl.store(dX_ptrs, dX.to(dX_ptr.dtype.element_ty), mask=row_mask & column_mask)
+    tl.store(dX_ptrs, dX.to(dX_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (k < K)[None, :])
 
 
 def packed_lora_linear_dx(
