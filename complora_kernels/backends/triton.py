@@ -55,8 +55,17 @@ _LIBRARY.define(
 def kernels() -> Any:
     """`complora_kernels.kernels` with its modules. This is the one place that imports Triton."""
     from complora_kernels import kernels
-    from complora_kernels.kernels import activation, beside, factors, launch, linear  # noqa: F401
-    from complora_kernels.kernels import norm, norm_bwd, norm_bwd_da, reductions  # noqa: F401
+    from complora_kernels.kernels import (  # noqa: F401
+        activation,
+        beside,
+        factors,
+        launch,
+        linear,
+        norm,
+        norm_bwd,
+        norm_bwd_da,
+        reductions,
+    )
 
     return kernels
 
@@ -296,6 +305,13 @@ def _may_defer(source: Source, linear: AdaptedLinear) -> bool:
     return _plan(source.input.shape, source.dtype, source.input.device, linear).name == "concat"
 
 
+def _computes_dA(source: Source, linear: AdaptedLinear) -> bool:
+    """Whether the launch that adds the second term of dX has the registers for dÃ as well."""
+    if isinstance(source, Normed):
+        return kernels().norm_bwd_da.fits_together(source.x.shape[1], source.dtype)
+    return linear.rank <= kernels().activation.MAX_DA_RANK
+
+
 def _deferred_bwd(
     dY: Tensor | Sequence[Tensor],  # [M, N], or of each group of rows of the weight [M, D]
     source: Source,  # a norm or an activation
@@ -313,7 +329,7 @@ def _deferred_bwd(
     whole: Any = packed[0] if apart else dY  # [M, N]
     base = whole @ k.launch.cast(linear.weight, whole.dtype)
     nothing: list[Tensor | None] = [None] * len(linear.rows)
-    left = needs.A and (isinstance(source, Normed) or linear.rank <= k.activation.MAX_DA_RANK)
+    left = needs.A and _computes_dA(source, linear)
     dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
     return ProductGrads(Deferred(base, g, stacked, left), dA, dB.unbind() if needs.B else nothing)
 
