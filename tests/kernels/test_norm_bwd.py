@@ -80,11 +80,13 @@ def test_norm_bwd_da(M, K, adapters, rank, p, stream, compute):
         assert_as_accurate_as_reference(value, plain.to(value.dtype), exact, name, compute)
 
 
-def product(K: int, D: int, adapted: tuple[int, ...], rank: int, p: float = 0.0, frozen: str = "") -> AdaptedLinear:
+def product(
+    K: int, D: int, adapted: tuple[int, ...], rank: int, p: float = 0.0, frozen: str = "", dtype: torch.dtype = BF16
+) -> AdaptedLinear:
     """A product of three groups of D rows, some of them with an adapter; `frozen`: factors without a gradient."""
-    weight, bias = randn(3 * D, K, dtype=BF16, scale=K**-0.5), randn(3 * D, dtype=BF16)
-    As = [randn(rank, K, dtype=BF16, scale=K**-0.5).requires_grad_("A" not in frozen) for _ in adapted]
-    Bs = [randn(D, rank, dtype=BF16, scale=rank**-0.5).requires_grad_("B" not in frozen) for _ in adapted]
+    weight, bias = randn(3 * D, K, dtype=dtype, scale=K**-0.5), randn(3 * D, dtype=dtype)
+    As = [randn(rank, K, dtype=dtype, scale=K**-0.5).requires_grad_("A" not in frozen) for _ in adapted]
+    Bs = [randn(D, rank, dtype=dtype, scale=rank**-0.5).requires_grad_("B" not in frozen) for _ in adapted]
     return AdaptedLinear(weight, bias, As, Bs, [(i * D, (i + 1) * D) for i in adapted], p)
 
 
@@ -145,9 +147,7 @@ def test_several_products_of_one_norm_compute_their_factors_gradients_apart(laun
 
 @pytest.mark.parametrize(("K", "dtype"), [(32, F32), (36, BF16)])
 def test_where_registers_would_not_do_the_factors_gradients_are_computed_apart(launched, K, dtype):
-    record = product(K, 8, (0, 1, 2), 2)
-    record = record.with_tensors([t.detach().to(dtype).requires_grad_() for t in record.tensors() if t is not None])
-    record.weight.requires_grad_(False)
+    record = product(K, 8, (0, 1, 2), 2, dtype=dtype)
     x, own = randn(5, K, dtype=dtype).requires_grad_(), Norm(torch.ones(K, device=DEVICE), None, 1e-5)
     with plans.override(plans.Plan("concat")):
         norm_lora_linear(x, None, own, record, backend="triton")[1].sum().backward()
