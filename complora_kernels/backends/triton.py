@@ -167,13 +167,12 @@ class TritonBackend:
 
     def packed_lora_linear_fwd(
         self,
-        x: Tensor,  # [M, K]
+        given: ProductInput,  # x [M, K]
         linear: AdaptedLinear,  # weight [N, K]
         *,
-        h: Tensor | None = None,  # [M, P r]
-        beside: SideBySide | None = None,
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
+        x, h, beside, plan = given
         if beside is not None and h is not None:
             inputs, weights, onto = beside
             if onto is not None:
@@ -193,7 +192,7 @@ class TritonBackend:
                 linear.save_h,
                 linear.precision,
             )
-        return _linear_fwd(x, linear, h, residual)
+        return _linear_fwd(x, linear, h, residual, _plan(x.shape, x.dtype, x.device, linear) if plan is None else plan)
 
     def packed_lora_linear_bwd(
         self,
@@ -342,6 +341,13 @@ def _may_defer(source: Source, linear: AdaptedLinear) -> bool:
     return not isinstance(source, Activated) or _one_mask(linear)
 
 
+def _computes_dA(source: Source, linear: AdaptedLinear) -> bool:
+    """Whether the launch that adds the second term of dX has the registers for dÃ as well."""
+    if isinstance(source, Normed):
+        return kernels().norm_bwd_da.fits_together(source.x.shape[1], source.dtype)
+    return linear.rank <= kernels().activation.MAX_DA_RANK
+
+
 def _deferred_bwd(
     dY: Tensor | Sequence[Tensor],  # [M, N], or of each group of rows of the weight [M, D]
     source: Source,  # a norm or an activation
@@ -359,7 +365,7 @@ def _deferred_bwd(
     whole: Any = packed[0] if apart else dY  # [M, N]
     base = whole @ k.launch.cast(linear.weight, whole.dtype)
     nothing: list[Tensor | None] = [None] * len(linear.rows)
-    left = needs.A and (isinstance(source, Normed) or linear.rank <= k.activation.MAX_DA_RANK)
+    left = needs.A and _computes_dA(source, linear)
     dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
     return ProductGrads(Deferred(base, g, stacked, left), dA, dB.unbind() if needs.B else nothing)
 
@@ -369,9 +375,9 @@ def _linear_fwd(
     linear: AdaptedLinear,
     h: Any,  # [M, P r], or None
     residual: Tensor | None,  # [M, N]
+    plan: plans.Plan,
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
     k, linear, save_h = kernels(), _stacked(linear), linear.save_h
-    plan = _plan(x.shape, x.dtype, x.device, linear)
     if plan.name == "fused":
         if h is None and plan.h != "inside":
             h = k.linear.packed_lora_linear_h(x, linear)
@@ -590,7 +596,7 @@ def _record(
 def _packed_lora_linear_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     linear = _record(*arguments)
     _check_linear(x, linear)
-    return _linear_fwd(x, linear, None, None)
+    return _linear_fwd(x, linear, None, None, _plan(x.shape, x.dtype, x.device, linear))
 
 
 def _packed_lora_linear_bwd(
