@@ -198,6 +198,7 @@ def operations_of(func: Any, args: Any, kwargs: Any, result: Any) -> float:
         first = 1 if name.endswith("backward") else 0  # after the gradient of the result
         queries, keys = args[first], args[first + 1]  # [N, heads, L, d / heads]
         return float(ATTENTION[name] * queries.numel() * keys.shape[-2])
+    packet = getattr(aten, name.removesuffix("_"), packet)  # in place it computes the same
     return float(flop_registry[packet](*args, **kwargs, out_val=result)) if packet in flop_registry else 0.0
 
 

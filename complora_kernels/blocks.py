@@ -70,11 +70,13 @@ def norm_lora_linear(
     parts = [linear.without_tensors() for linear in records]
     apart = [P for P, _ in heads] if heads and REGISTRY[name].reads_parts else [1] * len(records)
     stream, *ys = NormLoRALinearFunction.apply(*_flat(x, delta), norm, parts, apart, dtype, name, *tensors)
-    ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    batch = x.shape[:-1]
     if heads is not None and len(ys) > len(records):
-        ys = [y.unflatten(-1, (H, -1)) for y, H in zip(ys, (H for P, H in heads for _ in range(P)), strict=True)]
-        return stream.view(x.shape), *ys
-    return stream.view(x.shape), *_unbound(ys, heads)
+        numbers = [H for P, H in heads for _ in range(P)]
+        ys = [y.view(*batch, H, y.shape[1] // H) for y, H in zip(ys, numbers, strict=True)]
+    else:
+        ys = _unbound([y.view(*batch, y.shape[1]) for y in ys], heads)
+    return stream.view(x.shape), *ys
 
 
 def norm_lora_mlp(
@@ -151,20 +153,22 @@ class NormLoRALinearFunction(torch.autograd.Function):
         saved, needed, first = ctx.saved_tensors, ctx.needs_input_grad, 5 + len(dYs)
         normed, hs, linears = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5:first], ctx.linears
         needs_stream, run = any(needed[:2]), backend_of_backward(ctx.backend)
-        dn, dx, d_tensors = None, d_stream, []
+        dn, dx, d_A, owns, remaining = None, d_stream, None, [], iter(needed[7:])
         with without_autocast(normed.x):
             source = normed if len(dYs) == 1 or not any(needed[7:]) else normed.compute()  # once for all products
             defer = sum(dY is not None for dY in dYs) == 1  # what is to be added to another product is whole
             for dY, h, linear in zip(dYs, hs, _with_tensors(linears, saved[first:]), strict=True):
-                needs = needed[7 + len(d_tensors) :][: len(linear.tensors())]
+                needs = list(itertools.islice(remaining, len(linear.tensors())))
                 own = ProductGrads(None, [None] * len(linear.rows), [None] * len(linear.rows))
                 if dY is not None:
                     own = _linear_bwd(run, dY, source, h, linear, needs_stream, needs, defer=defer)
                 d_input: Any = own.x
                 dn = d_input if dn is None else dn if d_input is None else dn + d_input
-                d_tensors += linear.gradients(own)
+                owns.append(own)
             if dn is not None:
-                dx = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
+                dx, d_A = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
+        whole = (own if own.x is not dn or d_A is None else own._replace(As=d_A) for own in owns)
+        d_tensors = itertools.chain.from_iterable(map(AdaptedLinear.gradients, linears, whole))
         return dx, dx if needed[1] else None, *[None] * 5, *d_tensors
 
 
@@ -196,9 +200,10 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         whole1, whole2 = fc1.with_tensors(tensors[:end1]), fc2.with_tensors(tensors[end1:])
         whole1 = whole1._replace(save_h=whole1.save_h or recompute)
         with without_autocast(x):
-            stream, normed, given = run.norm_fwd(x, delta, norm, dtype, whole1)
+            residual, normed, given = run.norm_fwd(x, delta, norm, dtype, whole1, closing=whole2)
             z, h1 = _linear_fwd(run, given, whole1)
-            y, h2 = _linear_fwd(run, run.activation_fwd(z, activation, whole2), whole2, residual=stream)
+            onto = None if residual is normed.x else residual  # s in memory of its own, which y takes
+            y, h2 = _linear_fwd(run, run.activation_fwd(z, activation, whole2, onto=onto), whole2, residual=residual)
         if recompute:
             z = z.new_empty(0)
         ctx.save_for_backward(*_pack(normed), z, h1, h2, *whole1.tensors(), *whole2._replace(bias=None).tensors())
@@ -208,8 +213,8 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         if delta is None:
             return y, None
         if not any(ctx.needs_input_grad[:2]):
-            ctx.mark_non_differentiable(stream)
-        return y, stream
+            ctx.mark_non_differentiable(normed.x)
+        return y, normed.x
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor | None, d_stream: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -233,9 +238,11 @@ class NormLoRAMLPFunction(torch.autograd.Function):
                 grads2 = ProductGrads(None, grads2.As if d_A is None else d_A, grads2.Bs)
                 del da, z, source
                 grads1 = _linear_bwd(run, dz, normed, h1, fc1, needs_stream, needs1, defer=True)
-                d_fc1, dn = fc1.gradients(grads1), grads1.x
                 d_stream = dY if d_stream is None else dY + d_stream
-                dx = run.norm_bwd(dn, d_stream, normed) if needs_stream and dn is not None else None
+                if needs_stream and grads1.x is not None:
+                    dx, d_A = run.norm_bwd(grads1.x, d_stream, normed)
+                    grads1 = grads1 if d_A is None else grads1._replace(As=d_A)
+                d_fc1 = fc1.gradients(grads1)
         return dx, dx if needed[1] else None, *[None] * 7, *d_fc1, *fc2.gradients(grads2)
 
 
@@ -354,24 +361,24 @@ def _prepare(
 
 
 def _check(x: Tensor, delta: Tensor | None, norm: Norm, linears: Sequence[AdaptedLinear], *, in_a_row: bool) -> None:
-    width = x.shape[-1:]
+    width, device = x.shape[-1:], x.device
     for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
         if tensor is None:
             continue
-        if tensor.shape != width or tensor.device != x.device:
-            raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}, expected {tuple(width)} on {x.device}")
+        if tensor.shape != width or tensor.device != device:
+            raise ValueError(f"{name} {tuple(tensor.shape)} on {tensor.device}, expected {tuple(width)} on {device}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen norm: it gets no gradient here")
-    if delta is not None and (delta.shape != x.shape or delta.device != x.device):
-        raise ValueError(f"delta {tuple(delta.shape)} on {delta.device}, expected as x, {tuple(x.shape)} on {x.device}")
-    hidden = x
+    if delta is not None and (delta.shape != x.shape or delta.device != device):
+        raise ValueError(f"delta {tuple(delta.shape)} on {delta.device}, expected as x, {tuple(x.shape)} on {device}")
+    inputs: int | None = None
     for linear in linears:
         if not len(linear.As) == len(linear.Bs) == len(linear.rows):
             lengths = ", ".join(str(len(part)) for part in (linear.As, linear.Bs, linear.rows))
             raise ValueError(f"As, Bs, rows have lengths {lengths}, expected equal ones")
-        functional.check_linear(hidden, linear)
+        functional.check_linear(x, linear, inputs=inputs)
         if in_a_row:
-            hidden = x.new_empty(1).expand(*x.shape[:-1], linear.weight.shape[0])
+            inputs = linear.weight.shape[0]
     if in_a_row and linears[1].weight.shape != (shape := linears[0].weight.shape)[::-1]:
         raise ValueError(f"fc1 {tuple(shape)} and fc2 {tuple(linears[1].weight.shape)}, expected transposed shapes")
 

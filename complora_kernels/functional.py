@@ -307,10 +307,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def check_linear(x: Tensor, linear: AdaptedLinear, name_A: str = "folded_A", name_B: str = "folded_B") -> None:
-    """Raises ValueError unless x [..., in], the weight and the factors fit each other; the message names them."""
+def check_linear(
+    x: Tensor,
+    linear: AdaptedLinear,
+    name_A: str = "folded_A",
+    name_B: str = "folded_B",
+    *,
+    inputs: int | None = None,
+) -> None:
+    """Raises ValueError unless x [..., in], the weight and the factors fit each other; the message names them.
+
+    `inputs` is the number of columns of what the product reads, where that is not x itself but computed from it.
+    """
     weight, dropout_p, device = linear.weight, linear.dropout_p, x.device
-    _check_base(x, weight, linear.bias)
+    _check_base(x, weight, linear.bias, x.shape[-1:] if inputs is None else (inputs,))
     for A, B, (start, stop) in zip(linear.As, linear.Bs, linear.rows, strict=True):
         _check_factors(A, B, name_A, name_B)
         if A.device != device or B.device != device:
@@ -341,32 +351,34 @@ def _check_columns(x: Tensor, linear: AdaptedLinear, columns: Tensor) -> None:
         raise ValueError("columns is given with gradients enabled, expected None, or torch.no_grad()")
 
 
-def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)}, expected [..., in] and [out, in]")
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}, expected a floating-point one")
-    if weight.shape[1] == 0:
-        raise ValueError(f"weight {tuple(weight.shape)}, expected [out, in] with in >= 1")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)}, expected [out] with out={weight.shape[0]}")
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, inputs: Sequence[int]) -> None:
+    shape, device, dtype = weight.shape, x.device, x.dtype
+    if len(shape) != 2 or not inputs or inputs[0] != shape[1]:
+        raise ValueError(f"x {(*x.shape[:-1], *inputs)} and weight {tuple(shape)}, expected [..., in] and [out, in]")
+    if not dtype.is_floating_point:
+        raise ValueError(f"x has dtype {dtype}, expected a floating-point one")
+    if shape[1] == 0:
+        raise ValueError(f"weight {tuple(shape)}, expected [out, in] with in >= 1")
+    if bias is not None and bias.shape != shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)}, expected [out] with out={shape[0]}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}.requires_grad=True, expected a frozen {name}: it gets no gradient here")
-        if tensor.device != x.device:
-            _check_device(tensor, name, x.device)
-        if tensor.dtype != x.dtype and not reference.autocasts(x.device.type):
-            raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {x.dtype}, outside autocast")
+        if tensor.device != device:
+            _check_device(tensor, name, device)
+        if tensor.dtype != dtype and not reference.autocasts(device.type):
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected that of x, {dtype}, outside autocast")
 
 
 def _check_factors(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] < 1:
+    shape_A, shape_B = A.shape, B.shape
+    if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] != shape_B[1] or shape_A[0] < 1:
         raise ValueError(
-            f"{name_A} {tuple(A.shape)} and {name_B} {tuple(B.shape)}, expected [r, in] and [out, r] with r >= 1"
+            f"{name_A} {tuple(shape_A)} and {name_B} {tuple(shape_B)}, expected [r, in] and [out, r] with r >= 1"
         )
-    if not (A.is_floating_point() and B.is_floating_point()):
+    if not (A.dtype.is_floating_point and B.dtype.is_floating_point):
         raise ValueError(f"{name_A} and {name_B} have dtypes {A.dtype} and {B.dtype}, expected floating-point ones")
 
 
@@ -393,10 +405,11 @@ def _check_basis(basis: Tensor | None, kind: str, d: int, name: str, device: tor
         raise ValueError(f"{name}_kind={kind!r}, expected 'principal' or 'complement'")
     if basis is None:
         return
-    if basis.dim() != 2 or basis.shape[0] != d or basis.shape[1] > d:
-        raise ValueError(f"{name} has shape {tuple(basis.shape)}, expected [{d}, k] with k <= {d}")
+    shape = basis.shape
+    if len(shape) != 2 or shape[0] != d or shape[1] > d:
+        raise ValueError(f"{name} has shape {tuple(shape)}, expected [{d}, k] with k <= {d}")
     if basis.device != device:
         _check_device(basis, name, device)
-    if not basis.is_floating_point():
+    if not basis.dtype.is_floating_point:
         raise ValueError(f"{name} has dtype {basis.dtype}, expected a floating-point one")
     check_orthonormal(basis, name)

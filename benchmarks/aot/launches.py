@@ -22,6 +22,7 @@ _HELD = re.compile(
     r"bfloat16 P=(1 r=16 p=0\.0|3 r=16 p=0\.25|3 r=16 p=0\.0, (pack|beside))(?!.*(own columns|copies))"
     r"|bfloat16, residual (bfloat16|float32), "
     r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.(0|25).*)?$"
+    r"|bfloat16 to bfloat16, K=768, P=1 r=16 p=0\.0, s twice, n and h$"
     r"|bfloat16 (quick_)?gelu, K=3072(, r=16 p=0\.(0|25).*)?$"
     r"|(to|from) (float32|bfloat16)$"
 )
@@ -114,11 +115,11 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
     yield Launch(f"{case}, dA and dB", grads)
 
 
-def beside(product: AdaptedLinear, dtype: torch.dtype) -> Beside:
+def beside(product: AdaptedLinear, dtype: torch.dtype, *, with_bias: bool = False) -> Beside:
     """The matrices of a product whose input is written with h in the same rows."""
     from complora_kernels.kernels.beside import beside
 
-    return beside(product, dtype)
+    return beside(product, dtype, with_bias=with_bias)
 
 
 def label_of(tiles: Sequence[int]) -> str:
@@ -155,7 +156,7 @@ def adapted(weight: Tensor, adapters: int, r: int, p: float, bias: Tensor | None
 
 def norms() -> Iterator[Launch]:
     """LayerNorms of a block at the widths of CLIP towers, and the gradients of the factors behind them."""
-    from complora_kernels.kernels import norm, reductions
+    from complora_kernels.kernels import norm, norm_bwd, reductions
 
     bf16 = torch.bfloat16
     streams = ((bf16, bf16), (torch.float32, bf16), (torch.float32, torch.float32))
@@ -170,7 +171,7 @@ def norms() -> Iterator[Launch]:
         for delta, what in ((None, ""), (n, ", delta")):
             yield Launch(f"{case}{what}", partial(norm.norm_fwd, x, delta, weight, bias, 1e-5, dtype, None))
         for d_stream, what in ((None, ""), (x, ", d_stream")):
-            bwd = partial(norm.norm_bwd, n, d_stream, x, statistics, statistics, weight)
+            bwd = partial(norm_bwd.norm_bwd, n, d_stream, x, statistics, statistics, weight)
             yield Launch(f"{case}{what}", bwd)
         for adapters, r, p in ((1, 16, 0.0), (3, 16, 0.0), (3, 16, 0.25), (1, 64, 0.1)):
             reader = adapted(torch.empty(adapters * width, width, dtype=dtype), adapters, r, p)
@@ -180,11 +181,14 @@ def norms() -> Iterator[Launch]:
                 fwd = partial(norm.norm_fwd, x, n, weight, bias, 1e-5, dtype, reader)
                 yield Launch(f"{product}, h", fwd)
                 if width % 8 == 0:
-                    yield Launch(f"{product}, n and h", partial(fwd, beside=beside(reader, dtype)))
+                    fwd = partial(fwd, beside=beside(reader, dtype))
+                    yield Launch(f"{product}, n and h", fwd)
+                    if adapters == 1 and stream == dtype:  # before fc1, whose MLP is added to s in place
+                        yield Launch(f"{product}, s twice, n and h", partial(fwd, twice=True))
             for rows in (TOKENS, 64 * TOKENS) if width == WIDTH else (TOKENS,):  # 32 or 64 rows a program
                 dn, s = torch.empty(rows, width, dtype=dtype), torch.empty(rows, width, dtype=stream)
                 of_rows, own_g = torch.empty(rows), torch.empty(rows, adapters * r, dtype=dtype)
-                bwd = partial(norm.norm_bwd, dn, s, s, of_rows, of_rows, weight, g=own_g, reader=reader)
+                bwd = partial(norm_bwd.norm_bwd, dn, s, s, of_rows, of_rows, weight, g=own_g, reader=reader)
                 yield Launch(f"{product}, second term, M={rows}", bwd)
             saved = (statistics, statistics, weight, bias)
             da = partial(reductions.packed_lora_linear_da, x, g, reader, norm=saved)
@@ -207,6 +211,8 @@ def activations() -> Iterator[Launch]:
             yield Launch(f"{case}, r={r} p={p}", fwd)
             if dtype == torch.bfloat16 and width % 8 == 0:
                 yield Launch(f"{case}, r={r} p={p}, a and h", partial(fwd, beside=beside(reader, dtype)))
+                biased = beside(reader._replace(bias=torch.empty(width, dtype=dtype)), dtype, with_bias=True)
+                yield Launch(f"{case}, r={r} p={p}, bias inside, a and h", partial(fwd, beside=biased))
             dA = r <= activation.MAX_DA_RANK
             bwd = partial(activation.activation_bwd, z, z, kind, g=g, reader=reader, compute_dA=dA)
             yield Launch(f"{case}, r={r} p={p}, second term", bwd)

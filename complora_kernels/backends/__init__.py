@@ -14,7 +14,7 @@ from torch import Tensor, dtype
 
 from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs, ProductGrads
 from complora_kernels.backends.extension import ExtensionBackend
-from complora_kernels.backends.torch import Norm, Normed, ProductInput, Source, TorchBackend
+from complora_kernels.backends.torch import Norm, Normed, ProductInput, SideBySide, Source, TorchBackend
 from complora_kernels.backends.triton import TritonBackend
 
 ENVIRONMENT_VARIABLE = "COMPLORA_BACKEND"
@@ -96,14 +96,14 @@ class Backend(Protocol):
         linear: AdaptedLinear,
         *,
         h: Tensor | None = None,
-        beside: tuple[Tensor, Tensor] | None = None,
+        beside: SideBySide | None = None,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`y = x W^T + b + h_i B̃_i^T` in the rows of adapter i, and `h_i = drop_i(x) Ã_i^T`.
 
         x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. `beside`
         is that of the `ProductInput` which x and h come from. A residual [M, N] is added to y [M, N], which then has
-        its dtype.
+        its dtype; it may be overwritten where `beside` is to be added onto it.
         """
 
     def packed_lora_linear_bwd(
@@ -116,18 +116,37 @@ class Backend(Protocol):
         """
 
     def norm_fwd(
-        self, x: Tensor, delta: Tensor | None, norm: Norm, dtype: dtype, reader: AdaptedLinear
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        norm: Norm,
+        dtype: dtype,
+        reader: AdaptedLinear,
+        *,
+        closing: AdaptedLinear | None = None,
     ) -> tuple[Tensor, Normed, ProductInput]:
         """`s = x + delta` [M, K], what is saved of it, `LN(s)` in the dtype of the product that reads it.
 
-        Where it comes for free, h = drop(LN(s)) Ã^T [M, R] of that product is part of its input.
+        Where it comes for free, h = drop(LN(s)) Ã^T [M, R] of that product is part of its input. `closing` is the
+        product of an activation that is added to s. Where that can be done in place, the first result is s in memory
+        of its own, not that of what is saved, for `activation_fwd`.
         """
 
-    def norm_bwd(self, d_normed: Tensor | Deferred, d_stream: Tensor | None, normed: Normed) -> Tensor:
-        """`ds = d_stream + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))`, `ŝ = (s - mean) · rstd`, [M, K]."""
+    def norm_bwd(
+        self, d_normed: Tensor | Deferred, d_stream: Tensor | None, normed: Normed
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:
+        """`ds = d_stream + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))`, `ŝ = (s - mean) · rstd`, [M, K].
 
-    def activation_fwd(self, z: Tensor, activation: str, reader: AdaptedLinear) -> ProductInput:
-        """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, R] of the product that reads it, where it comes for free."""
+        Beside it each dÃ [r, K] of the product that read the norm, where dn left them to it.
+        """
+
+    def activation_fwd(
+        self, z: Tensor, activation: str, reader: AdaptedLinear, *, onto: Tensor | None = None
+    ) -> ProductInput:
+        """`act(z)` [M, K], and h = drop(act(z)) Ã^T [M, R] of the product that reads it, where it comes for free.
+
+        `onto` is the s in memory of its own that `norm_fwd` gave for this product, which then is added to it in place.
+        """
 
     def activation_bwd(
         self, da: Tensor | Deferred, z: Tensor, activation: str

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from complora_kernels import reference
 from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
-from complora_kernels.backends.torch import GELU, QUICK_GELU, Source, TorchBackend, input_of
+from complora_kernels.backends.torch import GELU, QUICK_GELU, SideBySide, Source, TorchBackend, input_of
 from complora_kernels.dropout import scaled_masks
 
 
@@ -46,7 +46,7 @@ class DifferentiableBackend(TorchBackend):
         linear: AdaptedLinear,  # weight [N, K]
         *,
         h: Tensor | None = None,
-        beside: tuple[Tensor, Tensor] | None = None,
+        beside: SideBySide | None = None,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Any]:  # y [M, N], and h as it was given
         return packed_lora_linear(x, linear, scaled_masks(x, linear, philox=self.philox)), h

@@ -28,19 +28,19 @@ def unsupported_tensors(
         dtypes: the dtypes that the kernels support.
         gpu_refusal: why the kernels do not run on the GPU of an index, or None.
     """
-    for tensor in tensors:
-        if tensor.device.type not in devices:
-            return f"{label}: on {tensor.device}, the kernels run on {' and '.join(devices)} devices"
-        if tensor.device != tensors[0].device:
-            return f"{label}: on {tensor.device} and {tensors[0].device}, one launch runs on one device"
-        if tensor.dtype not in dtypes:
-            return f"{label}: dtype {tensor.dtype}, the kernels support {', '.join(map(str, dtypes))}"
-    if tensors[0].device.type == "cuda" and (reason := gpu_refusal(tensors[0].device.index)):
+    device, own_dtype = tensors[0].device, tensors[0].dtype
+    if device.type not in devices:
+        return f"{label}: on {device}, the kernels run on {' and '.join(devices)} devices"
+    for tensor in tensors[1:]:
+        if tensor.device != device:
+            return f"{label}: on {tensor.device} and {device}, one launch runs on one device"
+        if tensor.dtype != own_dtype:
+            return f"{label}: several dtypes, {own_dtype} and {tensor.dtype}, the kernels support one"
+    if device.type == "cuda" and (reason := gpu_refusal(device.index)):
         return reason
-    if dtype is not None and dtype not in dtypes:
-        return f"dtype={dtype}, the kernels support {', '.join(map(str, dtypes))}"
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        return f"{label}: several dtypes, the kernels support one"
+    for name, wanted in ((f"{label}: dtype ", own_dtype), ("dtype=", dtype)):
+        if wanted is not None and wanted not in dtypes:
+            return f"{name}{wanted}, the kernels support {', '.join(map(str, dtypes))}"
     return None
 
 
@@ -60,5 +60,8 @@ def unsupported_heights(linear: AdaptedLinear) -> str | None:
 
 def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The parts of a flat tensor, one after the other, in the shapes of these tensors."""
-    parts = flat.split_with_sizes([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    sizes = [tensor.numel() for tensor in like]
+    if 0 in sizes:
+        parts = flat.split_with_sizes(sizes)
+        return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    return list(torch._utils._unflatten_dense_tensors(flat, like))  # as above, in one call

@@ -62,12 +62,20 @@ class Activated(NamedTuple):
 Source = Tensor | Normed | Activated  # gives the backward pass of a product its input [M, K]
 
 
+class SideBySide(NamedTuple):
+    """The matrices of a product whose input was written with h in the same rows: `inputs weights^T`."""
+
+    inputs: Tensor  # [x | h | 0] [M, C]; with a bias inside, [x | h | 1 | 0]
+    weights: Tensor  # [W | B̃ | 0] [N, C]; with a bias inside, [W | B̃ | b | 0]
+    onto: Tensor | None = None  # [M, N]: the residual, which the product, its bias inside, is added to in place
+
+
 class ProductInput(NamedTuple):
     """What a norm or an activation hands to the product that reads it."""
 
     x: Tensor  # [M, K]
     h: Tensor | None = None  # [M, R], where it was computed with x; [0, R] where the product does not save it
-    beside: tuple[Tensor, Tensor] | None = None  # [x | h | 0] [M, C] and [W | B̃ | 0] [N, C], whose product y is
+    beside: SideBySide | None = None  # the matrices whose product y is
 
 
 def input_of(source: Source, *, shape_only: bool = False) -> Tensor:  # [M, K]
@@ -138,7 +146,7 @@ class TorchBackend:
         linear: AdaptedLinear,  # weight [N, K]
         *,
         h: Tensor | None = None,  # [M, R]
-        beside: tuple[Tensor, Tensor] | None = None,  # never made by this backend
+        beside: SideBySide | None = None,  # never made by this backend
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, R]
         As, Bs, rows = linear.As, linear.Bs, linear.rows
@@ -214,6 +222,8 @@ class TorchBackend:
         norm: Norm,
         dtype: torch.dtype,
         reader: AdaptedLinear,
+        *,
+        closing: AdaptedLinear | None = None,  # not used: s is not written twice
     ) -> tuple[Tensor, Normed, ProductInput]:
         stream = x if delta is None else x + delta
         normed, mean, rstd = normalize(stream, norm, dtype)
@@ -224,7 +234,7 @@ class TorchBackend:
         d_normed: Tensor | Deferred,  # [M, K]; never deferred by this backend
         d_stream: Tensor | None,  # [M, K]
         normed: Normed,
-    ) -> Tensor:  # [M, K]
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:  # ds [M, K], each dÃ [r, K] or None
         assert isinstance(d_normed, Tensor)
         x, wide = normed.x, normed.mean.dtype
         mean, rstd = normed.mean.unsqueeze(1), normed.rstd.unsqueeze(1)  # [M, 1]
@@ -232,13 +242,15 @@ class TorchBackend:
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             d_normed.to(wide), x.to(wide), x.shape[-1:], mean, rstd, weight, bias, [True, False, False]
         )
-        return (dx if d_stream is None else dx.add_(d_stream)).to(x.dtype)
+        return (dx if d_stream is None else dx.add_(d_stream)).to(x.dtype), None
 
     def activation_fwd(
         self,
         z: Tensor,  # [M, K]
         activation: str,
         reader: AdaptedLinear,
+        *,
+        onto: Tensor | None = None,  # never made by this backend
     ) -> ProductInput:
         return ProductInput(activate(z, activation))
 

@@ -24,6 +24,7 @@ from complora_kernels.backends.torch import (
     Norm,
     Normed,
     ProductInput,
+    SideBySide,
     Source,
     add_residual,
     block_diagonal,
@@ -63,6 +64,8 @@ def kernels() -> Any:
         linear,
         linear_bwd,
         norm,
+        norm_bwd,
+        norm_bwd_da,
         reductions,
     )
 
@@ -144,7 +147,8 @@ class TritonBackend:
         dtypes: Sequence[torch.dtype],  # all the same
     ) -> list[Tensor]:  # parts of one tensor, in the shapes of the factors
         complement = [kind == "complement" for kind in kinds]
-        fold = torch.ops.complora_triton.fold_factors if _is_registered(*factors, *bases) else _fold_factors
+        registered = _is_registered(*factors, *bases)
+        fold = torch.ops.complora_triton.fold_factors if registered else kernels().factors.fold_factors
         return split_like(fold(factors, bases, complement, output_side, scaling, dtypes[0]), factors)
 
     def fold_factors_bwd(
@@ -157,7 +161,7 @@ class TritonBackend:
         dtypes: Sequence[torch.dtype],
     ) -> list[Tensor]:
         # Factors and bases stay where they are and gradients do not: gathered, they too lie at known distances.
-        gathered = split_like(torch.cat([factor.reshape(-1) for factor in factors]), factors)
+        gathered = split_like(torch._utils._flatten_dense_tensors(factors), factors)
         return self.fold_factors(gathered, bases, kinds, output_side, scaling, dtypes)
 
     def packed_lora_linear_fwd(
@@ -166,12 +170,15 @@ class TritonBackend:
         linear: AdaptedLinear,  # weight [N, K]
         *,
         h: Tensor | None = None,  # [M, P r]
-        beside: tuple[Tensor, Tensor] | None = None,  # [x | h | 0] [M, C], [W | B̃ | 0] [N, C]
+        beside: SideBySide | None = None,
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
         if beside is not None and h is not None:
+            inputs, weights, onto = beside
+            if onto is not None:
+                return onto.addmm_(inputs, weights.mT), h  # s + [x | h | 1 | 0] [W | B̃ | b | 0]^T
             bias = None if linear.bias is None else kernels().launch.cast(linear.bias, x.dtype)
-            return add_residual(F.linear(*beside, bias), residual), h
+            return add_residual(F.linear(inputs, weights, bias), residual), h
         if h is None and residual is None and _is_registered(x, *linear.tensors()):
             return torch.ops.complora_triton.packed_lora_linear_fwd(
                 x,
@@ -219,42 +226,52 @@ class TritonBackend:
         norm: Norm,
         dtype: torch.dtype,
         reader: AdaptedLinear,
+        *,
+        closing: AdaptedLinear | None = None,
     ) -> tuple[Tensor, Normed, ProductInput]:
         k, adapted = kernels(), len(reader.rows) > 0
         # float32 rows and Ã do not fit beside each other
         inside = reader if adapted and dtype.itemsize == 2 and reader.columns is None else None
         beside = _beside(x, dtype, inside)
-        stream, normed, mean, rstd, h = k.norm.norm_fwd(x, delta, *norm, dtype, inside, beside=beside)
+        twice = closing is not None and _adds_in_place(x, delta, dtype, closing)
+        outputs = k.norm.norm_fwd(x, delta, *norm, dtype, inside, beside=beside, twice=twice)
+        stream, normed, mean, rstd, h, again = outputs
         saved = Normed(stream, mean, rstd, norm, dtype)
         if beside is not None:
-            return stream, saved, ProductInput(normed[:, : x.shape[1]], h, (normed, beside.whole(dtype)))
+            return again, saved, ProductInput(normed[:, : x.shape[1]], h, SideBySide(normed, beside.whole(dtype)))
         if adapted and inside is None:
             h = k.linear.packed_lora_linear_h(normed, reader)
-        return stream, saved, ProductInput(normed, h if adapted else None)
+        return again, saved, ProductInput(normed, h if adapted else None)
 
     def norm_bwd(
         self,
         d_normed: Tensor | Deferred,  # [M, K]
         d_stream: Tensor | None,  # [M, K]
         normed: Normed,
-    ) -> Tensor:  # [M, K]
-        saved, norm_bwd = (normed.x, normed.mean, normed.rstd, normed.norm.weight), kernels().norm.norm_bwd
-        if isinstance(d_normed, Deferred):
-            return norm_bwd(d_normed.base, d_stream, *saved, g=d_normed.g, reader=d_normed.linear)
-        return norm_bwd(d_normed, d_stream, *saved)
+    ) -> tuple[Tensor, Sequence[Tensor] | None]:  # ds [M, K], each dÃ [r, K] or None
+        k, saved = kernels(), (normed.x, normed.mean, normed.rstd, normed.norm.weight)
+        if not isinstance(d_normed, Deferred):
+            return k.norm_bwd.norm_bwd(d_normed, d_stream, *saved), None
+        base, g, linear, needs_A = d_normed
+        if not needs_A:
+            return k.norm_bwd.norm_bwd(base, d_stream, *saved, g=g, reader=linear), None
+        ds, dA = k.norm_bwd_da.norm_bwd_da(base, d_stream, *saved, normed.norm.bias, g, linear)
+        return ds, dA.unbind()
 
     def activation_fwd(
         self,
         z: Tensor,  # [M, K]
         activation: str,
         reader: AdaptedLinear,
+        *,
+        onto: Tensor | None = None,  # [M, N]
     ) -> ProductInput:
         k, adapters = kernels(), len(reader.rows)
-        inside = reader if adapters and _one_mask(reader) and reader.columns is None else None
-        beside = _beside(z, z.dtype, inside)
+        inside = reader if _activation_computes_h(reader) else None
+        beside = _beside(z, z.dtype, inside) if onto is None else k.beside.beside(reader, z.dtype, with_bias=True)
         a, h = k.activation.activation_fwd(z, activation, inside, beside=beside)
         if beside is not None:
-            return ProductInput(a[:, : z.shape[1]], h, (a, beside.whole(z.dtype)))
+            return ProductInput(a[:, : z.shape[1]], h, SideBySide(a, beside.whole(z.dtype), onto))
         if adapters and inside is None:
             h = k.linear.packed_lora_linear_h(a, reader)
         return ProductInput(a, h if adapters else None)
@@ -279,11 +296,38 @@ def _beside(
     reader: AdaptedLinear | None,
 ) -> Any:
     """The matrices of a product whose input is written with h in the same rows, where its plan is `concat`."""
-    if reader is None or dtype.itemsize != 2 or x.shape[1] % 8 or reader.weight.shape[1:] != x.shape[1:]:
-        return None
-    if _plan(x.shape, dtype, x.device, reader).name != "concat":
+    if reader is None or not _lies_beside(x.shape, dtype, x.device, reader):
         return None
     return kernels().beside.beside(reader, dtype)
+
+
+def _lies_beside(
+    shape: Sequence[int],  # of the product's input: M, K
+    dtype: torch.dtype,
+    device: torch.device,
+    reader: AdaptedLinear,
+) -> bool:
+    """Whether h is written in the rows of the product's input: its plan is `concat`."""
+    if dtype.itemsize != 2 or shape[1] % 8 or reader.weight.shape[1:] != shape[1:]:
+        return False
+    return _plan(shape, dtype, device, reader).name == "concat"
+
+
+def _adds_in_place(
+    x: Tensor,  # [M, N]
+    delta: Tensor | None,  # [M, N]
+    dtype: torch.dtype,  # of the product
+    closing: AdaptedLinear,  # weight [N, K]
+) -> bool:
+    """Whether torch can add the product of an activation to `s = x + delta` where it lies, in one rounding."""
+    if x.dtype != dtype or (delta is not None and delta.dtype != dtype) or not _activation_computes_h(closing):
+        return False
+    return _lies_beside((x.shape[0], closing.weight.shape[1]), dtype, x.device, closing)
+
+
+def _activation_computes_h(reader: AdaptedLinear) -> bool:
+    """Whether the kernel of an activation computes h of the product that reads it."""
+    return len(reader.rows) > 0 and reader.columns is None and _one_mask(reader)
 
 
 def _one_mask(linear: AdaptedLinear) -> bool:
@@ -317,7 +361,7 @@ def _deferred_bwd(
     whole: Any = packed[0] if apart else dY  # [M, N]
     base = whole @ k.launch.cast(linear.weight, whole.dtype)
     nothing: list[Tensor | None] = [None] * len(linear.rows)
-    left = needs.A and isinstance(source, Activated) and linear.rank <= k.activation.MAX_DA_RANK
+    left = needs.A and (isinstance(source, Normed) or linear.rank <= k.activation.MAX_DA_RANK)
     dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
     return ProductGrads(Deferred(base, g, stacked, left), dA, dB.unbind() if needs.B else nothing)
 
@@ -386,7 +430,7 @@ def _linear_bwd(
         outputs = {"compute_g": needs.x or needs.A, "compute_dB": needs.B, "beside": beside}
         g, dB, *packed = k.reductions.packed_lora_linear_db(dY, h, linear, **outputs)
         if beside:
-            A, W = k.launch.stacked(linear.As).flatten(0, 1), k.launch.cast(linear.weight, dtype)  # [P r, K], [N, K]
+            A, W = k.activation.flat_factors(linear), k.launch.cast(linear.weight, dtype)  # [P r, K], [N, K]
             zeros = A.new_zeros(packed[0].shape[1] - len(W) - len(A), A.shape[1])
             dX = packed[0] @ torch.cat([W, A, zeros] if len(zeros) else [W, A])  # [dY | g | 0] [W ; Ã ; 0]
         elif needs.x and plan.name == "merge":
@@ -424,7 +468,12 @@ def _plan(shape: Sequence[int], dtype: torch.dtype, device: torch.device, linear
 
 
 def _stacked(linear: AdaptedLinear) -> AdaptedLinear:
-    """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches."""
+    """The record with all As in one tensor [P, r, K], and all Bs in one [P, D, r], for several launches.
+
+    That of a single adapter stays as it is.
+    """
+    if len(linear.rows) == 1:
+        return linear
     As: Any = kernels().launch.stacked(linear.As)
     Bs: Any = kernels().launch.stacked(linear.Bs)
     weight, bias, _, _, rows, dropout_p, seeds, save_h, precision, columns = linear

@@ -125,6 +125,7 @@ def activation_fwd_kernel(
     beside_ptr,  # [M, R], at column K of a's rows
     frozen_ptr,  # [N, K]
     B_ptr,  # [B_ADAPTERS, D, B_RANK]
+    bias_ptr,  # [N]
     wide_ptr,  # [N, C]
     seed_ptr,  # [1]
     M,
@@ -146,6 +147,7 @@ def activation_fwd_kernel(
     B_RANK: tl.constexpr,
     B_ADAPTERS: tl.constexpr,
     ADAPTER_OF_GROUP: tl.constexpr,
+    BIAS_BESIDE: tl.constexpr,  # the first column behind h is of ones, and b the first behind B̃
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -159,14 +161,15 @@ def activation_fwd_kernel(
 ):
     """One program computes a and h for BLOCK_M rows and BLOCK_R ranks; the first ranks' programs store a.
 
-    Minimum bytes: z and Ã read once, a and h written once; W and B̃ read and written once where h is stored beside a.
-    With more than BLOCK_R ranks z is read once for each block of them.
+    Minimum bytes: z and Ã read once, a and h written once; where h is stored beside a, W and B̃, and with BIAS_BESIDE
+    b, read and written once. With more than BLOCK_R ranks z is read once for each block of them.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
         write_wide_weight(
             tl.program_id(0) - programs,
             frozen_ptr,
             B_ptr,
+            bias_ptr,
             wide_ptr,
             N,
             K,
@@ -177,6 +180,7 @@ def activation_fwd_kernel(
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            BIAS_BESIDE,
             PADDING,
             BLOCK_N,
             BLOCK_R,
@@ -216,7 +220,7 @@ def activation_fwd_kernel(
         if PADDING >= 0:
             tl.store(beside_ptr + rows[:, None] * stride_am + r[None, :], h_rounded, mask=row_mask & rank_mask)
         if PADDING > 0:
-            pad_rows(beside_ptr + RANK, rows, M, stride_am, PADDING)
+            pad_rows(beside_ptr + RANK, rows, M, stride_am, 1.0 if BIAS_BESIDE else 0.0, PADDING)
 
 
 @triton.jit
@@ -324,7 +328,8 @@ def activation_fwd(
 ) -> tuple[Tensor, Tensor]:  # a [M, K] or [a | h | 0] [M, C], h [M, P r]
     """`a = act(z)` and `h = drop(a) Ã^T` in one pass over z.
 
-    h is [0, P r] where nothing reads it again: it is stored beside a, and the reader does not save it.
+    Where b is a column of `beside`, the matrices are `[a | h | 1 | 0]` and `[W | B̃ | b | 0]`. h is [0, P r] where
+    nothing reads it again: it is stored beside a, and the reader does not save it.
     """
     z = launch.contiguous_rows(z)
     A = None if reader is None else flat_factors(reader)  # [P r, K]
@@ -348,6 +353,7 @@ def activation_fwd(
             a if beside is None else a[:, K:],
             z if beside is None else beside.frozen,
             z if beside is None else beside.B,
+            z if beside is None or beside.bias is None else beside.bias,
             z if beside is None else beside.wide,
             z if seed is None else seed,
         )
@@ -357,7 +363,8 @@ def activation_fwd(
 
 def flat_factors(linear: AdaptedLinear) -> Tensor:  # [P r, K]
     """The Ãs of a product below each other."""
-    return launch.stacked(linear.As).flatten(0, 1)
+    A = launch.stacked(linear.As)
+    return A if A.dim() == 2 else A.flatten(0, 1)
 
 
 @launch.cached
@@ -384,6 +391,7 @@ def _fwd(
         "STORE_H": store_h,
         "PADDING": -1 if beside is None else width - K - R,
         **layout.constexprs(),
+        "BIAS_BESIDE": layout.has_bias,
         "BITS": dropout.bits,
         "KIND": kind,
         "UPCAST": launch.upcast(dtype),

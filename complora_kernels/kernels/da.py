@@ -247,8 +247,8 @@ def packed_lora_linear_da_kernel(
     )
 
 
-def da_job(source: Source) -> Job:
-    """The launch that computes dÃ for these operands."""
+def da_job(source: Source, *, narrow: bool = False) -> Job:
+    """The launch that computes dÃ for these operands; `narrow`: with the registers of four warps for any rank."""
     x, g, linear, norm, activation = source
     (M, K), dtype, device = x.shape, g.dtype, x.device
     adapters, dropout_p = len(linear.rows), linear.dropout_p
@@ -259,7 +259,7 @@ def da_job(source: Source) -> Job:
     shapes = (M, K, P, R, *x.stride(), g.stride(0))
     flags = (norm is not None, norm is not None and norm[3] is not None, KINDS[activation] if activation else 0)
     how = (launch.aligned(x), dtype, launch.input_precision(dtype), launch.has_ptx())
-    work = _work(shapes, dropout_p, *flags, *how, ROWS_PER_SPLIT)
+    work = _work(shapes, dropout_p, *flags, *how, ROWS_PER_SPLIT, narrow)
     dA = launch.empty((P, R, K), dtype, device)
     return Job(work, dA, torch.empty((work.partials, P, R, K), dtype=torch.float32, device=device), g, source)
 
@@ -276,14 +276,15 @@ def _work(
     precision: str,
     ptx: bool,
     rows_per_split: int,
+    narrow: bool,
 ) -> launch.Work:
     M, K, P, R, stride_m, stride_k, stride_g = shapes
     dropout = dropout_lanes(dropout_p)
     block_r = launch.power_of_two(R, 16, MAX_BLOCK_R[dtype])
-    wide = 128 if aligned else 64  # see `linear.UNALIGNED_TILES`
+    wide = 128 if aligned and not narrow else 64  # see `linear.UNALIGNED_TILES`
     block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if dtype == torch.float32 else (64, wide)
     tiles = P * -(-R // block_r) * -(-K // block_k)
-    programs = WIDE_PROGRAMS if block_r > 32 else PROGRAMS
+    programs = WIDE_PROGRAMS if block_r > 32 and not narrow else PROGRAMS
     splits = partials.split_rows(M, min(-(-M // rows_per_split), programs // tiles), block_m)
     numbers = {
         "M": M,

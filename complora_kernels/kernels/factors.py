@@ -33,6 +33,7 @@ from complora_kernels.kernels.fold_programs import (
     Blocks,
     CoordinatesProgram,
     Job,
+    Programs,
     ProjectionProgram,
     fold_programs,
 )
@@ -314,41 +315,23 @@ def fold_factors(
     bases = [basis if basis is None or basis.stride(-1) == 1 else basis.contiguous() for basis in bases]
     first_factor, device = factors[0], factors[0].device
     first_basis = next((basis for basis in bases if basis is not None), first_factor)
-    jobs, size, aligned, width, blocks = _layout_of(factors, bases, complement, output_side, first_factor, first_basis)
-    out = launch.empty((size,), dtype, device)
-    if size == 0:
+    layout = _layout_of(factors, bases, complement, output_side, first_factor, first_basis)
+    out = launch.empty((layout.size,), dtype, device)
+    if layout.size == 0:
         return launch.rounded(out, dtype)
-    programs = fold_programs(jobs, blocks, device)
+    key = (device, scaling)
+    if (prepared := layout.prepared.get(key)) is None:
+        prepared = layout.prepared[key] = _prepare(layout, device, scaling)
+    programs = prepared.programs
     keep(programs.coordinates)
     keep(programs.projections)
-    shared = {"ALIGNED": aligned, "WIDTH": width, "TF32": launch.has_tf32(), "BLOCK_R": blocks.r}
-    options = {"num_warps": 4, "num_stages": launch.stages(blocks.stages)}
     coordinates = torch.empty(programs.workspace, dtype=torch.float32, device=device)
     if programs.workspace:
-        constexprs = {
-            "FIELDS": len(CoordinatesProgram._fields),
-            "LAYOUT": programs.coordinates_layout if width > 1 else ALONG_D,
-            "BLOCK_K": blocks.coordinates_k,
-            "BLOCK_D": blocks.coordinates_d,
-            **shared,
-        }
-        grid = (len(programs.coordinates),)
-        prepared = launch.Launch(grid, (), constexprs, **options)
         tensors = (programs.coordinates, first_factor, first_basis, coordinates)
-        launch.run(fold_coordinates_kernel, prepared, tensors)
-    constexprs = {
-        "FIELDS": len(ProjectionProgram._fields),
-        "LAYOUT": programs.projections_layout if width > 1 else ALONG_D,
-        "SPLITS": programs.splits,
-        "BLOCK_D": blocks.projection_d,
-        "BLOCK_K": blocks.projection_k,
-        **shared,
-    }
-    grid = (len(programs.projections),)
-    prepared = launch.Launch(grid, (scaling,), constexprs, **options)
+        launch.run(fold_coordinates_kernel, prepared.coordinates, tensors)
     read = coordinates if programs.workspace else first_basis
     tensors = (programs.projections, first_factor, first_basis, read, out)
-    launch.run(fold_factors_kernel, prepared, tensors)
+    launch.run(fold_factors_kernel, prepared.projections, tensors)
     return launch.rounded(out, dtype)
 
 
@@ -365,6 +348,14 @@ def blocks_of(rank: int, aligned: bool) -> Blocks:
     return Blocks(16, coordinates_k=128, coordinates_d=32, projection_d=256, projection_k=16, stages=4)
 
 
+class _Prepared(NamedTuple):
+    """The tables of a fold on one device, and the launches that read them."""
+
+    programs: Programs
+    coordinates: launch.Launch
+    projections: launch.Launch
+
+
 class _Layout(NamedTuple):
     """Where the factors and bases of a fold lie behind the first of each, and what follows from it."""
 
@@ -373,10 +364,11 @@ class _Layout(NamedTuple):
     aligned: bool  # the bases
     width: int  # elements of a factor that are read and written at a time
     blocks: Blocks
+    prepared: dict[tuple[torch.device, float], _Prepared]  # by the device and the scaling
 
 
-_LAYOUTS: dict[Any, _Layout] = {}  # by distances, shapes and strides: steps have few of them
-MAX_LAYOUTS = 256
+LAYOUTS: dict[Any, _Layout] = {}  # by distances, shapes and strides: steps have few of them
+MAXLAYOUTS = 256
 
 
 def _layout_of(
@@ -390,21 +382,48 @@ def _layout_of(
     from_factor, from_basis = first_factor.data_ptr(), first_basis.data_ptr()
     key = (
         (first_factor.dtype, from_factor % 16, from_basis % 16, *complement, *output_side),
-        tuple([(f.data_ptr() - from_factor, f.data_ptr() > 0, f.shape, f.stride()) for f in factors]),
+        tuple([((own := f.data_ptr()) - from_factor, own > 0, f.shape, f.stride()) for f in factors]),
         tuple([b if b is None else (b.data_ptr() - from_basis, b.dtype, b.shape, b.stride()) for b in bases]),
     )
-    if (layout := _LAYOUTS.get(key)) is not None:
+    if (layout := LAYOUTS.get(key)) is not None:
         return layout
     jobs, size = _jobs(factors, bases, complement, output_side, first_factor, first_basis)
     aligned = from_basis % 16 == 0 and all(job.basis % 4 == job.basis_stride_d % 4 == job.k % 4 == 0 for job in jobs)
     width = 16 // first_factor.element_size()
     while width > 1 and not (from_factor % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):
         width //= 2
-    layout = _Layout(tuple(jobs), size, aligned, width, blocks_of(max(job.r for job in jobs), aligned))
-    if len(_LAYOUTS) >= MAX_LAYOUTS:
-        _LAYOUTS.clear()
-    _LAYOUTS[key] = layout
+    layout = _Layout(tuple(jobs), size, aligned, width, blocks_of(max(job.r for job in jobs), aligned), {})
+    if len(LAYOUTS) >= MAXLAYOUTS:
+        LAYOUTS.clear()
+    LAYOUTS[key] = layout
     return layout
+
+
+def _prepare(layout: _Layout, device: torch.device, scaling: float) -> _Prepared:
+    """Raises RuntimeError where a CUDA graph is being captured, which cannot hold the tables' copy to the device."""
+    blocks, width, programs = layout.blocks, layout.width, fold_programs(layout.jobs, layout.blocks, device)
+    shared = {"ALIGNED": layout.aligned, "WIDTH": width, "TF32": launch.has_tf32(), "BLOCK_R": blocks.r}
+    options = {"num_warps": 4, "num_stages": launch.stages(blocks.stages)}
+    coordinates = {
+        "FIELDS": len(CoordinatesProgram._fields),
+        "LAYOUT": programs.coordinates_layout if width > 1 else ALONG_D,
+        "BLOCK_K": blocks.coordinates_k,
+        "BLOCK_D": blocks.coordinates_d,
+        **shared,
+    }
+    projections = {
+        "FIELDS": len(ProjectionProgram._fields),
+        "LAYOUT": programs.projections_layout if width > 1 else ALONG_D,
+        "SPLITS": programs.splits,
+        "BLOCK_D": blocks.projection_d,
+        "BLOCK_K": blocks.projection_k,
+        **shared,
+    }
+    return _Prepared(
+        programs,
+        launch.Launch((programs.coordinates.shape[0],), (), coordinates, **options),
+        launch.Launch((programs.projections.shape[0],), (scaling,), projections, **options),
+    )
 
 
 def _jobs(
@@ -462,7 +481,7 @@ def merge_weight(
 ) -> Tensor:  # [N, K]
     """`round(W + B̃_p Ã_p)` in the rows of adapter p: from a float32 W the one rounding that the plain product needs."""
     weight, A, B = linear.weight, launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
-    (N, K), (P, R, _), groups = weight.shape, A.shape, groups_of(linear)
+    (N, K), (P, R), groups = weight.shape, launch.adapters_of(linear), groups_of(linear)
     merged = launch.empty((N, K), dtype, weight.device)
     prepared = _merge((N, K, *weight.stride()), P, R, groups, A.dtype)
     launch.run(merge_weight_kernel, prepared, (weight, A, B, merged))

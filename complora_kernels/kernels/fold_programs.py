@@ -110,7 +110,6 @@ class Programs(NamedTuple):
     projections_layout: int  # of all factors
 
 
-@functools.lru_cache(maxsize=1024)
 def fold_programs(jobs: tuple[Job, ...], blocks: Blocks, device: torch.device) -> Programs:
     """Both tables, on the device.
 

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels.dropout import keep_mask
 from complora_kernels.kernels.tiles import UNALIGNED_TILES, LargeProduct, Tiles, choose_tiles, model_of, tiles_of
 
@@ -56,8 +57,9 @@ def has_tf32() -> bool:
 
 def input_precision(dtype: torch.dtype) -> str:
     """TF32 for float32 products only where torch itself would use it."""
-    allowed = has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32 or not has_tf32():
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def stages(n: int) -> int:
@@ -65,13 +67,22 @@ def stages(n: int) -> int:
     return n if torch.version.hip is None else min(n, 2)
 
 
+def adapters_of(linear: AdaptedLinear) -> tuple[int, int]:
+    """The number of a product's adapters, P, and the rank of each, r."""
+    As = linear.As
+    return (As.shape[0], As.shape[1]) if isinstance(As, Tensor) else (len(As), As[0].shape[0])
+
+
 def stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
-    """Tensors of one shape as one contiguous tensor; without a copy where they lie one after the other, or are one."""
+    """Tensors of one shape [...] as contiguous memory [P, ...]; without a copy where they lie one after the other.
+
+    A single tensor stays as it is: a view with another dimension takes longer than all else here.
+    """
     if isinstance(tensors, Tensor):
         return tensors
     first = tensors[0]
     if len(tensors) == 1:
-        return first.contiguous().unsqueeze(0)
+        return first if first.is_contiguous() else first.contiguous()
     storage, following = first.untyped_storage().data_ptr(), first.data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != following or not tensor.is_contiguous():

@@ -94,6 +94,7 @@ def packed_lora_linear_h_kernel(
             tl.program_id(0) - programs,
             frozen_ptr,
             B_ptr,
+            frozen_ptr,
             wide_ptr,
             N,
             K,
@@ -104,6 +105,7 @@ def packed_lora_linear_h_kernel(
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            False,
             PADDING,
             BLOCK_N,
             BLOCK_R,
@@ -145,7 +147,7 @@ def packed_lora_linear_h_kernel(
     if PADDING >= 0:
         tl.store(beside_ptr + rows[:, None] * stride_cm + pr, h_rounded, mask=row_mask & rank_mask)
         if PADDING > 0 and chunk == 0:
-            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_cm, PADDING)
+            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_cm, 0.0, PADDING)
 
 
 def packed_lora_linear_h(
@@ -156,7 +158,7 @@ def packed_lora_linear_h(
 ) -> Any:  # h [M, P r]; or, beside x, [x | h | 0] [M, C] and h, [0, P r] unless the product saves it
     """`h_p = drop_p(x) Ã_p^T`, 0 outside the columns of each row, in one pass over x, which it can copy beside h."""
     A, seed, dtype, device = launch.stacked(linear.As), linear.seed, x.dtype, x.device  # [P, r, K]
-    (M, K), (P, R, _) = x.shape, A.shape
+    (M, K), (P, R) = x.shape, launch.adapters_of(linear)
     if not linear.dropout_p:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     store_h = beside is None or linear.save_h

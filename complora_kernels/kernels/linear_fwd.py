@@ -156,7 +156,7 @@ def packed_lora_linear_fwd(
     weight, groups = launch.cast(linear.weight, x_dtype), groups_of(linear)
     bias = None if linear.bias is None else launch.cast(linear.bias, x_dtype).contiguous()
     A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
-    (M, K), N, (P, R, _) = x.shape, weight.shape[0], A.shape
+    (M, K), N, (P, R) = x.shape, weight.shape[0], launch.adapters_of(linear)
     compute_h = h is None
     if compute_h and R > MAX_INSIDE_R:
         raise ValueError(f"h=None with rank {R}, expected h above rank {MAX_INSIDE_R}")

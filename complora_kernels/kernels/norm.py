@@ -1,12 +1,8 @@
-"""LayerNorm inside a residual block: what is added before it, what follows from it, and its gradient.
+"""LayerNorm inside a residual block: what is added before it, and what follows from it.
 
     s = x + delta      n = (s - mean) · rstd ∘ w + b      h_p = drop_p(n) Ã_p^T [M, r]
-    ds = d_s + rstd · (w ∘ dn - mean(w ∘ dn) - ŝ · mean(w ∘ dn ∘ ŝ))      ŝ = (s - mean) · rstd
 
-Programs hold whole rows [ROWS, K], so that each activation is read once. w and b are frozen: they get no gradient.
-
-The rank-r term of dn, `Σ_p m_p ∘ (g_p Ã_p)`, may be added here, in float32 and behind the rounded product `dY W`:
-LayerNorm's gradient is rescaled before it is rounded, so that a small term is not lost as it would be in dn itself.
+Programs hold whole rows [ROWS, K], so that each activation is read once. `norm_bwd` has the gradient.
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
@@ -28,7 +24,6 @@ from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
 
 ROWS_WITH_H = 16  # rows of a program that computes h: they are still in the cache when it reads them again
-UPDATE_ROWS = 264  # programs of 64 rows that fill a GPU: below, programs of 32 rows do
 ELEMENTS = 4096  # elements of the rows that one program holds: 32 a thread
 
 
@@ -40,6 +35,7 @@ def norm_fwd_kernel(
     bias_ptr,  # [K]
     A_ptr,  # [P, R, K]
     stream_ptr,  # [M, K]
+    again_ptr,  # [M, K]
     normed_ptr,  # [M, K]
     mean_ptr,  # [M]
     rstd_ptr,  # [M]
@@ -67,6 +63,7 @@ def norm_fwd_kernel(
     ADAPTERS: tl.constexpr,  # 0: h is not computed
     BITS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    TWICE: tl.constexpr,  # s is stored to `again_ptr` too
     HAS_BIAS: tl.constexpr,
     STORE_H: tl.constexpr,
     PADDING: tl.constexpr,  # columns behind h in n's rows; -1: h is not stored there
@@ -88,13 +85,14 @@ def norm_fwd_kernel(
     neither whole rows nor all of Ã, however wide they are.
 
     Minimum bytes: x, delta, Ã, w and b read once, s (with delta), n, mean, rstd and h written once, and n read from the
-    cache for h; W and B̃ read and written once where h is stored beside n.
+    cache for h; W and B̃ read and written once where h is stored beside n; with TWICE s written once more.
     """
     if PADDING >= 0 and tl.program_id(0) >= programs:
         write_wide_weight(
             tl.program_id(0) - programs,
             frozen_ptr,
             B_ptr,
+            frozen_ptr,
             wide_ptr,
             N,
             K,
@@ -105,6 +103,7 @@ def norm_fwd_kernel(
             B_RANK,
             B_ADAPTERS,
             ADAPTER_OF_GROUP,
+            False,
             PADDING,
             BLOCK_N,
             BLOCK_R,
@@ -126,6 +125,8 @@ def norm_fwd_kernel(
             rounded = (s + delta).to(stream_ptr.dtype.element_ty)  # s = x + delta
             tl.store(stream_ptr + rows[:, None] * K + k[None, :], rounded, mask=mask)
             s = rounded.to(tl.float32)  # the value that the backward pass will read
+        if TWICE:
+            tl.store(again_ptr + rows[:, None] * K + k[None, :], s.to(again_ptr.dtype.element_ty), mask=mask)
         mean = tl.sum(s, 1) / K  # [ROWS]
         centred = tl.where(mask, s - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)
@@ -168,197 +169,7 @@ def norm_fwd_kernel(
             if PADDING >= 0:
                 tl.store(beside_ptr + rows[:, None] * stride_nm + pr, h_rounded, mask=row_mask & rank_mask)
         if PADDING > 0:
-            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_nm, PADDING)
-
-
-@triton.jit
-def norm_bwd_kernel(
-    dn_ptr,  # [M, K]
-    d_stream_ptr,  # [M, K]
-    stream_ptr,  # [M, K]
-    mean_ptr,  # [M]
-    rstd_ptr,  # [M]
-    weight_ptr,  # [K]
-    dx_ptr,  # [M, K]
-    M,
-    K,
-    stride_nm,
-    stride_dm,
-    stride_sm,
-    HAS_D_STREAM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # at least K
-):
-    """One program owns BLOCK_M whole rows.
-
-    Minimum bytes: dn, d_s, s, w, mean and rstd read once, ds written once.
-    """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    row_mask, column_mask = rows < M, k < K
-    mask = row_mask[:, None] & column_mask[None, :]
-    s = tl.load(stream_ptr + rows[:, None] * stride_sm + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    dn = tl.load(dn_ptr + rows[:, None] * stride_nm + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + k, mask=column_mask, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
-    unit = tl.where(mask, (s - mean) * rstd, 0.0)  # ŝ
-    weighted = dn * weight[None, :]  # w ∘ dn
-    dx = rstd * (weighted - tl.sum(weighted, 1)[:, None] / K - unit * (tl.sum(weighted * unit, 1)[:, None] / K))
-    if HAS_D_STREAM:
-        dx += tl.load(d_stream_ptr + rows[:, None] * stride_dm + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + rows[:, None] * K + k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _weighted_and_unit(
-    dn_ptrs,  # [BLOCK_M, BLOCK_K]
-    stream_ptrs,  # [BLOCK_M, BLOCK_K]
-    weight_ptrs,  # [BLOCK_K]
-    g_ptrs,  # [BLOCK_M]
-    A_ptrs,  # [BLOCK_K]
-    mean,  # [BLOCK_M]
-    rstd,  # [BLOCK_M]
-    rows,  # [BLOCK_M]
-    row_mask,  # [BLOCK_M]
-    k0,
-    K,
-    seed,
-    threshold,
-    keep_scale,
-    RANK: tl.constexpr,
-    ADAPTERS: tl.constexpr,
-    BITS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """`w ∘ (dn + Σ_p m_p ∘ (g_p Ã_p))` and `ŝ`, [BLOCK_M, BLOCK_K], from column k0 on."""
-    column_mask = k0 + tl.arange(0, BLOCK_K) < K
-    mask = row_mask[:, None] & column_mask[None, :]
-    dn = tl.load(dn_ptrs + k0, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(stream_ptrs + k0, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptrs + k0, mask=column_mask, other=0.0).to(tl.float32)
-    for adapter in tl.static_range(ADAPTERS):
-        update = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for r0 in tl.static_range(0, RANK, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            pr = (adapter * RANK + r).to(tl.int64)
-            g_mask, A_mask = row_mask[:, None] & (r < RANK)[None, :], (r < RANK)[:, None] & column_mask[None, :]
-            g = tl.load(g_ptrs[:, None] + pr[None, :], mask=g_mask, other=0.0)  # [BLOCK_M, BLOCK_R]
-            A = tl.load(A_ptrs[None, :] + pr[:, None] * K + k0, mask=A_mask, other=0.0)  # [BLOCK_R, BLOCK_K]
-            if UPCAST:
-                g, A = g.to(tl.float32), A.to(tl.float32)
-            update = tl.dot(g, A, update, input_precision="ieee")  # g Ã
-        if BITS > 0:
-            keep = keep_mask(seed, adapter, rows, k0, threshold, BLOCK_M, BLOCK_K, BITS)
-            update = tl.where(keep, update * keep_scale, 0.0)  # m ∘ (g Ã)
-        dn += update
-    return dn * weight[None, :], tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)
-
-
-@triton.jit
-def norm_bwd_update_kernel(
-    dn_ptr,  # [M, K]
-    d_stream_ptr,  # [M, K]
-    stream_ptr,  # [M, K]
-    mean_ptr,  # [M]
-    rstd_ptr,  # [M]
-    weight_ptr,  # [K]
-    g_ptr,  # [M, P * R]
-    A_ptr,  # [P, R, K]
-    dx_ptr,  # [M, K]
-    seed_ptr,  # [1]
-    M,
-    K,
-    stride_nm,
-    stride_dm,
-    stride_sm,
-    threshold,
-    keep_scale,
-    RANK: tl.constexpr,
-    ADAPTERS: tl.constexpr,
-    BITS: tl.constexpr,
-    HAS_D_STREAM: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One program owns BLOCK_M whole rows, and goes through their columns twice: for the means, and for ds.
-
-    Tiles of whole rows would leave no registers beside the rank-r term. The second pass reads from the cache.
-
-    Minimum bytes: dn, d_s, s, w, mean, rstd, g and Ã read once, ds written once. dn, s, w, g and Ã are
-    read twice, the second time from the L2.
-    """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    row_mask = rows < M
-    mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
-    rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
-    dn_ptrs = dn_ptr + rows[:, None] * stride_nm + k[None, :]
-    stream_ptrs = stream_ptr + rows[:, None] * stride_sm + k[None, :]
-    g_ptrs = g_ptr + rows * (ADAPTERS * RANK)
-    seed = tl.load(seed_ptr) if BITS > 0 else 0
-    total, product = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        weighted, unit = _weighted_and_unit(
-            dn_ptrs,
-            stream_ptrs,
-            weight_ptr + k,
-            g_ptrs,
-            A_ptr + k,
-            mean,
-            rstd,
-            rows,
-            row_mask,
-            k0,
-            K,
-            seed,
-            threshold,
-            keep_scale,
-            RANK,
-            ADAPTERS,
-            BITS,
-            UPCAST,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_R,
-        )
-        total += tl.sum(weighted, 1)
-        product += tl.sum(weighted * unit, 1)
-    for k0 in range(0, K, BLOCK_K):
-        weighted, unit = _weighted_and_unit(
-            dn_ptrs,
-            stream_ptrs,
-            weight_ptr + k,
-            g_ptrs,
-            A_ptr + k,
-            mean,
-            rstd,
-            rows,
-            row_mask,
-            k0,
-            K,
-            seed,
-            threshold,
-            keep_scale,
-            RANK,
-            ADAPTERS,
-            BITS,
-            UPCAST,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_R,
-        )
-        dx = rstd[:, None] * (weighted - total[:, None] / K - unit * (product[:, None] / K))
-        mask = row_mask[:, None] & (k0 + k < K)[None, :]
-        if HAS_D_STREAM:
-            d_stream_ptrs = d_stream_ptr + rows[:, None] * stride_dm + (k0 + k)[None, :]
-            dx += tl.load(d_stream_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + rows[:, None] * K + (k0 + k)[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            pad_rows(beside_ptr + ADAPTERS * RANK, rows, M, stride_nm, 0.0, PADDING)
 
 
 def norm_fwd(
@@ -371,10 +182,12 @@ def norm_fwd(
     reader: AdaptedLinear | None,  # the product that reads n, of that dtype; None: h is not computed
     *,
     beside: Beside | None = None,  # the product is one of [n | h | 0] and [W | B̃ | 0]: both are completed
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # s, n [M, K] or [n | h | 0] [M, C], mean, rstd [M], h [M, P r]
+    twice: bool = False,
+) -> tuple[Tensor, ...]:  # s [M, K], n [M, K] or [n | h | 0] [M, C], mean, rstd [M], h [M, P r], s again [M, K]
     """`s = x + delta`, `n = LN(s)` in `dtype`, and `h_p = drop_p(n) Ã_p^T` of half-precision n. K <= 2048.
 
-    h is [0, P r] where nothing reads it again: it is stored beside n, and the reader does not save it.
+    h is [0, P r] where nothing reads it again: it is stored beside n, and the reader does not save it. The last result
+    is the first one, or with `twice` its values in memory of their own.
     """
     (M, K), device = x.shape, x.device
     if K > MAX_NORM_WIDTH:
@@ -382,11 +195,12 @@ def norm_fwd(
     x, delta = launch.contiguous_rows(x), None if delta is None else launch.contiguous_rows(delta)
     A, seed = (None, None) if reader is None else (launch.stacked(reader.As), reader.seed)  # [P, r, K]
     dropout_p = 0.0 if reader is None else reader.dropout_p
-    P, R = (0, 1) if A is None else A.shape[:2]
+    P, R = (0, 1) if reader is None else launch.adapters_of(reader)
     if A is not None and not dropout_p:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     wide = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)
     stream = x if delta is None else launch.empty((M, K), wide, device)
+    again = launch.empty((M, K), wide, device) if twice else stream
     store_h = beside is None or reader is None or reader.save_h
     width = K if beside is None else beside.layout.width
     normed = launch.empty((M, width), dtype, device)
@@ -396,7 +210,7 @@ def norm_fwd(
     if M > 0:
         x_stride = x.stride(0)
         shapes = (M, K, P, R, width, x_stride, x_stride if delta is None else delta.stride(0))
-        flags = (A is not None, delta is not None, bias is not None, store_h)
+        flags = (A is not None, delta is not None, twice, bias is not None, store_h)
         prepared = _fwd(shapes, eps, dropout_p, *flags, None if beside is None else beside.layout, dtype)
         tensors = (
             x,
@@ -405,6 +219,7 @@ def norm_fwd(
             weight if bias is None else bias.contiguous(),
             x if A is None else A,
             stream,
+            again,
             normed,
             mean,
             rstd,
@@ -416,7 +231,8 @@ def norm_fwd(
             x if seed is None else seed,
         )
         launch.run(norm_fwd_kernel, prepared, tensors)
-    return launch.rounded(stream, wide), launch.rounded(normed, dtype), mean, rstd, launch.rounded(h, dtype)
+    stream, normed, h = launch.rounded(stream, wide), launch.rounded(normed, dtype), launch.rounded(h, dtype)
+    return stream, normed, mean, rstd, h, launch.rounded(again, wide) if twice else stream
 
 
 @launch.cached
@@ -426,6 +242,7 @@ def _fwd(
     dropout_p: float,
     compute_h: bool,
     has_delta: bool,
+    twice: bool,
     has_bias: bool,
     store_h: bool,
     beside: Layout | None,
@@ -444,6 +261,7 @@ def _fwd(
         "ADAPTERS": P,
         "BITS": dropout.bits,
         "HAS_DELTA": has_delta,
+        "TWICE": twice,
         "HAS_BIAS": has_bias,
         "STORE_H": store_h,
         "PADDING": -1 if beside is None else width - K - P * R,
@@ -460,69 +278,3 @@ def _fwd(
     sizes = (M, K, layout.N, layout.D, programs, *strides, width, layout.stride_n, layout.stride_k, layout.width)
     numbers = (*sizes, eps, dropout.threshold, dropout.scale)
     return launch.Launch((programs + layout.programs,), numbers, constexprs, num_warps=4, num_stages=3)
-
-
-def norm_bwd(
-    dn: Tensor,  # [M, K]
-    d_stream: Tensor | None,  # [M, K]
-    stream: Tensor,  # [M, K]
-    mean: Tensor,  # [M], float32
-    rstd: Tensor,  # [M], float32
-    weight: Tensor,  # [K]
-    *,
-    g: Tensor | None = None,  # [M, P r]: dn lacks its rank-r term, which is added
-    reader: AdaptedLinear | None = None,  # the product that read n, beside g
-) -> Tensor:  # [M, K], in the dtype of the stream
-    """`ds = d_s + LN'(dn)`, or `d_s + LN'(dn + Σ_p m_p ∘ (g_p Ã_p))`."""
-    M, K = stream.shape
-    dn, stream = launch.contiguous_rows(dn), launch.contiguous_rows(stream)
-    d_stream = None if d_stream is None else launch.contiguous_rows(d_stream)
-    dx = launch.empty((M, K), stream.dtype, stream.device)
-    if M == 0:
-        return launch.rounded(dx, stream.dtype)
-    tensors = (dn, dn if d_stream is None else d_stream, stream, mean, rstd, weight.contiguous())
-    sizes = (M, K, dn.stride(0), dn.stride(0) if d_stream is None else d_stream.stride(0), stream.stride(0))
-    if g is None or reader is None:
-        launch.run(norm_bwd_kernel, _bwd(sizes, d_stream is not None), (*tensors, dx))
-    else:
-        A, seed = launch.stacked(reader.As), reader.seed  # [P, r, K]
-        P, R, _ = A.shape
-        prepared = _bwd_update(sizes, P, R, reader.dropout_p, d_stream is not None, dn.dtype)
-        launch.run(norm_bwd_update_kernel, prepared, (*tensors, g, A, dx, dn if seed is None else seed))
-    return launch.rounded(dx, stream.dtype)
-
-
-@launch.cached
-def _bwd(sizes: tuple[int, ...], has_d_stream: bool) -> launch.Launch:
-    M, K = sizes[:2]
-    block_k = launch.power_of_two(K, 64, MAX_NORM_WIDTH)
-    block_m = max(1, ELEMENTS // block_k)
-    constexprs = {"HAS_D_STREAM": has_d_stream, "BLOCK_M": block_m, "BLOCK_K": block_k}
-    return launch.Launch((launch.cdiv(M, block_m),), sizes, constexprs, num_warps=4, num_stages=1)
-
-
-@launch.cached
-def _bwd_update(
-    sizes: tuple[int, ...],
-    P: int,
-    R: int,
-    dropout_p: float,
-    has_d_stream: bool,
-    dtype: torch.dtype,
-) -> launch.Launch:
-    M, dropout = sizes[0], dropout_lanes(dropout_p)
-    if not dropout.bits:
-        P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
-    block_m = 32 if launch.INTERPRETED or M <= UPDATE_ROWS * 64 else 64
-    constexprs = {
-        "RANK": R,
-        "ADAPTERS": P,
-        "BITS": dropout.bits,
-        "HAS_D_STREAM": has_d_stream,
-        "UPCAST": launch.upcast(dtype),
-        "BLOCK_M": block_m,
-        "BLOCK_K": 32 if launch.INTERPRETED else 64,
-        "BLOCK_R": launch.power_of_two(R, 16, 16),
-    }
-    numbers, warps = (*sizes, dropout.threshold, dropout.scale), block_m // 8
-    return launch.Launch((launch.cdiv(M, block_m),), numbers, constexprs, num_warps=warps, num_stages=3)

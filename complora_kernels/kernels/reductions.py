@@ -11,7 +11,7 @@ Sums over M are split, see `partials`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -201,20 +201,21 @@ def packed_lora_linear_grads(
 
 @launch.cached
 def _launch(da: launch.Work, db: launch.Work) -> launch.Launch:
-    numbers = _merged(da.numbers, db.numbers)
-    constexprs, programs = _merged(da.constexprs, db.constexprs), da.programs + db.programs
+    kernel = packed_lora_linear_grads_kernel
+    numbers = merged(kernel, da=da.numbers, db=db.numbers)
+    constexprs, programs = merged(kernel, da=da.constexprs, db=db.constexprs), da.programs + db.programs
     options = {"num_warps": 4, "num_stages": 3}
     return launch.Launch((programs,), tuple(numbers.values()), constexprs, before=(da.programs,), **options)
 
 
-def _merged(da: Mapping[str, Any], db: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of two jobs by their names in the common launch, in its order."""
-    given = {_name("db", name): value for name, value in db.items()}
-    given |= {_name("da", name): value for name, value in da.items()}
-    return {name: given[name] for name in packed_lora_linear_grads_kernel.arg_names if name in given}
+def merged(kernel: Any, **jobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of several jobs by their names in the common launch of this kernel, in its order."""
+    names = kernel.arg_names
+    given = {_name(names, job, name): value for job, own in jobs.items() for name, value in own.items()}
+    return {name: given[name] for name in names if name in given}
 
 
-def _name(job: str, name: str) -> str:
-    """The name of a job's argument in the common launch, whose two jobs have some names in common."""
+def _name(names: Sequence[str], job: str, name: str) -> str:
+    """The name of a job's argument in the common launch, whose jobs have some names in common."""
     own = f"{job.upper() if name.isupper() else job}_{name}"
-    return own if own in packed_lora_linear_grads_kernel.arg_names else name
+    return own if own in names else name

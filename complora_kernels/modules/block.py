@@ -148,8 +148,9 @@ class CompLoRABlock(Extension):
             return None  # merged or switched off: a plain model
         if not torch.is_grad_enabled():
             return parts
-        modules = (parts.norm1, parts.norm2, fc1, fc2, attention.out)
-        frozen = [tensor for module in (*attention.projections, *modules) for tensor in (module.weight, module.bias)]
+        frozen = [part for projection in attention.projections for part in (projection.weight, projection.bias)]
+        for module in (parts.norm1, parts.norm2, fc1, fc2, attention.out):
+            frozen += _weight_and_bias(module)
         for parameter in (*frozen, parts.scale):
             if parameter is not None and parameter.requires_grad:
                 return None
@@ -207,7 +208,15 @@ def _rounded(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight, norm.bias, norm.eps)
+    return Norm(*_weight_and_bias(norm), norm.eps)
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
+    """`module.weight` and `module.bias`: `nn.Module.__getattr__`, which finds parameters, takes three times as long."""
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias
 
 
 def _product(projection: Projection, names: list[str], x: Tensor, dtype: torch.dtype) -> AdaptedLinear:
@@ -234,7 +243,7 @@ def _linear(linear: Any, x: Tensor, dtype: torch.dtype) -> AdaptedLinear:
         return product_of(linear, adapter)
     rows = {"": (0, linear.out_features)} if isinstance(linear, CompLoRALinear) else {}
     layer = linear.running if rows else linear
-    return _adapted(layer, linear.weight, linear.bias, rows, x, dtype)
+    return _adapted(layer, *_weight_and_bias(linear), rows, x, dtype)
 
 
 def _scaled(linear: AdaptedLinear, scale: Tensor | None) -> AdaptedLinear:

@@ -157,6 +157,7 @@ def adapted_below(module: nn.Module) -> list[CompLoRALayer]:
 def fold_below(module: nn.Module) -> FoldedLayers:
     """Folds the factors of the active layers of `adapted_below` in one call, unless scalings or dtypes are mixed."""
     weights: list[tuple[CompLoRALayer, str, torch.dtype]] = []
+    dtypes: dict[Any, torch.dtype] = {}  # of the products, by the dtype and the device of the weight
     for layer in (each.running for each in adapted_below(module)):
         if not layer.active:
             continue
@@ -164,7 +165,9 @@ def fold_below(module: nn.Module) -> FoldedLayers:
         frozen = layer.frozen_parameter(name)
         # torch.fx's tracer puts stand-ins in the place of parameters; of a sharded one, its own block gathers it first.
         if isinstance(frozen, Tensor) and not is_sharded(layer.factors(name)[0]):
-            dtype = functional.compute_dtype(frozen)
+            key = (frozen.dtype, frozen.device)
+            if (dtype := dtypes.get(key)) is None:
+                dtype = dtypes[key] = functional.compute_dtype(frozen)
             weights += [(layer, name, dtype) for name in layer.weights]
     layers: FoldedLayers = {}
     for (layer, name, _), ((A, B, *_), folded_A, scaled_B) in zip(weights, fold_each(weights), strict=True):

@@ -113,7 +113,8 @@ class ProtectedLayer(Float32State):
                 f'{self._label(name)} has no {side} basis yet, expected one: with subspace_source="activations" '
                 "apply_complora(model, config, calibrate=...) computes it, protect_activations that of a single layer"
             )
-        return subspace.Basis(self.get_buffer(basis_name(name, side)), *about)
+        matrix: Any = self._buffers[basis_name(name, side)]  # `get_buffer` would search by the parts of the name
+        return subspace.Basis(matrix, *about)
 
     def projection(
         self,

@@ -47,6 +47,14 @@ def test_products_have_their_operations_and_bytes():
     assert roofline.sides(forward) == (300, 70, 40)
 
 
+def test_a_product_in_place_has_its_operations_and_reads_what_it_is_added_to():
+    y, x, weight = torch.empty(300, 70), torch.empty(300, 40), torch.empty(70, 40)
+    (launch,) = follow(lambda: y.addmm_(x, weight.mT))
+    assert launch.operations == 2 * 300 * 40 * 70
+    assert launch.bytes == 4 * (300 * 40 + 40 * 70 + 2 * 300 * 70)
+    assert roofline.sides(launch) == (300, 70, 40)
+
+
 def test_views_and_allocations_are_no_launches():
     x = torch.randn(6, 4)
     assert not follow(lambda: (x.view(4, 6), x.mT, x[2:], torch.empty(3), x.detach().unsqueeze(0), x.chunk(2)))

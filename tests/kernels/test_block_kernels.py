@@ -98,10 +98,10 @@ def test_norm_bwd(stream, compute):
         normed = normed._replace(mean=normed.mean.contiguous(), rstd=normed.rstd.contiguous())
         _, exact_normed, _ = TORCH.norm_fwd(x.double(), None, double(norm), torch.float64, reader([]))
         dn, d_stream = randn(M, K, dtype=compute), randn(M, K, dtype=stream) if with_d_stream else None
-        ours = TRITON.norm_bwd(dn, d_stream, normed)
-        expected = TORCH.norm_bwd(dn, d_stream, normed)
+        ours, _ = TRITON.norm_bwd(dn, d_stream, normed)
+        expected, _ = TORCH.norm_bwd(dn, d_stream, normed)
         wide = None if d_stream is None else d_stream.double()
-        exact = TORCH.norm_bwd(dn.double(), wide, exact_normed)
+        exact, _ = TORCH.norm_bwd(dn.double(), wide, exact_normed)
         assert_accurate(ours, expected, exact, "dx", stream)
 
 
@@ -116,7 +116,7 @@ def test_rows_and_weights_of_any_strides_make_no_difference():
         stream, normed, (n, h, _) = TRITON.norm_fwd(
             place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED])
         )
-        dx = TRITON.norm_bwd(place(dn), place(x), normed)
+        dx, _ = TRITON.norm_bwd(place(dn), place(x), normed)
         affine = (normed.mean, normed.rstd, *moved[:2])
         dA = reductions.packed_lora_linear_da(place(x), g, reader([A], 0.25, [SEED]), norm=affine)
         a, h2, _ = TRITON.activation_fwd(place(x), "gelu", reader([A], 0.25, [SEED]))

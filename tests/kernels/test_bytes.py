@@ -21,7 +21,7 @@ from kernel_sources import launched_kernels
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.kernels import activation, da, db, factors, linear, norm, partials, reductions
+from complora_kernels.kernels import activation, da, db, factors, linear, norm, norm_bwd, partials, reductions
 from complora_kernels.kernels.beside import beside
 
 M, K, R, P = 69, 96, 12, 3  # an eighth of ViT-B/16's width; q, k and v
@@ -126,13 +126,18 @@ CASES = {
         NORM | H_OF_NORM | {"padding": M * padding(qkv)} | wide_weight(qkv),
         NORM_AGAIN,
     ),
+    "norm_fwd, s twice": Case(
+        partial(norm.norm_fwd, rows, rows.clone(), *affine, 1e-5, torch.float32, None, twice=True),
+        {"x, delta, s, n": 4 * M * K, "s again": M * K, "w, b": 2 * K, "mean, rstd": 2 * M},
+        {"w, b": tiles(M, norm.ELEMENTS // 128)},
+    ),
     "norm_bwd": Case(
-        partial(norm.norm_bwd, rows, rows.clone(), rows.clone(), *statistics, affine[0]),
+        partial(norm_bwd.norm_bwd, rows, rows.clone(), rows.clone(), *statistics, affine[0]),
         {"dn, d_s, s, ds": 4 * M * K, "mean, rstd": 2 * M, "w": K},
         {"w": tiles(M, norm.ELEMENTS // 128)},
     ),
     "norm_bwd_update": Case(
-        partial(norm.norm_bwd, rows, rows.clone(), rows.clone(), *statistics, affine[0], g=empty(M, P * R), reader=qkv),
+        partial(norm_bwd.norm_bwd, rows, rows.clone(), rows.clone(), *statistics, affine[0], g=empty(M, P * R), reader=qkv),
         {"dn, s": 2 * M * K, "d_s, ds": 2 * M * K, "mean, rstd": 2 * M, "w": K, "g": M * P * R, "A": P * R * K},
         {"dn, s": 2, "w": 2 * tiles(M), "g": 2 * tiles(K), "A": 2 * tiles(M)},
     ),
@@ -144,6 +149,17 @@ CASES = {
     "activation_fwd, h, W and B beside": Case(
         partial(activation.activation_fwd, wide, "quick_gelu", fc2_beside, beside=beside(fc2_beside, torch.float32)),
         {"z, a": 2 * M * HIDDEN, "A": R * HIDDEN, "h": M * R, "padding": M * padding(fc2)} | wide_weight(fc2),
+        {"A": tiles(M)},
+    ),
+    "activation_fwd, h, W, B and b beside": Case(
+        partial(
+            activation.activation_fwd,
+            wide,
+            "quick_gelu",
+            fc2_beside,
+            beside=beside(fc2_beside, torch.float32, with_bias=True),
+        ),
+        {"z, a": 2 * M * HIDDEN, "A": R * HIDDEN, "h": M * R, "padding": M * padding(fc2), "b": K} | wide_weight(fc2),
         {"A": tiles(M)},
     ),
     "activation_bwd": Case(

@@ -120,6 +120,47 @@ def test_an_mlp(kind, rank, p, frozen):
         assert_as_accurate_as_reference(value, expected.to(value.dtype), truth, f"result {i}", dtype)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(
+    ("rank", "p", "M", "bias", "with_delta"),
+    [(1, 0.0, 37, True, True), (4, 0.25, 5, False, True), (16, 0.0, 70, True, False), (7, 0.0, 1, True, True)],
+)
+def test_an_mlp_is_added_to_the_stream_in_place(dtype, rank, p, M, bias, with_delta):
+    """The result takes the memory that the norm wrote s to; the s that is saved stays as it is."""
+    K, hidden = 48, 64
+    fc1, fc2 = product(K, hidden, 1, (0,), rank, dtype), product(hidden, K, 1, (0,), rank, dtype)
+    seeds = [next_seed()] if p else []
+    fc2 = fc2._replace(bias=fc2.bias if bias else None, dropout_p=p, seeds=seeds)
+    of_norm, x = norm_of(K, dtype), randn(M, K, dtype=dtype, scale=2)
+    delta = randn(M, K, dtype=dtype) if with_delta else None
+    with plans.override(CONCAT), torch.no_grad():
+        s, saved, given = TRITON.norm_fwd(x, delta, of_norm, dtype, fc1, closing=fc2)
+        z, _ = TRITON.packed_lora_linear_fwd(given.x, fc1, h=given.h, beside=given.beside)
+        closing = TRITON.activation_fwd(z, "gelu", fc2, onto=s)
+        y, h = TRITON.packed_lora_linear_fwd(closing.x, fc2, h=closing.h, beside=closing.beside, residual=s)
+    assert y.data_ptr() == s.data_ptr() != saved.x.data_ptr()
+    assert torch.equal(saved.x, x if delta is None else x + delta)
+    masks = masks_of(seeds[0], 1, z.shape, p) if p else None
+    rounded = None if masks is None else [mask.to(dtype) for mask in masks]
+    same = saved.x + reference.activation_lora_linear(z, "gelu", fc2, dropout_masks=rounded)
+    exact = saved.x.double() + reference.activation_lora_linear(z.double(), "gelu", double(fc2), dropout_masks=masks)
+    assert_as_accurate_as_reference(y, same, exact, "y", dtype)
+    assert h.shape == (M, rank)
+
+
+def test_a_residual_is_read_alone_where_a_product_is_not_added_to_it():
+    """Another plan, a stream or what is added to it in another dtype, columns of h, no adapters."""
+    M, K, hidden = 5, 16, 32
+    fc2, of_norm, x = product(hidden, K, 1, (0,), 2, BF16), norm_of(K), randn(M, K, dtype=BF16)
+    none = AdaptedLinear(fc2.weight, fc2.bias)
+    columns = fc2._replace(columns=torch.ones(M, 2, dtype=torch.bool, device=DEVICE))
+    cases = [("fused", x, x, fc2), ("concat", x.float(), x, fc2), ("concat", x, x.float(), fc2)]
+    for plan, stream, delta, closing in (*cases, ("concat", x, x, columns), ("concat", x, x, none)):
+        with plans.override(plans.Plan(plan)):
+            s, saved, _ = TRITON.norm_fwd(stream, delta, of_norm, BF16, none, closing=closing)
+        assert s is saved.x, (plan, stream.dtype, delta.dtype)
+
+
 def share(realised: Tensor, update: Tensor) -> float:
     """The share of an update that a result holds: `<realised, update> / |update|²`."""
     return float((realised.double() * update).sum() / update.square().sum())
@@ -153,6 +194,21 @@ class TestASmallUpdateIsRealised:
                 exact = given.x.double() @ weight.double().mT
                 assert share(y - exact, update) == pytest.approx(1, abs=self.ABS)
 
+    def test_in_the_stream_that_a_product_is_added_to(self, ratio):
+        inputs = 128
+        weight, bias = randn(self.K, inputs, dtype=BF16, scale=inputs**-0.5), randn(self.K, dtype=BF16)
+        A, B = self.factors(ratio * inputs**-0.5, inputs, self.K)
+        record = AdaptedLinear(weight, bias, [A], [B], [(0, self.K)])
+        x, z, of_norm = randn(self.M, self.K, dtype=BF16), randn(self.M, inputs, dtype=BF16), norm_of(self.K)
+        with plans.override(CONCAT):
+            s, _, _ = TRITON.norm_fwd(x, None, of_norm, BF16, AdaptedLinear(weight, None), closing=record)
+            given = TRITON.activation_fwd(z, "quick_gelu", record, onto=s)
+            y, _ = TRITON.packed_lora_linear_fwd(given.x, record, h=given.h, beside=given.beside, residual=s)
+        exact = x.double() + given.x.double() @ weight.double().mT + bias.double()
+        update = (given.x.double() @ A.double().mT) @ B.double().mT
+        assert share(y - exact, update) == pytest.approx(1, abs=self.ABS)
+        assert (y - exact - update).norm() < 1.05 * ((exact + update).to(BF16) - exact - update).norm()  # once rounded
+
     def deferred(self, ratio: float) -> tuple[Tensor, Tensor, Tensor, AdaptedLinear, Tensor]:
         """An exact `dY W`, what torch's product rounds it to, g, the product, and `g Ã`."""
         base, g = torch.randn(self.M, self.K, dtype=torch.float64).to(DEVICE), randn(self.M, self.rank, dtype=BF16)
@@ -164,10 +220,10 @@ class TestASmallUpdateIsRealised:
         base, rounded, g, record, update = self.deferred(ratio)
         x, d_stream, of_norm = randn(self.M, self.K, dtype=BF16), randn(self.M, self.K, dtype=BF16), norm_of(self.K)
         _, saved, _ = TRITON.norm_fwd(x, None, of_norm, BF16, AdaptedLinear(torch.empty(0), None))
-        dx = TRITON.norm_bwd(Deferred(rounded, g, record), d_stream, saved)
+        dx, _ = TRITON.norm_bwd(Deferred(rounded, g, record), d_stream, saved)
         exact_saved = Normed(x.double(), saved.mean.double(), saved.rstd.double(), norm_of_double(of_norm), BF16)
-        exact = REGISTRY["torch"].norm_bwd(base, d_stream.double(), exact_saved)
-        true = REGISTRY["torch"].norm_bwd(update, None, exact_saved)
+        exact, _ = REGISTRY["torch"].norm_bwd(base, d_stream.double(), exact_saved)
+        true, _ = REGISTRY["torch"].norm_bwd(update, None, exact_saved)
         assert share(dx - exact, true) == pytest.approx(1, abs=self.ABS)
 
     @pytest.mark.parametrize("kind", ["gelu", "quick_gelu"])
@@ -229,12 +285,15 @@ def test_nothing_is_read_from_memory_that_was_not_written(monkeypatch):
     x = randn(35, 16, dtype=BF16)
     monkeypatch.setattr(torch, "empty", poisoned)
     with plans.override(CONCAT):
+        s, _, normed = TRITON.norm_fwd(x, None, norm_of(16), BF16, record, closing=record)
         for given in (
-            TRITON.norm_fwd(x, None, norm_of(16), BF16, record)[2],
+            normed,
             TRITON.activation_fwd(x, "gelu", record),
+            TRITON.activation_fwd(x, "gelu", record, onto=s),
         ):
             assert given.beside is not None
-            assert given.beside[0].isfinite().all()
+            assert given.beside.inputs.isfinite().all()
+            assert given.beside.weights.isfinite().all()
             assert TRITON.packed_lora_linear_fwd(given.x, record, h=given.h, beside=given.beside)[0].isfinite().all()
         assert TRITON.packed_lora_linear_fwd(x, record)[0].isfinite().all()
 
