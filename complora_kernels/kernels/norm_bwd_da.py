@@ -24,8 +24,8 @@ from complora_kernels.kernels.reductions import merged
 
 
 def fits_together(K: int, dtype: torch.dtype) -> bool:
-    """Whether one launch has the registers for both: of tensor cores, and of rows whose loads take 16 bytes."""
-    return dtype.itemsize == 2 and K % 8 == 0
+    """Whether one launch has the registers for both: on Nvidia's tensor cores, of rows whose loads take 16 bytes."""
+    return torch.version.hip is None and dtype.itemsize == 2 and K % 8 == 0
 
 
 @triton.jit

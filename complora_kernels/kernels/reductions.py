@@ -202,14 +202,17 @@ def packed_lora_linear_grads(
 @launch.cached
 def _launch(da: launch.Work, db: launch.Work) -> launch.Launch:
     kernel = packed_lora_linear_grads_kernel
-    numbers = merged(kernel, da=da.numbers, db=db.numbers)
-    constexprs, programs = merged(kernel, da=da.constexprs, db=db.constexprs), da.programs + db.programs
+    numbers = merged(kernel, db=db.numbers, da=da.numbers)
+    constexprs, programs = merged(kernel, db=db.constexprs, da=da.constexprs), da.programs + db.programs
     options = {"num_warps": 4, "num_stages": 3}
     return launch.Launch((programs,), tuple(numbers.values()), constexprs, before=(da.programs,), **options)
 
 
 def merged(kernel: Any, **jobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of several jobs by their names in the common launch of this kernel, in its order."""
+    """The arguments of several jobs by their names in the common launch of this kernel, in its order.
+
+    A name that the kernel does not have for one job alone is that of the last job with it.
+    """
     names = kernel.arg_names
     given = {_name(names, job, name): value for job, own in jobs.items() for name, value in own.items()}
     return {name: given[name] for name in names if name in given}
