@@ -8,7 +8,7 @@ and many: they fill the multiprocessors whose last tile of dX is done, and find 
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
-# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false
 # Triton knows no starred expressions.
 # ruff: noqa: RUF005

@@ -21,7 +21,18 @@ from kernel_sources import launched_kernels
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
-from complora_kernels.kernels import activation, da, db, factors, linear, norm, norm_bwd, partials, reductions
+from complora_kernels.kernels import (
+    activation,
+    da,
+    db,
+    factors,
+    linear,
+    linear_bwd,
+    norm,
+    norm_bwd,
+    partials,
+    reductions,
+)
 from complora_kernels.kernels.beside import beside
 
 M, K, R, P = 69, 96, 12, 3  # an eighth of ViT-B/16's width; q, k and v
@@ -91,6 +102,7 @@ CHUNKS = tiles(P * R, 16)  # float32 kernels take so many ranks at a time
 DB_SPLITS, DA_SPLITS, DZ_SPLITS = (
     partials.split_rows(T, tiles(T, kernel.ROWS_PER_SPLIT), TILE).number for kernel in (db, da, activation)
 )
+DX_SPLITS = partials.split_rows(T, tiles(T), TILE).parts  # and groups of them
 SHARED = tiles(K, 2 * TILE)  # programs that share the columns of an adapter
 
 NORM = {"x, delta, s, n": 4 * M * K, "w, b": 2 * K, "A": P * R * K, "mean, rstd": 2 * M, "h": M * P * R}
@@ -137,7 +149,9 @@ CASES = {
         {"w": tiles(M, norm.ELEMENTS // 128)},
     ),
     "norm_bwd_update": Case(
-        partial(norm_bwd.norm_bwd, rows, rows.clone(), rows.clone(), *statistics, affine[0], g=empty(M, P * R), reader=qkv),
+        partial(
+            norm_bwd.norm_bwd, rows, rows.clone(), rows.clone(), *statistics, affine[0], g=empty(M, P * R), reader=qkv
+        ),
         {"dn, s": 2 * M * K, "d_s, ds": 2 * M * K, "mean, rstd": 2 * M, "w": K, "g": M * P * R, "A": P * R * K},
         {"dn, s": 2, "w": 2 * tiles(M), "g": 2 * tiles(K), "A": 2 * tiles(M)},
     ),
@@ -196,6 +210,20 @@ CASES = {
         partial(linear.packed_lora_linear_dx, empty(M, N), qkv, None),
         DX | {"B": N * R},
         DX_AGAIN | {"B": tiles(M) * tiles(K)},
+    ),
+    "packed_lora_linear_bwd": Case(
+        partial(
+            linear_bwd.packed_lora_linear_bwd,
+            *(empty(T, K), empty(T, HIDDEN), empty(T, R), fc2),
+            compute_dA=True,
+            compute_dB=True,
+            norm=(empty(T), empty(T), empty(HIDDEN), empty(HIDDEN)),
+        ),
+        {"dY": T * K, "W": K * HIDDEN, "A": R * HIDDEN, "B": K * R, "dX": T * HIDDEN}
+        | {"x": T * HIDDEN, "mean, rstd": 2 * T, "w, b": 2 * HIDDEN, "dA": R * HIDDEN, "h": T * R, "dB": K * R}
+        | {"sums of dA": split_sums(DX_SPLITS, R * HIDDEN), "sums of dB": split_sums(DB_SPLITS, K * R)},
+        {"dY": tiles(HIDDEN) + 1, "W": tiles(T), "A": tiles(T), "B": tiles(T) * tiles(HIDDEN)}
+        | {"mean, rstd": tiles(HIDDEN), "w, b": tiles(T), "h": SHARED},
     ),
     "packed_lora_linear_db": Case(
         partial(reductions.packed_lora_linear_db, empty(T, N), empty(T, P * R), qkv, compute_g=True, compute_dB=True),
