@@ -32,6 +32,7 @@ ATTENTION = {  # operations of one product of queries and keys: two products for
     "_scaled_dot_product_flash_attention_for_cpu": 4,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 10,
 }
+AGAIN = {"norm_bwd_da_kernel": ("stream_ptr",)}  # what programs of two kinds read at different times
 SMALL = 2**14  # elements: of such tensors operations are computed
 LARGE_PRODUCTS = (
     "packed_lora_linear_fwd",
@@ -50,7 +51,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, what it computes on and what it moves, each tensor once however often it is read."""
+    """One kernel: its name, what it computes on and what it moves, each tensor once but those that `AGAIN` names."""
 
     kernel: str
     phase: str
@@ -116,6 +117,7 @@ class Follower(TorchDispatchMode):
         given = dict(zip(names, arguments, strict=True))
         numbers = {name: value for name, value in given.items() if isinstance(value, (int, float))}
         tensors = memories(value for value in given.values() if isinstance(value, Tensor))
+        tensors += memories(given[name] for name in AGAIN.get(kernel, ()))
         self.launches.append(
             Launch(kernel, self.phase, products_of(kernel, given), self.least_bytes or tensors, (), grid, numbers)
         )

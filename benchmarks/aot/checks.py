@@ -12,6 +12,7 @@ from benchmarks.aot.compiled import Kernel
 # Blocks a multiprocessor on which a launcher counts when it cuts its work: `PROGRAMS` of its file over 132.
 BLOCKS_ASSUMED = {
     "activation_bwd_kernel": 2,
+    "norm_bwd_da_kernel": 2,
     "packed_lora_linear_da_kernel": 2,
     "packed_lora_linear_grads_kernel": 2,
 }

@@ -23,7 +23,7 @@ _HELD = re.compile(
     r"|bfloat16 P=1 r=16 p=0\.25, .*, dX, dA and dB$"
     r"|bfloat16, residual (bfloat16|float32), "
     r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.(0|25).*)?$"
-    r"|bfloat16 to bfloat16, K=768, P=1 r=16 p=0\.0, s twice, n and h$"
+    r"|bfloat16 to bfloat16, K=768, P=1 r=16 p=0\.0, (s twice, n and h|.* and dA)$"
     r"|bfloat16 (quick_)?gelu, K=3072(, r=16 p=0\.(0|25).*)?$"
     r"|(to|from) (float32|bfloat16)$"
 )
@@ -163,7 +163,7 @@ def adapted(weight: Tensor, adapters: int, r: int, p: float, bias: Tensor | None
 
 def norms() -> Iterator[Launch]:
     """LayerNorms of a block at the widths of CLIP towers, and the gradients of the factors behind them."""
-    from complora_kernels.kernels import linear, linear_bwd, norm, norm_bwd, reductions
+    from complora_kernels.kernels import linear, linear_bwd, norm, norm_bwd, norm_bwd_da, reductions
 
     bf16 = torch.bfloat16
     streams = ((bf16, bf16), (torch.float32, bf16), (torch.float32, torch.float32))
@@ -192,12 +192,12 @@ def norms() -> Iterator[Launch]:
                     yield Launch(f"{product}, n and h", fwd)
                     if adapters == 1 and stream == dtype:  # before fc1, whose MLP is added to s in place
                         yield Launch(f"{product}, s twice, n and h", partial(fwd, twice=True))
-            for rows in (TOKENS, 64 * TOKENS) if width == WIDTH else (TOKENS,):  # 32 or 64 rows a program
-                dn, s = torch.empty(rows, width, dtype=dtype), torch.empty(rows, width, dtype=stream)
-                of_rows, own_g = torch.empty(rows), torch.empty(rows, adapters * r, dtype=dtype)
-                bwd = partial(norm_bwd.norm_bwd, dn, s, s, of_rows, of_rows, weight, g=own_g, reader=reader)
-                yield Launch(f"{product}, second term, M={rows}", bwd)
+            bwd = partial(norm_bwd.norm_bwd, n, x, x, statistics, statistics, weight, g=g, reader=reader)
+            yield Launch(f"{product}, second term", bwd)
             saved = (statistics, statistics, weight, bias)
+            if norm_bwd_da.fits_together(width, dtype):
+                both = partial(norm_bwd_da.norm_bwd_da, n, x, x, *saved, g, reader)
+                yield Launch(f"{product}, second term and dA", both)
             da = partial(reductions.packed_lora_linear_da, x, g, reader, norm=saved)
             yield Launch(f"{product}, normed", da)
             if adapters == 1 and linear.fits_inside(r, dtype, p):

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 import complora_kernels as ck
 from benchmarks.gpu.problems import DROPOUT, Bench, Product, Row, Rows, triton_backend
 from complora_kernels import blocks, reference
-from complora_kernels.adapted_linear import AdaptedLinear, Needs
+from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
 
@@ -174,12 +174,14 @@ def norm_in(own: reference.Norm, dtype: torch.dtype) -> reference.Norm:
 
 
 def norm(bench: Bench, dropout_p: float = 0.0) -> Rows:
-    """The stream, the norm and h of q, k and v in one pass, and the gradient of the stream."""
+    """The stream, the norm and h of q, k and v in one pass, and the gradient of the stream: alone, and with dA."""
     backend, problem, own = triton_backend(), bench.product("qkv", bench.sizes.batches[1], dropout_p), bench.norm()
     x, reader, _ = problem
     delta, dn, d_stream = (bench.random(*x.shape) for _ in range(3))
+    g = bench.random(len(x), reader.rank)
     stream, normed, (n, h, _) = backend.norm_fwd(x, delta, own, x.dtype, reader)
     ds, _ = backend.norm_bwd(dn, d_stream, normed)
+    whole_ds, dAs = backend.norm_bwd(Deferred(dn, g, reader, needs_A=True), d_stream, normed)
     if bench.dry:
         return
     masks = masks_of(reader, x)
@@ -188,11 +190,18 @@ def norm(bench: Bench, dropout_p: float = 0.0) -> Rows:
         s = (x.to(dtype) + delta.to(dtype)).requires_grad_()
         own_weight, own_bias = (None if t is None else t.to(dtype) for t in own[:2])
         n = F.layer_norm(s, s.shape[-1:], own_weight, own_bias, own.eps)
-        (ds,) = torch.autograd.grad(n, s, dn.to(dtype))
-        return [s.detach(), n.detach(), h_of(n.detach(), reader, masks), ds + d_stream.to(dtype)]
+        leaves = [A.detach().to(dtype).requires_grad_() for A in reader.As]
+        h = h_of(n, reader._replace(As=leaves), masks)
+        (ds,) = torch.autograd.grad(n, s, dn.to(dtype), retain_graph=True)
+        whole_ds, *dAs = torch.autograd.grad([n, h], [s, *leaves], [dn.to(dtype), g.to(dtype)])
+        d_streams = [each + d_stream.to(dtype) for each in (ds, whole_ds)]
+        return [s.detach(), n.detach(), h.detach(), *d_streams, torch.stack(dAs)]
 
-    pairs = zip(("s", "n", "h", "ds"), (stream, n, h, ds), truth(x.dtype), truth(torch.float64), strict=True)
-    for what, mine, plain, exact in pairs:
+    names, ours = (
+        ("s", "n", "h", "ds", "ds with its rank-r term", "dA"),
+        (stream, n, h, ds, whole_ds, torch.stack([*dAs])),
+    )
+    for what, mine, plain, exact in zip(names, ours, truth(x.dtype), truth(torch.float64), strict=True):
         yield compared(what, mine, plain, exact)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.gpu.problems import Bench, Row, Rows, clock_of, triton_backend
-from complora_kernels.adapted_linear import AdaptedLinear, Needs
+from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
@@ -143,6 +143,9 @@ def norm(bench: Bench, batch: int) -> Rows:
         yield from one(bench, f"norm before {layer}, n and h", step, moved)
         _, normed, _ = step()
         yield from one(bench, f"norm before {layer}, ds", partial(backend.norm_bwd, x, x, normed), 4 * x.nbytes)
+        deferred = Deferred(x, bench.random(len(x), reader.rank), reader, needs_A=True)
+        step = partial(backend.norm_bwd, deferred, x, normed)
+        yield from one(bench, f"norm before {layer}, ds and dA", step, 5 * x.nbytes)
 
 
 def factor_gradients(bench: Bench, layer: str, batch: int) -> Rows:

@@ -91,19 +91,12 @@ class Backend(Protocol):
         """The same projections of the gradients."""
 
     def packed_lora_linear_fwd(
-        self,
-        x: Tensor,
-        linear: AdaptedLinear,
-        *,
-        h: Tensor | None = None,
-        beside: SideBySide | None = None,
-        residual: Tensor | None = None,
+        self, given: ProductInput, linear: AdaptedLinear, *, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`y = x W^T + b + h_i B̃_i^T` in the rows of adapter i, and `h_i = drop_i(x) Ã_i^T`.
 
-        x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. `beside`
-        is that of the `ProductInput` which x and h come from. A residual [M, N] is added to y [M, N], which then has
-        its dtype; it may be overwritten where `beside` is to be added onto it.
+        x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. A residual
+        [M, N] is added to y [M, N], which then has its dtype; it may be overwritten where `beside` is added onto it.
         """
 
     def packed_lora_linear_bwd(

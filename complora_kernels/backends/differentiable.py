@@ -42,14 +42,12 @@ class DifferentiableBackend(TorchBackend):
 
     def packed_lora_linear_fwd(
         self,
-        x: Tensor,  # [M, K]
+        given: ProductInput,  # x [M, K]
         linear: AdaptedLinear,  # weight [N, K]
         *,
-        h: Tensor | None = None,
-        beside: SideBySide | None = None,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Any]:  # y [M, N], and h as it was given
-        return packed_lora_linear(x, linear, scaled_masks(x, linear, philox=self.philox)), h
+        return packed_lora_linear(given.x, linear, scaled_masks(given.x, linear, philox=self.philox)), given.h
 
     def packed_lora_linear_bwd(
         self,

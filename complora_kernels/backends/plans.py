@@ -205,7 +205,7 @@ def choose_for_shape(
     What was chosen is kept by all that the choice depends on.
     """
     rows, inputs = shape
-    numbers, tokens = _numbers(inputs, dtype, linear), 1 << max(rows - 1, 0).bit_length()
+    numbers, tokens = _numbers(inputs, dtype, linear), 1 << (rows - 1).bit_length() if rows > 1 else 1
     forced, variable = _forced() if _FORCED.anywhere else None, os.environ.get("COMPLORA_PLAN", "auto")
     key = (forced, variable, linear.precision, backend, device, tokens, *numbers)
     if (plan := _chosen_for.get(key)) is None:  # one look, as in `_choose`
@@ -220,7 +220,7 @@ def _numbers(inputs: int, dtype: torch.dtype, linear: AdaptedLinear) -> tuple[An
     if isinstance(As, Tensor):
         adapters, rank, _ = As.shape
     else:
-        adapters, rank = len(As), max([A.shape[0] for A in As])
+        adapters, rank = len(As), As[0].shape[0] if len(As) == 1 else max([A.shape[0] for A in As])
     return inputs, weight.shape[0], rank, adapters, dtype, weight.dtype, dropout
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from complora_kernels.adapted_linear import AdaptedLinear
 
@@ -64,4 +65,4 @@ def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     if 0 in sizes:
         parts = flat.split_with_sizes(sizes)
         return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-    return list(torch._utils._unflatten_dense_tensors(flat, like))  # as above, in one call
+    return list(_unflatten_dense_tensors(flat, like))  # as above, in one call

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.nn import functional as F
 
 from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs, ProductGrads
@@ -161,18 +162,17 @@ class TritonBackend:
         dtypes: Sequence[torch.dtype],
     ) -> list[Tensor]:
         # Factors and bases stay where they are and gradients do not: gathered, they too lie at known distances.
-        gathered = split_like(torch._utils._flatten_dense_tensors(factors), factors)
+        gathered = split_like(_flatten_dense_tensors(factors), factors)
         return self.fold_factors(gathered, bases, kinds, output_side, scaling, dtypes)
 
     def packed_lora_linear_fwd(
         self,
-        x: Tensor,  # [M, K]
+        given: ProductInput,  # x [M, K]
         linear: AdaptedLinear,  # weight [N, K]
         *,
-        h: Tensor | None = None,  # [M, P r]
-        beside: SideBySide | None = None,
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
+        x, h, beside, plan = given
         if beside is not None and h is not None:
             inputs, weights, onto = beside
             if onto is not None:
@@ -192,7 +192,7 @@ class TritonBackend:
                 linear.save_h,
                 linear.precision,
             )
-        return _linear_fwd(x, linear, h, residual)
+        return _linear_fwd(x, linear, h, residual, _plan(x.shape, x.dtype, x.device, linear) if plan is None else plan)
 
     def packed_lora_linear_bwd(
         self,
@@ -204,20 +204,19 @@ class TritonBackend:
         *,
         defer: bool = False,
     ) -> ProductGrads:
-        if defer and needs.x and _may_defer(source, linear):
+        if isinstance(source, Tensor):
+            dY = whole_gradient(dY)
+            if _is_registered(dY, source, h, *linear.tensors()):
+                factors = (linear.As, linear.Bs, _starts(linear), linear.dropout_p, linear.seed)
+                computed: Any = torch.ops.complora_triton.packed_lora_linear_bwd(
+                    dY, source, h, linear.weight, *factors, needs, linear.precision
+                )
+                return _product_grads(*computed, linear, needs)
+        x = source if isinstance(source, Tensor) else source.input  # has the shape and device of the product's input
+        plan = _plan(x.shape, source.dtype, x.device, linear)
+        if defer and needs.x and plan.name == "concat" and _may_defer(source, linear):
             return _deferred_bwd(dY, source, h, linear, needs)
-        dY = whole_gradient(dY)
-        if isinstance(source, Tensor) and _is_registered(dY, source, h, *linear.tensors()):
-            factors = (linear.As, linear.Bs, _starts(linear), linear.dropout_p, linear.seed)
-            dX, dA, dB = torch.ops.complora_triton.packed_lora_linear_bwd(
-                dY, source, h, linear.weight, *factors, needs, linear.precision
-            )
-        else:
-            dX, dA, dB = _linear_bwd(dY, source, h, linear, needs)
-        nothing: list[Tensor | None] = [None] * len(linear.rows)
-        return ProductGrads(
-            dX if needs.x else None, dA.unbind() if needs.A else nothing, dB.unbind() if needs.B else nothing
-        )
+        return _product_grads(*_linear_bwd(whole_gradient(dY), source, h, linear, needs, plan), linear, needs)
 
     def norm_fwd(
         self,
@@ -336,12 +335,17 @@ def _one_mask(linear: AdaptedLinear) -> bool:
 
 
 def _may_defer(source: Source, linear: AdaptedLinear) -> bool:
-    """Whether what computed x adds the second term of dX in its own gradient."""
+    """Whether what computed x can add the second term of dX in its own gradient."""
     if isinstance(source, Tensor) or linear.columns is not None or linear.As[0].shape[0] > plans.MAX_FUSED_RANK:
         return False
-    if isinstance(source, Activated) and not _one_mask(linear):
-        return False
-    return _plan(source.input.shape, source.dtype, source.input.device, linear).name == "concat"
+    return not isinstance(source, Activated) or _one_mask(linear)
+
+
+def _computes_dA(source: Source, linear: AdaptedLinear) -> bool:
+    """Whether the launch that adds the second term of dX has the registers for dÃ as well."""
+    if isinstance(source, Normed):
+        return kernels().norm_bwd_da.fits_together(source.x.shape[1], source.dtype)
+    return linear.rank <= kernels().activation.MAX_DA_RANK
 
 
 def _deferred_bwd(
@@ -361,7 +365,7 @@ def _deferred_bwd(
     whole: Any = packed[0] if apart else dY  # [M, N]
     base = whole @ k.launch.cast(linear.weight, whole.dtype)
     nothing: list[Tensor | None] = [None] * len(linear.rows)
-    left = needs.A and (isinstance(source, Normed) or linear.rank <= k.activation.MAX_DA_RANK)
+    left = needs.A and _computes_dA(source, linear)
     dA = _factor_grad(source, g, linear).unbind() if needs.A and not left else nothing
     return ProductGrads(Deferred(base, g, stacked, left), dA, dB.unbind() if needs.B else nothing)
 
@@ -371,9 +375,9 @@ def _linear_fwd(
     linear: AdaptedLinear,
     h: Any,  # [M, P r], or None
     residual: Tensor | None,  # [M, N]
+    plan: plans.Plan,
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, P r]
     k, linear, save_h = kernels(), _stacked(linear), linear.save_h
-    plan = _plan(x.shape, x.dtype, x.device, linear)
     if plan.name == "fused":
         if h is None and plan.h != "inside":
             h = k.linear.packed_lora_linear_h(x, linear)
@@ -407,15 +411,13 @@ def _linear_bwd(
     h: Tensor,  # [M, P r]
     linear: AdaptedLinear,
     needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor]:  # dX [M, K], dÃ [P, r, K], dB̃ [P, D, r]; of no elements where they are not needed
+    plan: plans.Plan,
+) -> tuple[Any, Any, Any]:  # dX [M, K], dÃ [P, r, K], dB̃ [P, D, r]; None or of no elements where they are not needed
     k, linear, dropping = kernels(), _stacked(linear), linear.dropout_p > 0
-    x = source if isinstance(source, Tensor) else source.input  # its shape and device are those of the product's input
-    h, dtype = h.contiguous(), source.dtype
-    plan = _plan(x.shape, dtype, x.device, linear)
-    dX, dA = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)  # an operation's results are no aliases
+    h, dtype, dX, dA = h.contiguous(), source.dtype, None, None
     inside = needs.x and plan.name == "fused" and plan.h == "inside"
-    if inside and len(linear.rows) == 1 and len(x) > 0:
-        _, _, _, norm, activation = _da_source(source, h, linear)
+    if inside and len(linear.rows) == 1 and dY.shape[0] > 0:
+        x, _, _, norm, activation = _da_source(source, h, linear)
         wanted = {"compute_dA": needs.A, "compute_dB": needs.B}
         kind = {"norm": norm, "activation": activation}
         return k.linear_bwd.packed_lora_linear_bwd(dY, x, h, linear, tiles=plan.tiles, **wanted, **kind)
@@ -442,6 +444,14 @@ def _linear_bwd(
     if needs.A:
         dA = _factor_grad(source, g, linear)
     return dX, dA, dB
+
+
+def _product_grads(dX: Any, dA: Any, dB: Any, linear: AdaptedLinear, needs: Needs) -> ProductGrads:
+    """The gradients of a product from dX [M, K], dÃ [P, r, K] and dB̃ [P, D, r]."""
+    nothing: list[Tensor | None] = [None] * len(linear.rows)
+    return ProductGrads(
+        dX if needs.x else None, dA.unbind() if needs.A else nothing, dB.unbind() if needs.B else nothing
+    )
 
 
 def _factor_grad(source: Source, g: Tensor, linear: AdaptedLinear) -> Tensor:  # g [M, P r] to dÃ [P, r, K]
@@ -586,7 +596,7 @@ def _record(
 def _packed_lora_linear_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     linear = _record(*arguments)
     _check_linear(x, linear)
-    return _linear_fwd(x, linear, None, None)
+    return _linear_fwd(x, linear, None, None, _plan(x.shape, x.dtype, x.device, linear))
 
 
 def _packed_lora_linear_bwd(
@@ -603,7 +613,10 @@ def _packed_lora_linear_bwd(
         raise ValueError(
             f"dY {list(dY.shape)}, h {list(h.shape)}, needs={list(needs)}, expected [M, N], [M, P r] and three"
         )
-    return _linear_bwd(dY, x, h, linear, Needs(*needs))
+    plan = _plan(x.shape, x.dtype, x.device, linear)
+    computed = _linear_bwd(dY, x, h, linear, Needs(*needs), plan)
+    dX, dA, dB = (x.new_empty(0) if tensor is None else tensor for tensor in computed)  # no aliases of each other
+    return dX, dA, dB
 
 
 def _fold_factors(

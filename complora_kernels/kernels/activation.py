@@ -27,7 +27,15 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch, partials
-from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_wide_weight
+from complora_kernels.kernels.beside import (
+    BLOCK_N,
+    NOTHING_BESIDE,
+    Beside,
+    Layout,
+    in_eights,
+    pad_rows,
+    write_wide_weight,
+)
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.partials import sum_when_last
@@ -186,6 +194,8 @@ def activation_fwd_kernel(
             BLOCK_R,
         )
         return
+    if PADDING >= 0:
+        stride_am = in_eights(stride_am)
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % RANK_BLOCKS  # neighbours share rows of z
     rows = (tl.program_id(0) // RANK_BLOCKS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -13,7 +13,7 @@ The kernel of h stands here, that of y in `linear_fwd`, that of dX in `linear_dx
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
-# pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_wide_weight
+from complora_kernels.kernels.beside import (
+    BLOCK_N,
+    NOTHING_BESIDE,
+    Beside,
+    Layout,
+    in_eights,
+    pad_rows,
+    write_wide_weight,
+)
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.launch import candidate_tiles
 from complora_kernels.kernels.linear_dx import packed_lora_linear_dx
@@ -112,6 +120,8 @@ def packed_lora_linear_h_kernel(
             BLOCK_R,
         )
         return
+    if PADDING >= 0:
+        stride_cm = in_eights(stride_cm)
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     chunk = tl.program_id(0) % (ADAPTERS * RANK_BLOCKS)  # neighbours share rows of x
     adapter = chunk // RANK_BLOCKS

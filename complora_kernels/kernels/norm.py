@@ -18,7 +18,15 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.kernels import launch
-from complora_kernels.kernels.beside import BLOCK_N, NOTHING_BESIDE, Beside, Layout, pad_rows, write_wide_weight
+from complora_kernels.kernels.beside import (
+    BLOCK_N,
+    NOTHING_BESIDE,
+    Beside,
+    Layout,
+    in_eights,
+    pad_rows,
+    write_wide_weight,
+)
 from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.linear import MAX_BLOCK_R
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
@@ -109,6 +117,8 @@ def norm_fwd_kernel(
             BLOCK_R,
         )
         return
+    if PADDING >= 0:
+        stride_nm = in_eights(stride_nm)
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     k = tl.arange(0, BLOCK_K)
     column_mask = k < K

@@ -25,7 +25,7 @@ from complora_kernels.kernels.dropout import dropout_lanes, keep_mask
 from complora_kernels.kernels.norm import ELEMENTS
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
 
-UPDATE_ROWS = 32  # rows of a program that adds the rank-r term: of 64 the products lie in layouts of their own
+UPDATE_ROWS = 32  # rows of a program that adds the rank-r term: more take more instructions an element, or registers
 
 
 @triton.jit

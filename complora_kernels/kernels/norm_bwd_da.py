@@ -11,6 +11,7 @@ they take longest, and the partial sums are added while programs of the norm sti
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,11 @@ from complora_kernels.kernels import launch, partials
 from complora_kernels.kernels.da import Source, da_job, packed_lora_linear_da_kernel
 from complora_kernels.kernels.norm_bwd import norm_bwd_update_kernel, update_work
 from complora_kernels.kernels.reductions import merged
+
+
+def fits_together(K: int, dtype: torch.dtype) -> bool:
+    """Whether one launch has the registers for both: of tensor cores, and of rows whose loads take 16 bytes."""
+    return dtype.itemsize == 2 and K % 8 == 0
 
 
 @triton.jit
@@ -67,7 +73,9 @@ def norm_bwd_da_kernel(
 ):
     """One program is one of `packed_lora_linear_da_kernel` of LN(s), or of `norm_bwd_update_kernel`.
 
-    Minimum bytes: those of both, of which the programs of each kind read s, g, mean, rstd and w.
+    Minimum bytes: dn, d_s, s, w, b, mean, rstd, g and Ã read once, ds and dÃ written once; the partial sums of dÃ
+    written and read once. s, w, mean, rstd and g are read by the programs of both kinds, a large s from memory each
+    time; what those of either kind read again they say.
     """
     if tl.program_id(0) < da_programs:
         packed_lora_linear_da_kernel(

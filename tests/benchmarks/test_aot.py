@@ -213,6 +213,7 @@ def test_a_product_is_late_where_it_has_a_loop_alone():
 
 def test_blocks_that_are_assumed_are_those_of_the_launchers():
     assert checks.BLOCKS_ASSUMED["packed_lora_linear_da_kernel"] == da.PROGRAMS // 132
+    assert checks.BLOCKS_ASSUMED["norm_bwd_da_kernel"] == da.PROGRAMS // 132
     assert checks.BLOCKS_ASSUMED["activation_bwd_kernel"] == activation.SPLIT_PROGRAMS // 132
 
 

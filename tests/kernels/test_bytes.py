@@ -30,6 +30,7 @@ from complora_kernels.kernels import (
     linear_bwd,
     norm,
     norm_bwd,
+    norm_bwd_da,
     partials,
     reductions,
 )
@@ -79,6 +80,16 @@ def tiles(size: int, tile: int = TILE) -> int:
 def split_sums(splits: int, elements: int) -> int:
     """Partial sums of so many splits of the rows, written and read."""
     return 2 * splits * elements
+
+
+def of_update(M: int) -> dict[str, int]:
+    """What the gradient of a norm of M rows reads and writes with its rank-r term."""
+    of_rows = {"dn": M * K, "s": M * K, "d_s, ds": 2 * M * K, "mean, rstd": 2 * M, "g": M * P * R}
+    return of_rows | {"w": K, "A": P * R * K}
+
+
+def update_again(M: int) -> dict[str, float]:
+    return {"dn": 2, "s": 2, "w": 2 * tiles(M), "g": 2 * tiles(K), "A": 2 * tiles(M)}
 
 
 qkv, fc1, fc2 = adapted(N, K, P), adapted(HIDDEN, K, 1), adapted(K, HIDDEN, 1)
@@ -152,8 +163,25 @@ CASES = {
         partial(
             norm_bwd.norm_bwd, rows, rows.clone(), rows.clone(), *statistics, affine[0], g=empty(M, P * R), reader=qkv
         ),
-        {"dn, s": 2 * M * K, "d_s, ds": 2 * M * K, "mean, rstd": 2 * M, "w": K, "g": M * P * R, "A": P * R * K},
-        {"dn, s": 2, "w": 2 * tiles(M), "g": 2 * tiles(K), "A": 2 * tiles(M)},
+        of_update(M),
+        update_again(M),
+    ),
+    "norm_bwd_da": Case(
+        partial(
+            norm_bwd_da.norm_bwd_da,
+            empty(T, K),
+            empty(T, K),
+            empty(T, K),
+            empty(T),
+            empty(T),
+            *affine,
+            empty(T, P * R),
+            qkv,
+        ),
+        of_update(T) | {"b": K, "dA": P * R * K, "sums of dA": split_sums(DA_SPLITS, P * R * K)},
+        update_again(T)
+        | {"s": 2 + CHUNKS, "g": 3 * tiles(K), "mean, rstd": 1 + tiles(K) * CHUNKS}
+        | {"w": 2 * tiles(T) + DA_SPLITS * CHUNKS, "b": DA_SPLITS * CHUNKS},
     ),
     "activation_fwd": Case(
         partial(activation.activation_fwd, wide, "quick_gelu", fc2),
