@@ -15,6 +15,7 @@ from torch import Tensor
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.backends import REGISTRY, Backend
 from complora_kernels.backends.differentiable import DifferentiableBackend
+from complora_kernels.backends.torch import ProductInput
 from complora_kernels.common.shapes import flatten, unflatten
 from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.reference import without_autocast
@@ -104,7 +105,7 @@ class PackedLoRALinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, linear: AdaptedLinear, backend: str, *tensors: Tensor | None) -> Tensor:
         whole = linear.with_tensors(tensors)
         with without_autocast(x):
-            y, h = REGISTRY[backend].packed_lora_linear_fwd(flatten(x), whole)  # [M, out], [M, R]
+            y, h = REGISTRY[backend].packed_lora_linear_fwd(ProductInput(flatten(x)), whole)  # [M, out], [M, R]
         ctx.save_for_backward(x, h, tensors[0], None, *tensors[2:])  # the bias is not needed again
         ctx.linear, ctx.backend = linear, backend
         return unflatten(y, [*x.shape[:-1], y.shape[-1]])

@@ -255,7 +255,7 @@ def _linear_fwd(
 ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, R]
     x = given.x
     if linear.rows:
-        return run.packed_lora_linear_fwd(x, linear, h=given.h, beside=given.beside, residual=residual)
+        return run.packed_lora_linear_fwd(given, linear, residual=residual)
     y = F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))
     return y if residual is None else residual + y, x.new_empty(0)
 

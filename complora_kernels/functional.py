@@ -259,11 +259,11 @@ def for_backend(x: Tensor, linear: AdaptedLinear, dtype: torch.dtype, backend: s
 
     h is saved where B̃ gets a gradient. A backend gets `columns` for the rows of x one after the other.
     """
-    As = [A if A.dtype == dtype else A.to(dtype) for A in linear.As]
-    Bs = [B if B.dtype == dtype else B.to(dtype) for B in linear.Bs]
+    weight, bias, As, Bs, rows, dropout_p, _, _, precision, columns = linear
+    if any(A.dtype != dtype or B.dtype != dtype for A, B in zip(As, Bs, strict=True)):
+        As, Bs = [A.to(dtype) for A in As], [B.to(dtype) for B in Bs]
     seeds = [] if backend == REFERENCE else dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
     save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)
-    weight, bias, _, _, rows, dropout_p, _, _, precision, columns = linear
     if columns is not None and backend != REFERENCE:
         columns = columns.expand(*x.shape[:-1], -1).reshape(-1, linear.rank)  # [M, R]
     return AdaptedLinear(weight, bias, As, Bs, rows, dropout_p, seeds, save_h, precision, columns)

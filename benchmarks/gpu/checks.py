@@ -21,6 +21,7 @@ from complora_kernels import blocks, reference
 from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
+from complora_kernels.backends.torch import ProductInput
 
 CLASSES = 16
 EPS = 1e-3  # of the size of a result in half precision
@@ -49,7 +50,7 @@ def products(bench: Bench, layer: str, dropout_p: float = 0.0, plan: Plan | None
     x, linear, dY = problem
     backend = triton_backend()
     with contextlib.nullcontext() if plan is None else plans.override(plan):
-        y, h = backend.packed_lora_linear_fwd(x, linear)
+        y, h = backend.packed_lora_linear_fwd(ProductInput(x), linear)
         dX, dAs, dBs = backend.packed_lora_linear_bwd(dY, x, h, linear, ALL)
     if bench.dry:
         return
@@ -179,7 +180,7 @@ def norm(bench: Bench, dropout_p: float = 0.0) -> Rows:
     x, reader, _ = problem
     delta, dn, d_stream = (bench.random(*x.shape) for _ in range(3))
     g = bench.random(len(x), reader.rank)
-    stream, normed, (n, h, _) = backend.norm_fwd(x, delta, own, x.dtype, reader)
+    stream, normed, (n, h, *_) = backend.norm_fwd(x, delta, own, x.dtype, reader)
     ds, _ = backend.norm_bwd(dn, d_stream, normed)
     whole_ds, dAs = backend.norm_bwd(Deferred(dn, g, reader, needs_A=True), d_stream, normed)
     if bench.dry:
@@ -221,7 +222,7 @@ def norm_repeated(bench: Bench) -> Rows:
     inputs = [first.x, *(bench.random(*first.x.shape) for _ in range(2))]
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        _, _, (n, h, _) = backend.norm_fwd(x, None, own, x.dtype, first.linear)
+        _, _, (n, h, *_) = backend.norm_fwd(x, None, own, x.dtype, first.linear)
         assert h is not None
         return n, h
 
@@ -244,7 +245,7 @@ def activation(bench: Bench, kind: str, dropout_p: float = 0.0) -> Rows:
     """a and h of fc2 in one pass, and the gradient of what the activation reads."""
     backend, (z, reader, _) = triton_backend(), bench.product("fc2", bench.sizes.batches[1], dropout_p)
     da = bench.random(*z.shape)
-    a, h, _ = backend.activation_fwd(z, kind, reader)
+    a, h, *_ = backend.activation_fwd(z, kind, reader)
     dz, _ = backend.activation_bwd(da, z, kind)
     if bench.dry:
         return

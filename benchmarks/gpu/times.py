@@ -13,6 +13,7 @@ from benchmarks.gpu.problems import Bench, Row, Rows, clock_of, triton_backend
 from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs
 from complora_kernels.backends import plans
 from complora_kernels.backends.plans import Plan
+from complora_kernels.backends.torch import ProductInput
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
 from complora_kernels.replays import Capturer, Replay, Step, free_memory, reason, warm_seconds
 
@@ -76,7 +77,7 @@ def product(bench: Bench, layer: str, batch: int, *, backward: bool = False) -> 
         with plans.override(plan):
             if backward:
                 return backend.packed_lora_linear_bwd(dY, x, h, linear, Needs(True, False, False))
-            return backend.packed_lora_linear_fwd(x, linear, h=None if plan.h == "inside" else h)
+            return backend.packed_lora_linear_fwd(ProductInput(x, None if plan.h == "inside" else h), linear)
 
     frozen = (lambda: dY @ linear.weight) if backward else (lambda: F.linear(x, linear.weight, linear.bias))
     steps: dict[str, Step] = {CUBLAS: frozen, **{str(plan): partial(by, plan) for plan in candidates}}

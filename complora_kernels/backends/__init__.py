@@ -14,7 +14,7 @@ from torch import Tensor, dtype
 
 from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs, ProductGrads
 from complora_kernels.backends.extension import ExtensionBackend
-from complora_kernels.backends.torch import Norm, Normed, ProductInput, SideBySide, Source, TorchBackend
+from complora_kernels.backends.torch import Norm, Normed, ProductInput, Source, TorchBackend
 from complora_kernels.backends.triton import TritonBackend
 
 ENVIRONMENT_VARIABLE = "COMPLORA_BACKEND"

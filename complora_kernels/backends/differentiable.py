@@ -14,7 +14,7 @@ from torch import Tensor
 
 from complora_kernels import reference
 from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
-from complora_kernels.backends.torch import GELU, QUICK_GELU, SideBySide, Source, TorchBackend, input_of
+from complora_kernels.backends.torch import GELU, QUICK_GELU, ProductInput, Source, TorchBackend, input_of
 from complora_kernels.dropout import scaled_masks
 
 

@@ -76,6 +76,7 @@ class ProductInput(NamedTuple):
     x: Tensor  # [M, K]
     h: Tensor | None = None  # [M, R], where it was computed with x; [0, R] where the product does not save it
     beside: SideBySide | None = None  # the matrices whose product y is
+    plan: plans.Plan | None = None  # how the product is computed, where that was chosen with x
 
 
 def input_of(source: Source, *, shape_only: bool = False) -> Tensor:  # [M, K]
@@ -142,14 +143,12 @@ class TorchBackend:
 
     def packed_lora_linear_fwd(
         self,
-        x: Tensor,  # [M, K]
+        given: ProductInput,  # x [M, K], h [M, R]; this backend makes no more
         linear: AdaptedLinear,  # weight [N, K]
         *,
-        h: Tensor | None = None,  # [M, R]
-        beside: SideBySide | None = None,  # never made by this backend
         residual: Tensor | None = None,  # [M, N]
     ) -> tuple[Tensor, Tensor]:  # y [M, N], h [M, R]
-        As, Bs, rows = linear.As, linear.Bs, linear.rows
+        x, h, As, Bs, rows = given.x, given.h, linear.As, linear.Bs, linear.rows
         plan = plans.choose_for(x, linear, "torch").name
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
         if h is None and linear.seeds:

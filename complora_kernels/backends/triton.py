@@ -211,12 +211,14 @@ class TritonBackend:
                 computed: Any = torch.ops.complora_triton.packed_lora_linear_bwd(
                     dY, source, h, linear.weight, *factors, needs, linear.precision
                 )
-                return _product_grads(*computed, linear, needs)
+                dX, dA, dB = computed
+                return _product_grads(dX, dA, dB, linear, needs)
         x = source if isinstance(source, Tensor) else source.input  # has the shape and device of the product's input
         plan = _plan(x.shape, source.dtype, x.device, linear)
         if defer and needs.x and plan.name == "concat" and _may_defer(source, linear):
             return _deferred_bwd(dY, source, h, linear, needs)
-        return _product_grads(*_linear_bwd(whole_gradient(dY), source, h, linear, needs, plan), linear, needs)
+        dX, dA, dB = _linear_bwd(whole_gradient(dY), source, h, linear, needs, plan)
+        return _product_grads(dX, dA, dB, linear, needs)
 
     def norm_fwd(
         self,
@@ -231,7 +233,8 @@ class TritonBackend:
         k, adapted = kernels(), len(reader.rows) > 0
         # float32 rows and Ã do not fit beside each other
         inside = reader if adapted and dtype.itemsize == 2 and reader.columns is None else None
-        beside = _beside(x, dtype, inside)
+        plan = _plan(x.shape, dtype, x.device, reader) if adapted else None
+        beside = _beside(x.shape, dtype, inside, plan)
         twice = closing is not None and _adds_in_place(x, delta, dtype, closing)
         outputs = k.norm.norm_fwd(x, delta, *norm, dtype, inside, beside=beside, twice=twice)
         stream, normed, mean, rstd, h, again = outputs
@@ -240,7 +243,7 @@ class TritonBackend:
             return again, saved, ProductInput(normed[:, : x.shape[1]], h, SideBySide(normed, beside.whole(dtype)))
         if adapted and inside is None:
             h = k.linear.packed_lora_linear_h(normed, reader)
-        return again, saved, ProductInput(normed, h if adapted else None)
+        return again, saved, ProductInput(normed, h if adapted else None, None, plan)
 
     def norm_bwd(
         self,
@@ -265,15 +268,19 @@ class TritonBackend:
         *,
         onto: Tensor | None = None,  # [M, N]
     ) -> ProductInput:
-        k, adapters = kernels(), len(reader.rows)
+        k, adapted = kernels(), len(reader.rows) > 0
         inside = reader if _activation_computes_h(reader) else None
-        beside = _beside(z, z.dtype, inside) if onto is None else k.beside.beside(reader, z.dtype, with_bias=True)
+        plan = _plan(z.shape, z.dtype, z.device, reader) if adapted else None
+        if onto is None:
+            beside = _beside(z.shape, z.dtype, inside, plan)
+        else:
+            beside = k.beside.beside(reader, z.dtype, with_bias=True)
         a, h = k.activation.activation_fwd(z, activation, inside, beside=beside)
         if beside is not None:
             return ProductInput(a[:, : z.shape[1]], h, SideBySide(a, beside.whole(z.dtype), onto))
-        if adapters and inside is None:
+        if adapted and inside is None:
             h = k.linear.packed_lora_linear_h(a, reader)
-        return ProductInput(a, h if adapters else None)
+        return ProductInput(a, h if adapted else None, None, plan)
 
     def activation_bwd(
         self,
@@ -290,26 +297,20 @@ class TritonBackend:
 
 
 def _beside(
-    x: Tensor,  # [M, K]
-    dtype: torch.dtype,  # of the product
+    shape: Sequence[int],  # of the product's input: M, K
+    dtype: torch.dtype,
     reader: AdaptedLinear | None,
+    plan: plans.Plan | None,
 ) -> Any:
     """The matrices of a product whose input is written with h in the same rows, where its plan is `concat`."""
-    if reader is None or not _lies_beside(x.shape, dtype, x.device, reader):
+    if reader is None or plan is None or not _lies_beside(shape, dtype, reader, plan):
         return None
     return kernels().beside.beside(reader, dtype)
 
 
-def _lies_beside(
-    shape: Sequence[int],  # of the product's input: M, K
-    dtype: torch.dtype,
-    device: torch.device,
-    reader: AdaptedLinear,
-) -> bool:
-    """Whether h is written in the rows of the product's input: its plan is `concat`."""
-    if dtype.itemsize != 2 or shape[1] % 8 or reader.weight.shape[1:] != shape[1:]:
-        return False
-    return _plan(shape, dtype, device, reader).name == "concat"
+def _lies_beside(shape: Sequence[int], dtype: torch.dtype, reader: AdaptedLinear, plan: plans.Plan) -> bool:
+    """Whether h can be written in the rows of the product's input, and its plan wants it there."""
+    return plan.name == "concat" and dtype.itemsize == 2 and shape[1] % 8 == 0 and reader.weight.shape[1] == shape[1]
 
 
 def _adds_in_place(
@@ -321,7 +322,8 @@ def _adds_in_place(
     """Whether torch can add the product of an activation to `s = x + delta` where it lies, in one rounding."""
     if x.dtype != dtype or (delta is not None and delta.dtype != dtype) or not _activation_computes_h(closing):
         return False
-    return _lies_beside((x.shape[0], closing.weight.shape[1]), dtype, x.device, closing)
+    shape = (x.shape[0], closing.weight.shape[1])  # of the activation
+    return _lies_beside(shape, dtype, closing, _plan(shape, dtype, x.device, closing))
 
 
 def _activation_computes_h(reader: AdaptedLinear) -> bool:
@@ -388,7 +390,7 @@ def _linear_fwd(
         y = F.linear(x, k.factors.merge_weight(linear, x.dtype), bias)  # x (W + ΔW)^T + b
         h = k.linear.packed_lora_linear_h(x, linear) if h is None and save_h else h
     elif plan.name == "concat":
-        beside = _beside(x, x.dtype, linear)
+        beside = _beside(x.shape, x.dtype, linear, plan)
         if h is None and beside is not None:
             xh, h = k.linear.packed_lora_linear_h(x, linear, beside=beside)
             y = F.linear(xh, beside.whole(x.dtype), bias)  # [x | h | 0] [W | B̃ | 0]^T + b

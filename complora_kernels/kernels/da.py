@@ -261,7 +261,8 @@ def da_job(source: Source, *, narrow: bool = False) -> Job:
     how = (launch.aligned(x), dtype, launch.input_precision(dtype), launch.has_ptx())
     work = _work(shapes, dropout_p, *flags, *how, ROWS_PER_SPLIT, narrow)
     dA = launch.empty((P, R, K), dtype, device)
-    return Job(work, dA, torch.empty((work.partials, P, R, K), dtype=torch.float32, device=device), g, source)
+    sums = torch.empty((work.partials, P, R, K), dtype=torch.float32, device=device) if work.partials else dA
+    return Job(work, dA, sums, g, source)
 
 
 @launch.cached

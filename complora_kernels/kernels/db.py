@@ -306,12 +306,13 @@ def db_job(
     if g_inside is not None and not launch.upcast(dtype):
         g = g_inside
     else:
-        g = launch.empty((M if compute_g and not partial else 0, P * R), dtype, device)
+        g = launch.empty((M, P * R), dtype, device) if compute_g and not partial else whole  # not written to
     g_partials = g
     if compute_g and shared > 1:
         g_partials = torch.empty((shared, M, P * R), dtype=torch.float32, device=device)
     dB = launch.empty((P if compute_dB else 0, D, R), dtype, device)
-    sums = torch.empty((work.partials if compute_dB else 0, P, D, R), dtype=torch.float32, device=device)
+    splits = work.partials if compute_dB else 0
+    sums = torch.empty((splits, P, D, R), dtype=torch.float32, device=device) if splits else dB
     stored = (g, g_partials, whole if packed is None else packed, dB, sums)
     tensors = (whole, second, third, h, B, *stored)
     g, wanted = g_partials if partial else g, (compute_g, compute_dB)

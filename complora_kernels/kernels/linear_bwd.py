@@ -281,7 +281,8 @@ def packed_lora_linear_bwd(
     prepared, da = _launch(shapes, groups, linear.dropout_p, (compute_dA, compute_dB), kind, how, cut, db.work)
     dX = launch.empty((M, K), dtype, device)
     dA = launch.empty((int(compute_dA), R, K), dtype, device)
-    da_partials = torch.empty((da.parts if compute_dA else 0, R, K), dtype=torch.float32, device=device)
+    splits = da.parts if compute_dA else 0
+    da_partials = torch.empty((splits, R, K), dtype=torch.float32, device=device) if splits else dA
     counts = da.counters * launch.cdiv(K, cut.block_out)
     counters = partials.counters(counts + db.work.counters, device)
     mean, rstd, norm_weight, norm_bias = norm or (None,) * 4

@@ -24,6 +24,7 @@ from complora_kernels import functional
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.blocks import Norm, norm_lora_linear, norm_lora_mlp
 from complora_kernels.common.changes import Changes
+from complora_kernels.common.parameters import parameter_of
 from complora_kernels.common.tracing import is_checkpointed_selectively, is_followed
 from complora_kernels.modules.extend import Extension, has_user_hooks
 from complora_kernels.modules.forward_scope import Reading, factors_in_scope, reading_of, take
@@ -212,11 +213,7 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
-    """`module.weight` and `module.bias`: `nn.Module.__getattr__`, which finds parameters, takes three times as long."""
-    own = module._parameters
-    if "weight" in own and "bias" in own:
-        return own["weight"], own["bias"]
-    return module.weight, module.bias
+    return parameter_of(module, "weight"), parameter_of(module, "bias")
 
 
 def _product(projection: Projection, names: list[str], x: Tensor, dtype: torch.dtype) -> AdaptedLinear:

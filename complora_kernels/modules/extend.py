@@ -57,9 +57,14 @@ def restore(module: nn.Module, changes: Changes) -> None:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` before `extend`, also where others have subclassed it since."""
-    extended = [cls.__bases__ for cls in type(module).__mro__]
+    return _own_class(type(module))
+
+
+@functools.lru_cache(maxsize=1024)  # each fused block asks in each forward pass
+def _own_class(cls: type[nn.Module]) -> type[nn.Module]:
+    extended = [parent.__bases__ for parent in cls.__mro__]
     own = [bases[1] for bases in extended if len(bases) == 2 and issubclass(bases[0], Extension)]
-    return own[-1] if own else type(module)
+    return own[-1] if own else cls
 
 
 def class_name(module: nn.Module) -> str:

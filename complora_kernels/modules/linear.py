@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from complora_kernels import functional
+from complora_kernels.common.parameters import parameter_of
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.extend import class_name
 from complora_kernels.modules.forward_scope import factors_in_scope
@@ -59,7 +60,7 @@ class CompLoRALinear(CompLoRALayer, nn.Linear):
 
     def factors(self, name: str = "") -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r]."""
-        return self.lora_A, self.lora_B
+        return parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
 
     def forward(
         self,

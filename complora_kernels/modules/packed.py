@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from complora_kernels import functional
+from complora_kernels.common.parameters import parameter_of
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Factors
 from complora_kernels.modules.forward_scope import factors_in_scope
@@ -25,7 +26,8 @@ class PackedLayer(CompLoRALayer):
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw factors `A` [r, in] and `B` [out, r] of one adapter."""
-        return getattr(self.lora_A, name), getattr(self.lora_B, name)  # get_parameter refuses functional_call's tensors
+        # `get_parameter` refuses the tensors of functional_call
+        return parameter_of(self.lora_A, name), parameter_of(self.lora_B, name)
 
     def _adapt(
         self, config: CompLoRAConfig, names: Collection[str] | None, rows: dict[str, WeightRows], path: str

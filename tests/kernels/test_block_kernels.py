@@ -20,7 +20,7 @@ from triton_device import DEVICE, masks_of
 from complora_kernels import set_recompute
 from complora_kernels.adapted_linear import AdaptedLinear, Needs
 from complora_kernels.backends import REGISTRY
-from complora_kernels.backends.torch import Activated, Norm, TorchBackend, activate
+from complora_kernels.backends.torch import Activated, Norm, ProductInput, TorchBackend, activate
 from complora_kernels.blocks import ACTIVATIONS, norm_lora_linear
 from complora_kernels.kernels import reductions
 
@@ -113,13 +113,13 @@ def test_rows_and_weights_of_any_strides_make_no_difference():
     def results(place: Any) -> list[Tensor]:
         weight, bias = (place(part.expand(2, K))[0] for part in (norm.weight, norm.weight + 1))
         moved = Norm(weight, bias, norm.eps)
-        stream, normed, (n, h, _) = TRITON.norm_fwd(
+        stream, normed, (n, h, *_) = TRITON.norm_fwd(
             place(x), place(dn), moved, torch.float32, reader([A], 0.25, [SEED])
         )
         dx, _ = TRITON.norm_bwd(place(dn), place(x), normed)
         affine = (normed.mean, normed.rstd, *moved[:2])
         dA = reductions.packed_lora_linear_da(place(x), g, reader([A], 0.25, [SEED]), norm=affine)
-        a, h2, _ = TRITON.activation_fwd(place(x), "gelu", reader([A], 0.25, [SEED]))
+        a, h2, *_ = TRITON.activation_fwd(place(x), "gelu", reader([A], 0.25, [SEED]))
         assert h is not None
         assert h2 is not None
         return [stream, n, h, dx, dA, a, h2, TRITON.activation_bwd(place(dn), place(x), "gelu")[0]]
@@ -137,7 +137,7 @@ def test_activations(dtype, activation, p):
     for M, K, rank in ((1, 40, 2), (37, 100, 20), (37, 70, None), (0, 32, 2)):
         z, da = randn(M, K, dtype=dtype, scale=2), randn(M, K, dtype=dtype)
         As = [] if rank is None else [randn(rank, K, dtype=dtype)]
-        a, h, _ = TRITON.activation_fwd(z, activation, reader(As, p, [SEED] if p and As else []))
+        a, h, *_ = TRITON.activation_fwd(z, activation, reader(As, p, [SEED] if p and As else []))
         exact = activate(z.double(), activation)
         expected = activate(z, activation)
         assert_accurate(a, expected, exact, "a", dtype)
@@ -198,7 +198,7 @@ def test_a_residual_is_added(residual, plan, given, monkeypatch):
 
     def call(residual: Tensor | None, save_h: bool) -> tuple[Tensor, Tensor]:
         linear = AdaptedLinear(weight, bias, [A], [B], [(0, N)], save_h=save_h, precision=precision)
-        return TRITON.packed_lora_linear_fwd(x, linear, h=x @ A.mT if given else None, residual=residual)
+        return TRITON.packed_lora_linear_fwd(ProductInput(x, x @ A.mT if given else None), linear, residual=residual)
 
     y, h = call(added, save_h=True)
     plain, no_h = call(None, save_h=False)

@@ -14,7 +14,7 @@ from triton_device import DEVICE, masks_of, next_seed
 from complora_kernels import reference
 from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs
 from complora_kernels.backends import REGISTRY, plans
-from complora_kernels.backends.torch import Norm, Normed
+from complora_kernels.backends.torch import Norm, Normed, ProductInput
 from complora_kernels.blocks import norm_lora_linear, norm_lora_mlp
 from complora_kernels.kernels import activation
 
@@ -135,9 +135,9 @@ def test_an_mlp_is_added_to_the_stream_in_place(dtype, rank, p, M, bias, with_de
     delta = randn(M, K, dtype=dtype) if with_delta else None
     with plans.override(CONCAT), torch.no_grad():
         s, saved, given = TRITON.norm_fwd(x, delta, of_norm, dtype, fc1, closing=fc2)
-        z, _ = TRITON.packed_lora_linear_fwd(given.x, fc1, h=given.h, beside=given.beside)
+        z, _ = TRITON.packed_lora_linear_fwd(given, fc1)
         closing = TRITON.activation_fwd(z, "gelu", fc2, onto=s)
-        y, h = TRITON.packed_lora_linear_fwd(closing.x, fc2, h=closing.h, beside=closing.beside, residual=s)
+        y, h = TRITON.packed_lora_linear_fwd(closing, fc2, residual=s)
     assert y.data_ptr() == s.data_ptr() != saved.x.data_ptr()
     assert torch.equal(saved.x, x if delta is None else x + delta)
     masks = masks_of(seeds[0], 1, z.shape, p) if p else None
@@ -189,7 +189,7 @@ class TestASmallUpdateIsRealised:
             activated = TRITON.activation_fwd(x, "quick_gelu", record)
             for given in (normed, activated):
                 assert given.beside is not None
-                y, _ = TRITON.packed_lora_linear_fwd(given.x, record, h=given.h, beside=given.beside)
+                y, _ = TRITON.packed_lora_linear_fwd(given, record)
                 update = (given.x.double() @ A.double().mT) @ B.double().mT
                 exact = given.x.double() @ weight.double().mT
                 assert share(y - exact, update) == pytest.approx(1, abs=self.ABS)
@@ -203,7 +203,7 @@ class TestASmallUpdateIsRealised:
         with plans.override(CONCAT):
             s, _, _ = TRITON.norm_fwd(x, None, of_norm, BF16, AdaptedLinear(weight, None), closing=record)
             given = TRITON.activation_fwd(z, "quick_gelu", record, onto=s)
-            y, _ = TRITON.packed_lora_linear_fwd(given.x, record, h=given.h, beside=given.beside, residual=s)
+            y, _ = TRITON.packed_lora_linear_fwd(given, record, residual=s)
         exact = x.double() + given.x.double() @ weight.double().mT + bias.double()
         update = (given.x.double() @ A.double().mT) @ B.double().mT
         assert share(y - exact, update) == pytest.approx(1, abs=self.ABS)
@@ -258,7 +258,7 @@ def test_each_call_takes_weight_and_factors_as_they_are():
             for rank in (2, 8, 3):
                 A, B = randn(rank, 16, dtype=BF16), randn(16, rank, dtype=BF16)
                 record = AdaptedLinear(weight, None, [A], [B], [(0, 16)])
-                y, _ = TRITON.packed_lora_linear_fwd(x, record)
+                y, _ = TRITON.packed_lora_linear_fwd(ProductInput(x), record)
                 exact = x.double() @ weight.double().mT + (x.double() @ A.double().mT) @ B.double().mT
                 plain = F.linear(x, weight) + (x @ A.mT) @ B.mT
                 assert_as_accurate_as_reference(y, plain, exact, f"y, rank {rank}, {number}", BF16)
@@ -294,8 +294,8 @@ def test_nothing_is_read_from_memory_that_was_not_written(monkeypatch):
             assert given.beside is not None
             assert given.beside.inputs.isfinite().all()
             assert given.beside.weights.isfinite().all()
-            assert TRITON.packed_lora_linear_fwd(given.x, record, h=given.h, beside=given.beside)[0].isfinite().all()
-        assert TRITON.packed_lora_linear_fwd(x, record)[0].isfinite().all()
+            assert TRITON.packed_lora_linear_fwd(given, record)[0].isfinite().all()
+        assert TRITON.packed_lora_linear_fwd(ProductInput(x), record)[0].isfinite().all()
 
 
 def test_the_terms_of_more_ranks_than_a_block_are_all_added():
