@@ -34,7 +34,11 @@ ATTENTION = {  # operations of one product of queries and keys: two products for
 }
 AGAIN = {"norm_bwd_da_kernel": ("stream_ptr",)}  # what programs of two kinds read at different times
 SMALL = 2**14  # elements: of such tensors operations are computed
-LARGE_PRODUCTS = ("packed_lora_linear_fwd", "packed_lora_linear_dx")  # kernels of a product [M, N, K]
+LARGE_PRODUCTS = (
+    "packed_lora_linear_fwd",
+    "packed_lora_linear_dx",
+    "packed_lora_linear_bwd",
+)  # kernels of a product [M, N, K]
 WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_"}  # do not read what they write
 
 

@@ -1,6 +1,7 @@
 """How long launches would take on an H200 by their operations and bytes: a model, of which nothing was measured there.
 
-    matrix products   waves of tiles over 132 multiprocessors at the rate of a large product, or their bytes
+    matrix products   waves of tiles over 132 multiprocessors at the rate of a large product, or their bytes; where
+                      ours compute the factors' gradients, too, what these read again is added to the waves
     attention         its operations at a rate of its own, or its bytes
     everything else   bytes over the rate of a large copy, each tensor once: caches save nothing, programs that read
                       again cost nothing, and instructions hide behind memory
@@ -98,8 +99,23 @@ def _computing(launch: Launch) -> float:
     columns = blocks["BLOCK_N"] if launch.kernel.endswith("fwd_kernel") else blocks["BLOCK_K"]
     inner, tile = (K if launch.kernel.endswith("fwd_kernel") else N), blocks["BLOCK_M"] * columns
     together = 1 if tile >= 128 * 256 else 2
-    waves = math.ceil(math.prod(launch.grid) / (units * together))
-    return waves * (together * 2 * tile * inner / (assumed("ours") * rate / units) + assumed("tile"))
+    programs = blocks.get("dx_programs", math.prod(launch.grid))
+    waves = math.ceil(programs / (units * together))
+    loops = waves * (together * 2 * tile * inner / (assumed("ours") * rate / units) + assumed("tile"))
+    return loops + _behind_loops(launch) / assumed("memory")
+
+
+def _behind_loops(launch: Launch) -> float:
+    """Bytes that a product of ours reads for the gradients of the factors, when its loops no longer hide them.
+
+    A tile of x for dÃ behind each tile of dX, and all of dY once more for dB̃.
+    """
+    numbers, size = launch.numbers, 2  # bytes of an element in half precision
+    if "dx_programs" not in numbers:
+        return 0.0
+    of_x = numbers["M"] * numbers["K"] if numbers["COMPUTE_DA"] else 0
+    of_dY = numbers["M"] * numbers["N"] if numbers["COMPUTE_DB"] else 0
+    return float(size * (of_x + of_dY))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ TOKENS, WIDTH = 512, 768
 # What matters most: the blocks of ViT-B/16 at rank 16, without dropout and as the default recipe has it.
 _HELD = re.compile(
     r"bfloat16 P=(1 r=16 p=0\.0|3 r=16 p=0\.25|3 r=16 p=0\.0, (pack|beside))(?!.*(own columns|copies))"
+    r"|bfloat16 P=1 r=16 p=0\.25, .*, dX, dA and dB$"
     r"|bfloat16, residual (bfloat16|float32), "
     r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.(0|25).*)?$"
     r"|bfloat16 to bfloat16, K=768, P=1 r=16 p=0\.0, (s twice, n and h|.* and dA)$"
@@ -82,7 +83,7 @@ def folds() -> Iterator[Launch]:
 
 def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: float) -> Iterator[Launch]:
     """The kernels of one adapted product and its gradients, with every tile that ships for one adapter."""
-    from complora_kernels.kernels import linear, reductions
+    from complora_kernels.kernels import linear, linear_bwd, reductions
 
     empty = partial(torch.empty, dtype=dtype)
     x, dY, h = empty(TOKENS, WIDTH), empty(TOKENS, adapters * WIDTH), empty(TOKENS, adapters * r)
@@ -102,6 +103,9 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
             if given is not None or linear.fits_inside(r, dtype, p):
                 yield Launch(f"{cut}, h {which}", fwd)
                 yield Launch(f"{cut}, g {which}", dx)
+        if adapters == 1 and linear.fits_inside(r, dtype, p):
+            bwd = partial(linear_bwd.packed_lora_linear_bwd, dY, x, h, product, tiles=tiles)
+            yield Launch(f"{cut}, dX, dA and dB", partial(bwd, compute_dA=True, compute_dB=True))
     if p == 0:
         for outputs in (("g", "dB"), ("g",), ("dB",)):
             wanted = {f"compute_{name}": name in outputs for name in ("g", "dB")}
@@ -111,8 +115,9 @@ def products(chip: int | str, dtype: torch.dtype, adapters: int, r: int, p: floa
         for name in ("partial_g", "pack", "beside"):
             db = partial(reductions.packed_lora_linear_db, apart, h, product, **both, **{name: True})
             yield Launch(f"{case}, {name}", db)
-    grads = partial(reductions.packed_lora_linear_grads, reductions.Source(x, h, product), (dY, h, product))
-    yield Launch(f"{case}, dA and dB", grads)
+    if adapters > 1:
+        grads = partial(reductions.packed_lora_linear_grads, reductions.Source(x, h, product), (dY, h, product))
+        yield Launch(f"{case}, dA and dB", grads)
 
 
 def beside(product: AdaptedLinear, dtype: torch.dtype, *, with_bias: bool = False) -> Beside:
@@ -129,7 +134,7 @@ def label_of(tiles: Sequence[int]) -> str:
 
 def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
     """Sizes that no tile divides; one is a constant to Triton."""
-    from complora_kernels.kernels import linear, reductions
+    from complora_kernels.kernels import linear, linear_bwd, reductions
 
     x, h = torch.empty(size, size, dtype=dtype), torch.empty(size, 1, dtype=dtype)
     case = f"{dtype} all sizes {size}, r=1"
@@ -140,6 +145,8 @@ def unfriendly(dtype: torch.dtype, size: int) -> Iterator[Launch]:
         for given in (h, None):
             yield Launch(case, partial(linear.packed_lora_linear_fwd, x, product, given))
             yield Launch(case, partial(linear.packed_lora_linear_dx, x, product, given))
+        bwd = partial(linear_bwd.packed_lora_linear_bwd, x, x, h, product, compute_dA=True, compute_dB=True)
+        yield Launch(case, bwd)
     product = adapted(x, 1, 1, 0.0)
     yield Launch(case, partial(reductions.packed_lora_linear_db, x, h, product, compute_g=True, compute_dB=True))
 
@@ -156,7 +163,7 @@ def adapted(weight: Tensor, adapters: int, r: int, p: float, bias: Tensor | None
 
 def norms() -> Iterator[Launch]:
     """LayerNorms of a block at the widths of CLIP towers, and the gradients of the factors behind them."""
-    from complora_kernels.kernels import norm, norm_bwd, norm_bwd_da, reductions
+    from complora_kernels.kernels import linear, linear_bwd, norm, norm_bwd, norm_bwd_da, reductions
 
     bf16 = torch.bfloat16
     streams = ((bf16, bf16), (torch.float32, bf16), (torch.float32, torch.float32))
@@ -193,11 +200,15 @@ def norms() -> Iterator[Launch]:
                 yield Launch(f"{product}, second term and dA", both)
             da = partial(reductions.packed_lora_linear_da, x, g, reader, norm=saved)
             yield Launch(f"{product}, normed", da)
+            if adapters == 1 and linear.fits_inside(r, dtype, p):
+                wanted = {"compute_dA": True, "compute_dB": True, "norm": saved}
+                bwd = partial(linear_bwd.packed_lora_linear_bwd, torch.empty_like(n), x, g, reader, **wanted)
+                yield Launch(f"{product}, dX, dA and dB, normed", bwd)
 
 
 def activations() -> Iterator[Launch]:
     """The activations of an MLP, and the gradients of the factors behind them."""
-    from complora_kernels.kernels import activation, reductions
+    from complora_kernels.kernels import activation, linear, linear_bwd, reductions
 
     kinds = itertools.product((torch.bfloat16, torch.float32), activation.KINDS, (4 * WIDTH, 137))
     for dtype, kind, width in kinds:
@@ -218,10 +229,11 @@ def activations() -> Iterator[Launch]:
             yield Launch(f"{case}, r={r} p={p}, second term", bwd)
             da = partial(reductions.packed_lora_linear_da, z, g, reader, activation=kind)
             yield Launch(f"{case}, r={r} p={p}", da)
-            closing = adapted(torch.empty(WIDTH, width, dtype=dtype), 1, r, p)
-            dY, h = torch.empty(TOKENS, WIDTH, dtype=dtype), torch.empty(TOKENS, r, dtype=dtype)
-            source = reductions.Source(z, g, reader, activation=kind)
-            yield Launch(f"{case}, r={r} p={p}", partial(reductions.packed_lora_linear_grads, source, (dY, h, closing)))
+            if linear.fits_inside(r, dtype, p):
+                closing = adapted(torch.empty(WIDTH, width, dtype=dtype), 1, r, p)
+                dY, wanted = torch.empty(TOKENS, WIDTH, dtype=dtype), {"compute_dA": True, "compute_dB": True}
+                bwd = partial(linear_bwd.packed_lora_linear_bwd, dY, z, g, closing, activation=kind, **wanted)
+                yield Launch(f"{case}, r={r} p={p}", bwd)
 
 
 def residuals(chip: int | str) -> Iterator[Launch]:

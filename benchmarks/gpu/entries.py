@@ -34,7 +34,7 @@ def entries(bench: Bench) -> list[Entry]:
         *(Entry(f"check product {layer}", 3, partial(checks.products, layer=layer)) for layer in LAYERS),
         *(
             Entry(f"check product {layer}, dropout", 5, partial(checks.products, layer=layer, dropout_p=DROPOUT))
-            for layer in ("qkv", "fc2")
+            for layer in ("qkv", "o", "fc2")
         ),
         *(
             Entry(f"check product qkv by {plan}", 3, partial(checks.products, layer="qkv", plan=plan))

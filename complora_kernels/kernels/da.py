@@ -200,10 +200,6 @@ def packed_lora_linear_da_kernel(
     for m0 in range(0, rows_of_split, BLOCK_M):
         rows = first + m0 + tl.arange(0, BLOCK_M)
         row_mask = (rows < M)[:, None]
-        g_ptrs = g_ptr + rows[:, None] * stride_gm + pr[None, :]
-        g = tl.load(g_ptrs, mask=row_mask & (r < RANK)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        if UPCAST:
-            g = g.to(tl.float32)
         x = input_of_product(
             x_ptr,
             rows,
@@ -229,6 +225,10 @@ def packed_lora_linear_da_kernel(
             BLOCK_M,
             BLOCK_K,
         )
+        g_ptrs = g_ptr + rows[:, None] * stride_gm + pr[None, :]
+        g = tl.load(g_ptrs, mask=row_mask & (r < RANK)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        if UPCAST:
+            g = g.to(tl.float32)
         dA = tl.dot(tl.trans(x), g, dA, input_precision=PRECISION)  # (mask ∘ x)^T g
     of_adapter = adapter.to(tl.int64) * RANK * K
     sum_when_last(

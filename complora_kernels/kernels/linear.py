@@ -8,6 +8,7 @@ takes its adapter. `ADAPTER_OF_GROUP` holds the adapter of each group, four bits
 [M, P r], adapter by adapter.
 
 The kernel of h stands here, that of y in `linear_fwd`, that of dX in `linear_dx`; this file has the names of all three.
+`linear_bwd` computes dX and the gradients of the factors of one adapter in one launch.
 """
 
 # A launch takes more than its kernel's arguments, and a kernel's names are bound where a constexpr says so.

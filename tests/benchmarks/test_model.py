@@ -122,6 +122,11 @@ def test_a_product_takes_whole_waves_of_tiles():
     assert roofline.seconds(ours) == pytest.approx(loop + roofline.assumed("tile") + between)
     waves = roofline.seconds(replace(ours, grid=(133, 1, 1))) - between
     assert waves == pytest.approx(2 * (roofline.seconds(ours) - between))
+    numbers = {**ours.numbers, "BLOCK_K": 256, "dx_programs": 132, "COMPUTE_DA": True, "COMPUTE_DB": True}
+    backward = replace(ours, kernel="packed_lora_linear_bwd_kernel", grid=(400, 1, 1), numbers=numbers)
+    loop = 2.0 * 132 * 128 * 256 * 3072 / (roofline.assumed("ours") * rate)
+    again = 2 * 1408 * (K + 3072) / roofline.assumed("memory")  # x and dY
+    assert roofline.seconds(backward) == pytest.approx(loop + roofline.assumed("tile") + again + between)
 
 
 def test_what_is_no_product_takes_the_time_of_its_bytes():

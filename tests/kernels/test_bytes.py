@@ -27,6 +27,7 @@ from complora_kernels.kernels import (
     db,
     factors,
     linear,
+    linear_bwd,
     norm,
     norm_bwd,
     norm_bwd_da,
@@ -112,6 +113,7 @@ CHUNKS = tiles(P * R, 16)  # float32 kernels take so many ranks at a time
 DB_SPLITS, DA_SPLITS, DZ_SPLITS = (
     partials.split_rows(T, tiles(T, kernel.ROWS_PER_SPLIT), TILE).number for kernel in (db, da, activation)
 )
+DX_SPLITS = partials.split_rows(T, tiles(T), TILE).parts  # and groups of them
 SHARED = tiles(K, 2 * TILE)  # programs that share the columns of an adapter
 
 NORM = {"x, delta, s, n": 4 * M * K, "w, b": 2 * K, "A": P * R * K, "mean, rstd": 2 * M, "h": M * P * R}
@@ -236,6 +238,20 @@ CASES = {
         partial(linear.packed_lora_linear_dx, empty(M, N), qkv, None),
         DX | {"B": N * R},
         DX_AGAIN | {"B": tiles(M) * tiles(K)},
+    ),
+    "packed_lora_linear_bwd": Case(
+        partial(
+            linear_bwd.packed_lora_linear_bwd,
+            *(empty(T, K), empty(T, HIDDEN), empty(T, R), fc2),
+            compute_dA=True,
+            compute_dB=True,
+            norm=(empty(T), empty(T), empty(HIDDEN), empty(HIDDEN)),
+        ),
+        {"dY": T * K, "W": K * HIDDEN, "A": R * HIDDEN, "B": K * R, "dX": T * HIDDEN}
+        | {"x": T * HIDDEN, "mean, rstd": 2 * T, "w, b": 2 * HIDDEN, "dA": R * HIDDEN, "h": T * R, "dB": K * R}
+        | {"sums of dA": split_sums(DX_SPLITS, R * HIDDEN), "sums of dB": split_sums(DB_SPLITS, K * R)},
+        {"dY": tiles(HIDDEN) + 1, "W": tiles(T), "A": tiles(T), "B": tiles(T) * tiles(HIDDEN)}
+        | {"mean, rstd": tiles(HIDDEN), "w, b": tiles(T), "h": SHARED},
     ),
     "packed_lora_linear_db": Case(
         partial(reductions.packed_lora_linear_db, empty(T, N), empty(T, P * R), qkv, compute_g=True, compute_dB=True),
