@@ -224,8 +224,9 @@ def test_any_subset_of_gradients_is_the_same(plan, dropout_p):
             torch.manual_seed(1)
             some = ours(layer, wanted, dropout_p=dropout_p)
             assert some.keys() == {"y", *(f"d{name}" for name in wanted)}
-            for name, tensor in some.items():  # g inside is summed in another order than in a pass of its own
-                allowed = 2**-8 * every[name].norm() if plan == INSIDE else 0
+            # g inside is summed in another order than in a pass of its own; the interpreter does not round it there.
+            for name, tensor in some.items():
+                allowed = 2**-7 * every[name].norm() if plan == INSIDE else 0
                 assert (tensor - every[name]).norm() <= allowed, name
 
 
