@@ -11,6 +11,7 @@ AdamW one for every 36 tensors).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -230,15 +231,11 @@ class UncompiledKernel:
 
     def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
         """The launcher: after the grid stream, function, metadata and hooks, then the kernel's arguments."""
-        self._launch((x, y, z), arguments[6:])
+        for launched in LAUNCHED:
+            launched(self.name, self.src.fn.arg_names, (x, y, z), arguments[6:])
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        grid = (*grid, 1, 1)[:3]
-        return lambda *arguments: self._launch(grid, arguments)
-
-    def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        for launched in LAUNCHED:
-            launched(self.name, self.src.fn.arg_names, grid, arguments)
+        return functools.partial(self.run, *(*grid, 1, 1)[:3], *[None] * 6)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def norm_lora_linear(
     where kernels read them as they come. `precision` None is that of
     each record, whose seeds and `save_h` are not read: new ones are drawn. The products run in autocast's dtype
     where that is on, else in that of x; LayerNorm in float32, or float64 when x is. Of the activations s, mean,
-    rstd [M] and h [M, r] are saved. Without delta the first result is a view of x: it is not to be written to.
+    rstd [M] and h [M, r] are saved. The results are views, of x without delta: they are not to be written to.
 
     Raises:
         ValueError: as `packed_lora_linear`; a norm that does not fit or requires a gradient.
@@ -68,15 +68,9 @@ def norm_lora_linear(
         return pairs[0][0], *_unbound([y for _, y in pairs], heads)
     tensors = itertools.chain.from_iterable(linear.tensors() for linear in records)
     parts = [linear.without_tensors() for linear in records]
-    apart = [P for P, _ in heads] if heads and REGISTRY[name].reads_parts else [1] * len(records)
-    stream, *ys = NormLoRALinearFunction.apply(*_flat(x, delta), norm, parts, apart, dtype, name, *tensors)
-    batch = x.shape[:-1]
-    if heads is not None and len(ys) > len(records):
-        numbers = [H for P, H in heads for _ in range(P)]
-        ys = [y.view(*batch, H, y.shape[1] // H) for y, H in zip(ys, numbers, strict=True)]
-    else:
-        ys = _unbound([y.view(*batch, y.shape[1]) for y in ys], heads)
-    return stream.view(x.shape), *ys
+    apart = heads if heads is not None and REGISTRY[name].reads_parts else [(1, 0)] * len(records)
+    stream, *ys = NormLoRALinearFunction.apply(x, delta, norm, parts, apart, dtype, name, *tensors)
+    return stream, *(ys if apart is heads else _unbound(ys, heads))
 
 
 def norm_lora_mlp(
@@ -109,7 +103,7 @@ def norm_lora_mlp(
         return stream + reference.activation_lora_linear(z, activation, fc2, dropout_masks=fresh_masks(z, fc2))
     records = (fc1.without_tensors(), fc2.without_tensors())
     tensors = (*fc1.tensors(), *fc2.tensors())
-    y, _ = NormLoRAMLPFunction.apply(*_flat(x, delta), norm, *records, activation, recompute, dtype, name, *tensors)
+    y, _ = NormLoRAMLPFunction.apply(x, delta, norm, *records, activation, recompute, dtype, name, *tensors)
     return y.view(x.shape)
 
 
@@ -123,35 +117,40 @@ class NormLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # [M, K]
-        delta: Tensor | None,  # [M, K]
+        x: Tensor,  # [..., K]
+        delta: Tensor | None,  # [..., K]
         norm: Norm,
         linears: Sequence[AdaptedLinear],
-        parts: Sequence[int],  # of each product: its columns are so many results [M, D]
+        parts: Sequence[tuple[int, int]],  # of each product P, H: its columns are P results [..., H, D], or [..., D]
         dtype: torch.dtype,
         backend: str,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         run, wholes = REGISTRY[backend], _with_tensors(linears, tensors)
         with without_autocast(x):
-            stream, normed, given = run.norm_fwd(x, delta, norm, dtype, wholes[0])
+            stream, normed, given = run.norm_fwd(*_flat(x, delta), norm, dtype, wholes[0])
             others = (_linear_fwd(run, ProductInput(given.x), whole) for whole in wholes[1:])
             products = [_linear_fwd(run, given, wholes[0]), *others]
-        kept = itertools.chain.from_iterable(whole._replace(bias=None).tensors() for whole in wholes)
-        ctx.save_for_backward(*_pack(normed), *(h for _, h in products), *kept)
+        kept = itertools.chain.from_iterable([whole._replace(bias=None).tensors() for whole in wholes])
+        stream = stream.view(x.shape)
+        ctx.save_for_backward(*_pack(normed, x if delta is None else stream), *[h for _, h in products], *kept)
         ctx.eps, ctx.dtype, ctx.linears, ctx.parts, ctx.backend = norm.eps, dtype, linears, parts, backend
         ctx.set_materialize_grads(False)
-        stream = x.view_as(x) if delta is None else stream
         if not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(stream)  # the first adapted block: below it no gradient is asked for
-        cut = (y.chunk(part, 1) if part > 1 else [y] for (y, _), part in zip(products, parts, strict=True))
-        return stream, *itertools.chain.from_iterable(cut)
+        ys, batch = [], x.shape[:-1]
+        for (y, _), (P, H) in zip(products, parts, strict=True):
+            D = y.shape[1] // P
+            shape = (*batch, H, D // H) if H else (*batch, D)
+            ys += [part.view(shape) for part in (y.chunk(P, 1) if P > 1 else [y])]
+        return stream, *ys
 
     @staticmethod
     def backward(ctx: Any, d_stream: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        dYs = _put_together(grads, ctx.parts)
-        saved, needed, first = ctx.saved_tensors, ctx.needs_input_grad, 5 + len(dYs)
+        saved, needed, first = ctx.saved_tensors, ctx.needs_input_grad, 5 + len(ctx.parts)
         normed, hs, linears = _unpack(saved[:5], ctx.eps, ctx.dtype), saved[5:first], ctx.linears
+        dYs, shape = _put_together(grads, ctx.parts, normed.x.shape[0]), saved[0].shape
+        d_stream = None if d_stream is None else flatten(d_stream)
         needs_stream, run = any(needed[:2]), backend_of_backward(ctx.backend)
         dn, dx, d_A, owns, remaining = None, d_stream, None, [], iter(needed[7:])
         with without_autocast(normed.x):
@@ -169,6 +168,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
                 dx, d_A = run.norm_bwd(dn, None if d_stream is None else d_stream.resolve_neg(), normed)
         whole = (own if own.x is not dn or d_A is None else own._replace(As=d_A) for own in owns)
         d_tensors = itertools.chain.from_iterable(map(AdaptedLinear.gradients, linears, whole))
+        dx = None if dx is None else dx.view(shape)
         return dx, dx if needed[1] else None, *[None] * 5, *d_tensors
 
 
@@ -184,8 +184,8 @@ class NormLoRAMLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,  # [M, K]
-        delta: Tensor | None,  # [M, K]
+        x: Tensor,  # [..., K]
+        delta: Tensor | None,  # [..., K]
         norm: Norm,
         fc1: AdaptedLinear,
         fc2: AdaptedLinear,
@@ -200,13 +200,15 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         whole1, whole2 = fc1.with_tensors(tensors[:end1]), fc2.with_tensors(tensors[end1:])
         whole1 = whole1._replace(save_h=whole1.save_h or recompute)
         with without_autocast(x):
-            residual, normed, given = run.norm_fwd(x, delta, norm, dtype, whole1, closing=whole2)
+            residual, normed, given = run.norm_fwd(*_flat(x, delta), norm, dtype, whole1, closing=whole2)
             z, h1 = _linear_fwd(run, given, whole1)
             onto = None if residual is normed.x else residual  # s in memory of its own, which y takes
             y, h2 = _linear_fwd(run, run.activation_fwd(z, activation, whole2, onto=onto), whole2, residual=residual)
         if recompute:
             z = z.new_empty(0)
-        ctx.save_for_backward(*_pack(normed), z, h1, h2, *whole1.tensors(), *whole2._replace(bias=None).tensors())
+        kept = (*whole1.tensors(), *whole2._replace(bias=None).tensors())
+        ctx.save_for_backward(*_pack(normed, x if delta is None else normed.x), z, h1, h2, *kept)
+        ctx.shape = x.shape
         ctx.eps, ctx.dtype, ctx.activation, ctx.recompute = norm.eps, dtype, activation, recompute
         ctx.fc1, ctx.fc2, ctx.backend = fc1, fc2, backend
         ctx.set_materialize_grads(False)
@@ -223,7 +225,8 @@ class NormLoRAMLPFunction(torch.autograd.Function):
         fc1, fc2 = ctx.fc1.with_tensors(tensors[:end1]), ctx.fc2.with_tensors(tensors[end1:])
         needs_stream, needs1, needs2 = any(needed[:2]), needed[9 : 9 + end1], needed[9 + end1 :]
         if dY is None:
-            return d_stream, d_stream if needed[1] else None, *[None] * (7 + len(tensors))
+            dx = None if d_stream is None else d_stream.view(ctx.shape)
+            return dx, dx if needed[1] else None, *[None] * (7 + len(tensors))
         run, dx, d_fc1 = backend_of_backward(ctx.backend), None, [None] * end1
         dY = dY.resolve_neg()  # kernels read memory
         with without_autocast(dY):
@@ -243,6 +246,7 @@ class NormLoRAMLPFunction(torch.autograd.Function):
                     dx, d_A = run.norm_bwd(grads1.x, d_stream, normed)
                     grads1 = grads1 if d_A is None else grads1._replace(As=d_A)
                 d_fc1 = fc1.gradients(grads1)
+        dx = None if dx is None else dx.view(ctx.shape)
         return dx, dx if needed[1] else None, *[None] * 7, *d_fc1, *fc2.gradients(grads2)
 
 
@@ -297,18 +301,21 @@ def _unbound(
 
 
 def _put_together(
-    grads: Sequence[Tensor | None],
-    parts: Sequence[int],
+    grads: Sequence[Tensor | None],  # each [..., H, D], or [..., D]
+    parts: Sequence[tuple[int, int]],  # P, H of each product
+    M: int,
 ) -> list[Any]:
-    """The gradient of each product, as one tensor or as its parts; None where nothing was computed from it."""
+    """The gradient of each product, as one tensor [M, D] or as its parts; None where nothing was computed from it."""
     remaining, dYs = iter(grads), []
-    for part in parts:
-        own = list(itertools.islice(remaining, part))
+    for P, H in parts:
+        own = list(itertools.islice(remaining, P))
         known = next((grad for grad in own if grad is not None), None)
-        if part == 1 or known is None:
-            dYs.append(known)
-        else:
-            dYs.append([torch.zeros_like(known) if grad is None else grad for grad in own])
+        if known is None:
+            dYs.append(None)
+            continue
+        shape = (M, known.shape[-1] * max(H, 1))
+        whole = [known.new_zeros(shape) if grad is None else grad.reshape(shape) for grad in own]
+        dYs.append(whole if P > 1 else whole[0])
     return dYs
 
 
@@ -318,13 +325,14 @@ def _with_tensors(linears: Sequence[AdaptedLinear], tensors: Sequence[Any]) -> l
     return [linear.with_tensors(list(itertools.islice(remaining, len(linear.tensors())))) for linear in linears]
 
 
-def _pack(normed: Normed) -> tuple[Tensor | None, ...]:
-    return normed.x, normed.mean, normed.rstd, normed.norm.weight, normed.norm.bias
+def _pack(normed: Normed, x: Tensor) -> tuple[Tensor | None, ...]:
+    """What is saved of a norm; `x` is what it read as autograd knows it, an argument or a result, of any shape."""
+    return x, normed.mean, normed.rstd, normed.norm.weight, normed.norm.bias
 
 
 def _unpack(saved: Sequence[Any], eps: float, dtype: torch.dtype) -> Normed:
     x, mean, rstd, weight, bias = saved
-    return Normed(x, mean, rstd, Norm(weight, bias, eps), dtype)
+    return Normed(flatten(x), mean, rstd, Norm(weight, bias, eps), dtype)
 
 
 def _prepare(

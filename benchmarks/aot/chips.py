@@ -64,6 +64,7 @@ class ChipDriver:
 
     def __init__(self, chip: int | str) -> None:
         self.chip = BY_NAME[str(chip)]
+        self.index = list(BY_NAME).index(str(self.chip.arch))
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -71,7 +72,7 @@ class ChipDriver:
         return GPUTarget(self.chip.backend, self.chip.arch, self.chip.warp_size)
 
     def get_current_device(self) -> int:
-        return list(BY_NAME).index(str(self.chip.arch))  # Triton keeps what it compiled by device
+        return self.index  # Triton keeps what it compiled by device
 
     def get_current_stream(self, _device: int) -> int:
         return 0

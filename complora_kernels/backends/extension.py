@@ -15,7 +15,7 @@ from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear, Needs, ProductGrads
 from complora_kernels.backends import build, plans
-from complora_kernels.backends.support import split_like, unsupported_heights, unsupported_ranks, unsupported_tensors
+from complora_kernels.backends.support import unsupported_heights, unsupported_ranks, unsupported_tensors
 from complora_kernels.backends.torch import (
     Source,
     TorchBackend,
@@ -23,6 +23,7 @@ from complora_kernels.backends.torch import (
     input_of,
     sum_dtype,
 )
+from complora_kernels.common.shapes import split_like
 
 
 class ExtensionBackend(TorchBackend):

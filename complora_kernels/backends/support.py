@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 
 from complora_kernels.adapted_linear import AdaptedLinear
 
@@ -57,12 +56,3 @@ def unsupported_heights(linear: AdaptedLinear) -> str | None:
     if len(set(heights)) > 1:
         return f"rows={list(linear.rows)} are of heights {heights}, the kernels support equal ones"
     return None
-
-
-def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of a flat tensor, one after the other, in the shapes of these tensors."""
-    sizes = [tensor.numel() for tensor in like]
-    if 0 in sizes:
-        parts = flat.split_with_sizes(sizes)
-        return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-    return list(_unflatten_dense_tensors(flat, like))  # as above, in one call

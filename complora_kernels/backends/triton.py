@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from complora_kernels.adapted_linear import AdaptedLinear, Deferred, Needs, ProductGrads
 from complora_kernels.backends import hardware, plans
-from complora_kernels.backends.support import split_like, unsupported_ranks, unsupported_tensors
+from complora_kernels.backends.support import unsupported_ranks, unsupported_tensors
 from complora_kernels.backends.torch import (
     Activated,
     Norm,
@@ -32,7 +32,7 @@ from complora_kernels.backends.torch import (
     input_grad,
     whole_gradient,
 )
-from complora_kernels.common.shapes import check_device, flatten, unflatten
+from complora_kernels.common.shapes import check_device, flatten, split_like, unflatten
 from complora_kernels.common.tracing import PLAIN, is_dispatched
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH, groups_of
 
@@ -147,10 +147,10 @@ class TritonBackend:
         scaling: float,
         dtypes: Sequence[torch.dtype],  # all the same
     ) -> list[Tensor]:  # parts of one tensor, in the shapes of the factors
-        complement = [kind == "complement" for kind in kinds]
+        given = (bases, [kind == "complement" for kind in kinds], output_side, scaling, dtypes[0])
         registered = _is_registered(*factors, *bases)
         fold = torch.ops.complora_triton.fold_factors if registered else kernels().factors.fold_factors
-        return split_like(fold(factors, bases, complement, output_side, scaling, dtypes[0]), factors)
+        return split_like(fold(factors, *given), factors)
 
     def fold_factors_bwd(
         self,
@@ -162,8 +162,11 @@ class TritonBackend:
         dtypes: Sequence[torch.dtype],
     ) -> list[Tensor]:
         # Factors and bases stay where they are and gradients do not: gathered, they too lie at known distances.
-        gathered = split_like(_flatten_dense_tensors(factors), factors)
-        return self.fold_factors(gathered, bases, kinds, output_side, scaling, dtypes)
+        flat = _flatten_dense_tensors(factors)
+        if _is_registered(flat, *bases):
+            return self.fold_factors(split_like(flat, factors), bases, kinds, output_side, scaling, dtypes)
+        given = (bases, [kind == "complement" for kind in kinds], output_side, scaling, dtypes[0])
+        return split_like(kernels().factors.fold_factors(factors, *given, flat=flat), factors)
 
     def packed_lora_linear_fwd(
         self,

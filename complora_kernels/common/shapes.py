@@ -1,4 +1,4 @@
-"""Batches of any number of dimensions as matrices, and back; and whether tensors lie on one device."""
+"""Batches of any number of dimensions as matrices, and back, parts of a flat tensor, and whether devices are one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 
 def flatten(
@@ -22,6 +23,15 @@ def flatten(
 def unflatten(result: Tensor, shape: Sequence[int]) -> Tensor:
     """`result.view(shape)`, but no view to autograd, which forbids writing to one that a custom Function returns."""
     return torch.ops.aten._unsafe_view(result, list(shape))
+
+
+def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a flat tensor, one after the other, in the shapes of these tensors."""
+    sizes = [tensor.numel() for tensor in like]
+    if 0 in sizes:
+        parts = flat.split_with_sizes(sizes)
+        return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    return list(_unflatten_dense_tensors(flat, like))  # as above, in one call
 
 
 def check_device(first: Tensor, *others: Tensor | None) -> None:

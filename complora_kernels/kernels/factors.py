@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from complora_kernels.adapted_linear import AdaptedLinear
+from complora_kernels.common.shapes import split_like
 from complora_kernels.kernels import launch
 from complora_kernels.kernels.fold_programs import (
     ALONG_D,
@@ -305,17 +306,22 @@ def fold_factors(
     output_side: Sequence[bool],
     scaling: float,
     dtype: torch.dtype,
+    *,
+    flat: Tensor | None = None,  # [Σ r d]
 ) -> Tensor:  # [Σ r d]: the results one after the other, each contiguous in the shape of its factor
     """`A P_in` and, of the output side, `scaling · P_out B`, of all layers in two launches.
+
+    With `flat` the values are those in it, one factor after the other, and of the factors the shapes alone count.
 
     Raises:
         ValueError: a basis or a factor does not fit.
         RuntimeError: a CUDA graph is being captured, and these factors and bases were not folded before.
     """
     bases = [basis if basis is None or basis.stride(-1) == 1 else basis.contiguous() for basis in bases]
-    first_factor, device = factors[0], factors[0].device
+    first_factor = factors[0] if flat is None else flat
+    device = first_factor.device
     first_basis = next((basis for basis in bases if basis is not None), first_factor)
-    layout = _layout_of(factors, bases, complement, output_side, first_factor, first_basis)
+    layout = _layout_of(factors, bases, complement, output_side, flat, first_factor, first_basis)
     out = launch.empty((layout.size,), dtype, device)
     if layout.size == 0:
         return launch.rounded(out, dtype)
@@ -376,18 +382,22 @@ def _layout_of(
     bases: Sequence[Tensor | None],
     complement: Sequence[bool],
     output_side: Sequence[bool],
+    flat: Tensor | None,
     first_factor: Tensor,
     first_basis: Tensor,
 ) -> _Layout:
     from_factor, from_basis = first_factor.data_ptr(), first_basis.data_ptr()
     key = (
         (first_factor.dtype, from_factor % 16, from_basis % 16, *complement, *output_side),
-        tuple([((own := f.data_ptr()) - from_factor, own > 0, f.shape, f.stride()) for f in factors]),
+        tuple([f.shape for f in factors])
+        if flat is not None
+        else tuple([((own := f.data_ptr()) - from_factor, own > 0, f.shape, f.stride()) for f in factors]),
         tuple([b if b is None else (b.data_ptr() - from_basis, b.dtype, b.shape, b.stride()) for b in bases]),
     )
     if (layout := LAYOUTS.get(key)) is not None:
         return layout
-    jobs, size = _jobs(factors, bases, complement, output_side, first_factor, first_basis)
+    placed = factors if flat is None else split_like(flat, factors)
+    jobs, size = _jobs(placed, bases, complement, output_side, first_factor, first_basis)
     aligned = from_basis % 16 == 0 and all(job.basis % 4 == job.basis_stride_d % 4 == job.k % 4 == 0 for job in jobs)
     width = 16 // first_factor.element_size()
     while width > 1 and not (from_factor % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):

@@ -24,7 +24,11 @@ PLANS = {
     "merge": (Plan("merge"), FLOAT),
     "addmm": (Plan("addmm"), FLOAT),
 }
-APART = {HALF: 0.1, torch.float16: 0.1, FLOAT: 1e-4}  # of the norm, two layers deep; what is old is apart by more than half
+APART = {
+    HALF: 0.1,
+    torch.float16: 0.1,
+    FLOAT: 1e-4,
+}  # of the norm, two layers deep; what is old is apart by more than half
 
 
 def frozen_modules(model: nn.Module) -> list[Any]:
@@ -56,7 +60,7 @@ def cast(model: Any) -> None:
 
 
 def moved(model: Any) -> None:
-    """As to another device and back: the same parameters and buffers in other memory, where the old one is overwritten."""
+    """As to another device and back: parameters and buffers in other memory, and the old one is overwritten."""
     for tensor in (*model.parameters(), *model.buffers()):
         old = tensor.data
         tensor.data = old.clone()
@@ -109,7 +113,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 def features_and_gradients(model: Any, images: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     monkeypatch.setenv("COMPLORA_BACKEND", backend)
     model.zero_grad()
-    batch = torch.randn(images, 3, 16, 16, generator=torch.Generator().manual_seed(3)).to(DEVICE, model.visual.proj.dtype)
+    batch = torch.randn(images, 3, 16, 16, generator=torch.Generator().manual_seed(3)).to(
+        DEVICE, model.visual.proj.dtype
+    )
     features: Tensor = model.encode_image(batch)
     if features.requires_grad:
         features.float().square().sum().backward()
