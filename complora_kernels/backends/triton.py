@@ -313,7 +313,8 @@ def _beside(
 
 def _lies_beside(shape: Sequence[int], dtype: torch.dtype, reader: AdaptedLinear, plan: plans.Plan) -> bool:
     """Whether h can be written in the rows of the product's input, and its plan wants it there."""
-    return plan.name == "concat" and dtype.itemsize == 2 and shape[1] % 8 == 0 and reader.weight.shape[1] == shape[1]
+    fits = dtype.itemsize == 2 and shape[1] % 8 == 0 and reader.weight.shape[1:] == shape[1:]
+    return fits and plan.name == "concat"
 
 
 def _adds_in_place(

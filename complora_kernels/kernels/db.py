@@ -291,7 +291,7 @@ def db_job(
     if len(parts) > 1:
         parts = [launch.contiguous_rows(part) for part in parts]
     whole, second, third = parts[0], parts[1 % len(parts)], parts[2 % len(parts)]
-    M, D, (P, R) = whole.shape[0], groups.size, launch.adapters_of(linear)
+    M, D, P, R = whole.shape[0], groups.size, len(linear.rows), B.shape[-1]
     N, dtype, device = linear.weight.shape[0], whole.dtype, whole.device
     pack, compute_g = pack or beside, compute_g or beside
     tiles = tiles_for(D, R, dtype, device, compute_g=compute_g, narrow=narrow, columns=columns)

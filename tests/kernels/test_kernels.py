@@ -254,7 +254,7 @@ def test_nothing_is_written_beside_the_results(dtype, p, monkeypatch):
     factors.merge_weight(of.linear, dtype)
     bases = [None, random_basis(37, 5).to(DEVICE)]
     factors.fold_factors([of.A[0], of.B[0]], bases, [False] * 2, [False, True], 1.0, dtype)
-    assert len(around) >= 2 * 12
+    assert len(around) >= 2 * 11
     assert all((fence == 7).all() for fence in around)
 
 
@@ -377,7 +377,7 @@ def test_stacked_copies_only_what_does_not_lie_side_by_side():
     assert torch.equal(stacked, torch.stack(parts[1:]))
     assert stacked.data_ptr() == parts[1].data_ptr()
     alone = launch.stacked([parts[2]])
-    assert (alone.shape, alone.data_ptr()) == ((1, 2, 3), parts[2].data_ptr())
+    assert alone is parts[2]
     for others in (parts[::-1], parts[::2], [parts[0], parts[0]], [randn(2, 3), randn(2, 3)], [p.T for p in parts]):
         stacked = launch.stacked(others)
         assert torch.equal(stacked, torch.stack(others))
@@ -385,7 +385,7 @@ def test_stacked_copies_only_what_does_not_lie_side_by_side():
         assert stacked.data_ptr() != others[0].data_ptr()
     transposed = launch.stacked([parts[0].T])
     assert transposed.is_contiguous()
-    assert torch.equal(transposed[0], parts[0].T)
+    assert torch.equal(transposed, parts[0].T)
 
 
 def test_tf32_only_where_torch_allows_it():
