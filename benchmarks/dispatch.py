@@ -299,13 +299,13 @@ def following(chip: int = 90) -> Iterator[Follower]:
 
     follower, fold = Follower(), factors.fold_factors
 
-    def fold_factors(tensors: Any, bases: Any, *others: Any) -> Tensor:
+    def fold_factors(tensors: Any, bases: Any, *others: Any, flat: Tensor | None = None) -> Tensor:
         # A table says where factors and bases lie: the kernel is given the first of each.
         out = sum(tensor.numel() for tensor in tensors) * others[-1].itemsize
-        given = [*tensors, *(basis for basis in bases if basis is not None)]
+        given = [*(tensors if flat is None else [flat]), *(basis for basis in bases if basis is not None)]
         follower.least_bytes = (*memories(given), Memory(0, out))
         try:
-            return fold(tensors, bases, *others)
+            return fold(tensors, bases, *others, flat=flat)
         finally:
             follower.least_bytes = None
 
