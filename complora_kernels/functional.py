@@ -260,7 +260,7 @@ def for_backend(x: Tensor, linear: AdaptedLinear, dtype: torch.dtype, backend: s
     h is saved where B̃ gets a gradient. A backend gets `columns` for the rows of x one after the other.
     """
     weight, bias, As, Bs, rows, dropout_p, _, _, precision, columns = linear
-    if any(A.dtype != dtype or B.dtype != dtype for A, B in zip(As, Bs, strict=True)):
+    if [factor for factor in (*As, *Bs) if factor.dtype != dtype]:
         As, Bs = [A.to(dtype) for A in As], [B.to(dtype) for B in Bs]
     seeds = [] if backend == REFERENCE else dropout.draw_seeds(x, linear, philox=REGISTRY[backend].philox)
     save_h = torch.is_grad_enabled() and any(B.requires_grad for B in Bs)

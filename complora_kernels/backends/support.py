@@ -46,6 +46,8 @@ def unsupported_tensors(
 
 def unsupported_ranks(linear: AdaptedLinear) -> str | None:
     """Why kernels do not support the adapters of one product: they need equal ranks."""
+    if len(linear.rows) == 1:
+        return None
     ranks = [A.shape[0] for A in linear.As]
     return f"the adapters have ranks {ranks}, the kernels support equal ones" if len(set(ranks)) > 1 else None
 

@@ -453,11 +453,10 @@ def _linear_bwd(
 
 
 def _product_grads(dX: Any, dA: Any, dB: Any, linear: AdaptedLinear, needs: Needs) -> ProductGrads:
-    """The gradients of a product from dX [M, K], dÃ [P, r, K] and dB̃ [P, D, r]."""
+    """The gradients of a product from dX [M, K], dÃ [P, r, K] and dB̃ [P, D, r]; dÃ of one adapter may be [r, K]."""
     nothing: list[Tensor | None] = [None] * len(linear.rows)
-    return ProductGrads(
-        dX if needs.x else None, dA.unbind() if needs.A else nothing, dB.unbind() if needs.B else nothing
-    )
+    As = nothing if not needs.A else [dA] if dA.dim() == 2 else dA.unbind()
+    return ProductGrads(dX if needs.x else None, As, dB.unbind() if needs.B else nothing)
 
 
 def _factor_grad(source: Source, g: Tensor, linear: AdaptedLinear) -> Tensor:  # g [M, P r] to dÃ [P, r, K]
@@ -620,9 +619,9 @@ def _packed_lora_linear_bwd(
             f"dY {list(dY.shape)}, h {list(h.shape)}, needs={list(needs)}, expected [M, N], [M, P r] and three"
         )
     plan = _plan(x.shape, x.dtype, x.device, linear)
-    computed = _linear_bwd(dY, x, h, linear, Needs(*needs), plan)
-    dX, dA, dB = (x.new_empty(0) if tensor is None else tensor for tensor in computed)  # no aliases of each other
-    return dX, dA, dB
+    computed = zip(_linear_bwd(dY, x, h, linear, Needs(*needs), plan), needs, strict=True)
+    dX, dA, dB = (tensor if needed else x.new_empty(0) for tensor, needed in computed)  # no aliases of each other
+    return dX, dA.unsqueeze(0) if dA.dim() == 2 else dA, dB
 
 
 def _fold_factors(

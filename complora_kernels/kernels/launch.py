@@ -83,14 +83,16 @@ def stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first if first.is_contiguous() else first.contiguous()
-    storage, following = first.untyped_storage().data_ptr(), first.data_ptr()
+    elements, following, size = first.numel(), first.data_ptr(), first.nbytes
     for tensor in tensors:
         if tensor.data_ptr() != following or not tensor.is_contiguous():
             return torch.stack(list(tensors))
-        if tensor.untyped_storage().data_ptr() != storage:
-            return torch.stack(list(tensors))
-        following += first.nbytes
-    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+        following += size
+    # What lies at neighbouring addresses may be of several allocations.
+    behind = first.untyped_storage().nbytes() - first.storage_offset() * first.element_size()
+    if behind < len(tensors) * size:
+        return torch.stack(list(tensors))
+    return first.as_strided((len(tensors), *first.shape), (elements, *first.stride()))
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ def packed_lora_linear_bwd(
     norm: Sequence[Tensor | None] | None = None,  # mean, rstd [M], weight, bias [K]
     activation: str | None = None,
     tiles: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # dX [M, K], dÃ [1, r, K], dB̃ [1, D, r]; of no elements where not computed
+) -> tuple[Tensor, Tensor, Tensor]:  # dX [M, K], dÃ [r, K], dB̃ [1, D, r]; of no elements where not computed
     """`dX = dY W + m ∘ (g Ã)`, `dÃ = g^T drop(x)` and `dB̃ = dY^T h` with `g = dY B̃`, of at least one row.
 
     dÃ with `drop(LN(x))` or `drop(act(x))` where these are given; dX is the gradient of what these compute.
@@ -280,7 +280,7 @@ def packed_lora_linear_bwd(
     how = (dtype, launch.input_precision(dtype), launch.has_ptx(), launch.aligned(x))
     prepared, da = _launch(shapes, groups, linear.dropout_p, (compute_dA, compute_dB), kind, how, cut, db.work)
     dX = launch.empty((M, K), dtype, device)
-    dA = launch.empty((int(compute_dA), R, K), dtype, device)
+    dA = launch.empty((R if compute_dA else 0, K), dtype, device)
     splits = da.parts if compute_dA else 0
     da_partials = torch.empty((splits, R, K), dtype=torch.float32, device=device) if splits else dA
     counts = da.counters * launch.cdiv(K, cut.block_out)
