@@ -22,7 +22,7 @@ from complora_kernels.adapted_linear import AdaptedLinear, ProductGrads
 from complora_kernels.autograd import backend_of_backward
 from complora_kernels.backends import REFERENCE, REGISTRY, Backend
 from complora_kernels.backends.torch import Activated, Norm, Normed, ProductInput, Source, whole_gradient
-from complora_kernels.common.shapes import flatten
+from complora_kernels.common.shapes import flatten, unflatten
 from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.dropout import fresh_masks
 from complora_kernels.reference import without_autocast
@@ -49,7 +49,8 @@ def norm_lora_linear(
     where kernels read them as they come. `precision` None is that of
     each record, whose seeds and `save_h` are not read: new ones are drawn. The products run in autocast's dtype
     where that is on, else in that of x; LayerNorm in float32, or float64 when x is. Of the activations s, mean,
-    rstd [M] and h [M, r] are saved. The results are views, of x without delta: they are not to be written to.
+    rstd [M] and h [M, r] are saved. Without delta the first result is a view of x, and with `heads` the
+    others are views: they are not to be written to.
 
     Raises:
         ValueError: as `packed_lora_linear`; a norm that does not fit or requires a gradient.
@@ -121,7 +122,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
         delta: Tensor | None,  # [..., K]
         norm: Norm,
         linears: Sequence[AdaptedLinear],
-        parts: Sequence[tuple[int, int]],  # of each product P, H: its columns are P results [..., H, D], or [..., D]
+        parts: Sequence[tuple[int, int]],  # of each product P, H: its columns are P results [..., H, D]; 1, 0: [..., N]
         dtype: torch.dtype,
         backend: str,
         *tensors: Tensor | None,
@@ -132,7 +133,7 @@ class NormLoRALinearFunction(torch.autograd.Function):
             others = (_linear_fwd(run, ProductInput(given.x), whole) for whole in wholes[1:])
             products = [_linear_fwd(run, given, wholes[0]), *others]
         kept = itertools.chain.from_iterable([whole._replace(bias=None).tensors() for whole in wholes])
-        stream = stream.view(x.shape)
+        stream = stream.view(x.shape) if delta is None else unflatten(stream, x.shape)
         ctx.save_for_backward(*_pack(normed, x if delta is None else stream), *[h for _, h in products], *kept)
         ctx.eps, ctx.dtype, ctx.linears, ctx.parts, ctx.backend = norm.eps, dtype, linears, parts, backend
         ctx.set_materialize_grads(False)
@@ -140,9 +141,11 @@ class NormLoRALinearFunction(torch.autograd.Function):
             ctx.mark_non_differentiable(stream)  # the first adapted block: below it no gradient is asked for
         ys, batch = [], x.shape[:-1]
         for (y, _), (P, H) in zip(products, parts, strict=True):
-            D = y.shape[1] // P
-            shape = (*batch, H, D // H) if H else (*batch, D)
-            ys += [part.view(shape) for part in (y.chunk(P, 1) if P > 1 else [y])]
+            if H:
+                shape = (*batch, H, y.shape[1] // (P * H))
+                ys += [part.view(shape) for part in (y.chunk(P, 1) if P > 1 else [y])]
+            else:
+                ys.append(unflatten(y, [*batch, y.shape[1]]))
         return stream, *ys
 
     @staticmethod

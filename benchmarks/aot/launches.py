@@ -200,6 +200,11 @@ def norms() -> Iterator[Launch]:
                 yield Launch(f"{product}, second term and dA", both)
             da = partial(reductions.packed_lora_linear_da, x, g, reader, norm=saved)
             yield Launch(f"{product}, normed", da)
+            if adapters > 1 and dtype == bf16:
+                own, dY = reductions.Source(x, g, reader, saved), torch.empty(TOKENS, adapters * width, dtype=dtype)
+                yield Launch(
+                    f"{product}, normed, dA and dB", partial(reductions.packed_lora_linear_grads, own, (dY, g, reader))
+                )
             if adapters == 1 and linear.fits_inside(r, dtype, p):
                 wanted = {"compute_dA": True, "compute_dB": True, "norm": saved}
                 bwd = partial(linear_bwd.packed_lora_linear_bwd, torch.empty_like(n), x, g, reader, **wanted)

@@ -96,7 +96,8 @@ class Backend(Protocol):
         """`y = x W^T + b + h_i B̃_i^T` in the rows of adapter i, and `h_i = drop_i(x) Ã_i^T`.
 
         x is [M, K]; h [M, R] is computed unless it is given, and [0, R] is returned unless `linear.save_h`. A residual
-        [M, N] is added to y [M, N], which then has its dtype; it may be overwritten where `beside` is added onto it.
+        [M, N] is added to y [M, N], which then has its dtype; where it is `given.beside.onto`, the product is added to
+        it in place, and it is the result.
         """
 
     def packed_lora_linear_bwd(

@@ -1,4 +1,4 @@
-"""The parts that the triton and the extension backend share: what kernels of our own do not support, and results."""
+"""The parts that the triton and the extension backend share: what kernels of our own do not support."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ class TritonBackend:
     ) -> ProductInput:
         k, adapted = kernels(), len(reader.rows) > 0
         inside = reader if _activation_computes_h(reader) else None
-        plan = _plan(z.shape, z.dtype, z.device, reader) if adapted else None
+        plan = _plan(z.shape, z.dtype, z.device, reader) if adapted and onto is None else None
         if onto is None:
             beside = _beside(z.shape, z.dtype, inside, plan)
         else:
@@ -418,7 +418,9 @@ def _linear_bwd(
     linear: AdaptedLinear,
     needs: Needs,
     plan: plans.Plan,
-) -> tuple[Any, Any, Any]:  # dX [M, K], dÃ [P, r, K], dB̃ [P, D, r]; None or of no elements where they are not needed
+) -> tuple[
+    Any, Any, Any
+]:  # dX [M, K], dÃ [P, r, K], of one [r, K] or [1, r, K], dB̃ [P, D, r]; as they come where not needed
     k, linear, dropping = kernels(), _stacked(linear), linear.dropout_p > 0
     h, dtype, dX, dA = h.contiguous(), source.dtype, None, None
     inside = needs.x and plan.name == "fused" and plan.h == "inside"

@@ -54,7 +54,7 @@ class Beside(NamedTuple):
     """What `[W | B̃ | 0]`, or `[W | B̃ | b | 0]`, is made of, and the memory that it is written to."""
 
     frozen: Tensor  # W [N, K]
-    B: Tensor  # [P, D, R]
+    B: Tensor  # [P, D, R], of one adapter [D, R]
     wide: Tensor  # [N, C]
     layout: Layout
     bias: Tensor | None = None  # b [N], where it is a column
@@ -71,7 +71,7 @@ def width(inputs: int, rank: int) -> int:
 
 def beside(linear: AdaptedLinear, dtype: torch.dtype, *, with_bias: bool = False) -> Beside:
     """The record of a product in `dtype`; `with_bias`: b is a column, where the product has one."""
-    W, groups, B = linear.weight, groups_of(linear), launch.stacked(linear.Bs)  # [N, K], [P, D, R]
+    W, groups, B = linear.weight, groups_of(linear), launch.stacked(linear.Bs)  # [N, K], [P, D, R]; of one [D, R]
     (N, K), (P, R) = W.shape, launch.adapters_of(linear)
     bias = linear.bias.contiguous() if with_bias and linear.bias is not None else None  # [N]
     layout = _layout(N, K, W.stride(0), W.stride(1), R, P, groups, bias is not None)

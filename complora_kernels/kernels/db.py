@@ -279,7 +279,7 @@ def db_job(
     columns: int = 128,
 ) -> Job:
     """The launch that `packed_lora_linear_db` makes; `narrow`, `columns`: as part of another one, see `tiles_for`."""
-    B, groups = launch.stacked(linear.Bs), groups_of(linear)  # [P, D, r]
+    B, groups = launch.stacked(linear.Bs), groups_of(linear)  # [P, D, r]; of one [D, r]
     parts = [dY] if isinstance(dY, Tensor) else list(dY)
     if len(parts) not in (1, len(groups.adapters)):
         raise ValueError(f"dY is {len(parts)} tensors, expected one for each of {len(groups.adapters)} groups of rows")

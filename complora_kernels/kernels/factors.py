@@ -325,9 +325,8 @@ def fold_factors(
     out = launch.empty((layout.size,), dtype, device)
     if layout.size == 0:
         return launch.rounded(out, dtype)
-    key = (device, scaling)
-    if (prepared := layout.prepared.get(key)) is None:
-        prepared = layout.prepared[key] = _prepare(layout, device, scaling)
+    if (prepared := layout.prepared.get(device)) is None:
+        prepared = layout.prepared[device] = _prepare(layout, device)
     programs = prepared.programs
     keep(programs.coordinates)
     keep(programs.projections)
@@ -337,7 +336,7 @@ def fold_factors(
         launch.run(fold_coordinates_kernel, prepared.coordinates, tensors)
     read = coordinates if programs.workspace else first_basis
     tensors = (programs.projections, first_factor, first_basis, read, out)
-    launch.run(fold_factors_kernel, prepared.projections, tensors)
+    launch.run(fold_factors_kernel, _projections(len(programs.projections), scaling, prepared.projections), tensors)
     return launch.rounded(out, dtype)
 
 
@@ -359,7 +358,7 @@ class _Prepared(NamedTuple):
 
     programs: Programs
     coordinates: launch.Launch
-    projections: launch.Launch
+    projections: tuple[Any, ...]  # what the second launch follows from beside the scaling
 
 
 class _Layout(NamedTuple):
@@ -370,11 +369,11 @@ class _Layout(NamedTuple):
     aligned: bool  # the bases
     width: int  # elements of a factor that are read and written at a time
     blocks: Blocks
-    prepared: dict[tuple[torch.device, float], _Prepared]  # by the device and the scaling
+    prepared: dict[torch.device, _Prepared]
 
 
 LAYOUTS: dict[Any, _Layout] = {}  # by distances, shapes and strides: steps have few of them
-MAXLAYOUTS = 256
+MAX_LAYOUTS = 256
 
 
 def _layout_of(
@@ -389,9 +388,9 @@ def _layout_of(
     from_factor, from_basis = first_factor.data_ptr(), first_basis.data_ptr()
     key = (
         (first_factor.dtype, from_factor % 16, from_basis % 16, *complement, *output_side),
-        tuple([f.shape for f in factors])
-        if flat is not None
-        else tuple([((own := f.data_ptr()) - from_factor, own > 0, f.shape, f.stride()) for f in factors]),
+        tuple([((own := f.data_ptr()) - from_factor, own > 0, f.shape, f.stride()) for f in factors])
+        if flat is None
+        else _places_in(flat, factors),
         tuple([b if b is None else (b.data_ptr() - from_basis, b.dtype, b.shape, b.stride()) for b in bases]),
     )
     if (layout := LAYOUTS.get(key)) is not None:
@@ -403,37 +402,56 @@ def _layout_of(
     while width > 1 and not (from_factor % 16 == 0 and all(_fits_loads(job, width) for job in jobs)):
         width //= 2
     layout = _Layout(tuple(jobs), size, aligned, width, blocks_of(max(job.r for job in jobs), aligned), {})
-    if len(LAYOUTS) >= MAXLAYOUTS:
+    if len(LAYOUTS) >= MAX_LAYOUTS:
         LAYOUTS.clear()
     LAYOUTS[key] = layout
     return layout
 
 
-def _prepare(layout: _Layout, device: torch.device, scaling: float) -> _Prepared:
+def _places_in(flat: Tensor, factors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Of each factor [r, d] what the key of its layout has, were it the part of `flat` that holds its values."""
+    places, start, size = [], 0, flat.element_size()
+    for factor in factors:
+        r, d = shape = factor.shape
+        places.append((start, True, shape, (d, 1)))
+        start += r * d * size
+    return tuple(places)
+
+
+def _prepare(layout: _Layout, device: torch.device) -> _Prepared:
     """Raises RuntimeError where a CUDA graph is being captured, which cannot hold the tables' copy to the device."""
     blocks, width, programs = layout.blocks, layout.width, fold_programs(layout.jobs, layout.blocks, device)
-    shared = {"ALIGNED": layout.aligned, "WIDTH": width, "TF32": launch.has_tf32(), "BLOCK_R": blocks.r}
-    options = {"num_warps": 4, "num_stages": launch.stages(blocks.stages)}
     coordinates = {
         "FIELDS": len(CoordinatesProgram._fields),
         "LAYOUT": programs.coordinates_layout if width > 1 else ALONG_D,
         "BLOCK_K": blocks.coordinates_k,
         "BLOCK_D": blocks.coordinates_d,
-        **shared,
+        **_shared(layout.aligned, width, blocks),
     }
-    projections = {
+    options = {"num_warps": 4, "num_stages": launch.stages(blocks.stages)}
+    first = launch.Launch((programs.coordinates.shape[0],), (), coordinates, **options)
+    order = programs.projections_layout if width > 1 else ALONG_D
+    return _Prepared(programs, first, (order, programs.splits, layout.aligned, width, blocks))
+
+
+def _shared(aligned: bool, width: int, blocks: Blocks) -> dict[str, Any]:
+    """The constexprs of both launches."""
+    return {"ALIGNED": aligned, "WIDTH": width, "TF32": launch.has_tf32(), "BLOCK_R": blocks.r}
+
+
+@launch.cached
+def _projections(programs: int, scaling: float, follows_from: tuple[Any, ...]) -> launch.Launch:
+    order, splits, aligned, width, blocks = follows_from
+    constexprs = {
         "FIELDS": len(ProjectionProgram._fields),
-        "LAYOUT": programs.projections_layout if width > 1 else ALONG_D,
-        "SPLITS": programs.splits,
+        "LAYOUT": order,
+        "SPLITS": splits,
         "BLOCK_D": blocks.projection_d,
         "BLOCK_K": blocks.projection_k,
-        **shared,
+        **_shared(aligned, width, blocks),
     }
-    return _Prepared(
-        programs,
-        launch.Launch((programs.coordinates.shape[0],), (), coordinates, **options),
-        launch.Launch((programs.projections.shape[0],), (scaling,), projections, **options),
-    )
+    options = {"num_warps": 4, "num_stages": launch.stages(blocks.stages)}
+    return launch.Launch((programs,), (scaling,), constexprs, **options)
 
 
 def _jobs(
@@ -490,7 +508,8 @@ def merge_weight(
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K]
     """`round(W + B̃_p Ã_p)` in the rows of adapter p: from a float32 W the one rounding that the plain product needs."""
-    weight, A, B = linear.weight, launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
+    weight = linear.weight
+    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]; of one [r, K], [D, r]
     (N, K), (P, R), groups = weight.shape, launch.adapters_of(linear), groups_of(linear)
     merged = launch.empty((N, K), dtype, weight.device)
     prepared = _merge((N, K, *weight.stride()), P, R, groups, A.dtype)

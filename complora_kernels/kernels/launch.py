@@ -74,9 +74,10 @@ def adapters_of(linear: AdaptedLinear) -> tuple[int, int]:
 
 
 def stacked(tensors: Sequence[Tensor] | Tensor) -> Tensor:
-    """Tensors of one shape [...] as contiguous memory [P, ...]; without a copy where they lie one after the other.
+    """Contiguous memory of P tensors [...]: one tensor [P, ...], or the tensor itself where it is alone.
 
-    A single tensor stays as it is: a view with another dimension takes longer than all else here.
+    Nothing is copied where they lie one after the other. A view of one with another dimension takes longer than all
+    else here.
     """
     if isinstance(tensors, Tensor):
         return tensors

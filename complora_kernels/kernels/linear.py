@@ -168,7 +168,7 @@ def packed_lora_linear_h(
     beside: Beside | None = None,  # the product is one of [x | h | 0] and [W | B̃ | 0]: both are made
 ) -> Any:  # h [M, P r]; or, beside x, [x | h | 0] [M, C] and h, [0, P r] unless the product saves it
     """`h_p = drop_p(x) Ã_p^T`, 0 outside the columns of each row, in one pass over x, which it can copy beside h."""
-    A, seed, dtype, device = launch.stacked(linear.As), linear.seed, x.dtype, x.device  # [P, r, K]
+    A, seed, dtype, device = launch.stacked(linear.As), linear.seed, x.dtype, x.device  # [P, r, K]; of one [r, K]
     (M, K), (P, R) = x.shape, launch.adapters_of(linear)
     if not linear.dropout_p:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks

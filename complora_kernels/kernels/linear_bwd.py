@@ -268,7 +268,7 @@ def packed_lora_linear_bwd(
     """
     dtype, device, seed, groups = dY.dtype, dY.device, linear.seed, groups_of(linear)
     weight = launch.cast(linear.weight, dtype)
-    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [1, r, K], [1, D, r]
+    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [r, K], [D, r]
     (M, N), K, (P, R) = dY.shape, weight.shape[1], launch.adapters_of(linear)
     if P != 1 or R > MAX_INSIDE_R or M == 0:
         raise ValueError(f"{P} adapters of rank {R}, {M} rows, expected 1 of at most {MAX_INSIDE_R}, and 1 row or more")

@@ -249,7 +249,7 @@ def packed_lora_linear_dx(
     """`dX = dY W + Σ_p m_p ∘ (g_p Ã_p)`."""
     dtype, device, seed, groups = dY.dtype, dY.device, linear.seed, groups_of(linear)
     weight = launch.cast(linear.weight, dtype)
-    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
+    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]; of one [r, K], [D, r]
     (M, N), K, (P, R) = dY.shape, weight.shape[1], launch.adapters_of(linear)
     dropping, compute_g = linear.dropout_p > 0, g is None
     if compute_g and R > MAX_INSIDE_R:

@@ -155,7 +155,7 @@ def packed_lora_linear_fwd(
     x_dtype, device, store_h, seed = x.dtype, x.device, linear.save_h, linear.seed
     weight, groups = launch.cast(linear.weight, x_dtype), groups_of(linear)
     bias = None if linear.bias is None else launch.cast(linear.bias, x_dtype).contiguous()
-    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]
+    A, B = launch.stacked(linear.As), launch.stacked(linear.Bs)  # [P, r, K], [P, D, r]; of one [r, K], [D, r]
     (M, K), N, (P, R) = x.shape, weight.shape[0], launch.adapters_of(linear)
     compute_h = h is None
     if compute_h and R > MAX_INSIDE_R:

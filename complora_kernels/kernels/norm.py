@@ -203,7 +203,7 @@ def norm_fwd(
     if K > MAX_NORM_WIDTH:
         raise ValueError(f"x {tuple(x.shape)}, expected rows of at most {MAX_NORM_WIDTH}")
     x, delta = launch.contiguous_rows(x), None if delta is None else launch.contiguous_rows(delta)
-    A, seed = (None, None) if reader is None else (launch.stacked(reader.As), reader.seed)  # [P, r, K]
+    A, seed = (None, None) if reader is None else (launch.stacked(reader.As), reader.seed)  # [P, r, K]; of one [r, K]
     dropout_p = 0.0 if reader is None else reader.dropout_p
     P, R = (0, 1) if reader is None else launch.adapters_of(reader)
     if A is not None and not dropout_p:

@@ -242,7 +242,7 @@ def norm_bwd(
     if g is None or reader is None:
         launch.run(norm_bwd_kernel, _bwd(sizes, d_stream is not None), (*tensors, dx))
     else:
-        A, seed = launch.stacked(reader.As), reader.seed  # [P, r, K]
+        A, seed = launch.stacked(reader.As), reader.seed  # [P, r, K]; of one [r, K]
         work = update_work(sizes, *launch.adapters_of(reader), reader.dropout_p, d_stream is not None, dn.dtype)
         tensors = (*tensors, g, A, dx, dn if seed is None else seed)
         launch.run(norm_bwd_update_kernel, launch.alone(work, 4, 3), tensors)

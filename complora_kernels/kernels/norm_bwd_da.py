@@ -75,7 +75,7 @@ def norm_bwd_da_kernel(
 
     Minimum bytes: dn, d_s, s, w, b, mean, rstd, g and Ã read once, ds and dÃ written once; the partial sums of dÃ
     written and read once. s, w, mean, rstd and g are read by the programs of both kinds, a large s from memory each
-    time; what those of either kind read again they say.
+    time. What each of the two kernels reads more than once stands in its own docstring.
     """
     if tl.program_id(0) < da_programs:
         packed_lora_linear_da_kernel(
@@ -159,7 +159,7 @@ def norm_bwd_da(
     """`ds = d_s + LN'(dn + Σ_p m_p ∘ (g_p Ã_p))` and `dÃ_p = g_p^T drop_p(LN(s))`."""
     dn, stream, weight = launch.contiguous_rows(dn), launch.contiguous_rows(stream), weight.contiguous()
     added = dn if d_stream is None else launch.contiguous_rows(d_stream)
-    A = launch.stacked(reader.As)  # [P, r, K]
+    A = launch.stacked(reader.As)  # [P, r, K]; of one [r, K]
     dx = launch.empty(stream.shape, stream.dtype, stream.device)
     da = da_job(Source(stream, g, reader, (mean, rstd, weight, bias)), narrow=True)
     sizes = (*stream.shape, dn.stride(0), added.stride(0), stream.stride(0))

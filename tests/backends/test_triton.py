@@ -381,6 +381,11 @@ def test_registered_operations():
         for needs in ([True, True, True], [False, True, False], [True, False, False], [False, False, True]):
             given = (dY, x, h, weight, [A, A], [B, B], [0, 3], p, seed if p else None, needs, "exact")
             torch.library.opcheck(OPS.packed_lora_linear_bwd.default, given)
+    half = [tensor.bfloat16() for tensor in (dY, x, h[:, :2], weight, A, torch.randn(6, 2, device=DEVICE))]
+    for needs in itertools.product([True, False], repeat=3):  # one adapter, all gradients in one launch
+        given = (*half[:4], half[4:5], half[5:], [0], 0.0, None, list(needs), "exact")
+        with plans.override(Plan("fused", "inside")):
+            torch.library.opcheck(OPS.packed_lora_linear_bwd.default, given)
     U = random_basis(5, 2).to(DEVICE)
     fold = ([A, B], [U, None], [False, False], [False, True], 0.7, torch.bfloat16)
     torch.library.opcheck(OPS.fold_factors.default, fold)
