@@ -418,9 +418,7 @@ def _linear_bwd(
     linear: AdaptedLinear,
     needs: Needs,
     plan: plans.Plan,
-) -> tuple[
-    Any, Any, Any
-]:  # dX [M, K], dÃ [P, r, K], of one [r, K] or [1, r, K], dB̃ [P, D, r]; as they come where not needed
+) -> tuple[Any, Any, Any]:  # dX [M, K], dÃ [P, r, K] or of one [r, K], dB̃ [P, D, r]; unused where not needed
     k, linear, dropping = kernels(), _stacked(linear), linear.dropout_p > 0
     h, dtype, dX, dA = h.contiguous(), source.dtype, None, None
     inside = needs.x and plan.name == "fused" and plan.h == "inside"

@@ -167,6 +167,11 @@ def fold_below(module: nn.Module) -> FoldedLayers:
         if isinstance(frozen, Tensor) and not is_sharded(layer.factors(name)[0]):
             key = (frozen.dtype, frozen.device)
             if (dtype := dtypes.get(key)) is None:
+                if not frozen.is_floating_point():
+                    raise ValueError(
+                        f"{layer.weight_name(name)} holds {frozen.dtype} weights, expected floating-point ones: "
+                        "a quantised base cannot be adapted"
+                    )
                 dtype = dtypes[key] = functional.compute_dtype(frozen)
             weights += [(layer, name, dtype) for name in layer.weights]
     layers: FoldedLayers = {}

@@ -354,6 +354,7 @@ def test_a_model_in_a_wrapper_has_several_adapters_too():
     assert all("module" not in name for name, _ in named_adapter_parameters(model))
 
 
+@pytest.mark.long
 def test_compiled_code_follows_the_active_adapter():
     model = both()
     encode: Any = torch.compile(model.encode_image, backend="aot_eager")

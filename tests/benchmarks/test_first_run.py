@@ -280,12 +280,12 @@ def test_the_fold_passes_and_a_wrong_one_does_not(monkeypatch):
     torch.manual_seed(0)
     bench = Bench(DEVICE, SMALL._replace(width=16))
     assert all(row["ok"] for row in checks.fold(bench))
-    fold = TritonBackend.fold_factors
 
-    def wrong(*arguments: Any) -> list[torch.Tensor]:
-        return [tensor * 1.01 for tensor in fold(*arguments)]
+    def wrong(fold: Any) -> Any:
+        return lambda *arguments: [tensor * 1.01 for tensor in fold(*arguments)]
 
-    monkeypatch.setattr(TritonBackend, "fold_factors", wrong)
+    for name in ("fold_factors", "fold_factors_bwd"):
+        monkeypatch.setattr(TritonBackend, name, wrong(getattr(TritonBackend, name)))
     assert not any(row["ok"] for row in checks.fold(bench))
 
 
@@ -310,9 +310,9 @@ def test_an_h_that_is_wrong_now_and_then_is_found(small, monkeypatch):
     calls: list[int] = []
 
     def stale(*arguments: Any) -> Any:
-        stream, normed, (n, h, beside) = original(*arguments)
+        stream, normed, given = original(*arguments)
         calls.append(1)
-        return stream, normed, (n, h + (len(calls) == 5), beside)
+        return stream, normed, given._replace(h=given.h + (len(calls) == 5))
 
     monkeypatch.setattr(TritonBackend, "norm_fwd", stale)
     *right, last = checks.norm_repeated(small)

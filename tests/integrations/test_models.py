@@ -155,6 +155,7 @@ for number, name in enumerate(MODELS):
 """
 
 
+@pytest.mark.long
 def test_saved_and_loaded_in_a_new_process(tmp_path):
     expected = []
     for number, name in enumerate(MODELS):

@@ -166,6 +166,7 @@ def share(realised: Tensor, update: Tensor) -> float:
     return float((realised.double() * update).sum() / update.square().sum())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ratio", [1e-4, 1e-3])
 class TestASmallUpdateIsRealised:
     """At every joint of a block, forward and backward, as if each sum were rounded once.

@@ -114,6 +114,7 @@ def test_factors_of_q_k_and_v_are_not_copied(monkeypatch):
     assert stacked == []
 
 
+@pytest.mark.long
 def test_trains_with_dropout(monkeypatch):
     """The same run twice, bit for bit, and a loss that falls."""
     runs = []
