@@ -57,14 +57,7 @@ def restore(module: nn.Module, changes: Changes) -> None:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` before `extend`, also where others have subclassed it since."""
-    return _own_class(type(module))
-
-
-@functools.lru_cache(maxsize=1024)  # each fused block asks in each forward pass
-def _own_class(cls: type[nn.Module]) -> type[nn.Module]:
-    extended = [parent.__bases__ for parent in cls.__mro__]
-    own = [bases[1] for bases in extended if len(bases) == 2 and issubclass(bases[0], Extension)]
-    return own[-1] if own else cls
+    return getattr(type(module), "_class_before_extension", type(module))
 
 
 def class_name(module: nn.Module) -> str:
@@ -101,7 +94,11 @@ def extended_class(cls: type[nn.Module], extension: type[Extension]) -> type[nn.
             for name, method in vars(base).items()
             if isinstance(method, FunctionType) and hasattr(cls, name)
         }
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        names = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "_class_before_extension": getattr(cls, "_class_before_extension", cls),
+        }
         _EXTENDED.setdefault((cls, extension), type(cls.__name__, (extension, cls), names | methods))
     return _EXTENDED[cls, extension]
 

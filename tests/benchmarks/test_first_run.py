@@ -290,7 +290,11 @@ def test_the_fold_passes_and_a_wrong_one_does_not(monkeypatch):
 
 
 WRONG = {
-    "norm": ("norm_bwd", lambda result: (result[0] * 1.02, result[1]), ["ds", "ds with its rank-r term"]),
+    "norm": (
+        "norm_bwd",
+        lambda result: (result[0] * 1.02, result[1]),
+        ["ds", "ds with its rank-r term", "ds beside dA"],
+    ),
     "gelu": ("activation_fwd", lambda result: (result[0], result[1] * torch.nan, *result[2:]), ["h"]),
     "MLP half": ("activation_bwd", lambda result: (result[0], [A * 1.05 for A in result[1]]), ["factor gradient 2"]),
     "o": ("packed_lora_linear_bwd", lambda result: result._replace(As=[A + 1e-1 for A in result.As]), ["dA"]),
