@@ -40,6 +40,12 @@ LARGE_PRODUCTS = (
     "packed_lora_linear_dx",
     "packed_lora_linear_bwd",
 )  # kernels of a product [M, N, K]
+# Of their tensor they read the device, the dtype or the shape alone.
+UNREAD = {f"{kind}_like" for kind in ("zeros", "ones", "full", "rand", "randn")} | {
+    "philox_seed",
+    "new_zeros",
+    "new_full",
+}
 WRITE_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_"}  # do not read what they write
 
 
@@ -105,7 +111,7 @@ class Follower(TorchDispatchMode):
                 name,
                 self.phase,
                 operations_of(func, args, kwargs, result),
-                memories([*read, *([] if name in WRITE_ONLY else written)]),
+                memories([*([] if name in UNREAD else read), *([] if name in WRITE_ONLY else written)]),
                 memories([*written, *results]),
                 fusible=torch.Tag.pointwise in func.tags or name.startswith(("native_layer_norm", "copy", "_to_copy")),
                 shapes=tuple(tuple(tensor.shape) for tensor in (*read, *written, *results)),

@@ -82,7 +82,13 @@ def beside(target: dict[str, Any], figure: Figure | None, model: Modelled) -> st
     if expected is None or target["machine"] == MODEL:
         return ""
     error = "" if figure is None else f", {abs(expected / figure.value - 1):.0%} off"
-    return f"modelled {expected:.2f}{error}"
+    reason = "" if is_met(target, expected) else f" ({target.get('model_reason', 'no reason known')})"
+    return f"modelled {expected:.2f}{error}{reason}"
+
+
+def is_met(target: dict[str, Any], value: float) -> bool:
+    """Whether a figure lies within the bound of its target."""
+    return value <= target["at_most"] if "at_most" in target else value >= target["at_least"]
 
 
 def interval(row: results.Row) -> tuple[float, float] | None:
@@ -103,7 +109,7 @@ def verdict(target: dict[str, Any], figure: Figure | None) -> str:
         return f"not yet measured {wanted}"
     low, high = figure.interval or (figure.value, figure.value)
     noise = ", within noise" if (low <= bound < high if upper else low < bound <= high) else ""
-    if figure.value <= bound if upper else figure.value >= bound:
+    if is_met(target, figure.value):
         return f"met{noise}: {figure} {wanted}"
     return f"missed by {abs(figure.value / bound - 1):.0%}{noise}: {figure} {wanted} {target.get('reason', '')}".strip()
 
