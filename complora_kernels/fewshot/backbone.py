@@ -24,9 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from complora_kernels.common.files import reading, words_of
-from complora_kernels.fewshot import glyphs
-from complora_kernels.fewshot.config import GLYPHS
 from complora_kernels.fewshot.torchscript import is_torchscript, read_torchscript
+from complora_kernels.fewshot.worlds import WORLDS, World
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def load_tokenizer(model: str, pretrained: str | None = None) -> Callable[[list[
         OSError: a file cannot be read, or a download cannot be written.
     """
     with _named(model, pretrained):
-        if model == GLYPHS:
-            return glyphs.load_glyph_tokenizer(_glyph_folder(pretrained))
+        if model in WORLDS:
+            return WORLDS[model].load_tokenizer(_folder(WORLDS[model], pretrained))
         return open_clip.get_tokenizer(model)
 
 
@@ -96,9 +95,9 @@ def _named(model: str, pretrained: str | None) -> Iterator[None]:
 
 
 def _load(model: str, pretrained: str | None, activation: str, device: torch.device) -> Backbone:
-    if model == GLYPHS:
-        clip, tokenize, preprocess = glyphs.load_glyph_clip(device, folder=_glyph_folder(pretrained))
-        return Backbone(clip, tokenize, preprocess, device, (glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE), glyphs.normalize)
+    if model in WORLDS:
+        clip, tokenize, preprocess, size, normalize = WORLDS[model].load(device, _folder(WORLDS[model], pretrained))
+        return Backbone(clip, tokenize, preprocess, device, (size, size), normalize)
     quick_gelu = _wants_quick_gelu(model, activation)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("error", message="QuickGELU mismatch")
@@ -124,18 +123,18 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
     """Find every error that `load_backbone` would raise for its arguments, without loading anything.
 
     Args:
-        model: "glyphs" or a model name of open_clip.
-        pretrained: a file with weights, whose code, if it has any, is not run, or a tag of open_clip; for "glyphs" a
-            folder written by `pretrain-glyphs`, or None for the bundled weights; None for names that bring their
-            weights (`hf-hub:`, `local-dir:`).
+        model: the name of a bundled model, "glyphs" or "pictures", or a model name of open_clip.
+        pretrained: a file with weights, whose code, if it has any, is not run, or a tag of open_clip; for a bundled
+            model a folder written by `pretrain-glyphs` or `pretrain-pictures`, or None for the weights of the package;
+            None for names that bring their weights (`hf-hub:`, `local-dir:`).
         activation: "gelu", "quick-gelu", or "auto" for the activation that the model's name implies.
 
     Raises:
         FileNotFoundError: `pretrained` is neither a file nor a tag.
         ValueError: an unknown name, or weights known to be trained with the other activation.
     """
-    if model == GLYPHS:
-        _check_glyphs(pretrained, activation)
+    if model in WORLDS:
+        _check_bundled(model, pretrained, activation)
         return
     schema, name = parse_model_name(model)
     if schema is not None:
@@ -145,7 +144,7 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
             raise ValueError(f"--activation {activation}: expected auto with --model {model}, which brings its own")
         return
     if open_clip.get_model_config(name) is None:
-        names = ", ".join([GLYPHS, *open_clip.list_models()])
+        names = ", ".join([*WORLDS, *open_clip.list_models()])
         raise ValueError(f"--model {model}: expected one of {names}")
     if pretrained is None:
         raise ValueError(f"--pretrained: --model {model} needs a file with weights or one of {_tags(name)}")
@@ -163,22 +162,22 @@ def check_backbone(model: str, pretrained: str | None = None, activation: str = 
 
 def is_listed(model: str, pretrained: str | None) -> bool:
     """Whether both names are in open_clip's own tables, or are the bundled model's; files, folders and hubs are not."""
-    if model == GLYPHS:
+    if model in WORLDS:
         return pretrained is None
     schema, name = parse_model_name(model)
     is_tag = pretrained is None or bool(open_clip.get_pretrained_cfg(name, pretrained))
     return schema is None and open_clip.get_model_config(name) is not None and is_tag
 
 
-def _check_glyphs(folder: str | None, activation: str) -> None:
+def _check_bundled(model: str, folder: str | None, activation: str) -> None:
     if activation != "auto":
-        raise ValueError(f"--activation {activation}: expected auto with --model {GLYPHS}, which brings its own")
-    if folder is not None and not (Path(folder) / glyphs.WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"--pretrained {folder}: expected a folder written by `complora pretrain-glyphs`")
+        raise ValueError(f"--activation {activation}: expected auto with --model {model}, which brings its own")
+    if folder is not None and not (Path(folder) / WORLDS[model].weights_file).is_file():
+        raise FileNotFoundError(f"--pretrained {folder}: expected a folder written by `{WORLDS[model].command}`")
 
 
-def _glyph_folder(pretrained: str | None) -> Path:
-    return glyphs.ASSETS if pretrained is None else Path(pretrained)
+def _folder(world: World, pretrained: str | None) -> Path:
+    return world.assets if pretrained is None else Path(pretrained)
 
 
 def _tags(name: str) -> str:

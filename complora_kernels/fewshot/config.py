@@ -17,8 +17,8 @@ from complora_kernels.fewshot.templates import CHOICES
 Preset = Literal["glyphs", "glyphs-full", "clip-lora"]
 Protocol = Literal["few-shot", "base-to-new", "transfer", "domain-shift", "retention"]
 
-GLYPHS = "glyphs"
-"""The name of the bundled model among open_clip's."""
+GLYPHS, PICTURES = BUNDLED = ("glyphs", "pictures")
+"""The names of the bundled models among open_clip's."""
 
 # The data sets, beside those of --keep, whose zero-shot accuracy each protocol measures before and after training.
 PROTOCOLS: dict[Protocol, tuple[str, ...]] = {

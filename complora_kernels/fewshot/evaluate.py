@@ -67,7 +67,7 @@ class Task:
         check_told_apart(source, dataset.class_names, templates, training_template, backbone.tokenize)
         self.tokens = self._tokenize(templates)  # [T · C, L]
         self.training_tokens = self._tokenize([training_template])  # [C, L]
-        self._zero_shot: dict[torch.dtype, Tensor] = {}  # int64 [N]: 1 correct, 0 wrong, -1 not yet known
+        self._zero_shot: dict[torch.dtype, Tensor] = {}  # int64 [N]: the pretrained model's answers, -1: not yet known
         self._crops: dict[int, Tensor] = {}  # by index of the image: uint8 [3, S, S]
         self._budget = MemoryBudget() if budget is None else budget
 
@@ -105,8 +105,8 @@ class Task:
         return torch.cat(features) if features else self.class_features(model)[:0]
 
     @torch.no_grad()
-    def is_correct(self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> Tensor:
-        """Whether the class with the highest cosine to each image is its own: bool [N], on the CPU.
+    def answers(self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> Tensor:
+        """The class with the highest cosine to each image: int64 [N], on the CPU.
 
         Every process of a team encodes a part of the prompts, and classifies its own images.
 
@@ -119,7 +119,7 @@ class Task:
                 (model.encode_image(x.to(dtype), normalize=True).float() @ class_features.T).argmax(-1).cpu()
                 for x in self.pixels(indices)
             ]
-        return self.agrees(torch.cat(nearest) if nearest else indices[:0], indices)
+        return torch.cat(nearest) if nearest else indices[:0]
 
     def agrees(self, answers: Tensor, indices: Tensor) -> Tensor:
         """Whether the answers [N] are the labels of the images `indices` [N]: bool [N]."""
@@ -127,17 +127,22 @@ class Task:
 
     def accuracy(self, model: Any, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> float:
         """The share of the images `indices` [N] that `model` classifies correctly; a team's processes divide them."""
-        return self.mean(self.is_correct(model, team.share(indices), dtype, team), team)
+        own = team.share(indices)
+        return self.mean(self.agrees(self.answers(model, own, dtype, team), own), team)
 
     def zero_shot_accuracy(self, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> float:
-        """`accuracy` of the pretrained model, whose answers are kept, so that it sees every image once."""
+        """`accuracy` of the pretrained model."""
+        own = team.share(indices)
+        return self.mean(self.agrees(self.zero_shot_answers(own, dtype, team), own), team)
+
+    def zero_shot_answers(self, indices: Tensor, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> Tensor:
+        """`answers` of the pretrained model, which are kept, so that it sees every image once."""
         answers = self._zero_shot.setdefault(dtype, torch.full([len(self.dataset.labels)], -1))
-        indices = team.share(indices)
         unknown = indices[answers[indices] < 0]
         with team.together():
             if len(unknown):  # true in some processes only, so that each encodes all prompts by itself
-                answers[unknown] = self.is_correct(self.backbone.in_dtype(dtype), unknown, dtype).long()
-        return self.mean(answers[indices] > 0, team)
+                answers[unknown] = self.answers(self.backbone.in_dtype(dtype), unknown, dtype)
+        return answers[indices]
 
     def mean(self, correct: Tensor, team: Team = ALONE) -> float:
         """The share of correct answers, bool [N], over all processes of a team."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from complora_kernels.common.files import words_of
-from complora_kernels.fewshot.config import GLYPHS, Run, TrainConfig
+from complora_kernels.fewshot.config import BUNDLED, Run, TrainConfig
 from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.team import ALONE, SharedError, Team
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     @property
     def threads(self) -> int | None:
         """The number of CPU threads; None: torch's default."""
-        return self.config.threads or (1 if self.config.model == GLYPHS else None)
+        return self.config.threads or (1 if self.config.model in BUNDLED else None)
 
     def end(self) -> None:
         """Remove the checkpoint, once the result is safe."""

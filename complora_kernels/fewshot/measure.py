@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,16 @@ from complora_kernels.fewshot.evaluate import Task
 from complora_kernels.fewshot.setting import NEW_CLASSES, Setting
 from complora_kernels.fewshot.team import Team
 
-Accuracy = Callable[[Task, Tensor], float]  # (task, indices of images [N]) -> accuracy
+Answer = Callable[[Task, Tensor], Tensor]  # (task, indices of images [N]) -> their classes, int64 [N]
+
+
+class Answers(NamedTuple):
+    """The classes that the pretrained and the trained model gave to images."""
+
+    task: Task
+    indices: Tensor  # int64 [N]
+    before: Tensor  # int64 [N]
+    after: Tensor  # int64 [N]
 
 
 class Measurement:
@@ -41,6 +50,7 @@ class Measurement:
         self.kept = {
             name: at_most(config.max_test_images, test_images(task.dataset)) for name, task in setting.kept.items()
         }
+        self._answers: dict[str, Answers] = {}
 
     def zero_shot(self) -> dict[str, Any]:
         """Accuracies before anything is trained."""
@@ -49,12 +59,12 @@ class Measurement:
 
     def trained(self, model: Any) -> dict[str, Any]:
         """Accuracies of an adapted model in eval mode and, with `interpolations`, of shares of its update."""
-        accuracy = lambda task, indices: task.accuracy(model, indices, self.dtype, self.team)
-        found = self._all(accuracy)
+        answer = lambda task, indices: task.answers(model, indices, self.dtype, self.team)
         interpolated = []
         for share in self.config.interpolations:
             with scaled_update(model, share):
-                interpolated.append({"share": share, **self._all(accuracy)})
+                interpolated.append({"share": share, **self._all(answer)})
+        found = self._all(answer)
         return {**found, "interpolated": interpolated} if interpolated else found
 
     def anchor(self, method: str) -> dict[str, Any]:
@@ -74,36 +84,57 @@ class Measurement:
         with team.together():
             train_features = features_of(new, self.split.train)
 
-        def accuracy(task: Task, indices: Tensor) -> float:
+        def answer(task: Task, indices: Tensor) -> Tensor:
             columns = columns_of(task.dataset.class_names, new.dataset.class_names)
             if columns is None:
                 return self._zero_shot(task, indices)
-            own = team.share(indices)
             with team.together():
-                features = features_of(task, own)
+                features = features_of(task, indices)
                 if method == "tip-adapter":
                     scale = float(model.logit_scale.detach().exp())
                     logits = tip_adapter(features, train_features, train_labels, class_features, scale=scale)
                 else:
                     logits = linear_probe(features, train_features, train_labels, len(class_features))
             of_classes = [logits[:, places].amax(-1) for places in columns]  # C times [N]
-            return task.mean(task.agrees(torch.stack(of_classes, -1).argmax(-1), own), team)
+            return torch.stack(of_classes, -1).argmax(-1).cpu()
 
-        return self._all(accuracy)
+        return self._all(answer)
 
-    def _zero_shot(self, task: Task, indices: Tensor) -> float:
-        return task.zero_shot_accuracy(indices, self.dtype, self.team)
+    def answers(self) -> dict[str, Answers]:
+        """The last measured model's answers by task, those to the new one under its data set's name.
 
-    def _all(self, accuracy: Accuracy) -> dict[str, Any]:
-        new = accuracy(self.setting.new, self.test)
-        tasks = {
-            name: [self._zero_shot(task, self.kept[name]), accuracy(task, self.kept[name])]
-            for name, task in self.setting.kept.items()
+        Every process of a team calls it, and gets the answers of all.
+        """
+        parts = self.team.collect([answers[1:] for answers in self._answers.values()])
+        together = [tuple(map(torch.cat, zip(*of_task, strict=True))) for of_task in zip(*parts, strict=True)]
+        return {
+            name: Answers(own.task, *tensors)
+            for (name, own), tensors in zip(self._answers.items(), together, strict=True)
         }
+
+    def _zero_shot(self, task: Task, indices: Tensor) -> Tensor:
+        return task.zero_shot_answers(indices, self.dtype, self.team)
+
+    def _all(self, answer: Answer) -> dict[str, Any]:
+        """The accuracies of all tasks; keeps this process's answers."""
+        measured = {self.setting.new.dataset.name: (self.setting.new, self.test)}
+        measured |= {name: (task, self.kept[name]) for name, task in self.setting.kept.items()}
+        accuracies = {}
+        for name, (task, indices) in measured.items():
+            own = self.team.share(indices)
+            before, after = self._zero_shot(task, own), answer(task, own)
+            self._answers[name] = Answers(task, own, before, after)
+            accuracies[name] = [task.mean(task.agrees(answers, own), self.team) for answers in (before, after)]
+        (_, new), *_ = accuracies.values()
+        tasks = {name: accuracies[name] for name in self.setting.kept}
         found = {"new": new, "kept": _kept({name: after for name, (_, after) in tasks.items()}), "tasks": tasks}
         if not self.config.validation:
             return found
-        return {**found, "val": accuracy(self.setting.new, self.split.val) if len(self.split.val) else None}
+        return {**found, "val": self._on_validation(answer) if len(self.split.val) else None}
+
+    def _on_validation(self, answer: Answer) -> float:
+        new, own = self.setting.new, self.team.share(self.split.val)
+        return new.mean(new.agrees(answer(new, own), own), self.team)
 
 
 def _kept(accuracies: dict[str, float]) -> float | None:

@@ -99,24 +99,25 @@ def contrastive_loss(
 
     Args:
         image_features: [N, D], unit length.
-        text_features: [N, D], unit length.
+        text_features: [T, D], unit length, T at least N: the first N captions are the pictures' own.
         logit_scale: scalar factor on the cosines.
-        is_true: bool [N, N], [i, j]: whether caption j is true of picture i.
+        is_true: bool [N, T], [i, j]: whether caption j is true of picture i.
 
     Returns:
         The loss, and the share of pictures that picked their own caption.
     """
     n = len(is_true)
-    logits = logit_scale * image_features @ text_features.T  # [N, N]
-    others_truth = is_true & ~torch.eye(n, dtype=torch.bool, device=is_true.device)
+    logits = logit_scale * image_features @ text_features.T  # [N, T]
+    others_truth = is_true & ~torch.eye(*is_true.shape, dtype=torch.bool, device=is_true.device)
     logits = logits.masked_fill(others_truth, float("-inf"))
     own = torch.arange(n, device=logits.device)
     accuracy = (logits.argmax(-1) == own).float().mean()
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2, accuracy
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T[:n], own)) / 2, accuracy
 
 
 @contextmanager
-def _torch_threads(n: int) -> Iterator[None]:
+def torch_threads(n: int) -> Iterator[None]:
+    """Let torch compute on `n` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -220,7 +221,7 @@ def pretrain(config: PretrainConfig) -> None:
     check_writable(config.output)
     vocabulary = build_vocabulary()
     tokenizer = glyphs.GlyphTokenizer(vocabulary, config.context_length)
-    with _torch_threads(config.threads):
+    with torch_threads(config.threads):
         model = glyphs.build_clip(model_config(config, len(vocabulary)), config.seed)
         log = _train(model, tokenizer, config)
     _write(model, vocabulary, log, config)

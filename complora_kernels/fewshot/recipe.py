@@ -21,6 +21,7 @@ from complora_kernels.fewshot.datasets.few_shot_split import fingerprint
 from complora_kernels.fewshot.files import write_json
 from complora_kernels.fewshot.logs import RunLog
 from complora_kernels.fewshot.measure import Measurement
+from complora_kernels.fewshot.predictions import PREDICTIONS, write_predictions
 from complora_kernels.fewshot.profile import StepProfile
 from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import ALONE, Team
@@ -101,6 +102,9 @@ def train(
     else:
         context = RunContext(config, run, setting, split, seen, folder, dtype, team)
         found = _train(context, measurement, on_step)
+    answers = measurement.answers()
+    if team.leads:
+        write_predictions(folder / PREDICTIONS, answers)
     seconds = found.pop("seconds_before", 0.0) + time.perf_counter() - started
     return {**before, **found, "seconds": round(seconds, 2), "versions": versions()}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from complora_kernels.fewshot.config import GLYPHS
+from complora_kernels.fewshot.config import BUNDLED
 from complora_kernels.fewshot.jobs import Job, Outcome, result_of, sendable
 from complora_kernels.fewshot.setting import Settings
 from complora_kernels.fewshot.team import Team
@@ -28,10 +28,10 @@ def work_off(jobs: Sequence[Job], progress: Any, workers: int | None, team: Team
     Args:
         jobs: the jobs in the order in which they begin.
         progress: shows every step, and workers that were killed.
-        workers: number of processes that share the jobs; None: one per core for the bundled model, otherwise one.
+        workers: number of processes that share the jobs; None: one per core for a bundled model, otherwise one.
         team: processes that run each job together, each of which calls this; `workers` is ignored then.
     """
-    bundled = all(job.config.model == GLYPHS for job in jobs)
+    bundled = all(job.config.model in BUNDLED for job in jobs)
     workers = min(workers or (_cores() if bundled else 1), len(jobs))
     if workers > 1 and team.size == 1:
         yield from in_processes(jobs, progress, workers)

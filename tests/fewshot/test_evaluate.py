@@ -253,7 +253,7 @@ def test_two_tasks_share_a_budget_and_return_it(photos, monkeypatch):
 
     def asked(task: Task, indices: Tensor) -> list[Path]:
         decoded.clear()
-        task.is_correct(task.backbone.model, indices)
+        task.answers(task.backbone.model, indices)
         return list(decoded)
 
     six, four = torch.arange(6), torch.arange(4)
@@ -281,7 +281,8 @@ def test_the_budget_changes_no_answer(photos, crops):
     labels = torch.arange(10) % 3
     task = task_of_photos(photos, labels, MemoryBudget(None if crops is None else crops * CROP))
     for indices in (torch.arange(10), torch.arange(10), torch.tensor([3, 9, 1, 4, 0])):
-        assert task.is_correct(task.backbone.model, indices).tolist() == [i % 2 == i % 3 for i in indices.tolist()]
+        correct = task.agrees(task.answers(task.backbone.model, indices), indices)
+        assert correct.tolist() == [i % 2 == i % 3 for i in indices.tolist()]
 
 
 # ---- prompts

@@ -22,6 +22,7 @@ from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN, Dataset, ba
 from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.measure import columns_of
+from complora_kernels.fewshot.predictions import PREDICTIONS
 from complora_kernels.fewshot.recipe import SPLIT_FILE
 from complora_kernels.fewshot.setting import NEW_CLASSES
 
@@ -92,7 +93,9 @@ def test_few_shot_on_each_data_set(root, tmp_path, name):
     assert (result["zero_shot_new"], result["new"]) == by_hand(tmp_path, result, load_dataset(name, root))
     assert 0 < result["zero_shot_new"] < result["new"] - 0.3  # three of ten images more
     folder = tmp_path / "out" / "runs" / result["run"]
-    assert {path.name for path in folder.iterdir()} == {"config.json", SPLIT_FILE, "log.jsonl", "loss.png", "adapter"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", SPLIT_FILE, "log.jsonl", "loss.png", "adapter", PREDICTIONS)
+    }
     assert json.loads((folder / "config.json").read_text())["versions"]["torch"] == torch.__version__
 
 

@@ -21,6 +21,7 @@ from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.measure import at_most
 from complora_kernels.fewshot.methods import Method
+from complora_kernels.fewshot.predictions import PREDICTIONS, read_predictions
 from complora_kernels.fewshot.profile import PROFILE, TRACE
 from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.setting import Settings
@@ -43,8 +44,8 @@ def test_measured_accuracy_matches_a_plain_recomputation():
         feature = model.encode_image(image[None].float() / 255 - 0.5)[0]
         cosines = torch.nn.functional.cosine_similarity(feature[None], texts)
         expected.append(bool(cosines.argmax() == label))
-    setting.new.batch_size = 7
-    assert setting.new.is_correct(model, torch.arange(30)).tolist() == expected
+    setting.new.batch_size, every = 7, torch.arange(30)
+    assert setting.new.agrees(setting.new.answers(model, every), every).tolist() == expected
     some = torch.tensor([3, 4, 11, 12, 29])
     share = sum(expected[i] for i in some) / 5
     assert setting.new.accuracy(model, some) == pytest.approx(share)
@@ -91,6 +92,30 @@ def test_result_measures_images_that_were_not_trained_on(tmp_path):
     assert result["zero_shot_kept"] == standin.setting().kept["dark"].zero_shot_accuracy(at_most(9, torch.arange(30)))
     assert {"method": "both", "shots": 2, "learning_rate": 1e-2, "seed": 0}.items() <= result.items()
     assert result["versions"]["torch"] == torch.__version__
+
+
+def test_the_predictions_of_a_run_are_those_that_its_accuracies_count(tmp_path):
+    result = train(standin.config(tmp_path, steps=40, interpolations=(0.5,)), RUN, standin.setting(), tmp_path / "run")
+    predictions = read_predictions(tmp_path / "run" / PREDICTIONS)
+    new, dark = ([each for each in predictions if (each.task == "dark") == kept] for kept in (False, True))
+    shares = [
+        sum(getattr(each, when) == each.label for each in part) / len(part)
+        for part in (new, dark)
+        for when in ("before", "after")
+    ]
+    expected = [result[name] for name in ("zero_shot_new", "new", "zero_shot_kept", "kept")]
+    assert shares == pytest.approx(expected)
+    assert result["new"] > result["zero_shot_new"]
+    test = choose_split(standin.setting().new.dataset, 2, 0).test
+    assert [int(each.image) for each in new] == test.tolist()
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "task,image,label,before,after\nx,1\n"])
+def test_damaged_predictions_are_named(tmp_path, content):
+    path = tmp_path / PREDICTIONS
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"predictions\.csv"):
+        read_predictions(path)
 
 
 def factors(folder):

@@ -1,16 +1,19 @@
-"""The two bundled data sets: scanned digits to learn, and rendered letters to retain."""
+"""The bundled data sets: scanned digits and photos to learn, rendered letters and pictures to retain."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from complora_kernels.fewshot import glyphs
+from complora_kernels.fewshot.datasets import pictures
 from complora_kernels.fewshot.datasets.dataset import Dataset
 
-CLASSES = {
+CHARACTERS = {
     "digits": tuple(f"digit {digit}" for digit in glyphs.DIGITS),
     "letters": tuple(name.removeprefix("the ") for name in glyphs.LETTERS),
 }
@@ -38,4 +41,17 @@ def letters() -> Dataset:
 
 def _characters(name: str, images: Tensor, labels: Tensor, test: Tensor | None) -> Dataset:
     everything = torch.arange(len(labels))
-    return Dataset(name, images, labels, CLASSES[name], everything, everything[:0], test, can_be_mirrored=False)
+    return Dataset(name, images, labels, CHARACTERS[name], everything, everything[:0], test, can_be_mirrored=False)
+
+
+BUNDLED: dict[str, Callable[[], Dataset]] = {
+    "digits": digits,
+    "letters": letters,
+    **{name: partial(pictures.load_data, name) for name in pictures.NAMES},
+}
+"""The data sets by name."""
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """The names of the classes of one of `BUNDLED`, without loading its images."""
+    return CHARACTERS[name] if name in CHARACTERS else pictures.class_names(name)

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from complora_kernels.fewshot.datasets.annotation_files import read_csv, read_json_split, read_variants
-from complora_kernels.fewshot.datasets.bundled import CLASSES as BUNDLED_CLASSES
-from complora_kernels.fewshot.datasets.bundled import digits, letters
+from complora_kernels.fewshot.datasets.bundled import BUNDLED, class_names
 from complora_kernels.fewshot.datasets.dataset import Dataset
 from complora_kernels.fewshot.datasets.downloads import check_download, download, downloaded
 from complora_kernels.fewshot.datasets.folders import read_folder
 from complora_kernels.fewshot.datasets.imagenet import check_imagenet, read_imagenet, read_shift
 from complora_kernels.fewshot.datasets.layouts import DOMAIN_SHIFTS, ELEVEN, LAYOUTS, find, missing_message
 
-_BUNDLED = {"digits": digits, "letters": letters}
 _PATHS = {"folder": read_folder, "csv": read_csv}
 
-NAMES = (*_BUNDLED, *ELEVEN, *DOMAIN_SHIFTS)
+NAMES = (*BUNDLED, *ELEVEN, *DOMAIN_SHIFTS)
 """Every name that `load_dataset` knows without a path."""
 
 
@@ -39,8 +37,8 @@ def load_dataset(name: str, root: Path | None = None, *, download: bool = False)
 
 
 def _load(name: str, root: Path | None, fetch: bool) -> Dataset:
-    if name in _BUNDLED:
-        return _BUNDLED[name]()
+    if name in BUNDLED:
+        return BUNDLED[name]()
     kind, _, path = name.partition(":")
     if kind in _PATHS and path:
         return _PATHS[kind](Path(path).expanduser())
@@ -65,8 +63,8 @@ def check_dataset(name: str, root: Path | None = None, *, download: bool = False
     Returns:
         The names of the data set and of its classes; no classes where it is still to be downloaded.
     """
-    if name in BUNDLED_CLASSES:
-        return name, BUNDLED_CLASSES[name]
+    if name in BUNDLED:
+        return name, class_names(name)
     if name in LAYOUTS and root is not None:
         root = _check_root(name, root)
         home = find(name, root)

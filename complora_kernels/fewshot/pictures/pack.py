@@ -1,0 +1,90 @@
+"""Writes the pictures and photos that come with the package: sheets of small images, and what each of them shows."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from complora_kernels.common.files import write_atomically
+from complora_kernels.fewshot.datasets.pictures import COLUMNS, FASHION, INDEX_FILE, KEPT, TEST, TRAIN
+from complora_kernels.fewshot.pictures.augment import over
+from complora_kernels.fewshot.pictures.sources import Sources
+
+SIZE = 48  # of a picture, in pixels
+SHOTS = 4  # pictures of other families for each class of the base half
+FASHION_FILES = (
+    *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    *("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
+
+
+def write_data(folder: Path, sources: Sources, fashion: Path) -> None:
+    """Write the sheets and their index.
+
+    Args:
+        folder: where they go.
+        sources: the rendered families.
+        fashion: the folder of Fashion-MNIST's four files, compressed by gzip or not.
+
+    Raises:
+        OSError: a file of Fashion-MNIST is missing.
+    """
+    photos = _photos(fashion)
+    concepts = sources.seen.concepts
+    kept = [i for i, number in enumerate(sources.unseen.shown.tolist()) if concepts[number].group in KEPT]
+    unseen = sources.unseen.shown[kept].tolist()
+    of = sources.seen.by_concept()
+    generator = torch.Generator().manual_seed(0)
+    classes = [
+        unseen[i] for i in torch.randperm(len(unseen), generator=generator).tolist() if len(of[unseen[i]]) >= SHOTS
+    ]
+    base = classes[: (len(classes) + 1) // 2]
+    shots = torch.cat([of[number][torch.randperm(len(of[number]), generator=generator)[:SHOTS]] for number in base])
+    _write_sheet(folder / "unseen.png", over(1.0, sources.unseen.pixels[kept], SIZE))
+    _write_sheet(folder / "shots.png", over(1.0, sources.seen.pixels[shots], SIZE))
+    _write_sheet(folder / "fashion.png", photos)
+    found = {
+        "concepts": [[concept.name, concept.group] for concept in concepts],
+        "unseen": unseen,
+        "classes": classes,
+        "shots": sources.seen.shown[shots].tolist(),
+    }
+    write_atomically(folder / INDEX_FILE, json.dumps(found) + "\n")
+
+
+def _photos(folder: Path) -> Tensor:  # uint8 [10 (64 + 200), 1, 28, 28], class by class
+    """The first photos of each class, of the training set and of the test set."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    with tempfile.TemporaryDirectory() as unpacked:
+        paths = []
+        for name in FASHION_FILES:
+            plain, packed = folder / name, folder / f"{name}.gz"
+            content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
+            paths.append(Path(unpacked, name))
+            paths[-1].write_bytes(content)
+        train, train_labels, test, test_labels = (
+            (read_image_file if "images" in path.name else read_label_file)(str(path)) for path in paths
+        )
+    chosen = []
+    for label in range(len(FASHION)):
+        chosen += [train[train_labels == label][:TRAIN], test[test_labels == label][:TEST]]
+    return torch.cat(chosen)[:, None]
+
+
+def _write_sheet(path: Path, images: Tensor) -> None:  # uint8 [N, C, s, s]
+    from PIL import Image
+
+    N, C, s, _ = images.shape
+    rows = -(-N // COLUMNS)
+    tiles = torch.cat([images, images.new_zeros(rows * COLUMNS - N, C, s, s)]).view(rows, COLUMNS, C, s, s)
+    sheet = tiles.permute(0, 3, 1, 4, 2).reshape(rows * s, COLUMNS * s, C)
+    buffer = io.BytesIO()
+    Image.fromarray(sheet.squeeze(-1).numpy()).save(buffer, "PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())

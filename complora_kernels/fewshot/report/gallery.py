@@ -1,0 +1,108 @@
+"""The gallery: images that training has won and lost, with the names that they were given before and after."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from complora_kernels.fewshot.datasets import Dataset, base_and_new, load_dataset
+from complora_kernels.fewshot.decode import load_crops
+from complora_kernels.fewshot.escapes import for_figure
+from complora_kernels.fewshot.predictions import Prediction
+from complora_kernels.fewshot.setting import NEW_CLASSES
+
+COLUMNS = 8
+_SIDE = 96  # of a drawn image, in pixels
+
+
+class Row(NamedTuple):
+    """Images of one fate."""
+
+    title: str
+    found: list[Prediction]  # those that are drawn
+    total: int
+    of: int
+
+
+def rows(predictions: Sequence[Prediction], columns: int = COLUMNS) -> list[Row]:
+    """What training has won and lost: on the new task, and on all that is kept. Rows without an image are left out.
+
+    The images are chosen evenly from all of a row, so that no class or data set fills it.
+    """
+    new_task = predictions[0].task if predictions else ""
+    found = []
+    for what, is_new in (("new task", True), ("kept", False)):
+        own = [each for each in predictions if (each.task == new_task) == is_new]
+        won = [each for each in own if each.before != each.label == each.after]
+        lost = [each for each in own if each.before == each.label != each.after]
+        for title, chosen in ((f"{what}: right only after training", won), (f"{what}: right only before", lost)):
+            if chosen:
+                places = torch.linspace(0, len(chosen) - 1, min(columns, len(chosen))).round().long().tolist()
+                found.append(Row(title, [chosen[place] for place in places], len(chosen), len(own)))
+    return found
+
+
+def draw_gallery(predictions: Sequence[Prediction], options: dict[str, Any], title: str) -> Figure | None:
+    """The rows with their images; None where training has changed no answer from or to the right one.
+
+    Args:
+        predictions: of one run, those of the new task first.
+        options: the run's config.json, which names its data sets.
+        title: title of the figure.
+
+    Raises:
+        OSError: an image or a data set is not there any more.
+        ValueError: it has changed so that it cannot be read.
+    """
+    shown = rows(predictions)
+    if not shown:
+        return None
+    data = _DataSets(options, predictions[0].task)
+    figure = Figure(figsize=(1.35 * COLUMNS, 0.5 + 2.05 * len(shown)), layout="constrained")
+    figure.suptitle(for_figure(title))
+    parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
+    for part, row in zip(parts, shown, strict=True):
+        part.suptitle(for_figure(f"{row.title} ({row.total} of {row.of})"), fontsize="medium", x=0.01, ha="left")
+        axes = part.subplots(1, COLUMNS)
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, prediction in zip(axes, row.found, strict=False):
+            axis.imshow(data.image(prediction).permute(1, 2, 0).numpy())
+            words = "\n".join(textwrap.shorten(name, 20) for name in (prediction.before, f"→ {prediction.after}"))
+            axis.set_title(for_figure(words), fontsize="x-small")
+    return figure
+
+
+class _DataSets:
+    """The images of a run's data sets, each loaded at its first image."""
+
+    def __init__(self, options: dict[str, Any], new_task: str) -> None:
+        self._options, self._new_task = options, new_task
+        self._loaded: dict[str, Dataset] = {}
+
+    def image(self, prediction: Prediction) -> Tensor:  # uint8 [3, 96, 96]
+        dataset = self._of(prediction.task)
+        if not isinstance(dataset.images, Tensor):
+            path = Path(prediction.image) if dataset.root is None else dataset.root / prediction.image
+            return load_crops([path], (_SIDE, _SIDE), progress=False)[0]
+        image = dataset.images[int(prediction.image)]
+        if image.shape[-1] >= _SIDE:
+            return image
+        return F.interpolate(image[None], size=(_SIDE, _SIDE), mode="nearest")[0]
+
+    def _of(self, task: str) -> Dataset:
+        if task not in self._loaded:
+            own = task in (self._new_task, NEW_CLASSES)
+            root = self._options.get("data_root")
+            dataset = load_dataset(self._options["data"] if own else task, None if root is None else Path(root))
+            if own and self._options.get("protocol") == "base-to-new":
+                dataset = base_and_new(dataset)[task == NEW_CLASSES]
+            self._loaded[task] = dataset
+        return self._loaded[task]
