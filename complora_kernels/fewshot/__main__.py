@@ -1,4 +1,4 @@
-"""The command line: `complora train | sweep | report | eval | export | pretrain-glyphs`, also `python -m …fewshot`."""
+"""The command line: `complora train | sweep | report | eval | export | pretrain-…`, also `python -m …fewshot`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from complora_kernels.fewshot.files import check_writable
 from complora_kernels.fewshot.grid import held, prepare, run_grid
 from complora_kernels.fewshot.jobs import is_full
 from complora_kernels.fewshot.outcomes import FAILURES, results_of
+from complora_kernels.fewshot.pictures.pretrain import PicturesConfig, check_pictures, pretrain_pictures
 from complora_kernels.fewshot.pretrain import PretrainConfig, pretrain
 from complora_kernels.fewshot.report import report
 from complora_kernels.fewshot.saved import EvalConfig, ExportConfig, evaluate, export
@@ -36,7 +37,7 @@ class ReportConfig:
     """The --output of `complora train` or `complora sweep`."""
 
 
-Command = TrainConfig | SweepConfig | ReportConfig | EvalConfig | ExportConfig | PretrainConfig
+Command = TrainConfig | SweepConfig | ReportConfig | EvalConfig | ExportConfig | PretrainConfig | PicturesConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(arguments)
         ready = _prepare(command)
-        has_begun = isinstance(command, (TrainConfig, SweepConfig, PretrainConfig))
+        has_begun = isinstance(command, (TrainConfig, SweepConfig, PretrainConfig, PicturesConfig))
         return _run(command, ready, console)
     except KeyboardInterrupt as stop:
         _say("stopped")
@@ -79,12 +80,16 @@ def _prepare(command: Command) -> Any:
         return prepare(command)
     if isinstance(command, SweepConfig):
         return prepare_sweep(command)
+    if isinstance(command, PicturesConfig):
+        return check_pictures(command)
     return check_writable(command.output) if isinstance(command, PretrainConfig) else None
 
 
 def _run(command: Command, ready: Any, console: Console) -> int:
     if isinstance(command, PretrainConfig):
         pretrain(command)
+    elif isinstance(command, PicturesConfig):
+        pretrain_pictures(command)
     elif isinstance(command, ReportConfig):
         report(command.folder, console)
     elif isinstance(command, EvalConfig):
@@ -152,7 +157,8 @@ def parse(arguments: Sequence[str]) -> Command:
         | Annotated[ReportConfig, tyro.conf.subcommand("report")]
         | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")]
-        | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain-glyphs")],
+        | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain-glyphs")]
+        | Annotated[PicturesConfig, tyro.conf.subcommand("pretrain-pictures")],
         prog="complora",
         description="Comp-LoRA on CLIP with few examples: train, report, and make the bundled model again.",
         args=arguments,

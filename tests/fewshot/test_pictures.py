@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from small_icons import SHAPES, change, write_icons
 from torch.nn import functional as F
 
+from complora_kernels.fewshot.__main__ import main
 from complora_kernels.fewshot.datasets import load_dataset, pictures
 from complora_kernels.fewshot.pictures import model as bundled
 from complora_kernels.fewshot.pictures import pack
@@ -20,7 +22,7 @@ from complora_kernels.fewshot.pictures.augment import augmented, over
 from complora_kernels.fewshot.pictures.captions import Captioner
 from complora_kernels.fewshot.pictures.concepts import Concept, read_concepts
 from complora_kernels.fewshot.pictures.families import SEEN, UNSEEN, check_sources, read_families
-from complora_kernels.fewshot.pictures.pretrain import CHECKPOINT, PicturesConfig, Trainer, pretrain
+from complora_kernels.fewshot.pictures.pretrain import CHECKPOINT, PicturesConfig, Trainer, pretrain_pictures
 from complora_kernels.fewshot.pictures.sources import read_sources
 from complora_kernels.fewshot.pictures.tokenizer import END, PAD, train_tokenizer
 from complora_kernels.fewshot.pretrain import contrastive_loss
@@ -203,7 +205,7 @@ def small(icons: Path, output: Path, steps: int = 4) -> PicturesConfig:
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not(icons, tmp_path, monkeypatch):
-    pretrain(small(icons, tmp_path / "whole"))
+    pretrain_pictures(small(icons, tmp_path / "whole"))
     steps = []
 
     def step(self: Trainer) -> float:
@@ -215,9 +217,10 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(icons, tmp_path, monkeypatc
     original = Trainer.step
     monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(small(icons, tmp_path / "parts"))
+        pretrain_pictures(small(icons, tmp_path / "parts"))
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [CHECKPOINT]
-    pretrain(small(icons, tmp_path / "parts"))
+    pretrain_pictures(replace(small(icons, tmp_path / "parts"), fashion=fashion_files(tmp_path / "photos")))
+    assert (tmp_path / "parts" / pictures.INDEX_FILE).is_file()
     whole, parts = (bundled.load_picture_clip(folder=tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
     assert not (tmp_path / "parts" / CHECKPOINT).exists()
@@ -228,7 +231,7 @@ def test_a_checkpoint_of_other_settings_is_refused(icons, tmp_path, monkeypatch)
     trainer = Trainer(config, read_sources(icons))
     torch.save(trainer.state(), tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match=r"checkpoint\.pt: of other settings"):
-        pretrain(small(icons, tmp_path, steps=5))
+        pretrain_pictures(small(icons, tmp_path, steps=5))
 
 
 def test_a_small_model_learns_a_batch_that_it_sees_often(icons, tmp_path, monkeypatch):
@@ -296,3 +299,13 @@ def test_the_packaged_data_sets(name):
 
 def test_the_package_stays_small():
     assert sum(path.stat().st_size for path in pictures.ASSETS.iterdir()) <= 12 * 10**6
+
+
+def test_the_command_names_what_is_missing(tmp_path, capsys):
+    assert main(["pretrain-pictures", "--sources", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "@iconify-json/noto" in capsys.readouterr().err
+    write_icons(tmp_path)
+    options = ["--sources", str(tmp_path), "--fashion", str(tmp_path)]
+    assert main(["pretrain-pictures", *options, "--output", str(tmp_path / "out")]) == 2
+    assert "train-images-idx3-ubyte" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())

@@ -58,6 +58,13 @@ def write_data(folder: Path, sources: Sources, fashion: Path) -> None:
     write_atomically(folder / INDEX_FILE, json.dumps(found) + "\n")
 
 
+def check_fashion(folder: Path) -> None:
+    """Raise a FileNotFoundError that names the files of Fashion-MNIST that are missing."""
+    missing = [name for name in FASHION_FILES if not any((folder / each).is_file() for each in (name, f"{name}.gz"))]
+    if missing:
+        raise FileNotFoundError(f"{folder}: {', '.join(missing)} not found, expected Fashion-MNIST's four files")
+
+
 def _photos(folder: Path) -> Tensor:  # uint8 [10 (64 + 200), 1, 28, 28], class by class
     """The first photos of each class, of the training set and of the test set."""
     from torchvision.datasets.mnist import read_image_file, read_label_file

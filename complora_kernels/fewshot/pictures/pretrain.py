@@ -24,6 +24,7 @@ from complora_kernels.fewshot.pictures import model as world
 from complora_kernels.fewshot.pictures.augment import augmented, normalize
 from complora_kernels.fewshot.pictures.captions import Captioner
 from complora_kernels.fewshot.pictures.families import SEEN, UNSEEN, check_sources
+from complora_kernels.fewshot.pictures.pack import check_fashion, write_data
 from complora_kernels.fewshot.pictures.sources import Sources, read_sources
 from complora_kernels.fewshot.pictures.tokenizer import train_tokenizer
 from complora_kernels.fewshot.pretrain import contrastive_loss, torch_threads
@@ -47,6 +48,9 @@ class PicturesConfig:
     output: Path = Path("runs/pictures-clip")
     """Folder for the weights, the model's configuration, the tokenizer, the log and the checkpoint; the same command
     goes on from the checkpoint."""
+    fashion: Path | None = None
+    """Folder of Fashion-MNIST's four files, compressed or not; with it, the sheets of pictures and photos that the
+    package brings are written too."""
     steps: int = 6000
     batch_size: int = 256
     negatives: int = 256
@@ -85,13 +89,15 @@ class PicturesConfig:
             raise ValueError(f"learning_rate={self.learning_rate}: expected a positive number")
 
 
-def check(config: PicturesConfig) -> None:
+def check_pictures(config: PicturesConfig) -> None:
     """Find what would stop the training, before anything is computed.
 
     Raises:
         OSError: a package is missing, or the output cannot be written.
     """
     check_sources(config.sources, (*SEEN, UNSEEN))
+    if config.fashion is not None:
+        check_fashion(config.fashion)
     check_writable(config.output)
 
 
@@ -206,7 +212,7 @@ class Trainer:
 
 def _settings(config: PicturesConfig) -> dict[str, Any]:
     """The options that decide about the weights."""
-    logistics = ("sources", "output", "checkpoint_every")
+    logistics = ("sources", "output", "fashion", "checkpoint_every")
     return {name: value for name, value in asdict(config).items() if name not in logistics}
 
 
@@ -217,7 +223,7 @@ def _optimizer(model: torch.nn.Module, config: PicturesConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
 
 
-def pretrain(config: PicturesConfig) -> None:
+def pretrain_pictures(config: PicturesConfig) -> None:
     """Train the model and write its weights, configuration, tokenizer and log into `config.output`.
 
     Raises:
@@ -226,7 +232,7 @@ def pretrain(config: PicturesConfig) -> None:
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    check(config)
+    check_pictures(config)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with torch_threads(config.threads), Progress(*columns) as progress:
         task = progress.add_task("rendering the icons", total=config.steps)
@@ -238,6 +244,8 @@ def pretrain(config: PicturesConfig) -> None:
         for loss in _train(trainer, progress.console.print):
             progress.update(task, completed=trainer.done, description=f"pretraining, loss {loss:.3f}")
     write(trainer)
+    if config.fashion is not None:
+        write_data(config.output, sources, config.fashion)
     (config.output / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -108,15 +108,20 @@ def write_figures(protocols: Sequence[Summary], folder: Path) -> list[Path]:
         inside = folder / summary.protocol if len(protocols) > 1 else folder
         inside.mkdir(parents=True, exist_ok=True)
         for name, figure in figures(summary).items():
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=150, metadata={"Software": _SOFTWARE})
             paths.append(inside / f"{name}.png")
-            write_atomically(paths[-1], image.getvalue())
+            write_figure(paths[-1], figure)
     folders = [folder, *(folder / protocol for protocol in PROTOCOLS)]
     for stale in {path for pattern in _PATTERNS for inside in folders for path in inside.glob(pattern)} - set(paths):
         if _is_ours(stale):
             stale.unlink()
     return paths
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as a PNG file whose metadata say that a report wrote it."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150, metadata={"Software": _SOFTWARE})
+    write_atomically(path, image.getvalue())
 
 
 def _is_ours(path: Path) -> bool:

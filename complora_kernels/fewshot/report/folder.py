@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from complora_kernels.common.files import refuse_link, write_atomically
+from complora_kernels.common.files import refuse_link, words_of, write_atomically
 from complora_kernels.fewshot.escapes import for_markdown, say, visible
 from complora_kernels.fewshot.files import read_json
 from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.report.figures import write_figures
 from complora_kernels.fewshot.report.formats import LATEX_HEAD, to_latex, to_markdown
+from complora_kernels.fewshot.report.gallery import write_gallery
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
 from complora_kernels.fewshot.report.tables import rows, sections
@@ -64,7 +65,12 @@ def report(folder: Path, console: Console) -> None:
     for suffix, content in contents.items():
         write_atomically(folder / f"table.{suffix}", content)
     tables = [folder / f"table.{suffix}" for suffix in contents]
-    for path in (*tables, *write_figures(protocols, folder / "figures")):
+    figures = write_figures(protocols, folder / "figures")
+    try:
+        figures += write_gallery(folder, results)
+    except (OSError, ValueError) as error:  # data sets may have been moved since
+        say(console, f"no gallery: {words_of(error)}")
+    for path in (*tables, *figures):
         say(console, f"wrote {path}", soft_wrap=True)
 
 

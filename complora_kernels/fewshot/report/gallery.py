@@ -15,9 +15,13 @@ from torch import Tensor
 from complora_kernels.fewshot.datasets import Dataset, base_and_new, load_dataset
 from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.escapes import for_figure
-from complora_kernels.fewshot.predictions import Prediction
+from complora_kernels.fewshot.files import read_json
+from complora_kernels.fewshot.jobs import RUNS
+from complora_kernels.fewshot.predictions import PREDICTIONS, Prediction, read_predictions
+from complora_kernels.fewshot.report.figures import write_figure
 from complora_kernels.fewshot.setting import NEW_CLASSES
 
+GALLERY = "gallery.png"
 COLUMNS = 8
 _SIDE = 96  # of a drawn image, in pixels
 
@@ -78,6 +82,33 @@ def draw_gallery(predictions: Sequence[Prediction], options: dict[str, Any], tit
             words = "\n".join(textwrap.shorten(name, 20) for name in (prediction.before, f"→ {prediction.after}"))
             axis.set_title(for_figure(words), fontsize="x-small")
     return figure
+
+
+def write_gallery(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
+    """Write the gallery of the trained run that learned and kept the most, and return its path.
+
+    Nothing is written where no run has kept its predictions, or training has changed no answer. The errors are those of
+    `draw_gallery`.
+    """
+    trained = [each for each in results if each["learning_rate"] is not None]
+    trained = [each for each in trained if (folder / RUNS / each["run"] / PREDICTIONS).is_file()]
+    if not trained:
+        return []
+    best = max(trained, key=lambda result: result["new"] + (result["kept"] or 0.0))
+    run = folder / RUNS / best["run"]
+    figure = draw_gallery(read_predictions(run / PREDICTIONS), read_json(run / "config.json"), _title(best))
+    if figure is None:
+        return []
+    write_figure(folder / "figures" / GALLERY, figure)
+    return [folder / "figures" / GALLERY]
+
+
+def _title(result: dict[str, Any]) -> str:
+    measures = [("new task", result["zero_shot_new"], result["new"])]
+    if result["kept"] is not None:
+        measures.append(("kept", result["zero_shot_kept"], result["kept"]))
+    changes = (f"{name} {100 * before:.1f} → {100 * after:.1f}%" for name, before, after in measures)
+    return f"{result['run']}: {', '.join(changes)}"
 
 
 class _DataSets:
