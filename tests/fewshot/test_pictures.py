@@ -200,7 +200,7 @@ def test_the_loss_of_more_captions_than_pictures():
 
 def small(icons: Path, output: Path, steps: int = 4) -> PicturesConfig:
     sizes: dict[str, Any] = {"size": 16, "patch": 8, "width": 32, "image_layers": 1, "text_width": 32, "text_layers": 1}
-    counts = {"batch_size": 8, "negatives": 4, "vocab_size": 300, "log_every": 2, "checkpoint_every": 1, "threads": 1}
+    counts: dict[str, Any] = {"batch_size": 8, "negatives": 4, "vocab_size": 300, "log_every": 2, "checkpoint_every": 1, "threads": 1}
     return PicturesConfig(sources=icons, output=output, steps=steps, **sizes, **counts)
 
 
