@@ -200,7 +200,14 @@ def test_the_loss_of_more_captions_than_pictures():
 
 def small(icons: Path, output: Path, steps: int = 4) -> PicturesConfig:
     sizes: dict[str, Any] = {"size": 16, "patch": 8, "width": 32, "image_layers": 1, "text_width": 32, "text_layers": 1}
-    counts: dict[str, Any] = {"batch_size": 8, "negatives": 4, "vocab_size": 300, "log_every": 2, "checkpoint_every": 1, "threads": 1}
+    counts: dict[str, Any] = {
+        "batch_size": 8,
+        "negatives": 4,
+        "vocab_size": 300,
+        "log_every": 2,
+        "checkpoint_every": 1,
+        "threads": 1,
+    }
     return PicturesConfig(sources=icons, output=output, steps=steps, **sizes, **counts)
 
 
@@ -224,6 +231,13 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(icons, tmp_path, monkeypatc
     whole, parts = (bundled.load_picture_clip(folder=tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
     assert not (tmp_path / "parts" / CHECKPOINT).exists()
+
+
+def test_texts_of_similar_lengths_are_encoded_together(icons, tmp_path):
+    trainer = Trainer(small(icons, tmp_path), read_sources(icons))
+    texts = ["a", "a photo of a dog face, animal.", "jeans", "the red heart", "a picture of a t-shirt", "dog"]
+    expected = [trainer.model.encode_text(trainer.tokenizer(text), normalize=True)[0] for text in texts]
+    torch.testing.assert_close(trainer.encode_texts(texts), torch.stack(expected))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(icons, tmp_path, monkeypatch):

@@ -158,10 +158,7 @@ class Trainer:
     def step(self) -> float:
         """Take one step; returns its loss."""
         images, texts, is_true = self.batch()
-        image_features, text_features = (
-            self.model.encode_image(images, normalize=True),
-            self.model.encode_text(self.tokenizer(texts), normalize=True),
-        )
+        image_features, text_features = self.model.encode_image(images, normalize=True), self.encode_texts(texts)
         loss, accuracy = contrastive_loss(image_features, text_features, self.model.logit_scale.exp(), is_true)
         self.optimizer.zero_grad()
         loss.backward()
@@ -173,6 +170,13 @@ class Trainer:
         self.done += 1
         self._recent.append((loss.item(), accuracy.item()))
         return loss.item()
+
+    def encode_texts(self, texts: list[str]) -> Tensor:  # [T, D], normalised
+        """The features of texts, of similar lengths together: each batch of them is truncated to its longest."""
+        tokens = self.tokenizer(texts)  # [T, L]
+        order = tokens.argmax(1).argsort(stable=True)  # where each text ends
+        parts = [self.model.encode_text(part, normalize=True) for part in tokens[order].chunk(4)]
+        return torch.cat(parts)[order.argsort()]
 
     def log_line(self) -> dict[str, Any]:
         """Append and return a line of the log: means since the last one, and zero-shot accuracies."""
