@@ -51,7 +51,7 @@ class PreservationLoss:
     Args:
         model: an adapted CLIP, not merged. Of `modules_to_save` there is no frozen copy: make the loss before they are
             trained, and give each call `frozen_image_features`.
-        vocabulary: V >= 2 texts ("a photo of a dog."), or their tokens, an integer tensor [V, L] as the model takes them.
+        vocabulary: V >= 2 texts ("a photo of a dog."), or their tokens as the model takes them, integers [V, L].
         tokenize: makes tokens [N, L] of a list of N texts; needed where texts are given.
         new_classes: what is learned, in the form of `vocabulary`: none of it may be in the vocabulary.
         sample: the number of names that are drawn for each step, 2 to V; None: all.
@@ -88,7 +88,7 @@ class PreservationLoss:
         require_unmerged(all_layers(model))
         tokens = _checked_tokens(vocabulary, new_classes, tokenize)  # [V, L]
         if sample is not None and not 2 <= sample <= len(tokens):
-            raise ValueError(f"sample={sample}, expected 2 to {len(tokens)}, the number of names in vocabulary, or None")
+            raise ValueError(f"sample={sample}, expected 2 to {len(tokens)}, the names of vocabulary, or None")
         found = encoders(model)
         self.encode_image = _required("encode_image", encode_image, found and found.image)
         self.encode_text = _required("encode_text", encode_text, found and found.text)
@@ -99,7 +99,7 @@ class PreservationLoss:
         self.logit_scale = torch.as_tensor(logit_scale, device=device).detach().clone()  # []
         self.tokens = tokens.to(device)  # [V, L]
         self._not_kept = sorted(trained_tensors(model))
-        with _evaluation_mode(model):
+        with torch.inference_mode(False), _evaluation_mode(model):
             example = self.tokens[:1]
             with torch.enable_grad():
                 self._trains_text = self.encode_text(example).requires_grad
@@ -128,6 +128,11 @@ class PreservationLoss:
             ValueError: features of unequal shapes, or `frozen_image_features` is needed and not given.
         """
         if frozen_image_features is None:
+            if self._not_kept:
+                raise ValueError(
+                    f"frozen_image_features is None, and the model trains {self._not_kept[0]} (modules_to_save), of "
+                    "which there is no frozen copy: expected features that were computed before the training"
+                )
             frozen_image_features = self.frozen_image_features(images)
         if image_features is None:
             image_features = self.encode_image(images)
@@ -141,31 +146,24 @@ class PreservationLoss:
             text_features = self.encode_text(self.tokens if names is None else select_texts(self.tokens, names))
         else:
             text_features = _rows(self._text_features, names)
-        dtype = torch.promote_types(image_features.dtype, torch.float32)
-        f, v, f0, v0 = (  # [B, D], [n, D], [B, D], [n, D]
-            F.normalize(features.to(dtype), dim=-1)
-            for features in (
-                image_features,
-                text_features,
-                frozen_image_features,
-                _rows(self.frozen_text_features, names),
-            )
-        )
-        scale = self.logit_scale.to(dtype)
-        s, t = (scale * f @ v.T).log_softmax(-1), (scale * f0 @ v0.T).log_softmax(-1)  # [B, n]
-        return F.kl_div(s, t, reduction="batchmean", log_target=True)  # mean over x of Σ softmax(t) (t - s)
+        frozen_text_features = _rows(self.frozen_text_features, names)
+        t = self._similarities(frozen_image_features, frozen_text_features, image_features.dtype)  # [B, n]
+        s = self._similarities(image_features, text_features, image_features.dtype)  # [B, n]
+        # The mean over x of Σ softmax(t) · (log softmax(t) - log softmax(s))
+        return F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
+
+    def _similarities(self, f: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:  # [B, D], [n, D] to [B, n]
+        """`τ f · v^T` of normalised features, in float32 or wider."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        f, v = (F.normalize(features.to(dtype), dim=-1) for features in (f, v))
+        with torch.autocast(f.device.type, enabled=False):  # times τ = 100, a cosine in bfloat16 is off by 0.4
+            return self.logit_scale.to(dtype) * f @ v.T
 
     def frozen_image_features(self, images: Any) -> Tensor:  # [B, D]
         """The frozen model's features of a batch: for images that do not change from step to step, once for all.
 
-        Raises:
-            ValueError: the model trains `modules_to_save`, of which there is no frozen copy.
+        Of `modules_to_save` the present values count.
         """
-        if self._not_kept:
-            raise ValueError(
-                f"frozen_image_features is not given, and the model trains {self._not_kept[0]} (modules_to_save), of "
-                "which there is no frozen copy: expected features that were computed before the training"
-            )
         with _evaluation_mode(self.model):
             return self._frozen(lambda: self.encode_image(images))
 
@@ -190,7 +188,9 @@ def _rows(features: Tensor, names: Tensor | None) -> Tensor:  # [V, D] to [n, D]
     return features if names is None else features[names]
 
 
-def _required(argument: str, given: Callable[..., Tensor] | None, own: Callable[..., Tensor] | None) -> Any:
+def _required(
+    argument: str, given: Callable[..., Tensor] | None, own: Callable[..., Tensor] | None
+) -> Callable[..., Tensor]:
     found = own if given is None else given
     if found is None:
         raise ValueError(f"{argument} is None, and the model has no such method that is known: expected a function")
@@ -211,23 +211,17 @@ def _checked_tokens(
     if V < 2:
         raise ValueError(f"vocabulary has {V} {'text' if V == 1 else 'texts'}, expected at least 2 to compare")
     if isinstance(vocabulary, Tensor):
-        labels = [f"row {i}" for i in range(V)] + [f"row {i}" for i in range(len(new_classes))]
-        parts = [vocabulary, new_classes] if len(new_classes) else [vocabulary]
-        for name, part in zip(("vocabulary", "new_classes"), parts, strict=False):
-            if not isinstance(part, Tensor) or part.dim() != 2 or part.is_floating_point():
-                got = f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                raise ValueError(f"{name} is {got}, expected tokens, int64 [N, L]")
-        if len({part.shape[1] for part in parts if isinstance(part, Tensor)}) > 1:
-            lengths = " and ".join(str(part.shape[1]) for part in parts if isinstance(part, Tensor))
-            raise ValueError(f"vocabulary and new_classes have {lengths} tokens a text, expected equal lengths")
-        rows = torch.cat([part.cpu() for part in parts if isinstance(part, Tensor)])  # [V + C, L]
+        rows = _joined(vocabulary, new_classes)  # [V + C, L]
+        labels = [f"row {i}" for i in (*range(V), *range(len(new_classes)))]
     else:
-        texts = [*vocabulary, *new_classes]
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if wrong is not None or tokenize is None:
-            got = "tokenize is None" if wrong is None else f"vocabulary or new_classes has a {type(wrong).__name__}"
-            raise ValueError(f"{got}, expected texts with the tokenizer of the model, or tokens")
-        labels, rows = [repr(text) for text in texts], tokenize(texts)
+        texts: list[Any] = [*vocabulary, *new_classes]
+        if tokenize is None or not all(isinstance(text, str) for text in texts):
+            got = sorted({type(text).__name__ for text in texts})
+            raise ValueError(
+                f"tokenize={tokenize!r} with vocabulary and new_classes of {' and '.join(got)}, expected texts with "
+                "the tokenizer of the model, or tokens"
+            )
+        rows, labels = tokenize(texts), [repr(text) for text in texts]
     first: dict[tuple[int, ...], int] = {}
     for i, row in enumerate(map(tuple, rows.tolist())):
         j = first.setdefault(row, i)
@@ -238,10 +232,25 @@ def _checked_tokens(
             )
         if j < V <= i:
             raise ValueError(
-                f"vocabulary: {labels[j]} and {labels[i]} of new_classes are the same tokens, expected a vocabulary "
-                "without what is to be learned"
+                f"vocabulary: {labels[j]} is the same tokens as {labels[i]} of new_classes, expected names of things "
+                "that are not to be learned"
             )
     return rows[:V]
+
+
+def _joined(vocabulary: Tensor, new_classes: Texts) -> Tensor:  # [V, L] and [C, L] to [V + C, L]
+    parts: dict[str, Any] = {"vocabulary": vocabulary}
+    if len(new_classes):
+        parts["new_classes"] = new_classes
+    for name, part in parts.items():
+        if not isinstance(part, Tensor) or part.dim() != 2 or part.dtype not in (torch.int64, torch.int32):
+            got = f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"{name} is {got}, expected tokens, int64 [N, L]")
+        if part.shape[1] != vocabulary.shape[1]:
+            raise ValueError(
+                f"{name} has {part.shape[1]} tokens a text, expected {vocabulary.shape[1]} as in vocabulary"
+            )
+    return torch.cat([part.cpu() for part in parts.values()])
 
 
 @contextmanager
