@@ -72,6 +72,7 @@ class PreservationLoss:
         RuntimeError: an adapter is merged into its weights.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -99,7 +100,7 @@ class PreservationLoss:
         self.logit_scale = torch.as_tensor(logit_scale, device=device).detach().clone()  # []
         self.tokens = tokens.to(device)  # [V, L]
         self._not_kept = sorted(trained_tensors(model))
-        with torch.inference_mode(False), _evaluation_mode(model):
+        with _evaluation_mode(model):
             example = self.tokens[:1]
             with torch.enable_grad():
                 self._trains_text = self.encode_text(example).requires_grad

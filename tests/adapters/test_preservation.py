@@ -163,7 +163,8 @@ def test_drawn_names_are_those_of_the_generator_and_distinct():
     assert torch.equal(torch.get_rng_state(), before)
     assert losses[0] == losses[1]
     assert len({*losses[0], *losses[2]}) > 4
-    drawn = torch.stack([one._drawn_names() for _ in range(700)])
+    draws: list[Any] = [one._drawn_names() for _ in range(700)]
+    drawn = torch.stack(draws)  # [700, 3]
     assert all(len(row.unique()) == 3 for row in drawn)
     counts = drawn.flatten().bincount(minlength=V)
     # 300 expected of each name; the deviation is sqrt(700 · 3/7 · 4/7) = 13
