@@ -28,18 +28,7 @@ from complora_kernels.fewshot.vocabulary import PACKAGED, check_vocabulary, voca
 
 RUN = Run("preserve", 2, 1e-2, 0)
 COLOURS = ("orange", "yellow", "cyan", "purple", "pink", "white", "black", "gray", "brown", "navy", "maroon")
-FASHION_MNIST = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-    "t-shirt/top",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle_boot",
-)
+FASHION_MNIST = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag")
 
 
 def training(tmp_path: Path, run: Run = RUN, **options: Any) -> Training:
@@ -56,7 +45,7 @@ def training(tmp_path: Path, run: Run = RUN, **options: Any) -> Training:
 def test_packaged_names_are_general_ones():
     names = [as_clip_reads(name) for name in PACKAGED.read_text().splitlines()]
     assert len(names) == len(set(names)) > 400
-    taken = {as_clip_reads(name) for name in (*IMAGENET_CLASSNAMES, *FASHION_MNIST, *glyphs.DIGITS)}
+    taken = {as_clip_reads(name) for name in (*IMAGENET_CLASSNAMES, *FASHION_MNIST, "Ankle boot", *glyphs.DIGITS)}
     assert not taken & set(names)
     assert not [name for name in names if len(name) == 1 or not name.isalpha()]
 
