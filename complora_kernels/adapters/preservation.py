@@ -37,7 +37,7 @@ class PreservationLoss:
         image_features = model.encode_image(images)
         loss = task_loss(image_features, labels) + weight * preservation(images, image_features)
 
-    It is a case of distillation (Learning without Forgetting, arXiv 1606.09282, equation 2) with names in the place of
+    It is a case of distillation (Learning without Forgetting, arXiv 1606.09282, section 3) with names in the place of
     the old task's classes.
 
     v0 is computed once, when the loss is made. The adapted text tower encodes `sample` names a step, the same ones
