@@ -15,6 +15,7 @@ from complora_kernels.adapters.manage import (
 from complora_kernels.adapters.mixed import mixed_adapters
 from complora_kernels.adapters.peft_import import import_peft
 from complora_kernels.adapters.peft_training import accelerate_peft, decelerate_peft, peft_config
+from complora_kernels.adapters.preservation import PreservationLoss
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
 from complora_kernels.adapters.several import (
     active_adapters,
@@ -36,6 +37,7 @@ __all__ = [
     "CompLoRALinear",
     "CompLoRAMultiheadAttention",
     "GraphedTrainStep",
+    "PreservationLoss",
     "accelerate_peft",
     "active_adapters",
     "adapter_names",

@@ -17,6 +17,7 @@ from complora_kernels.fewshot.setting import load
 from complora_kernels.fewshot.team import is_started_together
 from complora_kernels.fewshot.templates import templates_for, training_template
 from complora_kernels.fewshot.tokens import Tokenizer, check_told_apart, warn_of_truncation
+from complora_kernels.fewshot.vocabulary import check_vocabulary
 
 
 def check_options(config: TrainConfig) -> None:
@@ -60,12 +61,14 @@ def check_data(config: TrainConfig, tokenize: Tokenizer | None = None) -> dict[t
         The fingerprint of each split's images, by shots and seed.
     """
     tokenize = load_tokenizer(config.model, config.pretrained) if tokenize is None else tokenize
-    for name in config.kept():
-        check_classes(config, name, tokenize)
+    class_names = [class_name for name in config.kept() for class_name in check_classes(config, name, tokenize)]
     learned = load(config, config.data)
     parts = datasets.base_and_new(learned) if config.protocol == "base-to-new" else (learned,)
     for part in parts:
         _check_prompts(config, part.asked_as or part.name, part.name, part.class_names, tokenize)
+    if config.preserves:
+        class_names += [class_name for part in parts for class_name in part.class_names]
+        check_vocabulary(config, class_names, tokenize)
     learned = parts[0]
     is_file = config.draw.endswith((".json", ".pkl"))
     if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
@@ -83,14 +86,19 @@ def check_data(config: TrainConfig, tokenize: Tokenizer | None = None) -> dict[t
     return {cell: fingerprint(learned, split) for cell, split in splits.items()}
 
 
-def check_classes(config: TrainConfig, name: str, tokenize: Tokenizer) -> None:
-    """Find out whether a data set is there, or fetch it, and whether the model can tell its classes apart."""
+def check_classes(config: TrainConfig, name: str, tokenize: Tokenizer) -> Sequence[str]:
+    """Find out whether a data set is there, or fetch it, and whether the model can tell its classes apart.
+
+    Returns:
+        The names of its classes.
+    """
     if config.download:
         dataset = load(config, name)
         called, class_names = dataset.name, dataset.class_names
     else:
         called, class_names = datasets.check_dataset(name, config.data_root)
     _check_prompts(config, name, called, class_names, tokenize)
+    return class_names
 
 
 def _check_prompts(

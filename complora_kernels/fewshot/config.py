@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,7 +81,8 @@ class TrainConfig:
     """LoRA, and Comp-LoRA with the output side of each weight protected, the input side, or both.
     random, random-input and random-both protect as many random directions: the controls for output, input and both.
     activations (-input, -both) protect the principal directions of the weights' outputs and inputs on the shots.
-    lora-wd: LoRA with --strong-weight-decay. tip-adapter and linear-probe train nothing inside the model.
+    lora-wd: LoRA with --strong-weight-decay. preserve: LoRA with the loss of --preserve.
+    tip-adapter and linear-probe train nothing inside the model.
     The zero-shot model is always measured."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Training images per class."""
@@ -135,6 +137,16 @@ class TrainConfig:
     """Weight decay of AdamW."""
     strong_weight_decay: float = 0.3
     """Weight decay of the method lora-wd."""
+    preserve: float | None = None
+    """Weight of a loss that every method that trains adds to its own: the KL divergence between the frozen and the
+    adapted model's similarities of the training images to the names of --vocabulary.
+    None: 1 in the method preserve, and no such loss in the others."""
+    vocabulary: str | None = None
+    """A file of general names for --preserve, one a line, none of them a class that is learned or measured as kept.
+    None: a list of common nouns that comes with the package, without the names of such classes; for the bundled model
+    the colours that it knows."""
+    vocabulary_sample: int = 64
+    """Names that a step draws from the vocabulary, at most all of it."""
     interpolations: tuple[float, ...] = ()
     """Measure each trained model again with these shares of its update, between 0 and 1 (WiSE-FT)."""
     final_learning_rate: float = 1e-6
@@ -184,6 +196,17 @@ class TrainConfig:
         if not config.selects_in_blocks:
             raise ValueError(f"target_modules={self.target_modules!r}, expected some of {', '.join(TARGETS)}")
         return config
+
+    def preservation_weight(self, method: Method) -> float:
+        """The weight of the preservation loss in a method; 0: the method has none."""
+        if METHODS[method] is None:
+            return 0.0
+        return float(method == "preserve") if self.preserve is None else self.preserve
+
+    @property
+    def preserves(self) -> bool:
+        """Whether any run has the preservation loss."""
+        return any(self.preservation_weight(method) > 0 for method in self.methods)
 
     def kept(self) -> tuple[str, ...]:
         """The data sets whose zero-shot accuracy is measured before and after."""
@@ -296,6 +319,9 @@ BEFORE = {
     "draw": "own",
     "validation": False,
     "strong_weight_decay": 0.3,
+    "preserve": None,
+    "vocabulary": None,
+    "vocabulary_sample": 64,
     "interpolations": [],
 }
 
@@ -337,6 +363,9 @@ def check(config: TrainConfig) -> None:
     _require(config.final_learning_rate >= 0, "final_learning_rate", config.final_learning_rate, "at least 0")
     decay = config.strong_weight_decay
     _require(decay >= 0, "strong_weight_decay", decay, "at least 0")
+    weight, sample = config.preserve, config.vocabulary_sample
+    _require(weight is None or 0 < weight < math.inf, "preserve", weight, "more than 0")
+    _require(sample >= 2, "vocabulary_sample", sample, "at least 2")
     for share in config.interpolations:
         _require(0 < share < 1, "interpolations", share, "shares between 0 and 1")
     _require(config.protocol in PROTOCOLS, "protocol", config.protocol, f"any of {', '.join(PROTOCOLS)}")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 Method = Literal[
     "lora",
     "lora-wd",
+    "preserve",
     "output",
     "input",
     "both",
@@ -24,6 +25,7 @@ Method = Literal[
 METHODS: dict[Method, dict[str, Any] | None] = {
     "lora": {"sides": "none"},
     "lora-wd": {"sides": "none"},
+    "preserve": {"sides": "none"},
     "output": {"sides": "output"},
     "input": {"sides": "input"},
     "both": {"sides": "both"},

@@ -138,6 +138,7 @@ def _measure(training: Training, measurement: Measurement, log: RunLog, seconds:
         **measurement.trained(model),
         "loss": log.lines[-1]["loss"],
         **mean_over_layers(model),
+        **({} if training.preservation is None else training.preservation.described()),
         "seconds_before": training.progress["seconds"],
         "images_per_second": round(trained / seconds, 1),
         "peak_memory_mib": round(peak_memory(context.device) / 2**20),

@@ -242,7 +242,8 @@ def _check(file: Path, variants: list[TrainConfig], jobs: list[Job]) -> dict[str
             check_options(variant)
             data = (variant.data, variant.data_root, variant.protocol, variant.keep, variant.draw)
             model = (variant.model, variant.pretrained)
-            key = (*data, *model, variant.template, variant.shots, variant.seeds)
+            vocabulary = (variant.preserves, variant.vocabulary)
+            key = (*data, *model, *vocabulary, variant.template, variant.shots, variant.seeds)
             if key not in seen:
                 tokenizers[model] = tokenizers.get(model) or load_tokenizer(*model)
                 seen[key] = check_data(variant, tokenizers[model])

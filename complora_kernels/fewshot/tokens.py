@@ -18,7 +18,13 @@ Tokenizer = Callable[..., Tensor]  # N texts -> int64 [N, L]
 
 
 def check_told_apart(
-    source: str, class_names: Sequence[str], templates: Sequence[str], training_template: str, tokenize: Tokenizer
+    source: str,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    training_template: str,
+    tokenize: Tokenizer,
+    *,
+    called: str = "classes",
 ) -> None:
     """Raise a ValueError where the prompts of two classes are the same tokens.
 
@@ -32,12 +38,13 @@ def check_told_apart(
         templates: the templates for classification.
         training_template: the template for training.
         tokenize: the tokenizer of the model.
+        called: a word for the classes, for the message.
     """
     for used in ([training_template], templates):
         names = _alike(class_names, used, tokenize)
         if names:
             raise ValueError(
-                f"{source}: the model's tokenizer does not tell the classes {enumerated(names)} apart: their prompts, "
+                f"{source}: the model's tokenizer does not tell the {called} {enumerated(names)} apart: their prompts, "
                 f"such as {prompts(used[0], names[:1])[0]!r}, are the same tokens; {_reason(names, used, tokenize)}"
             )
 

@@ -23,6 +23,7 @@ from complora_kernels.fewshot.config import Run, TrainConfig
 from complora_kernels.fewshot.datasets import FewShotSplit
 from complora_kernels.fewshot.images import DeviceImages
 from complora_kernels.fewshot.logs import RunLog
+from complora_kernels.fewshot.preservation import Preservation, preservation_of
 from complora_kernels.fewshot.profile import StepProfile
 from complora_kernels.fewshot.resume import load_checkpoint, put_damaged_aside, random_state, save_checkpoint
 from complora_kernels.fewshot.setting import Setting
@@ -66,6 +67,7 @@ class Training:
     model: Any  # the adapted model
     logit_scale: Tensor  # float32 [], constant: 100 for a trained CLIP
     class_features: Tensor | None  # float32 [C, D], where the text tower is frozen; None: each step computes them
+    preservation: Preservation | None  # keeps the frozen model's similarities to general names
     optimizer: torch.optim.AdamW  # updates the factors
     scaler: torch.amp.GradScaler | None  # scales the loss of float16
     progress: dict[str, Any]  # from the checkpoint: the steps done, the seconds they took and their log
@@ -80,20 +82,24 @@ class Training:
         """The number of steps that were done before the checkpoint."""
         return self.progress["step"]
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's share of a step's images, [B, 3, S, S], and their labels, [B]."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """This process's share of a step's images, [B, 3, S, S], their labels, [B], and what the preservation reads."""
         context, config, seed = self.context, self.context.config, self.context.run.seed
         indices = batch_indices(len(self.labels), config.batch_size, seed, step)
         pixels = training_pixels(self.images, indices, context.setting, config.augmentation, seed, step, context.team)
-        return pixels.to(context.dtype), self.labels[context.team.share(indices).to(context.device)]
+        own = context.team.share(indices).to(context.device)
+        preserved = () if self.preservation is None else self.preservation.batch(own, seed, step)
+        return pixels.to(context.dtype), self.labels[own], *preserved
 
-    def loss(self, model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy [] of this process's share of a batch."""
+    def loss(self, model: Any, pixels: Tensor, labels: Tensor, *preserved: Tensor) -> Tensor:
+        """The cross-entropy [] of this process's share of a batch, with the preservation loss where there is one."""
         team, features = self.context.team, self.class_features
         image_features = model.encode_image(pixels, normalize=True).float()  # [B, D]
         if features is None:
             features = self.context.setting.new.training_features(model, team)  # [C, D]
         loss = F.cross_entropy(self.logit_scale * image_features @ features.T, labels)
+        if self.preservation is not None:
+            loss = loss + self.preservation(pixels, image_features, *preserved)
         # Shares of a batch may differ by an image: with this factor the mean over processes is that over the batch.
         return loss if team.size == 1 else loss * (len(labels) * team.size / self.batch_size)
 
@@ -129,6 +135,7 @@ class Training:
                 "log": log.lines,
                 "scaler": {} if self.scaler is None else self.scaler.state_dict(),
                 "images": context.fingerprint,
+                "vocabulary": None if self.preservation is None else self.preservation.fingerprint,
             }
             save_checkpoint(context.folder / CHECKPOINT, self.model, self.optimizer, progress, random_states)
 
@@ -159,14 +166,19 @@ def prepare(context: RunContext) -> Training:
     if "text" not in config.towers:
         with torch.no_grad():
             class_features = setting.new.training_features(model, team)
-    progress = _restore(context, model, optimizer)
+    with team.together():
+        preservation = preservation_of(context, model, images, logit_scale)
+    progress = _restore(context, model, optimizer, preservation)
     scaler = torch.amp.GradScaler(context.device.type) if context.dtype == torch.float16 else None
     if scaler is not None and progress.get("scaler"):
         scaler.load_state_dict(progress["scaler"])
-    return Training(context, started, images, labels, model, logit_scale, class_features, optimizer, scaler, progress)
+    parts = (model, logit_scale, class_features, preservation, optimizer, scaler)
+    return Training(context, started, images, labels, *parts, progress)
 
 
-def _restore(context: RunContext, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _restore(
+    context: RunContext, model: Any, optimizer: torch.optim.Optimizer, preservation: Preservation | None
+) -> dict[str, Any]:
     """Restore model, optimizer and random state from the checkpoint, and return the progress of the run so far."""
     checkpoint, team = context.folder / CHECKPOINT, context.team
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "log": []}
@@ -184,6 +196,12 @@ def _restore(context: RunContext, model: Any, optimizer: torch.optim.Optimizer) 
             raise ValueError(
                 f"{checkpoint}: its run has seen other images ({seen}) than it would see now ({context.fingerprint}); "
                 "expected the same data, or no checkpoint"
+            )
+        names = None if preservation is None else preservation.fingerprint
+        if progress.get("vocabulary", names) != names:
+            raise ValueError(
+                f"{checkpoint}: its run has another --vocabulary than now ({progress['vocabulary']}, now {names}); "
+                "expected the same names, or no checkpoint"
             )
     return progress
 
@@ -207,8 +225,8 @@ def take_steps(
     for step in range(first_step, context.steps):
         profile.before_step(step - first_step)
         with record_function("data"):
-            pixels, labels = training.batch(step)
-        losses.append(train_step(pixels, labels))
+            batch = training.batch(step)
+        losses.append(train_step(*batch))
         profile.after_step(step - first_step)
         if step == first_step:
             ck.check_gradients(training.model)

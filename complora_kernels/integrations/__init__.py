@@ -10,9 +10,9 @@ An integration is a module with the functions of `Integration`. To add a library
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
@@ -38,6 +38,14 @@ class Target(NamedTuple):
     module: nn.Module
     weights: dict[str, WeightRows]  # the place of each adapter's frozen weight, by the adapter's name
     adapt: Callable[..., CompLoRALayer]  # called (module, config, path=path): makes the layer, changes nothing
+
+
+class Encoders(NamedTuple):
+    """How a CLIP makes the features that it compares."""
+
+    image: Callable[[Any], Tensor]  # a batch of images to [B, D]
+    text: Callable[[Tensor], Tensor]  # tokens, int64 [N, L], to [N, D]
+    logit_scale: Tensor | None  # []: the logarithm of what cosines are multiplied by
 
 
 class Integration(Protocol):
@@ -78,6 +86,9 @@ class Integration(Protocol):
     def truncation(self, model: nn.Module) -> Iterable[tuple[nn.Module, type[Extension]]]:
         """The modules to extend so that texts are truncated to the longest of their batch, each with its extension."""
 
+    def encoders(self, model: nn.Module) -> Encoders | None:
+        """The methods of a whole CLIP that make features; None where the library has none for `model`."""
+
     def activations(self, model: nn.Module) -> dict[str, str]:
         """The class of each tower's MLP activation: weights trained with QuickGELU mean something else with GELU."""
 
@@ -110,6 +121,11 @@ def describe(model: nn.Module) -> str:
         for block in library.residual_blocks(model):
             return f"a {type(model).__name__} of {name} with residual blocks such as {block.path or 'itself'}"
     return f"a {type(model).__name__} without residual blocks that are known, of {', '.join(libraries())}"
+
+
+def encoders(model: nn.Module) -> Encoders | None:
+    """How `model`, in wrappers or not, makes the features that it compares; None where no library knows."""
+    return next(filter(None, (library.encoders(model) for library in find(model))), None)
 
 
 def activations(model: nn.Module) -> dict[str, str]:

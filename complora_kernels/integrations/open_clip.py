@@ -29,6 +29,7 @@ from complora_kernels.integrations.parts import (
     wrong_norm,
 )
 from complora_kernels.integrations.torch import attention_target, linear_target
+from complora_kernels.integrations.torch import encoders as encoders  # what it says holds here too
 from complora_kernels.integrations.torch import peft_modules as peft_modules_of_torch
 from complora_kernels.modules.attention import CompLoRAAttentionLayer, CompLoRAMultiheadAttention, projection_rows
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection

@@ -25,8 +25,9 @@ from complora_kernels.integrations.parts import (
     wrong_linear,
     wrong_norm,
 )
+from complora_kernels.integrations.torch import encoders as encoders  # what it says holds here too
 from complora_kernels.integrations.torch import linear_target, packed_target
-from complora_kernels.integrations.torch import peft_modules as peft_modules  # what it says holds here too
+from complora_kernels.integrations.torch import peft_modules as peft_modules
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
 from complora_kernels.modules.extend import Extension, class_name, own_class
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from complora_kernels.common.wrappers import named_modules, unwrap
 from complora_kernels.config import ATTENTION_TARGETS
-from complora_kernels.integrations import Block, Target
+from complora_kernels.integrations import Block, Encoders, Target
 from complora_kernels.integrations.parts import (
     activation_of,
     is_identity,
@@ -93,6 +93,16 @@ def attention_targets(model: nn.Module) -> Iterator[Target]:
 
 def missing(model: nn.Module, tower: str) -> str | None:
     return None
+
+
+def encoders(model: nn.Module) -> Encoders | None:
+    """The methods that CLIP was published with, whatever library a model with them is of."""
+    clip: Any = unwrap(model)
+    if not all(callable(getattr(clip, name, None)) for name in ("encode_image", "encode_text")):
+        return None
+    scale = getattr(clip, "logit_scale", None)
+    # Looked up by each call: an adapter that is added later may extend the model's class.
+    return Encoders(lambda images: clip.encode_image(images), lambda tokens: clip.encode_text(tokens), scale)
 
 
 def uncalled(parent: nn.Module) -> Collection[str]:

@@ -13,7 +13,8 @@ from complora_kernels.config import ATTENTION_TARGETS
 from complora_kernels.integrations import Block, Target
 from complora_kernels.integrations.parts import activation_of, is_identity, parts_of_multihead, wrong_linear, wrong_norm
 from complora_kernels.integrations.torch import attention_target, linear_target
-from complora_kernels.integrations.torch import peft_modules as peft_modules  # what it says holds here too
+from complora_kernels.integrations.torch import encoders as encoders  # what it says holds here too
+from complora_kernels.integrations.torch import peft_modules as peft_modules
 from complora_kernels.modules.block import BlockParts, CompLoRABlock
 from complora_kernels.modules.extend import Extension, has_user_hooks, own_class
 from complora_kernels.modules.forward_scope import LastBlock, Reading, Scoped

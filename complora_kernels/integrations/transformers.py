@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from complora_kernels.common.wrappers import named_modules, unwrap
-from complora_kernels.integrations import Block, Target
+from complora_kernels.integrations import Block, Encoders, Target
 from complora_kernels.integrations.parts import is_identity, wrong_linear
 from complora_kernels.integrations.torch import linear_target, peft_modules, uncalled
 from complora_kernels.modules.block import AttentionParts, BlockParts, CompLoRABlock, Projection, Rotation
@@ -81,6 +81,21 @@ def targets_in(block: Block, names: Collection[str]) -> Iterator[Target]:
 
 def missing(model: nn.Module, tower: str) -> str | None:
     return None
+
+
+def encoders(model: nn.Module) -> Encoders | None:
+    clip: Any = unwrap(model)
+    if not all(callable(getattr(clip, name, None)) for name in ("get_image_features", "get_text_features")):
+        return None
+
+    def feature(output: Any) -> Tensor:  # a tensor itself in older versions
+        return getattr(output, "pooler_output", output)
+
+    return Encoders(
+        lambda images: feature(clip.get_image_features(pixel_values=images)),
+        lambda tokens: feature(clip.get_text_features(input_ids=tokens)),
+        getattr(clip, "logit_scale", None),
+    )
 
 
 def callers(model: nn.Module, layers: Collection[nn.Module]) -> list[tuple[nn.Module, type[Extension]]]:

@@ -67,6 +67,28 @@ def length_of_texts(text: Tensor, eos_id: int | None) -> int:
     return text.shape[-1] if longest is None else min(text.shape[-1], -(-longest // MULTIPLE) * MULTIPLE)
 
 
+def read_length(
+    text: Tensor,  # [N, L]
+    example: Tensor,  # [n, L]
+) -> None:
+    """Reads once where the texts on a device end, by the ids of `example`, texts that the model has encoded before."""
+    known = _LONGEST.get(example)
+    if known is not None:
+        eos_id, _ = known
+        _LONGEST.compute(text, lambda text: (eos_id, _read_longest(text, eos_id)))
+
+
+def select_texts(
+    text: Tensor,  # [N, L]
+    rows: Tensor,  # int64 [n]
+) -> Tensor:  # [n, L]
+    """`text[rows]`, which is as long as the longest of `text` where that is known: the device is not read for it."""
+    selected, known = text[rows], _LONGEST.get(text)
+    if known is not None:
+        _LONGEST.set(selected, known)
+    return selected
+
+
 def is_readable(text: Any) -> bool:
     """Whether `text` holds ids [N, L] whose values can be had now."""
     return has_values(text) and text.dtype in (torch.int64, torch.int32) and text.dim() == 2 and text.numel() > 0

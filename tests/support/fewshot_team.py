@@ -19,6 +19,7 @@ CASES = {
     "uneven shares": {**FEW, "batch_size": 5},
     "image tower": {**FEW, "batch_size": 6, "towers": ("image",)},
     "crops": {**FEW, "batch_size": 4, "augmentation": "crop-flip", "interpolations": (0.5,), "validation": True},
+    "preserved": {**FEW, "batch_size": 5, "preserve": 2.0, "vocabulary_sample": 4, "template": "a {}"},
 }
 
 

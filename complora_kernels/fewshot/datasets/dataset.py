@@ -130,7 +130,7 @@ def check_distinct(class_names: Sequence[str], source: Path) -> None:
     """Raise a ValueError where the names of two classes give one prompt to CLIP."""
     labels: dict[str, int] = {}
     for label, name in enumerate(class_names):
-        first = labels.setdefault(_as_clip_reads(name), label)
+        first = labels.setdefault(as_clip_reads(name), label)
         if first != label:
             raise ValueError(
                 f"{source}: classes {first} and {label} are called {class_names[first]!r} and {name!r}, expected names "
@@ -138,7 +138,7 @@ def check_distinct(class_names: Sequence[str], source: Path) -> None:
             )
 
 
-def _as_clip_reads(name: str) -> str:
+def as_clip_reads(name: str) -> str:
     """The form of a name that reaches CLIP's tokenizers: prompts have blanks for underscores."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 

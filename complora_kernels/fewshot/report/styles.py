@@ -25,6 +25,7 @@ ZERO_SHOT: Look = {"color": "grey", "linestyle": ":", "marker": "*"}
 _LOOKS: dict[str, Look] = {
     "lora": {"color": "#000000", "marker": "o"},
     "lora-wd": {"color": "#666666", "marker": "P"},
+    "preserve": {"color": "#AA3377", "marker": "h"},
     "output": {"color": "#0072B2", "marker": "s"},
     "input": {"color": "#CC79A7", "marker": "v"},
     "both": {"color": "#D55E00", "marker": "D"},
@@ -40,6 +41,7 @@ _LOOKS: dict[str, Look] = {
 _NAMES = {
     "lora": "LoRA",
     "lora-wd": "LoRA, weight decay",
+    "preserve": "LoRA, names preserved",
     "output": "Comp-LoRA, output",
     "input": "Comp-LoRA, input",
     "both": "Comp-LoRA, both",
