@@ -162,6 +162,11 @@ def projection_basis(
     return basis
 
 
+def singular_values(weight: Tensor) -> Tensor:  # [out, in] to [min(out, in)]
+    """The singular values of `weight` in float64 on the CPU, the largest first; 0 where they are rounding alone."""
+    return _weight_directions(weight, "output").energies.sqrt()
+
+
 def is_kept(weight: Tensor, config: CompLoRAConfig, side: Side, name: str = "") -> bool:
     """Whether the cache on the disk has a file for `projection_basis(weight, config, side, name)`."""
     return _KeptBasis(weight, config, side, _seed(config, side, name)).is_there()

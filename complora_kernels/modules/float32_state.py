@@ -12,11 +12,11 @@ from complora_kernels.common.tracing import Unscriptable
 
 
 class Float32State(Unscriptable):
-    """A module whose own `lora_*` parameters and bases stay float32 or wider when `.half()` converts the rest."""
+    """A module whose own `lora_*` parameters, bases and limits stay float32 or wider when `.half()` converts others."""
 
     def _own_float32_state(self) -> Iterator[Tensor]:
         for name, tensor in [*self._parameters.items(), *self._buffers.items()]:
-            if tensor is not None and (name.startswith("lora_") or "_basis" in name):
+            if tensor is not None and (name.startswith(("lora_", "update_limit")) or "_basis" in name):
                 yield tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
