@@ -87,8 +87,8 @@ def test_accuracy_of_outputs_and_gradients(norm, dtype):
     ours = results(bound_updates, torch.float32, dtype)
     plain = results(reference.bound_updates, torch.float32, dtype)
     exact = results(reference.bound_updates, torch.float64, torch.float64)
-    for name, *values in zip(("A", "B", "dA", "dB"), ours, plain, exact, strict=True):
-        assert_as_accurate_as_reference(*values, name, dtype)
+    for name, mine, theirs, true in zip(("A", "B", "dA", "dB"), ours, plain, exact, strict=True):
+        assert_as_accurate_as_reference(mine, theirs, true, name, dtype)
 
 
 @every_norm
@@ -125,7 +125,8 @@ def test_gradients_can_be_differentiated_and_batched(norm):
 def test_an_update_of_zero_gets_the_gradient_that_it_would_get_without_a_limit(norm):
     """B starts at zero, and so may both factors."""
     for A, B in ((torch.randn(3, 7), torch.zeros(6, 3)), (torch.zeros(3, 7), torch.zeros(6, 3))):
-        A.requires_grad_(), B.requires_grad_()
+        A.requires_grad_()
+        B.requires_grad_()
         As, Bs = bound_updates([A], [B], [torch.tensor(0.1)], norm=norm)
         weights = torch.randn_like(A), torch.randn_like(B)
         gradients = torch.autograd.grad((*As, *Bs), (A, B), weights)

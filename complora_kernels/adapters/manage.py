@@ -251,8 +251,11 @@ def _report(path: str, layer: CompLoRALayer, name: str) -> SubspaceReport:
     layer.compute_bases()  # and the limit
     weight = layer.original_weight(name).double()  # [out, in]
     delta = layer.get_delta_weight(name).double()  # [out, in]
-    found = {side: layer.basis(name, side) for side in PROJECTED_SIDES[layer.config.sides]}
-    bases: dict[subspace.Side, subspace.Basis] = {side: basis for side, basis in found.items() if basis is not None}
+    bases: dict[subspace.Side, subspace.Basis] = {}
+    for side in PROJECTED_SIDES[layer.config.sides]:
+        basis = layer.basis(name, side)
+        assert basis is not None
+        bases[side] = basis
     A, B = (whole(factor).double() for factor in layer.factors(name))  # [r, in], [out, r]
     raw = layer.scaling_of(name) * B @ A  # [out, in]
     left, kept = _project(delta, bases), _project(raw, bases)  # P_out ΔW P_in, P_out ΔR P_in [out, in]

@@ -8,8 +8,7 @@ from torch import Tensor
 from complora_kernels import subspace
 from complora_kernels.common.low_rank import Norm, norm_of_product, widened
 from complora_kernels.config import CompLoRAConfig
-
-LIMIT = "update_limit"  # what the names of the buffers with limits begin with
+from complora_kernels.modules.float32_state import LIMIT
 
 
 def limit_name(name: str) -> str:
@@ -26,7 +25,7 @@ def update_limit(
     """`update_bound` times |W|, σ_{k+1} or σ_k - σ_{k+1}, see `CompLoRAConfig`; σ_{k+1} is 0 for k = min(out, in).
 
     Raises:
-        ValueError: it is 0, or there is no σ_k.
+        ValueError: it is 0 in float32, or there is no σ_k.
     """
     assert config.update_bound is not None
     reference, norm = config.update_bound_relative_to, config.update_bound_norm
@@ -37,12 +36,13 @@ def update_limit(
         if reference == "gap" and k == 0:
             raise ValueError(f"update_bound_relative_to='gap' for {label}, expected k >= 1 protected directions, not 0")
         size = {"weight": sigma[0], "next": sigma[k], "gap": sigma[k - 1] - sigma[k]}[reference]
-    if not size > 0:
+    limit = config.update_bound * size
+    if not limit >= torch.finfo(torch.float32).tiny:
         raise ValueError(
-            f"update_bound_relative_to={reference!r} is 0 for {label} of shape {tuple(weight.shape)} with k={k}, "
-            "expected more: no update would be left"
+            f"update_bound={config.update_bound} times {size:.3g}, which is update_bound_relative_to={reference!r} of "
+            f"{label} {tuple(weight.shape)} with k={k}, expected more than 0: no update would be left"
         )
-    return config.update_bound * size
+    return limit
 
 
 def size_of_update(A: Tensor, B: Tensor, norm: Norm) -> float:
