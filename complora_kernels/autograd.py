@@ -148,7 +148,8 @@ class BoundUpdatesFunction(torch.autograd.Function):
             with without_autocast(A):
                 c = (slope * (dB * B).sum((-2, -1)))[:, None, None]  # [n, 1, 1]
                 dA, dB = dA - c * (B.mT @ P) @ Q, share[:, None, None] * dB - c * P @ (Q @ A.mT)
-            computed = [(*dA, *dB)[i].to(factors[i].dtype) for i in needed]
+            both = (*dA, *dB)
+            computed = [both[i].to(factors[i].dtype) for i in needed]
         for i, gradient in zip(needed, computed, strict=True):
             result[i] = gradient
         return (None,) * 3 + tuple(result)

@@ -411,6 +411,10 @@ def test_each_adapter_has_its_own_bound(tmp_path):
     ck.set_adapter(model, {"default": 2.0, "b": -1.0, "free": 0.5})
     summed = 2 * deltas["default"] - deltas["b"] + 0.5 * deltas["free"]
     torch.testing.assert_close(model[0].get_delta_weight(), summed, rtol=0, atol=1e-12)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad(), ck.mixed_adapters(model.eval(), list(options)):
+        each = torch.stack([plain(row) + row @ deltas[name].T for row, name in zip(x, options, strict=True)])
+        torch.testing.assert_close(model(x), each, rtol=0, atol=1e-12)
     ck.set_adapter(model, "free")
     ck.save_adapter(model, tmp_path, adapter_names=["default", "b", "free"])
     for name, folder in (("default", tmp_path), ("b", tmp_path / "b"), ("free", tmp_path / "free")):
