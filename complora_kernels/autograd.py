@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from complora_kernels import reference
 from complora_kernels.adapted_linear import AdaptedLinear
 from complora_kernels.backends import REGISTRY, Backend
 from complora_kernels.backends.differentiable import DifferentiableBackend
 from complora_kernels.backends.torch import ProductInput
+from complora_kernels.common.low_rank import Norm, norm_of_product, widened
 from complora_kernels.common.shapes import flatten, unflatten
 from complora_kernels.common.tracing import is_differentiated
 from complora_kernels.reference import without_autocast
@@ -93,6 +95,64 @@ class FoldFactorsFunction(torch.autograd.Function):
             for i, gradient in zip(needed, projected, strict=True):
                 result[i] = gradient
         return (None,) * 7 + tuple(result)
+
+
+class BoundUpdatesFunction(torch.autograd.Function):
+    """`B' = s B` with `s = min(1, limit / |B A|)` for n updates of equal shape, and A as it is, cast to `dtype`.
+
+    The arguments after `dtype` are all As, then all Bs; the results come in the same order. Where `s < 1`,
+    `ds = -s / |ΔW| · d|ΔW|`; else `s` is constant, and ΔW = 0 gets the gradient that it would get without a limit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, limits: Sequence[Tensor], norm: Norm, dtype: torch.dtype | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(limits)
+        A, B = (widened(torch.stack(part)) for part in (factors[:n], factors[n:]))  # [n, r, in], [n, out, r]
+        with without_autocast(A):
+            size, P, Q = norm_of_product(A, B, norm)
+        limit = torch.stack(list(limits)).to(size)  # [n]
+        within = size <= limit  # NaN is not, and stays NaN
+        share = torch.where(within, 1, limit / size)  # [n]
+        ctx.save_for_backward(*factors, A, B, P, Q, share, torch.where(within, 0, share / size))
+        ctx.limits, ctx.norm, ctx.dtype = limits, norm, dtype
+        ctx.set_materialize_grads(False)  # as in `FoldFactorsFunction`
+        asked = ctx.needs_input_grad[3:]
+        bounded = (share[:, None, None] * B).to(dtype or factors[n].dtype).unbind()  # times 1 where it is within
+        results = (*A.to(dtype or factors[0].dtype).unbind(), *bounded)
+        needed = (*asked[:n], *(a or b for a, b in zip(asked[:n], asked[n:], strict=True)))  # |B A| depends on both
+        ctx.mark_non_differentiable(*[part for part, wanted in zip(results, needed, strict=True) if not wanted])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """`dB = s dB' - c P Q A^T` and `dA = dA' - c B^T P Q`, with `c = <dB', B> s / |ΔW|` where s < 1, else 0."""
+        n, asked = len(grads) // 2, ctx.needs_input_grad[3:]
+        *factors, A, B, P, Q, share, slope = ctx.saved_tensors
+        used = [grads[i] is not None or grads[n + i] is not None for i in range(n)] * 2
+        needed = [i for i in range(2 * n) if used[i] and asked[i]]
+        result: list[Tensor | None] = [None] * (2 * n)
+        if is_differentiated():
+            with torch.enable_grad():
+                As, Bs = reference.bound_updates(factors[:n], factors[n:], ctx.limits, norm=ctx.norm, dtype=ctx.dtype)
+                pairs = [(out, grad) for out, grad in zip((*As, *Bs), grads, strict=True) if grad is not None]
+                outputs, given = zip(*pairs, strict=True)
+                inputs, again = [factors[i] for i in needed], torch.is_grad_enabled()
+                computed = torch.autograd.grad(outputs, inputs, given, create_graph=again, allow_unused=True)
+        else:
+            dA, dB = (
+                torch.stack([torch.zeros_like(like) if grad is None else grad.to(like) for grad, like in pairs])
+                for pairs in (zip(grads[:n], A, strict=True), zip(grads[n:], B, strict=True))
+            )
+            with without_autocast(A):
+                c = (slope * (dB * B).sum((-2, -1)))[:, None, None]  # [n, 1, 1]
+                dA, dB = dA - c * (B.mT @ P) @ Q, share[:, None, None] * dB - c * P @ (Q @ A.mT)
+            both = (*dA, *dB)
+            computed = [both[i].to(factors[i].dtype) for i in needed]
+        for i, gradient in zip(needed, computed, strict=True):
+            result[i] = gradient
+        return (None,) * 3 + tuple(result)
 
 
 class PackedLoRALinearFunction(torch.autograd.Function):

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from complora_kernels.common.low_rank import Norm
 from complora_kernels.common.schema import check_type, is_int, is_number
 from complora_kernels.subspace import SOURCES, Source, SubspaceSource, check_subspace_size
 
 Sides = Literal["output", "input", "both", "none"]
+BoundReference = Literal["weight", "next", "gap"]
 
 ATTENTION_TARGETS = ("q", "k", "v", "o")
 MLP_TARGETS = ("fc1", "fc2")
@@ -50,6 +52,16 @@ class CompLoRAConfig:
             of the weight's inputs X [M, in] and products Y = X W^T [M, out] on calibration batches: V_k are the top-k
             eigenvectors of X^T X, U_k those of Y^T Y. Not used with `sides="none"`.
         subspace_seed: chooses the random directions of `subspace_source="random"`.
+        update_bound: c > 0 bounds each update, `ΔW' = ΔW · min(1, c · reference / |ΔW|)`, in training too; None does
+            not. What is merged, saved as an adapter and exported is bounded already, and costs no more to run. An
+            update that is loaded stays as it is: where it is above its limit, its norm is the limit.
+        update_bound_norm: "frobenius", or "spectral", the largest singular value of ΔW, which takes a decomposition
+            [r, r] of each update in each forward pass, and with it no step can be a CUDA graph.
+        update_bound_relative_to: "weight": the reference is |W| in the same norm. "next": σ_{k+1}, the largest singular
+            value of W that is not protected, where k is that of the widest projected side. "gap": σ_k - σ_{k+1}.
+            With `sides="both"`, W + ΔW keeps U_k, V_k and their σ; they are its top k as long as its other singular
+            values stay below σ_k. These are at most σ_{k+1} + |ΔW|, so a gap with c < 1 guarantees it whatever is
+            learned, in either norm; "next" does so where (1 + c) σ_{k+1} < σ_k. `subspace_report` says which holds.
         target_modules: any of q k v o fc1 fc2 in the residual blocks of the towers; or names of modules, or their
             endings, as in PEFT's lists (`["q_proj", "v_proj"]`); or "all-linear"; or one regular expression that must
             match a whole module name. All but the first select `nn.Linear` modules of any model, and where a module
@@ -80,6 +92,9 @@ class CompLoRAConfig:
     subspace_ratio: float | None = None
     subspace_source: SubspaceSource = "weight"
     subspace_seed: int = 0
+    update_bound: float | None = None
+    update_bound_norm: Norm = "frobenius"
+    update_bound_relative_to: BoundReference = "weight"
     target_modules: tuple[str, ...] | str = ("q", "k", "v")
     exclude_modules: tuple[str, ...] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -97,11 +112,23 @@ class CompLoRAConfig:
             "sides": (self.sides in get_args(Sides), f"one of {', '.join(get_args(Sides))}"),
             "subspace_source": (self.subspace_source in tuple(SOURCES), f"one of {', '.join(SOURCES)}"),
             "subspace_seed": (is_int(self.subspace_seed), "an integer"),
+            "update_bound": (
+                self.update_bound is None or (is_number(self.update_bound) and self.update_bound > 0),
+                "None or a number above 0",
+            ),
+            "update_bound_norm": (self.update_bound_norm in get_args(Norm), f"one of {', '.join(get_args(Norm))}"),
+            "update_bound_relative_to": (
+                self.update_bound_relative_to in get_args(BoundReference),
+                f"one of {', '.join(get_args(BoundReference))}",
+            ),
         }
         for name, (valid, expected) in checks.items():
             _require(valid, name, getattr(self, name), expected)
         self._check_subspace_size()
         self._check_selection()
+        if self.update_bound is not None and self.sides == "none":
+            reference = self.update_bound_relative_to
+            _require(reference != "gap", "update_bound_relative_to", reference, "another one with sides='none'")
 
     def _check_subspace_size(self) -> None:
         given = {name: value for name, value in self.subspace_size.items() if value is not None}

@@ -10,18 +10,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from complora_kernels import backends, dropout, reference
 from complora_kernels.adapted_linear import AdaptedLinear, Rows
-from complora_kernels.autograd import FoldFactorsFunction, PackedLoRALinearFunction, ProjectComplementFunction
+from complora_kernels.autograd import (
+    BoundUpdatesFunction,
+    FoldFactorsFunction,
+    PackedLoRALinearFunction,
+    ProjectComplementFunction,
+)
 from complora_kernels.backends import REFERENCE, REGISTRY, Backend, differentiable
+from complora_kernels.common.low_rank import Norm
 from complora_kernels.common.tracing import check_followed, is_exported, is_followed
 from complora_kernels.subspace import check_orthonormal
 
-__all__ = ["complora_linear", "fold_factors", "lora_linear", "packed_lora_linear", "project_complement"]
+__all__ = [
+    "bound_updates",
+    "complora_linear",
+    "fold_factors",
+    "lora_linear",
+    "packed_lora_linear",
+    "project_complement",
+]
 
 
 def project_complement(
@@ -105,6 +119,56 @@ def fold_factors(
         input_bases, input_kinds, output_bases, output_kinds, scaling, dtype, name, *factors
     )
     return list(folded[:layers]), list(folded[layers:])
+
+
+def bound_updates(
+    folded_As: Sequence[Tensor],  # each [r, in]
+    scaled_Bs: Sequence[Tensor],  # each [out, r]
+    limits: Sequence[Tensor | None],  # each a scalar, above 0; None leaves B as it is
+    *,
+    norm: str = "frobenius",
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Bounds the updates of folded factors: `ΔW' = ΔW · min(1, limit / |ΔW|)` of `ΔW = B̃ Ã`, for a list of layers.
+
+    The result is Ã and `min(1, limit / |ΔW|) · B̃`, cast to `dtype` (None: that of the factors). Where |ΔW| is within
+    its limit B̃ has the bits that it had; a result that is given again with the same limit has them too. `norm` is
+    "frobenius" or "spectral", the largest singular value. Both come from r x r work in float64 (`common.low_rank`);
+    layers of equal shapes are computed together. Differentiable in the factors, the limits are constants; at ΔW = 0
+    the gradient is that without a limit. A spectral norm is decomposed by a solver that no CUDA graph can hold.
+
+    Raises:
+        ValueError: lists of different lengths, shapes that do not fit, a limit that is no scalar, another norm, or
+            factors or a `dtype` that are not floating-point.
+    """
+    if len({len(part) for part in (folded_As, scaled_Bs, limits)}) != 1:
+        lengths = [len(part) for part in (folded_As, scaled_Bs, limits)]
+        raise ValueError(f"folded_As, scaled_Bs, limits have lengths {lengths}, expected equal ones")
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm={norm!r}, expected one of {', '.join(get_args(Norm))}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}, expected a floating-point one")
+    results: list[Any] = [None] * len(limits)
+    groups: dict[Any, list[int]] = {}  # of layers that are computed together
+    for i, (A, B, limit) in enumerate(zip(folded_As, scaled_Bs, limits, strict=True)):
+        _check_factors(A, B, "folded_A", "scaled_B")
+        if limit is None:
+            results[i] = (A.to(dtype or A.dtype), B.to(dtype or B.dtype))
+        elif limit.shape != ():
+            raise ValueError(f"limit has shape {tuple(limit.shape)}, expected a scalar")
+        else:
+            groups.setdefault((A.shape, B.shape, A.dtype, B.dtype, B.device), []).append(i)
+    for group in groups.values():
+        chosen: list[Any] = [[part[i] for i in group] for part in (folded_As, scaled_Bs, limits)]
+        As, Bs, own = chosen
+        if resolve(None, "bound_updates", Bs[0], lambda _: None) == REFERENCE:
+            As, Bs = reference.bound_updates(As, Bs, own, norm=norm, dtype=dtype)
+        else:
+            bounded = BoundUpdatesFunction.apply(own, norm, dtype, *As, *Bs)
+            As, Bs = bounded[: len(group)], bounded[len(group) :]
+        for i, pair in zip(group, zip(As, Bs, strict=True), strict=True):
+            results[i] = pair
+    return [A for A, _ in results], [B for _, B in results]
 
 
 def packed_lora_linear(

@@ -75,6 +75,26 @@ def fold_factors(
     return folded_As, folded_Bs
 
 
+def bound_updates(
+    folded_As: Sequence[Tensor],  # each [r, in]
+    scaled_Bs: Sequence[Tensor],  # each [out, r]
+    limits: Sequence[Tensor],  # each a scalar
+    *,
+    norm: str = "frobenius",
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`ΔW' = ΔW · min(1, limit / |ΔW|)` of `ΔW = B A`, as another B; of ΔW itself, in torch's own norms."""
+    bounded_Bs = []
+    for A, B, limit in zip(folded_As, scaled_Bs, limits, strict=True):
+        with without_autocast(B):
+            delta = _wide(B) @ _wide(A)  # [out, in]
+        size = torch.linalg.matrix_norm(delta, 2 if norm == "spectral" else "fro")
+        within = size <= limit
+        share = torch.where(within, 1, limit / torch.where(within, 1, size))  # the gradient of limit / 0 is NaN
+        bounded_Bs.append((share * _wide(B)).to(dtype or B.dtype))
+    return [A.to(dtype or A.dtype) for A in folded_As], bounded_Bs
+
+
 def packed_lora_linear(
     x: Tensor,  # [..., in]
     linear: AdaptedLinear,  # weight [out, in]

@@ -162,6 +162,18 @@ def projection_basis(
     return basis
 
 
+def singular_values(weight: Tensor) -> Tensor:  # [out, in] to [min(out, in)]
+    """The singular values of `weight` in float64 on the CPU, the largest first; 0 where they are rounding alone.
+
+    They are computed, without vectors, unless the decomposition of the weight is kept in memory.
+    """
+    known = _DECOMPOSITIONS.get(fingerprint(weight))
+    if known is not None:
+        return known[0].energies.sqrt()
+    sigma = torch.linalg.svdvals(_shorter_first(weight))  # [m]
+    return sigma.where(sigma > _rounding(weight) * sigma[:1], 0).cpu()
+
+
 def is_kept(weight: Tensor, config: CompLoRAConfig, side: Side, name: str = "") -> bool:
     """Whether the cache on the disk has a file for `projection_basis(weight, config, side, name)`."""
     return _KeptBasis(weight, config, side, _seed(config, side, name)).is_there()
@@ -395,10 +407,15 @@ def _of_both_sides(
     V: Tensor,  # [n, m]
 ) -> tuple[Directions, Directions]:
     wide = torch.promote_types(weight.dtype, torch.float32)
-    rounding = energies[:1] * (max(weight.shape) * torch.finfo(wide).eps) ** 2  # as torch.linalg.matrix_rank has it
+    rounding = energies[:1] * _rounding(weight) ** 2
     energies = energies.where(rounding < energies, 0).cpu()  # a rank-deficient weight holds nothing beyond its rank
     of_U, of_V = (Directions(side.to(wide).contiguous().cpu(), energies) for side in (U, V))
     return (of_V, of_U) if weight.shape[0] > weight.shape[1] else (of_U, of_V)
+
+
+def _rounding(weight: Tensor) -> float:
+    """The share of σ_1 up to which a singular value is rounding alone, as torch.linalg.matrix_rank has it."""
+    return max(weight.shape) * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
 
 
 def _weight_share(weight: Tensor, side: Side, directions: Directions, k: int) -> float:

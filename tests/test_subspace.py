@@ -18,7 +18,14 @@ import complora_kernels as ck
 from complora_kernels import subspace
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.functional import project_complement
-from complora_kernels.subspace import align_basis, complement_basis, principal_basis, projection_basis
+from complora_kernels.subspace import (
+    align_basis,
+    clear_cache,
+    complement_basis,
+    principal_basis,
+    projection_basis,
+    singular_values,
+)
 
 SIDES: tuple[subspace.Side, ...] = ("output", "input")
 
@@ -470,6 +477,25 @@ def test_refuses_a_size_or_side(basis_of, size, message):
 def test_refuses_a_weight(weight, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*expected"):
         principal_basis(weight, k=1)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_singular_values_are_the_same_whether_the_decomposition_is_kept_or_not(shape, dtype):
+    rank = 3
+    left, right = torch.randn(shape[0], rank, dtype=torch.float64), torch.randn(rank, shape[1], dtype=torch.float64)
+    weight = (left @ right).to(dtype)
+    clear_cache()
+    alone = singular_values(weight)
+    principal_basis(weight, k=2)
+    kept = singular_values(weight)
+    expected = torch.linalg.svdvals(weight.double())
+    for found in (alone, kept):
+        assert found.dtype == torch.float64
+        # Those below the rounding of float32, the precision in which weights are told apart, are 0.
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-5 * float(expected[0]))
+        if dtype != torch.bfloat16:  # whose rounding raises the rank
+            assert (found > 0).tolist() == [i < rank for i in range(min(shape))]
 
 
 def test_projection_basis_names_the_weight():

@@ -29,12 +29,14 @@ from complora_kernels.adapters.configuration import peft_key, peft_name
 from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.adapters.whole_modules import check_finite, whole_modules, whole_tensors
 from complora_kernels.common.changes import Changes
+from complora_kernels.common.low_rank import widened
 from complora_kernels.common.sharded import reshard, whole
 from complora_kernels.common.wrappers import named_modules
 from complora_kernels.config import ATTENTION_TARGETS, PROJECTIONS, CompLoRAConfig
 from complora_kernels.modules.layer import CompLoRALayer
 from complora_kernels.modules.protected import PROJECTED_SIDES, mark_folded
 from complora_kernels.modules.several import DEFAULT
+from complora_kernels.modules.update_limit import size_of_update
 
 FactorPairs = dict[str, tuple[Tensor, Tensor]]  # by weight: Ã [r, in] and B̃ [out, r]
 Bases = dict[tuple[str, subspace.Side], subspace.Basis]  # by weight and side
@@ -74,7 +76,7 @@ def adapted_weights(layers: dict[str, CompLoRALayer]) -> dict[str, AdaptedWeight
 
 @torch.no_grad()
 def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
-    """`Ã` [r, in] and `B̃` [out, r] of each weight as files hold them: folded, but without the scaling.
+    """`Ã` [r, in] and `B̃` [out, r] of each weight as files hold them: folded and bounded, but without the scaling.
 
     Raises:
         ValueError: one holds NaN or infinite values, or is not whole.
@@ -90,7 +92,12 @@ def file_factors(weights: dict[str, AdaptedWeight]) -> FactorPairs:
             )
         folded_A = _project(A, layer.projection(name, "input", A))
         folded_B = _project(B.mT, layer.projection(name, "output", B)).mT
-        _check_update(path, folded_A, folded_B, layer.config.scaling_of(path))
+        limit, scaling = layer.limit(name, A, B), layer.config.scaling_of(path)
+        if limit is not None:
+            norm = layer.config.update_bound_norm
+            limits = [widened(limit) / scaling]
+            (folded_A,), (folded_B,) = functional.bound_updates([folded_A], [folded_B], limits, norm=norm)
+        _check_update(path, folded_A, folded_B, scaling)
         folded[path] = (folded_A, folded_B)
     return folded
 
@@ -225,6 +232,9 @@ def fill_adapter(
         for side in () if raw else PROJECTED_SIDES[config.sides]:
             given = None if bases is None else bases[path, side]
             layer.follow(name, side, B.mT if side == "output" else A, changes, given)
+        if not raw and config.update_bound is not None:
+            size = size_of_update(A, layer.scaling_of(name) * B, config.update_bound_norm)
+            layer.follow_update(name, size, changes)
     own = [factor for layer, name in weights.values() for factor in layer.factors(name)]
     changes.copy(own, [factor for path in weights for factor in factors[path]])
     if whole:
@@ -256,7 +266,7 @@ def _smallest_layers(
 ) -> dict[str, CompLoRALayer]:
     """The layers that `config` would make of a plain model, but of rank 1 and without bases."""
     no_size: dict[str, Any] = {f"subspace_{name}": None for name in config.subspace_size}
-    nothing: dict[str, Any] = {"exclude_modules": None, "layers": None, "rank_pattern": {}}
+    nothing: dict[str, Any] = {"exclude_modules": None, "layers": None, "rank_pattern": {}, "update_bound": None}
     smallest = dataclasses.replace(config, r=1, sides="none", target_modules=ATTENTION_TARGETS, **nothing, **no_size)
     try:
         targets = find_targets(model, config, paths)

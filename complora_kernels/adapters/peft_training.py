@@ -42,14 +42,16 @@ def peft_config(config: CompLoRAConfig, target_modules: str | Collection[str], *
 
     Raises:
         ImportError: peft is missing, or older than 0.21.
-        ValueError: a subspace of activations, which needs calibration batches, an option that `config` has, or an
-            initialisation that changes the base weights, such as "pissa".
+        ValueError: a subspace of activations, which needs calibration batches, an `update_bound`, an option that
+            `config` has, or an initialisation that changes the base weights, such as "pissa".
             `get_peft_model` raises one for attention, embeddings, convolutions and quantised layers.
     """
     from complora_kernels.adapters.peft_variant import ComplementLoraConfig
 
     if config.protects_activations:
         raise ValueError("subspace_source='activations', expected a source that needs no calibration batches")
+    if config.update_bound is not None:
+        raise ValueError(f"update_bound={config.update_bound}, expected None: PEFT's layers do not bound their updates")
     fields = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
     if twice := sorted(fields.keys() & options.keys()):
         raise ValueError(f"options {', '.join(twice)} are fields of config, expected them there alone")

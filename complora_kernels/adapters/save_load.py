@@ -1,7 +1,8 @@
 """`save_adapter` and `load_adapter`: an adapter as two files that any LoRA implementation understands.
 
-The files hold the folded factors `Ã = A P_in` and `B̃ = P_out B`, without the scaling: an ordinary LoRA of the same
-function. Raw factors under the same names would load elsewhere and silently compute something else.
+The files hold the folded factors `Ã = A P_in` and `B̃ = P_out B`, bounded where `update_bound` says so, without the
+scaling: an ordinary LoRA of the same function. Raw factors under the same names would load elsewhere and silently
+compute something else.
 
 Bases are computed from the base weights again, when a loaded adapter is trained. Those of activations cannot be: they
 are saved in a third file, which this package alone reads.

@@ -120,5 +120,6 @@ def _config(config: CompLoRAConfig, ranks: dict[str, int]) -> CompLoRAConfig:
         lora_dropout=0.0,
         sides="none",
         subspace_source="weight",
+        update_bound=None,  # the updates that are summed are bounded
         **nothing,
     )

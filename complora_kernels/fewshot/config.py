@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from complora_kernels.config import TARGETS, CompLoRAConfig
+from complora_kernels.common.low_rank import Norm
+from complora_kernels.config import TARGETS, BoundReference, CompLoRAConfig
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
 from complora_kernels.fewshot.files import file_name
 from complora_kernels.fewshot.methods import METHODS, Method
@@ -106,6 +107,13 @@ class TrainConfig:
     subspace_ratio: float | None = None
     """Protect this share of the smaller dimension. With none of the three given: 0.5.
     The paper's choice is not known to us."""
+    update_bound: float | None = None
+    """Keep each update within this times what --update-bound-relative-to says, plain LoRA's too; None: no bound."""
+    update_bound_norm: Norm = "frobenius"
+    """The norm of the update, and of the weight. spectral: the largest singular value; no CUDA graph can hold it."""
+    update_bound_relative_to: BoundReference = "weight"
+    """weight: the norm of the weight. next: its largest singular value that is not protected (of all, for lora).
+    gap: the last protected one less that one. Below 1 it keeps the protected ones the largest, with the method both."""
     target_modules: tuple[str, ...] = ("q", "k", "v")
     """Any of q k v o fc1 fc2."""
     towers: tuple[Literal["image", "text"], ...] = ("image", "text")
@@ -188,8 +196,9 @@ class TrainConfig:
         if all(size is None for size in sizes.values()):
             sizes["subspace_ratio"] = 0.5
         shared = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "towers")
+        bound = ("update_bound", "update_bound_norm", "update_bound_relative_to")
         config = CompLoRAConfig(
-            **{name: getattr(self, name) for name in shared},
+            **{name: getattr(self, name) for name in (*shared, *bound)},
             **({} if changes["sides"] == "none" else {**sizes, "subspace_seed": seed}),
             **changes,
         )
@@ -323,6 +332,9 @@ BEFORE = {
     "vocabulary": None,
     "vocabulary_sample": 64,
     "interpolations": [],
+    "update_bound": None,
+    "update_bound_norm": "frobenius",
+    "update_bound_relative_to": "weight",
 }
 
 

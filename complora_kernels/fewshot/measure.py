@@ -167,13 +167,15 @@ def columns_of(names: Sequence[str], known: Sequence[str]) -> list[list[int]] | 
 @contextmanager
 def scaled_update(model: Any, share: float) -> Iterator[None]:
     """Scale the update of an adapted model: its weights lie between the pretrained and the trained ones (WiSE-FT)."""
-    layers = adapted_layers(model).values()
-    factors = [layer.factors(name)[1] for layer in layers for name in layer.weights]
+    weights = [(layer, name) for layer in adapted_layers(model).values() for name in layer.weights]
+    factors = [layer.factors(name)[1] for layer, name in weights]
     trained = [B.detach().clone() for B in factors]
+    with torch.no_grad():  # of the update as it is computed, which may be bounded: a share of raw factors may be, too
+        folded = [layer.fold_factors((name,))[1][0] / layer.scaling_of(name) for layer, name in weights]
     try:
         with torch.no_grad():
-            for B in factors:
-                B.mul_(share)
+            for B, own in zip(factors, folded, strict=True):
+                B.copy_(share * own)
         yield
     finally:
         with torch.no_grad():

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from complora_kernels.common.tracing import Unscriptable
 
+LIMIT = "update_limit"  # what the names of buffers with limits of updates begin with
+
 
 class Float32State(Unscriptable):
-    """A module whose own `lora_*` parameters and bases stay float32 or wider when `.half()` converts the rest."""
+    """A module whose own `lora_*` parameters, bases and limits stay float32 or wider when `.half()` converts others."""
 
     def _own_float32_state(self) -> Iterator[Tensor]:
         for name, tensor in [*self._parameters.items(), *self._buffers.items()]:
-            if tensor is not None and (name.startswith("lora_") or "_basis" in name):
+            if tensor is not None and (name.startswith(("lora_", LIMIT)) or "_basis" in name):
                 yield tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from complora_kernels import functional
 from complora_kernels.common.changes import Changes, joined
+from complora_kernels.common.low_rank import Norm
 from complora_kernels.common.sharded import is_sharded, whole
 from complora_kernels.common.thread_stack import ThreadStack
 from complora_kernels.common.tracing import check_followed, is_plain
@@ -28,7 +29,10 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FoldInputs(NamedTuple):
-    """The raw factors of one adapted weight and the bases that project them, in the order of `fold_factors`."""
+    """The raw factors of one adapted weight and the bases that project them, in the order of `fold_factors`.
+
+    Then the limit of the update that they make, see `bound_updates`.
+    """
 
     A: Tensor  # [r, in]
     B: Tensor  # [out, r]
@@ -36,6 +40,7 @@ class FoldInputs(NamedTuple):
     input_basis: Tensor | None  # [in, k]
     output_kind: str
     input_kind: str
+    limit: Tensor | None  # a scalar
 
 
 class CompLoRALayer(SeveralAdapters):
@@ -71,12 +76,15 @@ class CompLoRALayer(SeveralAdapters):
     def fold_factors(
         self, names: tuple[str, ...], dtype: torch.dtype | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, differentiable, cast to `dtype` at the end."""
+        """`Ã` [r, in] and `scaling · B̃` [out, r] of the named weights, bounded by `update_bound`, cast to `dtype`.
+
+        Differentiable in the factors.
+        """
         scalings = {self.scaling_of(name) for name in names}
         if len(scalings) > 1:
             folded = [self.fold_factors((name,), dtype) for name in names]
             return [As[0] for As, _ in folded], [Bs[0] for _, Bs in folded]
-        return fold([self.fold_inputs(name) for name in names], scalings.pop(), dtype)
+        return fold([self.fold_inputs(name) for name in names], scalings.pop(), self.config.update_bound_norm, dtype)
 
     def scaling_of(self, name: str) -> float:
         """The scaling of one adapted weight."""
@@ -99,6 +107,7 @@ class CompLoRALayer(SeveralAdapters):
             on_input and on_input.matrix,
             on_output.kind if on_output else "principal",
             on_input.kind if on_input else "principal",
+            self.limit(name, A, B),
         )
 
     @torch.no_grad()
@@ -243,7 +252,7 @@ class CompLoRALayer(SeveralAdapters):
 
     def _replicate_for_data_parallel(self) -> Any:
         """For another thread of the same forward pass, which could not keep what it computes."""
-        if self._without_bases():
+        if self._without_bases() or self._without_limit():
             raise RuntimeError(
                 f"{self._path or type(self).__name__} has no bases yet, expected them before DataParallel copies the "
                 "model: subspace_report(model) computes them"
@@ -289,25 +298,36 @@ def switched_off(layers: Iterable[CompLoRALayer]) -> contextlib.AbstractContextM
     return _SWITCHED_OFF.holding(frozenset(layers))
 
 
-def fold(inputs: Sequence[FoldInputs], scaling: float, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
-    """`functional.fold_factors` of any adapted weights that share a scaling."""
-    As, Bs, output_bases, input_bases, output_kinds, input_kinds = zip(*inputs, strict=True)
+def fold(
+    inputs: Sequence[FoldInputs], scaling: float, norm: Norm, dtype: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`functional.fold_factors` of any adapted weights that share a scaling; `bound_updates` of those with limits.
+
+    What is bounded is cast to `dtype` afterwards.
+    """
+    As, Bs, output_bases, input_bases, output_kinds, input_kinds, limits = zip(*inputs, strict=True)
     kinds: dict[str, Any] = {"output_basis_kinds": output_kinds, "input_basis_kinds": input_kinds}
-    return functional.fold_factors(As, Bs, output_bases, input_bases, **kinds, scaling=scaling, dtype=dtype)
+    if all(limit is None for limit in limits):
+        return functional.fold_factors(As, Bs, output_bases, input_bases, **kinds, scaling=scaling, dtype=dtype)
+    folded = functional.fold_factors(As, Bs, output_bases, input_bases, **kinds, scaling=scaling)
+    return functional.bound_updates(*folded, limits, norm=norm, dtype=dtype)
 
 
 def fold_each(
     weights: Sequence[tuple[CompLoRALayer, str, torch.dtype | None]],
 ) -> list[tuple[FoldInputs, Tensor, Tensor]]:
-    """What is folded of each weight, Ã and `scaling · B̃`, given layer, name and dtype: one fold for equal scalings."""
+    """What is folded of each weight, Ã and `scaling · B̃`, given layer, name and dtype: one fold for equal scalings.
+
+    An update that has a limit is bounded.
+    """
     groups: dict[Any, list[tuple[int, FoldInputs]]] = {}
     for number, (layer, name, dtype) in enumerate(weights):
         inputs = layer.fold_inputs(name)
-        key = (layer.scaling_of(name), dtype, inputs.A.dtype, inputs.A.device)
+        key = (layer.scaling_of(name), layer.config.update_bound_norm, dtype, inputs.A.dtype, inputs.A.device)
         groups.setdefault(key, []).append((number, inputs))
     folded: list[Any] = [None] * len(weights)
-    for (scaling, dtype, *_), group in groups.items():
-        As, Bs = fold([inputs for _, inputs in group], scaling, dtype)
+    for (scaling, norm, dtype, *_), group in groups.items():
+        As, Bs = fold([inputs for _, inputs in group], scaling, norm, dtype)
         for (number, inputs), A, B in zip(group, As, Bs, strict=True):
             folded[number] = (inputs, A, B)
     return folded

@@ -34,6 +34,7 @@ from complora_kernels.common.tracing import (
 )
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Float32State
+from complora_kernels.modules.update_limit import limit_name, update_limit
 
 PROJECTED_SIDES: dict[str, tuple[subspace.Side, ...]] = {
     "output": ("output",),
@@ -45,6 +46,7 @@ PROJECTED_SIDES: dict[str, tuple[subspace.Side, ...]] = {
 
 MAX_LOST = 1e-4  # share of its norm that a loaded factor may lose: rounding loses a few 1e-6, other bases a few percent
 _FOLDED: TensorFacts[bool] = TensorFacts()  # of the loaded factors, until they are written to
+UPDATE = "update"  # stands where a side does, for the norm of a loaded update
 MERGED = "lora_merged"  # a buffer in the state dict of a merged layer, whose weights hold the update
 
 
@@ -131,13 +133,30 @@ class ProtectedLayer(Float32State):
             return None
         return self.basis(name, side)
 
+    def limit(self, name: str, *factors: Tensor) -> Tensor | None:
+        """The limit of |ΔW| of one adapted weight, a scalar; None without `update_bound`.
+
+        It is None too for raw factors that are loaded ones which were not written to and are not to be trained now:
+        their update is within it.
+        """
+        if self.config.update_bound is None:
+            return None
+        known = limit_name(name) in self._buffers
+        compiled = torch.compiler.is_compiling() and not is_exported()
+        if not known and not compiled and all(self._is_folded(name, UPDATE, factor) for factor in factors):
+            return None
+        if not known:
+            self.compute_bases()
+        return self._buffers[limit_name(name)]
+
     def _is_folded(self, name: str, side: str, factor: Tensor) -> bool:
         """Whether a factor is a loaded one that is not to be trained now and was not written to."""
         loaded = (name, side) in self._loaded
         if is_exported():
             if self.training or not loaded:
+                missing = "limit of its update" if side == UPDATE else f"{side} basis"
                 raise RuntimeError(
-                    f"{self._label(name)} has no {side} basis yet, expected one before the model is exported to be "
+                    f"{self._label(name)} has no {missing} yet, expected one before the model is exported to be "
                     "trained: subspace_report(model) computes it"
                 )
             return True  # the program keeps the factor
@@ -149,18 +168,21 @@ class ProtectedLayer(Float32State):
 
     @runs_while_compiled
     def compute_bases(self) -> bool:
-        """Computes all bases that can be computed from the weights and are not there yet; returns True.
+        """Computes all bases and limits that can be computed from the weights and are not there yet; returns True.
 
         Raises:
-            ValueError: a loaded factor does not lie in the complement.
+            ValueError: a loaded factor does not lie in the complement, or a limit is 0.
         """
-        missing = self._without_bases()
-        if missing:
+        missing, unlimited = self._without_bases(), self._without_limit()
+        if missing or unlimited:
             changes = Changes()
-            with computed_at_once(self.frozen_parameter(missing[0]).device):
-                self._decompose_together(missing)
+            with computed_at_once(self.frozen_parameter([*missing, *unlimited][0]).device):
+                if missing:
+                    self._decompose_together(missing)
                 for name in missing:
                     self._set_bases(name, changes)
+                for name in unlimited:
+                    self._set_limit(name, changes)
             changes.make()
         return True
 
@@ -168,6 +190,35 @@ class ProtectedLayer(Float32State):
         """The adapted weights whose bases can be computed from them and are not there yet."""
         sides = PROJECTED_SIDES[self.config.sides] if self.config.source.recomputable else ()
         return [name for name in self.weights if any((name, side) not in self._about_bases for side in sides)]
+
+    def _without_limit(self) -> list[str]:
+        """The adapted weights whose update is bounded, whose bases are there, and whose limit is not there yet."""
+        if self.config.update_bound is None:
+            return []
+        sides = PROJECTED_SIDES[self.config.sides]
+        unlimited = [name for name in self.weights if limit_name(name) not in self._buffers]
+        return [name for name in unlimited if all((name, side) in self._about_bases for side in sides)]
+
+    def _set_limit(self, name: str, changes: Changes) -> None:
+        """Sets the limit of an update whose bases are there, or are among `changes`."""
+        if self.config.update_bound is None:
+            return
+        weight, about = unwrapped(self.original_weight(name)), changes.draft(self._about_bases)
+        k = max((about[name, side][1] for side in PROJECTED_SIDES[self.config.sides]), default=0)
+        limit = update_limit(weight, self.config, k, self._label(name))
+        loaded = changes.draft(self._loaded).get((name, UPDATE))
+        limit = limit if loaded is None else max(limit, float(loaded))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        changes.set_buffer(self, limit_name(name), torch.tensor(limit, dtype=dtype, device=weight.device))
+        if self.config.source.recomputable:
+            changes.draft(self._basis_of)[name] = subspace.fingerprint(weight)
+
+    def follow_update(self, name: str, size: float, changes: Changes) -> None:
+        """Lets the limit of an update, when it is computed, leave a loaded one of norm `size` as it is."""
+        if self.config.update_bound is not None:
+            changes.draft(self._loaded)[name, UPDATE] = torch.tensor(size, dtype=torch.float64)
+            if limit_name(name) in self._buffers:
+                changes.remove_buffer(self, limit_name(name))
 
     def set_basis(self, name: str, side: subspace.Side, basis: subspace.Basis, changes: Changes | None = None) -> None:
         """Replaces the basis of one side of one adapted weight: at once, or as one of `changes`."""
@@ -238,13 +289,16 @@ class ProtectedLayer(Float32State):
 
     def _remove_bases(self, changes: Changes) -> None:
         """Removes the bases and what follows a state dict into the layer, as one of `changes`."""
-        for key in self._about_bases:
-            for name in (basis_name(*key), fingerprint_name(*key)):
-                if name in self._buffers:
-                    changes.remove_buffer(self, name)
+        for name in self.own_buffers():
+            changes.remove_buffer(self, name)
         hooks = changes.draft(self._load_state_dict_post_hooks)
         for handle in [handle for handle, hook in hooks.items() if hook is update_bases_after_load]:
             del hooks[handle]
+
+    def own_buffers(self) -> list[str]:
+        """The names of the buffers that belong to the adapter: bases, their fingerprints, limits."""
+        names = [make(*key) for key in self._about_bases for make in (basis_name, fingerprint_name)]
+        return [name for name in (*names, *map(limit_name, self.weights)) if name in self._buffers]
 
     def protect_activations(
         self,
@@ -331,9 +385,9 @@ class ProtectedLayer(Float32State):
             weight = self.base_weight(name)
             subspace.check_weight(weight, self._label(name))
             if name in self._basis_of and self._basis_of[name] != subspace.fingerprint(weight):
-                for side in PROJECTED_SIDES[self.config.sides]:
+                for side in (*PROJECTED_SIDES[self.config.sides], UPDATE):
                     changes.draft(self._loaded).pop((name, side), None)
-                if any(name == other for other, _ in self._about_bases):
+                if any(name == other for other, _ in self._about_bases) or limit_name(name) in self._buffers:
                     self._set_bases(name, changes)
         changes.make()
 
@@ -345,6 +399,7 @@ class ProtectedLayer(Float32State):
             factor = loaded.get((name, side))
             basis = basis if factor is None else self._aligned(name, side, basis, factor)
             self.set_basis(name, side, basis, changes)
+        self._set_limit(name, changes)
         if self.config.source.recomputable:
             changes.draft(self._basis_of)[name] = subspace.fingerprint(weight)
 

@@ -14,7 +14,7 @@ from complora_kernels.common.changes import Changes
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.modules.float32_state import Float32State
 from complora_kernels.modules.mixed import Samples
-from complora_kernels.modules.protected import ProtectedLayer, WeightRows, basis_name, fingerprint_name
+from complora_kernels.modules.protected import ProtectedLayer, WeightRows
 
 Layer = TypeVar("Layer", bound="SeveralAdapters")
 
@@ -108,11 +108,9 @@ class SeveralAdapters(ProtectedLayer):
             draft = changes.draft(vars(self)[table])
             vars(adapter)[table].update({name: draft.pop(name) for name in FACTORS if name in draft})
         buffers, lasting = changes.draft(self._buffers), changes.draft(self._non_persistent_buffers_set)
-        for key in self._about_bases:
-            for name in (basis_name(*key), fingerprint_name(*key)):
-                if name in buffers:
-                    adapter.register_buffer(name, buffers.pop(name), persistent=name not in lasting)
-                    lasting.discard(name)
+        for name in self.own_buffers():
+            adapter.register_buffer(name, buffers.pop(name), persistent=name not in lasting)
+            lasting.discard(name)
         for factor in adapter.parameters():
             changes.set_attribute(factor, "requires_grad", False)
         changes.draft(vars(self)).update(InactiveAdapter.without_bases(self.config).state)

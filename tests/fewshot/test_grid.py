@@ -17,6 +17,7 @@ from miniature_datasets import make_miniature
 from rich.console import Console
 
 import complora_kernels as ck
+from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.common.files import write_atomically
 from complora_kernels.fewshot import __main__ as program
 from complora_kernels.fewshot import grid, jobs
@@ -25,6 +26,7 @@ from complora_kernels.fewshot.checks import check_device
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
 from complora_kernels.fewshot.datasets import choose_split
 from complora_kernels.fewshot.files import append_json_line, read_json_lines
+from complora_kernels.fewshot.measure import scaled_update
 from complora_kernels.fewshot.profile import PROFILE
 from complora_kernels.fewshot.progress import GridProgress
 from complora_kernels.fewshot.recipe import train
@@ -106,6 +108,43 @@ def test_folder_with_results_of_other_options_is_refused(tmp_path, trained):
     run(standin.config(tmp_path, steps=2, workers=2, checkpoint_every=7))  # these change no result
 
 
+def test_a_folder_from_before_updates_could_be_bounded_goes_on_without_a_bound(tmp_path, trained):
+    run(standin.config(tmp_path, steps=2))
+    path = tmp_path / "config.json"
+    options = {name: value for name, value in json.loads(path.read_text()).items() if "update_bound" not in name}
+    path.write_text(json.dumps({name: value for name, value in options.items() if name != "digest"}))
+    run(standin.config(tmp_path, steps=2))
+    with pytest.raises(ValueError, match=r"--update-bound was None, now 0\.1"):
+        run(standin.config(tmp_path, steps=2, update_bound=0.1))
+    assert len(trained) == 1
+
+
+def test_bounded_updates_are_trained_and_saved(tmp_path, trained):
+    bound = {"update_bound": 1e-3, "save_adapters": True, "learning_rates": (0.1,)}
+    for result in run(standin.config(tmp_path, methods=("lora", "both"), **bound)):
+        assert 0 < result["relative_update"] <= 1e-3 * (1 + 1e-6)  # float32
+        model = ck.load_adapter(standin.setting().backbone.model, tmp_path / "runs" / result["run"] / "adapter")
+        updates = [row.relative_update for row in ck.subspace_report(model)]
+        assert sum(updates) / len(updates) == pytest.approx(result["relative_update"], rel=1e-6)
+
+
+@pytest.mark.parametrize("update_bound", [None, 1e-3])
+def test_a_share_of_an_update_is_one_of_the_bounded_update(update_bound):
+    config = ck.CompLoRAConfig(r=2, sides="both", update_bound=update_bound)
+    model = ck.apply_complora(standin.setting().backbone.model, config)
+    with torch.no_grad():
+        for factor in ck.adapter_parameters(model):
+            factor.normal_()
+    layers = adapted_layers(model).values()
+    deltas = lambda: [layer.get_delta_weight(name) for layer in layers for name in layer.weights]
+    factors = [factor.detach().clone() for factor in ck.adapter_parameters(model)]
+    before = deltas()
+    with scaled_update(model, 0.5):
+        for half, whole in zip(deltas(), before, strict=True):
+            assert (half - 0.5 * whole).norm() < 1e-5 * whole.norm()  # factors that are folded twice, in float32
+    assert all(map(torch.equal, ck.adapter_parameters(model), factors))
+
+
 def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(
         jobs, "train", lambda config, run, *rest: 1 / 0 if run.method == "both" else train(config, run, *rest)
@@ -134,6 +173,13 @@ def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0"),
         ({"subspace_k": 3, "subspace_ratio": 0.5}, r"subspace_k"),
         ({"subspace_energy": 1.5}, r"subspace_energy"),
+        ({"update_bound": 0.0}, r"update_bound=0.0, expected None or a number above 0"),
+        ({"update_bound": -1.0}, r"update_bound=-1.0, expected None or a number above 0"),
+        ({"update_bound": 1.0, "update_bound_norm": "nuclear"}, r"update_bound_norm='nuclear', expected one of"),
+        (
+            {"methods": ("both", "lora"), "update_bound": 1.0, "update_bound_relative_to": "gap"},
+            r"update_bound_relative_to='gap', expected another one with sides='none'",
+        ),
         ({"target_modules": ("query",)}, r"target_modules"),
         ({"shots": (200,)}, r"shots=200: class 'digit zero' has 178 training images"),
         ({"device": "quantum"}, r"--device quantum: expected cpu, cuda or auto"),
