@@ -28,7 +28,7 @@ def unflatten(result: Tensor, shape: Sequence[int]) -> Tensor:
 def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The parts of a flat tensor, one after the other, in the shapes of these tensors."""
     sizes = [tensor.numel() for tensor in like]
-    if 0 in sizes:
+    if 0 in sizes or torch.compiler.is_compiling():  # torch 2.11 compiles the call below to parts without gradients
         parts = flat.split_with_sizes(sizes)
         return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
     return list(_unflatten_dense_tensors(flat, like))  # as above, in one call
