@@ -128,7 +128,7 @@ def applicable(requirements: Iterable[Requirement]) -> dict[str, Specifier]:
     for requirement in requirements:
         marker = requirement.marker
         if marker is None or any(
-            marker.evaluate({"extra": extra}) for extra in ("", "train", "slurm", "tensorboard", "peft")
+            marker.evaluate({"extra": extra}) for extra in ("", "train", "pretrain", "slurm", "tensorboard", "peft")
         ):
             (specifiers[requirement.name],) = requirement.specifier
     return specifiers

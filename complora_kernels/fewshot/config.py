@@ -7,16 +7,17 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from complora_kernels.common.low_rank import Norm
 from complora_kernels.config import TARGETS, BoundReference, CompLoRAConfig
 from complora_kernels.fewshot.datasets import DOMAIN_SHIFTS, ELEVEN
+from complora_kernels.fewshot.datasets.pictures import KEPT as PICTURE_GROUPS
 from complora_kernels.fewshot.files import file_name
 from complora_kernels.fewshot.methods import METHODS, Method
 from complora_kernels.fewshot.templates import CHOICES
 
-Preset = Literal["glyphs", "glyphs-full", "clip-lora"]
+Preset = Literal["pictures", "glyphs", "glyphs-full", "clip-lora"]
 Protocol = Literal["few-shot", "base-to-new", "transfer", "domain-shift", "retention"]
 
 GLYPHS, PICTURES = BUNDLED = ("glyphs", "pictures")
@@ -44,21 +45,24 @@ class TrainConfig:
 
     preset: Preset
     """The source of the defaults.
-    glyphs: a small demonstration. glyphs-full: the whole front over ten seeds.
-    clip-lora: the recipe of CLIP-LoRA (arXiv 2405.18541), chosen when --model is not the bundled one.
+    pictures: a small demonstration, photos of clothes on a CLIP that knows 1,900 things, whose weights do not come with
+    the package yet: it needs --pretrained. glyphs, glyphs-full: scanned
+    digits on a CLIP that knows characters, a small demonstration and the whole front over ten seeds.
+    clip-lora: the recipe of CLIP-LoRA (arXiv 2405.18541), chosen when --model is not a bundled one.
     The Comp-LoRA paper's own rank, subspace size and layers are not known to us: no preset claims to be the paper's."""
 
     model: str = GLYPHS
-    """The small CLIP that comes with the package (glyphs), or any model name of open_clip, such as ViT-B-16."""
+    """A small CLIP that comes with the package (pictures, glyphs), or any model name of open_clip, such as ViT-B-16."""
     pretrained: str | None = None
     """Weights for --model: a file, or one of open_clip's tags, which is downloaded.
-    For glyphs: a folder written by pretrain-glyphs; None: the weights that come with the package."""
+    For a bundled model: a folder written by pretrain-pictures or pretrain-glyphs; None: the weights of the package."""
     activation: Literal["auto", "gelu", "quick-gelu"] = "auto"
     """The MLPs' activation; auto: that of the name in --model, -quickgelu or not.
     Weights that are known to be trained with the other one are refused."""
 
     data: str = "digits"
-    """The data set to learn: digits, which come with scikit-learn; one of the eleven data sets of CoOp, such as dtd;
+    """The data set to learn: fashion, photos of clothes; digits, which come with scikit-learn; pictures, emoji, for
+    base-to-new; one of the eleven data sets of CoOp, such as dtd;
     folder:PATH, a folder of class folders; or csv:PATH, a table with the columns path, label and perhaps split."""
     data_root: Path | None = None
     """The folder that holds the named data sets, each in CoOp's or CLIP-LoRA's layout."""
@@ -69,8 +73,8 @@ class TrainConfig:
     too. transfer, retention: learn all classes, and measure zero-shot accuracy before and after on the rest of the
     eleven data sets. domain-shift: the same on ImageNet's four variants. transfer and domain-shift are for imagenet."""
     keep: tuple[str, ...] | None = None
-    """More data sets whose zero-shot accuracy is measured before and after. None: letters for the digits, unless
-    base-to-new."""
+    """More data sets whose zero-shot accuracy is measured before and after. None: with the
+    pictures model seven groups of emoji and the letters, with the digits the letters; unless base-to-new."""
     draw: str = "own"
     """How a seed chooses the few-shot split. own: smaller splits are part of larger ones; coop: as CoOp does, from its
     files beside the data or, except for ImageNet, computed alike; clip-lora: as CLIP-LoRA does; or the path of an
@@ -173,9 +177,9 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, or auto: CUDA where there is one."""
     workers: int | None = None
-    """Processes that share the runs; None: one per core for the bundled model, otherwise one."""
+    """Processes that share the runs; None: one per core for a bundled model, otherwise one."""
     threads: int | None = None
-    """CPU threads of each process; None: one for the bundled model, otherwise torch's own number.
+    """CPU threads of each process; None: one for a bundled model, otherwise torch's own number.
     Another number may round differently."""
     checkpoint_every: int = 100
     """Steps between the checkpoints from which a killed run continues."""
@@ -219,9 +223,15 @@ class TrainConfig:
 
     def kept(self) -> tuple[str, ...]:
         """The data sets whose zero-shot accuracy is measured before and after."""
-        bundled = self.data == "digits" and self.protocol != "base-to-new"
-        more = (("letters",) if bundled else ()) if self.keep is None else self.keep
+        more = self._kept_by_default() if self.keep is None else self.keep
         return tuple(name for name in dict.fromkeys((*PROTOCOLS[self.protocol], *more)) if name != self.data)
+
+    def _kept_by_default(self) -> tuple[str, ...]:
+        if self.protocol == "base-to-new":
+            return ()
+        if self.model == PICTURES:
+            return (*PICTURE_GROUPS, "letters")
+        return ("letters",) if self.data == "digits" else ()
 
     def steps_for(self, shots: int) -> int:
         """Optimizer steps of a run with `shots` images per class."""
@@ -267,9 +277,7 @@ class Run:
         return file_name("-".join(filter(None, [self.data, self.title])))
 
 
-_GLYPH_RECIPE = {
-    "model": GLYPHS,
-    "template": "a drawing of the {}.",
+_SMALL_RECIPE = {  # of the bundled models
     "r": 8,
     "lora_alpha": 8.0,
     "use_rslora": False,
@@ -278,9 +286,21 @@ _GLYPH_RECIPE = {
     "augmentation": "none",  # a crop may show a part of a digit alone
     "precision": "fp32",
 }
+_GLYPH_RECIPE = {"model": GLYPHS, "template": "a drawing of the {}.", **_SMALL_RECIPE}
 
 PRESETS: dict[Preset, TrainConfig] = {
     "clip-lora": TrainConfig("clip-lora"),
+    "pictures": TrainConfig(
+        "pictures",
+        model=PICTURES,
+        data="fashion",
+        **_SMALL_RECIPE,
+        methods=("lora", "both", "random-both", "preserve"),
+        shots=(16,),
+        seeds=(0, 1),
+        learning_rates=(1e-3, 3e-3, 1e-2),
+        output=Path("runs/pictures"),
+    ),
     "glyphs": TrainConfig(
         "glyphs",
         **_GLYPH_RECIPE,
@@ -396,7 +416,8 @@ def _require(holds: bool, option: str, value: object, expected: str) -> None:
 def preset_for(preset: str | None, model: str | None) -> Preset:
     """The given preset, or the preset of the model where none is given."""
     if preset is None:
-        return "glyphs" if model in (None, GLYPHS) else "clip-lora"
+        model = GLYPHS if model is None else model
+        return cast("Preset", model) if model in BUNDLED else "clip-lora"
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset}: expected one of {', '.join(get_args(Preset))}")
     return preset

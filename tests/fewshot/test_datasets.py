@@ -35,6 +35,7 @@ from complora_kernels.fewshot.datasets import (
     digits,
     letters,
     load_dataset,
+    pictures,
 )
 from complora_kernels.fewshot.datasets.dataset import check_distinct
 from complora_kernels.fewshot.datasets.downloads import SIZES, Size
@@ -168,7 +169,7 @@ def test_loading_a_data_set_reads_no_image(tmp_path):
 
 
 def test_names_list_every_known_data_set():
-    assert len(NAMES) == len({"digits", "letters", *ELEVEN, *DOMAIN_SHIFTS} & set(NAMES)) == 17
+    assert sorted(NAMES) == sorted(["digits", "letters", *pictures.NAMES, *ELEVEN, *DOMAIN_SHIFTS])
 
 
 # ---- what is missing
@@ -212,8 +213,8 @@ def test_unknown_names_and_no_folder_are_refused(check, tmp_path):
     for name in ("cifar10", "folder:", "csv", "digits:x"):
         with pytest.raises(
             ValueError,
-            match=rf"data set '{name}': expected digits, letters, imagenet, .*, ucf101, folder:PATH or csv:PATH; for "
-            r"testing only: imagenet_v2, imagenet_sketch, imagenet_a, imagenet_r$",
+            match=rf"data set '{name}': expected digits, letters, fashion, .*, imagenet, .*, ucf101, folder:PATH or "
+            r"csv:PATH; for testing only: imagenet_v2, imagenet_sketch, imagenet_a, imagenet_r$",
         ):
             check(name, tmp_path)
     with pytest.raises(

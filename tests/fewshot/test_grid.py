@@ -248,7 +248,7 @@ def test_unreadable_command_lines_return_2(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--preset", "full"], "--preset full: expected one of glyphs, glyphs-full, clip-lora"),
+        (["train", "--preset", "full"], "--preset full: expected one of pictures, glyphs, glyphs-full, clip-lora"),
         (["train", "--shots", "0"], "--shots 0: expected at least 1"),
         (["report", "nowhere"], "nowhere: expected a folder"),
     ],

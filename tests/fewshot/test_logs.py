@@ -13,6 +13,7 @@ import pytest
 from complora_kernels.fewshot import logs
 from complora_kernels.fewshot.config import Run
 from complora_kernels.fewshot.files import read_json_lines
+from complora_kernels.fewshot.predictions import PREDICTIONS
 from complora_kernels.fewshot.recipe import train
 
 RUN = Run("both", 2, 1e-2, 0)
@@ -162,7 +163,15 @@ def test_a_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch, option
 def test_every_run_writes_its_options_and_its_split(tmp_path):
     train(standin.config(tmp_path, save_adapters=True), RUN, standin.setting(), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "draw.json", "log.jsonl", "loss.png", "adapter", "checkpoint.safetensors"}
+    assert names == {
+        "config.json",
+        "draw.json",
+        "log.jsonl",
+        "loss.png",
+        "adapter",
+        "checkpoint.safetensors",
+        PREDICTIONS,
+    }
     described = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (described["run"], described["r"]) == ("both-2shot-lr0.01-seed0", 2)
     assert "torch" in described["versions"]

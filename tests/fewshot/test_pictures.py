@@ -15,7 +15,9 @@ from small_icons import SHAPES, change, write_icons
 from torch.nn import functional as F
 
 from complora_kernels.fewshot.__main__ import main
+from complora_kernels.fewshot.backbone import check_backbone
 from complora_kernels.fewshot.datasets import load_dataset, pictures
+from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.pictures import model as bundled
 from complora_kernels.fewshot.pictures import pack
 from complora_kernels.fewshot.pictures.augment import augmented, over
@@ -26,6 +28,7 @@ from complora_kernels.fewshot.pictures.pretrain import CHECKPOINT, PicturesConfi
 from complora_kernels.fewshot.pictures.sources import read_sources
 from complora_kernels.fewshot.pictures.tokenizer import END, PAD, train_tokenizer
 from complora_kernels.fewshot.pretrain import contrastive_loss
+from complora_kernels.fewshot.worlds import WORLDS
 
 
 @pytest.fixture
@@ -204,6 +207,7 @@ def small(icons: Path, output: Path, steps: int = 4) -> PicturesConfig:
         "batch_size": 8,
         "negatives": 4,
         "vocab_size": 300,
+        "context_length": 64,
         "log_every": 2,
         "checkpoint_every": 1,
         "threads": 1,
@@ -313,6 +317,26 @@ def test_the_packaged_data_sets(name):
 
 def test_the_package_stays_small():
     assert sum(path.stat().st_size for path in pictures.ASSETS.iterdir()) <= 12 * 10**6
+
+
+def test_a_model_that_was_trained_here_is_a_backbone(icons, tmp_path):
+    """From the command line to the gallery, on the kept sets of the package."""
+    pretrain_pictures(small(icons, tmp_path / "model"))
+    options = ["--preset", "pictures", "--pretrained", str(tmp_path / "model"), "--methods", "lora", "preserve"]
+    options += ["--seeds", "0", "--learning-rates", "0.01", "--steps", "4", "--shots", "2", "--workers", "1"]
+    options += ["--max-test-images", "40", "--output", str(tmp_path / "out")]
+    assert main(["train", *options]) == 0
+    lines = read_json_lines(tmp_path / "out" / "results.jsonl")
+    assert [set(line["tasks"]) for line in lines] == [{*pictures.KEPT, "letters"}] * 2
+    assert (tmp_path / "out" / "figures" / "gallery.png").is_file()
+
+
+def test_a_model_without_weights_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(WORLDS, "pictures", WORLDS["pictures"]._replace(assets=tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"--model pictures: .* expected --pretrained"):
+        check_backbone("pictures")
+    with pytest.raises(FileNotFoundError, match=r"expected a folder written by `complora pretrain-pictures`"):
+        check_backbone("pictures", str(tmp_path))
 
 
 def test_the_command_names_what_is_missing(tmp_path, capsys):

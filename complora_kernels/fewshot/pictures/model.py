@@ -1,4 +1,4 @@
-"""The bundled pictures model: an open_clip CLIP that knows some 1,900 things by name."""
+"""The pictures model: an open_clip CLIP that knows some 1,900 things by name."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def zero_shot(model: CLIP, tokenizer: Callable[[list[str]], Tensor], pictures: P
     for group in KEPT:
         members = torch.tensor([own == group for own in groups])
         own = members[pictures.shown]
+        if not own.any():
+            continue
         logits = (image_features[own] @ text_features.T).masked_fill(~members, float("-inf"))
         found[group] = _top1(logits, pictures.shown[own])
     model.train(was_training)

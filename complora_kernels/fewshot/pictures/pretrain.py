@@ -1,6 +1,6 @@
 """Trains the pictures model from random weights: `complora pretrain-pictures`.
 
-The defaults of `PicturesConfig` made the weights in `assets/pictures/`, on two cores in two hours.
+The defaults of `PicturesConfig` take two hours on two cores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _COUNTS = (
 
 @dataclass
 class PicturesConfig:
-    """Train the pictures model from random weights; the defaults made the weights of the package."""
+    """Train the pictures model from random weights."""
 
     sources: Path = Path("node_modules")
     """Folder of the npm packages emojibase-data and @iconify-json/{noto,noto-v1,fluent-emoji,fluent-emoji-flat,
@@ -51,7 +51,7 @@ class PicturesConfig:
     fashion: Path | None = None
     """Folder of Fashion-MNIST's four files, compressed or not; with it, the sheets of pictures and photos that the
     package brings are written too."""
-    steps: int = 6000
+    steps: int = 5400
     batch_size: int = 256
     negatives: int = 256
     """Captions of other concepts that each batch has beside its own."""
@@ -61,8 +61,8 @@ class PicturesConfig:
     size: int = 48
     """Height and width of the model's images, in pixels."""
     patch: int = 8
-    width: int = 192
-    image_layers: int = 6
+    width: int = 160
+    image_layers: int = 5
     text_width: int = 128
     text_layers: int = 3
     context_length: int = 24
