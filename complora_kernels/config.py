@@ -48,9 +48,10 @@ class CompLoRAConfig:
         subspace_ratio: share in [0, 1]; k = round(ratio · min(out, in)).
             At most one of the three sizes is given, none of them with `sides="none"`; without one the ratio is 0.5.
         subspace_source: "weight" protects the principal directions of the weight, "random" as many random ones:
-            the control that tells whether the singular vectors matter. "activations" protects the principal directions
-            of the weight's inputs X [M, in] and products Y = X W^T [M, out] on calibration batches: V_k are the top-k
-            eigenvectors of X^T X, U_k those of Y^T Y. Not used with `sides="none"`.
+            the control that tells whether the singular vectors matter. "ends" protects the directions of the largest
+            and of the smallest singular values in turns, and leaves the middle of the spectrum. "activations" protects
+            the principal directions of the weight's inputs X [M, in] and products Y = X W^T [M, out] on calibration
+            batches: V_k are the top-k eigenvectors of X^T X, U_k those of Y^T Y. Not used with `sides="none"`.
         subspace_seed: chooses the random directions of `subspace_source="random"`.
         update_bound: c > 0 bounds each update, `ΔW' = ΔW · min(1, c · reference / |ΔW|)`, in training too; None does
             not. What is merged, saved as an adapter and exported is bounded already, and costs no more to run. An

@@ -6,6 +6,10 @@ in gradient projection memory, arXiv 2103.09762), where X [M, in] are inputs of 
 products with them. Since `Y^T Y = W (X^T X) W^T`, the second moment `X^T X` is all that is needed of the inputs. The
 bias is left out: it is added whatever W is, and would only take a direction from what W writes.
 
+The ends of the spectrum are the directions of the largest and of the smallest singular values in turns, σ_1, σ_m, σ_2,
+σ_{m-1}, ...: with k of them protected, the update lives in the band in the middle, and in what W does not reach (of
+intermediate components as the place of an update see arXiv 2602.03493).
+
 A projection onto the complement, `P = I - U_k U_k^T = U_c U_c^T`, can be held by either basis; the narrower one is
 stored.
 
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 
 Side = Literal["output", "input"]
 BasisKind = Literal["principal", "complement"]
-SubspaceSource = Literal["weight", "random", "activations"]
+SubspaceSource = Literal["weight", "ends", "random", "activations"]
 
 CACHE_BYTES = 512 * 2**20  # host memory for decompositions of weights seen before
 SINGULAR = 1e-10  # (σ_m / σ_1)² above which M M^T in float64 tells all singular vectors of M apart
@@ -428,6 +432,14 @@ def _weight_share(weight: Tensor, side: Side, directions: Directions, k: int) ->
     return float(inside.square().sum() / total)
 
 
+def _end_directions(weight: Tensor, side: Side, *_: object) -> Directions:
+    """The singular vectors of one side from both ends of the spectrum to its middle."""
+    vectors, energies = _weight_directions(weight, side)
+    m = len(energies)
+    order = torch.stack([torch.arange(m), torch.arange(m).flip(0)], 1).flatten()[:m]  # 0, m - 1, 1, m - 2, ...
+    return Directions(vectors[:, order], energies[order])
+
+
 def _random_directions(weight: Tensor, side: Side, _: Tensor | None, seed: int) -> Directions:
     """Uniformly random orthonormal columns; their number follows from the energies of the weight's own directions."""
     vectors, energies = _weight_directions(weight, side)
@@ -468,6 +480,7 @@ def _trace_share(weight: Tensor, side: Side, directions: Directions, k: int) -> 
 
 SOURCES: dict[SubspaceSource, Source] = {
     "weight": Source(needs_data=False, recomputable=True, directions=_weight_directions, energy=_weight_share),
+    "ends": Source(needs_data=False, recomputable=True, directions=_end_directions, energy=_weight_share),
     "random": Source(needs_data=False, recomputable=True, directions=_random_directions, energy=_weight_share),
     "activations": Source(needs_data=True, recomputable=False, directions=_activation_directions, energy=_trace_share),
 }

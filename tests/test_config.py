@@ -124,7 +124,7 @@ def test_dictionary_round_trip_through_json(config):
 
 
 def test_data_is_needed_for_activations_where_a_side_is_projected():
-    for source in ("weight", "random", "activations"):
+    for source in ("weight", "ends", "random", "activations"):
         for sides in ("output", "input", "both", "none"):
             found = make(subspace_source=source, sides=sides).source
             assert found.needs_data == (source == "activations" and sides != "none")
@@ -153,7 +153,7 @@ def test_frozen():
         ({"lora_dropout": None}, "lora_dropout=None, expected"),
         ({"sides": "left"}, "sides='left', expected one of output, input, both, none"),
         ({"sides": None}, "sides=None, expected one of"),
-        ({"subspace_source": "data"}, "subspace_source='data', expected one of weight, random, activations"),
+        ({"subspace_source": "data"}, "subspace_source='data', expected one of weight, ends, random, activations"),
         ({"subspace_seed": 0.5}, "subspace_seed=0.5, expected an integer"),
         ({"update_bound": 0}, "update_bound=0, expected None or a number above 0"),
         ({"update_bound": -0.1}, "update_bound=-0.1, expected None or a number above 0"),

@@ -271,7 +271,8 @@ def test_refuses_activations(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("source", "given"), [("activations", None), ("weight", torch.eye(4)), ("random", torch.eye(4))]
+    ("source", "given"),
+    [("activations", None), ("weight", torch.eye(4)), ("ends", torch.eye(4)), ("random", torch.eye(4))],
 )
 def test_a_second_moment_belongs_to_activations_alone(source, given):
     config = CompLoRAConfig(subspace_k=1, subspace_source=source)
@@ -309,6 +310,25 @@ def test_a_source_is_added_by_its_record_alone(monkeypatch):
 
 
 # ---- random directions
+
+
+@pytest.mark.parametrize(("out", "in_"), [(8, 8), (12, 7), (7, 12)])
+@pytest.mark.parametrize("k", [0, 1, 4, 5, 7])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_the_ends_of_the_spectrum_are_protected_in_turns(out, in_, k, side):
+    """Against torch's own decomposition: of W' = P W the triples in the middle are left, the k outermost are gone."""
+    torch.manual_seed(0)
+    weight = torch.randn(out, in_)
+    U, sigma, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    outermost = [*range((k + 1) // 2), *range(len(sigma) - k // 2, len(sigma))]
+    vectors = (U if side == "output" else Vh.mT)[:, outermost]  # [d, k]
+    basis = projection_basis(weight, CompLoRAConfig(subspace_k=k, subspace_source="ends"), side, "name")
+    matrix = basis.matrix.double()
+    onto = matrix @ matrix.mT
+    kept = onto if basis.kind == "complement" else torch.eye(len(onto)).double() - onto
+    torch.testing.assert_close(kept, torch.eye(len(kept)).double() - vectors @ vectors.mT, rtol=0, atol=1e-5)
+    assert basis.k == k
+    assert basis.energy == pytest.approx(float(sigma[outermost].square().sum() / sigma.square().sum()), abs=1e-6)
 
 
 def test_random_directions_are_reproducible_and_of_their_own():

@@ -85,6 +85,7 @@ class TrainConfig:
     methods: tuple[Method, ...] = ("lora", "output", "both", "random")
     """LoRA, and Comp-LoRA with the output side of each weight protected, the input side, or both.
     random, random-input and random-both protect as many random directions: the controls for output, input and both.
+    ends (-input, -both) protect the directions of the largest and the smallest singular values, and leave the middle.
     activations (-input, -both) protect the principal directions of the weights' outputs and inputs on the shots.
     lora-wd: LoRA with --strong-weight-decay. preserve: LoRA with the loss of --preserve.
     tip-adapter and linear-probe train nothing inside the model.

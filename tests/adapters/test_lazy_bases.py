@@ -63,7 +63,7 @@ X = torch.linspace(-1, 1, 30).view(5, 6)
 
 
 @pytest.mark.parametrize("sides", ["output", "input", "both"])
-@pytest.mark.parametrize("source", ["weight", "random"])
+@pytest.mark.parametrize("source", ["weight", "ends", "random"])
 def test_nothing_is_decomposed_to_load_run_merge_and_save(tmp_path, monkeypatch, sides, source):
     model, inputs = saved(tmp_path / "saved", clip(), sides=sides, subspace_source=source), batch()
     expected, plain_state = features(model, *inputs), clip()
@@ -105,7 +105,7 @@ def test_what_asks_for_bases_gets_them(tmp_path):
 
 
 @pytest.mark.parametrize("sides", ["output", "input", "both"])
-@pytest.mark.parametrize("source", ["weight", "random"])
+@pytest.mark.parametrize("source", ["weight", "ends", "random"])
 def test_training_is_that_of_a_model_whose_bases_were_computed_at_once(tmp_path, sides, source):
     saved(tmp_path, sides=sides, subspace_source=source)
     lazy, eager = loaded(tmp_path), loaded(tmp_path, at_once=True)

@@ -131,7 +131,7 @@ def adapted_weights(model: nn.Module) -> dict[str, tuple[Any, str]]:
     return {f"{path}.{name}" if name else path: (layer, name) for path, layer in layers for name in layer.weights}
 
 
-@pytest.mark.parametrize("source", ["weight", "random"])
+@pytest.mark.parametrize("source", ["weight", "ends", "random"])
 @pytest.mark.parametrize("sides", ["output", "input", "both", "none"])
 def test_the_report_is_what_the_dense_formulas_say(sides, source, monkeypatch):
     """For updates of any kind, which a projected one is not: the share inside is neither zero nor one."""

@@ -59,7 +59,7 @@ def comparison_pairs(variants: Mapping[str, Variant]) -> list[tuple[str, str]]:
             alike = alike or _same_options(method, LORA, _SUBSPACE, variants)
         pairs.append((method, alike))
     for method, label in labels.items():
-        if label.source in ("weight", "activations") and not _has_its_own_energy(label, variants[method]):
+        if label.source in ("weight", "ends", "activations") and not _has_its_own_energy(label, variants[method]):
             control = label._replace(source="random")
             pairs.append((method, named.get(control) or _same_options(method, family_name(control), (), variants)))
     return [

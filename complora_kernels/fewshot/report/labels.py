@@ -9,7 +9,7 @@ from complora_kernels.fewshot.methods import METHODS
 
 LORA = "lora"
 SIDES = ("output", "input", "both")
-SOURCES = ("weight", "activations", "random")
+SOURCES = ("weight", "ends", "activations", "random")
 
 _PART = " of the update"
 

@@ -35,6 +35,9 @@ _LOOKS: dict[str, Look] = {
     "activations": {"color": "#009E73", "marker": "s", "linestyle": "-."},
     "activations-input": {"color": "#997700", "marker": "v", "linestyle": "-."},
     "activations-both": {"color": "#661100", "marker": "D", "linestyle": "-."},
+    "ends": {"color": "#004488", "marker": "s", "linestyle": ":"},
+    "ends-input": {"color": "#BB5566", "marker": "v", "linestyle": ":"},
+    "ends-both": {"color": "#EE8866", "marker": "D", "linestyle": ":"},
     "tip-adapter": {"color": "#882255", "marker": "^", "linestyle": ":"},
     "linear-probe": {"color": "#999933", "marker": "X", "linestyle": ":"},
 }
@@ -51,6 +54,9 @@ _NAMES = {
     "activations": "activations' subspace, output",
     "activations-input": "activations' subspace, input",
     "activations-both": "activations' subspace, both",
+    "ends": "ends of the spectrum, output",
+    "ends-input": "ends of the spectrum, input",
+    "ends-both": "ends of the spectrum, both",
     "tip-adapter": "Tip-Adapter",
     "linear-probe": "linear probe",
 }
@@ -58,6 +64,7 @@ _OTHERS = ("#44AA99", "#332288", "#AA4499", "#DDAA33", "#117733", "#CC6677", "#8
 _OTHER_MARKERS = ("^", "v", "<", ">", "p")
 _SOURCE_LOOKS: dict[str, Look] = {
     "weight": {"marker": "s", "linestyle": "-"},
+    "ends": {"marker": "v", "linestyle": ":"},
     "activations": {"marker": "^", "linestyle": "-."},
     "random": {"marker": "D", "linestyle": "--"},
 }
@@ -69,6 +76,7 @@ _SIDE_LOOKS: dict[str, Look] = {
 SIDE_NAMES = {"output": "output side", "input": "input side", "both": "both sides"}
 SOURCE_NAMES = {
     "weight": "weight's subspace",
+    "ends": "ends of the spectrum",
     "activations": "activations' subspace",
     "random": "random subspace",
 }
