@@ -59,10 +59,11 @@ class CompLoRAConfig:
         update_bound_norm: "frobenius", or "spectral", the largest singular value of ΔW, which takes a decomposition
             [r, r] of each update in each forward pass, and with it no step can be a CUDA graph.
         update_bound_relative_to: "weight": the reference is |W| in the same norm. "next": σ_{k+1}, the largest singular
-            value of W that is not protected, where k is that of the widest projected side. "gap": σ_k - σ_{k+1}.
-            With `sides="both"`, W + ΔW keeps U_k, V_k and their σ; they are its top k as long as its other singular
-            values stay below σ_k. These are at most σ_{k+1} + |ΔW|, so a gap with c < 1 guarantees it whatever is
-            learned, in either norm; "next" does so where (1 + c) σ_{k+1} < σ_k. `subspace_report` says which holds.
+            value of W that is not protected, where k is that of the widest projected side (with "ends", of its upper
+            end). "gap": σ_k - σ_{k+1}. With `sides="both"`, W + ΔW keeps U_k, V_k and their σ; they are its top k as
+            long as its other singular values stay below σ_k. These are at most σ_{k+1} + |ΔW|, so a gap with c < 1
+            guarantees it whatever is learned, in either norm; "next" does so where (1 + c) σ_{k+1} < σ_k.
+            `subspace_report` says which holds.
         target_modules: any of q k v o fc1 fc2 in the residual blocks of the towers; or names of modules, or their
             endings, as in PEFT's lists (`["q_proj", "v_proj"]`); or "all-linear"; or one regular expression that must
             match a whole module name. All but the first select `nn.Linear` modules of any model, and where a module

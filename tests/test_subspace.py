@@ -18,6 +18,7 @@ import complora_kernels as ck
 from complora_kernels import subspace
 from complora_kernels.config import CompLoRAConfig
 from complora_kernels.functional import project_complement
+from complora_kernels.modules.update_limit import update_limit
 from complora_kernels.subspace import (
     align_basis,
     clear_cache,
@@ -329,6 +330,19 @@ def test_the_ends_of_the_spectrum_are_protected_in_turns(out, in_, k, side):
     torch.testing.assert_close(kept, torch.eye(len(kept)).double() - vectors @ vectors.mT, rtol=0, atol=1e-5)
     assert basis.k == k
     assert basis.energy == pytest.approx(float(sigma[outermost].square().sum() / sigma.square().sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize(("k", "top"), [(1, 1), (4, 2), (5, 3)])
+def test_a_bound_by_the_next_singular_value_counts_the_upper_end(k, top):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8)
+    sigma = torch.linalg.svdvals(weight.double())
+    options = {"subspace_k": k, "subspace_source": "ends", "update_bound": 0.5}
+    limits = [
+        update_limit(weight, CompLoRAConfig(update_bound_relative_to=reference, **options), k, "name")
+        for reference in ("next", "gap")
+    ]
+    assert limits == pytest.approx([float(sigma[top]) / 2, float(sigma[top - 1] - sigma[top]) / 2], rel=1e-6)
 
 
 def test_random_directions_are_reproducible_and_of_their_own():

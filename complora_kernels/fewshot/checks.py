@@ -70,6 +70,12 @@ def check_data(config: TrainConfig, tokenize: Tokenizer | None = None) -> dict[t
         class_names += [class_name for part in parts for class_name in part.class_names]
         check_vocabulary(config, class_names, tokenize)
     learned = parts[0]
+    without = len(learned.class_names) - len(learned.labels[learned.train].unique())
+    if without:
+        raise ValueError(
+            f"data set {config.data!r}: {without} of its {len(learned.class_names)} classes have no image to train on, "
+            "expected --protocol base-to-new, which learns the first half of the classes, or another data set"
+        )
     is_file = config.draw.endswith((".json", ".pkl"))
     if is_file and len(config.seeds) > 1 and "{seed}" not in config.draw:
         raise ValueError(f"--draw {config.draw}: one split for the seeds {config.seeds}, expected {{seed}} in the path")

@@ -101,7 +101,7 @@ class Measurement:
         return self._all(answer)
 
     def answers(self) -> dict[str, Answers]:
-        """The last measured model's answers by task, those to the new one under its data set's name.
+        """The last measured model's answers by task, those to the new one under the name it was asked for by.
 
         Every process of a team calls it, and gets the answers of all.
         """
@@ -117,20 +117,31 @@ class Measurement:
 
     def _all(self, answer: Answer) -> dict[str, Any]:
         """The accuracies of all tasks; keeps this process's answers."""
-        measured = {self.setting.new.dataset.name: (self.setting.new, self.test)}
-        measured |= {name: (task, self.kept[name]) for name, task in self.setting.kept.items()}
-        accuracies = {}
-        for name, (task, indices) in measured.items():
-            own = self.team.share(indices)
-            before, after = self._zero_shot(task, own), answer(task, own)
-            self._answers[name] = Answers(task, own, before, after)
-            accuracies[name] = [task.mean(task.agrees(answers, own), self.team) for answers in (before, after)]
-        (_, new), *_ = accuracies.values()
-        tasks = {name: accuracies[name] for name in self.setting.kept}
-        found = {"new": new, "kept": _kept({name: after for name, (_, after) in tasks.items()}), "tasks": tasks}
+        new = self.setting.new
+        self._answers = {}
+        (_, of_new), *of_kept = [
+            self._before_and_after(name, task, indices, answer)
+            for name, task, indices in (
+                (
+                    new.dataset.asked_as or new.dataset.name,
+                    new,
+                    self.test,
+                ),  # as given, it differs from all that is kept
+                *((name, task, self.kept[name]) for name, task in self.setting.kept.items()),
+            )
+        ]
+        tasks = dict(zip(self.setting.kept, of_kept, strict=True))
+        found = {"new": of_new, "kept": _kept({name: after for name, (_, after) in tasks.items()}), "tasks": tasks}
         if not self.config.validation:
             return found
         return {**found, "val": self._on_validation(answer) if len(self.split.val) else None}
+
+    def _before_and_after(self, name: str, task: Task, indices: Tensor, answer: Answer) -> list[float]:
+        """The accuracies of a task, whose answers are kept under its name."""
+        own = self.team.share(indices)
+        before, after = self._zero_shot(task, own), answer(task, own)
+        self._answers[name] = Answers(task, own, before, after)
+        return [task.mean(task.agrees(answers, own), self.team) for answers in (before, after)]
 
     def _on_validation(self, answer: Answer) -> float:
         new, own = self.setting.new, self.team.share(self.split.val)

@@ -24,6 +24,8 @@ def update_limit(
 ) -> float:
     """`update_bound` times |W|, σ_{k+1} or σ_k - σ_{k+1}, see `CompLoRAConfig`; σ_{k+1} is 0 for k = min(out, in).
 
+    With `subspace_source="ends"` half of the k directions, rounded up, are at the upper end: they count as k.
+
     Raises:
         ValueError: it is 0 in float32, or there is no σ_k.
     """
@@ -33,9 +35,12 @@ def update_limit(
         size = float(widened(weight).norm())
     else:
         sigma = [*subspace.singular_values(weight).tolist(), 0.0]  # σ_1, σ_2, ...
+        top = (
+            (k + 1) // 2 if config.subspace_source == "ends" else k
+        )  # of the protected ones those that are the largest
         if reference == "gap" and k == 0:
             raise ValueError(f"update_bound_relative_to='gap' for {label}, expected k >= 1 protected directions, not 0")
-        size = {"weight": sigma[0], "next": sigma[k], "gap": sigma[k - 1] - sigma[k]}[reference]
+        size = {"weight": sigma[0], "next": sigma[top], "gap": sigma[top - 1] - sigma[top]}[reference]
     limit = config.update_bound * size
     if not limit >= torch.finfo(torch.float32).tiny:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from complora_kernels.fewshot.files import read_json_lines
 from complora_kernels.fewshot.pictures import model as bundled
 from complora_kernels.fewshot.pictures import pack
 from complora_kernels.fewshot.pictures.augment import augmented, over
-from complora_kernels.fewshot.pictures.captions import Captioner
+from complora_kernels.fewshot.pictures.captions import OF_TAGS, Captioner
 from complora_kernels.fewshot.pictures.concepts import Concept, read_concepts
 from complora_kernels.fewshot.pictures.families import SEEN, UNSEEN, check_sources, read_families
 from complora_kernels.fewshot.pictures.pretrain import CHECKPOINT, PicturesConfig, Trainer, pretrain_pictures
@@ -101,22 +102,30 @@ def test_a_damaged_package_is_named(icons):
 
 
 def test_captions_are_true_of_what_they_name(icons):
-    concepts = read_concepts(icons)
-    generator = torch.Generator().manual_seed(0)
-    captioned = torch.arange(4).repeat(200)
-    drawn = Captioner(concepts).draw(torch.arange(4), captioned, generator)
+    """A caption without a name is true of every concept that has all its tags, as a tag or in its name."""
+    concepts = [*read_concepts(icons), Concept("1", "monkey", ("jeans", "red heart"), "animals")]
+    captioned = torch.arange(5).repeat(300)
+    drawn = Captioner(concepts).draw(torch.arange(5), captioned, torch.Generator().manual_seed(0))
+    tags = {tag for concept in concepts for tag in concept.tags}
+    by_tags = [
+        re.compile(re.escape(form).replace(r"\{tag\}", "(.+)").replace(r"\{tag2\}", "(.+)")) for form in OF_TAGS[::-1]
+    ]
+    seen = set()
     for text, concept, true in zip(drawn.texts, captioned.tolist(), drawn.is_true.T, strict=True):
-        named = [number for number, each in enumerate(concepts) if each.name in text]
-        if named:
-            assert true.nonzero()[:, 0].tolist() == [concept]
-            continue
-        tags = [tag for tag in concepts[concept].tags if tag in text.replace("tshirt", "") or tag == text]
-        assert true[concept]
-        others = [number for number, each in enumerate(concepts) if set(tags) <= {*each.tags, *each.name.split()}]
-        assert set(true.nonzero()[:, 0].tolist()) <= {*others, concept}
-    both = [true.sum().item() for text, true in zip(drawn.texts, drawn.is_true.T, strict=True) if text == "clothes"]
-    assert both
-    assert set(both) == {2}  # of the t-shirt and of the jeans
+        name, own_tags = concepts[concept].name, concepts[concept].tags
+        named = name in text
+        matches = [match for form in by_tags if (match := form.fullmatch(text)) and set(match.groups()) <= tags]
+        if named:  # with a tag beside it the name says which concept is meant
+            said = set() if any(tag in text.replace(name, "") for tag in own_tags) else {name}
+        else:
+            said = set(matches[0].groups())
+        expected = {i for i, each in enumerate(concepts) if said and said <= {*each.tags, *each.name.split()}}
+        expected |= {concept} if named else set()
+        assert set(true.nonzero()[:, 0].tolist()) == expected, text
+        seen.add((named, len(said), len(expected)))
+    assert (True, 1, 2) in seen  # "a photo of a jeans." is true of the monkey that has some
+    assert (False, 1, 2) in seen  # "clothes", of two things
+    assert (False, 2, 1) in seen
 
 
 def test_names_that_were_never_read_are_told_apart():
@@ -146,7 +155,7 @@ def test_a_tokenizer_without_its_places_is_refused():
 
     from complora_kernels.fewshot.pictures.tokenizer import PictureTokenizer
 
-    with pytest.raises(ValueError, match=rf"expected {PAD} as id 0 and {END}|{PAD}"):
+    with pytest.raises(ValueError, match=f"expected {PAD} as id 0 and {END} as the largest of 2"):
         PictureTokenizer(Tokenizer(models.WordLevel({END: 0, PAD: 1})), 8)
 
 
@@ -250,6 +259,17 @@ def test_a_checkpoint_of_other_settings_is_refused(icons, tmp_path, monkeypatch)
     torch.save(trainer.state(), tmp_path / CHECKPOINT)
     with pytest.raises(ValueError, match=r"checkpoint\.pt: of other settings"):
         pretrain_pictures(small(icons, tmp_path, steps=5))
+    change(icons, "twemoji", "jeans", body="")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: of other settings or pictures"):
+        pretrain_pictures(config)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 and more"])
+def test_a_damaged_checkpoint_is_named(icons, tmp_path, content):
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        pretrain_pictures(small(icons, tmp_path))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [CHECKPOINT]
 
 
 def test_a_small_model_learns_a_batch_that_it_sees_often(icons, tmp_path, monkeypatch):
@@ -285,13 +305,32 @@ def fashion_files(folder: Path) -> Path:
     return folder
 
 
+def test_too_few_photos_are_refused_before_the_training(icons, tmp_path):
+    photos = fashion_files(tmp_path / "photos")
+    packed = photos / "train-images-idx3-ubyte.gz"
+    for damage in (b"", gzip.compress(b"junk"), packed.read_bytes()[:1000]):
+        packed.write_bytes(damage)
+        with pytest.raises(ValueError, match="photos"):
+            pretrain_pictures(replace(small(icons, tmp_path / "out"), fashion=photos))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_sheet_of_another_index_is_refused(tmp_path, monkeypatch):
+    for path in pictures.ASSETS.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "unseen.png").write_bytes((tmp_path / "shots.png").read_bytes())
+    monkeypatch.setattr(pictures, "ASSETS", tmp_path)
+    with pytest.raises(ValueError, match=r"unseen\.png is not the sheet"):
+        data("animals")
+
+
 def data(name: str) -> Any:
     return pictures.load_data(name)
 
 
 def test_what_is_packed_is_read_again(icons, tmp_path, monkeypatch):
     sources = read_sources(icons)
-    pack.write_data(tmp_path, sources, fashion_files(tmp_path / "fashion"))
+    pack.write_data(tmp_path, sources, pack.read_photos(fashion_files(tmp_path / "fashion")))
     monkeypatch.setattr(pictures, "ASSETS", tmp_path)
     photos, objects, every = (data(name) for name in ("fashion", "objects", "pictures"))
     assert photos.images[:, 0, 0, 0].tolist() == (photos.labels * 20).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from functools import cache
 from pathlib import Path
@@ -65,7 +67,7 @@ def load_data(name: str) -> Dataset:
 
 def _fashion() -> Dataset:
     labels = torch.arange(len(FASHION)).repeat_interleave(TRAIN + TEST)
-    images = _cut(_sheet("fashion"), len(labels)).expand(-1, 3, -1, -1).contiguous()
+    images = _cut(_sheet("fashion"), len(labels))
     is_test = torch.arange(len(labels)) % (TRAIN + TEST) >= TRAIN
     train, test = (~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0]
     return Dataset("fashion", images, labels, FASHION, train, train[:0], test)
@@ -90,17 +92,32 @@ def _all_pictures() -> Dataset:
     images = torch.cat([_cut(_sheet("shots"), len(shots)), tested])
     labels = torch.tensor([classes[number] for number in (*shots, *(unseen[place] for place in members))])
     train, test = torch.arange(len(shots)), torch.arange(len(shots), len(labels))
-    return Dataset("pictures", images, labels, class_names("pictures"), train, train[:0], test)
+    return Dataset(
+        "pictures",
+        images,
+        labels,
+        class_names("pictures"),
+        train,
+        train[:0],
+        test,
+        can_be_mirrored=False,  # arrows
+    )
 
 
-def _sheet(name: str) -> Tensor:  # uint8 [C, H, W]
+def _sheet(name: str) -> Tensor:  # uint8 [3, H, W]
     from PIL import Image
 
-    pixels = torch.from_numpy(np.array(Image.open(ASSETS / f"{name}.png")))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    path = ASSETS / f"{name}.png"
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != index()["sheets"][path.name]:
+        raise ValueError(
+            f"{path} is not the sheet that {INDEX_FILE} describes, expected files that were written together"
+        )
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _cut(sheet: Tensor, n: int) -> Tensor:  # uint8 [C, rows·s, 32·s] -> [n, C, s, s]
+def _cut(sheet: Tensor, n: int) -> Tensor:  # uint8 [3, rows·s, 32·s] -> [n, 3, s, s]
     side = sheet.shape[2] // COLUMNS
-    tiles = sheet.unfold(1, side, side).unfold(2, side, side)  # [C, rows, 32, s, s]
+    tiles = sheet.unfold(1, side, side).unfold(2, side, side)  # [3, rows, 32, s, s]
     return tiles.flatten(1, 2)[:, :n].transpose(0, 1).contiguous()

@@ -44,7 +44,7 @@ class Captioner:
     def __init__(self, concepts: Sequence[Concept]) -> None:
         self.concepts = tuple(concepts)
         tags = sorted({tag for concept in concepts for tag in concept.tags})
-        numbers = {tag: number for number, tag in enumerate(tags)}
+        self._numbers = numbers = {tag: number for number, tag in enumerate(tags)}
         self._tags = [[numbers[tag] for tag in concept.tags] for concept in concepts]
         self._words = tags
         self._has = torch.zeros(len(concepts), len(tags), dtype=torch.bool)  # [concepts, tags]
@@ -70,9 +70,11 @@ class Captioner:
             own = self._tags[concept]
             tag, tag2 = (own[choice % len(own)] if own else None for choice in (first, second))
             if tag is None or tag2 is None or kinds[place] >= TAGGED:
-                words = "" if tag is None else self._words[tag]
-                text = OF_NAMES[template % len(OF_NAMES)].format(name=self.concepts[concept].name, tag=words)
-                texts.append(" ".join(text.split()))
+                name, words = self.concepts[concept].name, "" if tag is None else self._words[tag]
+                form = OF_NAMES[template % len(OF_NAMES)]
+                texts.append(" ".join(form.format(name=name, tag=words).split()))
+                if name in self._numbers and "{tag}" not in form:  # "a banana" is true of the monkey that has one
+                    is_true[:, place] |= self._has[:, self._numbers[name]][pictures]
                 continue
             form = OF_TAGS[template % len(OF_TAGS)]
             texts.append(form.format(tag=self._words[tag], tag2=self._words[tag2]))
@@ -81,10 +83,7 @@ class Captioner:
         return Captions(texts, is_true)
 
     def corpus(self) -> list[str]:
-        """Every name and tag, in some template, for the tokenizer."""
-        forms = (*OF_NAMES, *OF_TAGS)
-        texts = []
-        for number, concept in enumerate(self.concepts):
-            form = forms[number % len(forms)]
-            texts += [form.format(name=concept.name, tag=tag, tag2=tag) for tag in (concept.tags or ("",))]
-        return texts
+        """Every name and every tag of each concept, in the templates by turns, for the tokenizer."""
+        names = [OF_NAMES[i % len(OF_NAMES)].format(name=c.name, tag="") for i, c in enumerate(self.concepts)]
+        tags = [tag for concept in self.concepts for tag in concept.tags]
+        return [*names, *(OF_TAGS[i % len(OF_TAGS)].format(tag=tag, tag2="") for i, tag in enumerate(tags))]

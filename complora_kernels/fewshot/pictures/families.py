@@ -68,14 +68,14 @@ def read_family(sources: Path, name: str, concepts: Sequence[Concept], names: Ma
     """
     with reading(_file(sources, name), "a set of icons of Iconify"):
         icons = json.loads(_file(sources, name).read_bytes())
-    found = _icons_by_code(icons, concepts, {**names, **_listed(sources, name)})
+        found = _icons_by_code(icons, concepts, {**names, **_listed(sources, name)})
     codes, pictures, failures = [], [], []
     for concept in concepts:
         if concept.code in found:
             try:
                 pictures.append(_render(icons, found[concept.code]))
                 codes.append(concept.code)
-            except (ValueError, KeyError, TypeError, OSError) as error:
+            except Exception as error:  # whatever the file says of an icon, the others go on
                 failures.append(Failure(name, found[concept.code], f"{type(error).__name__}: {error}"))
     shape = (0, 4, RENDERED, RENDERED)
     stacked = torch.stack(pictures) if pictures else torch.empty(shape, dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from complora_kernels.common.files import write_atomically
+from complora_kernels.common.files import reading, write_atomically
 from complora_kernels.fewshot.datasets.pictures import COLUMNS, FASHION, INDEX_FILE, KEPT, TEST, TRAIN
 from complora_kernels.fewshot.pictures.augment import over
 from complora_kernels.fewshot.pictures.sources import Sources
@@ -24,18 +25,14 @@ FASHION_FILES = (
 )
 
 
-def write_data(folder: Path, sources: Sources, fashion: Path) -> None:
+def write_data(folder: Path, sources: Sources, photos: Tensor) -> None:
     """Write the sheets and their index.
 
     Args:
         folder: where they go.
         sources: the rendered families.
-        fashion: the folder of Fashion-MNIST's four files, compressed by gzip or not.
-
-    Raises:
-        OSError: a file of Fashion-MNIST is missing.
+        photos: those of `read_photos`.
     """
-    photos = _photos(fashion)
     concepts = sources.seen.concepts
     kept = [i for i, number in enumerate(sources.unseen.shown.tolist()) if concepts[number].group in KEPT]
     unseen = sources.unseen.shown[kept].tolist()
@@ -46,10 +43,13 @@ def write_data(folder: Path, sources: Sources, fashion: Path) -> None:
     ]
     base = classes[: (len(classes) + 1) // 2]
     shots = torch.cat([of[number][torch.randperm(len(of[number]), generator=generator)[:SHOTS]] for number in base])
-    _write_sheet(folder / "unseen.png", over(1.0, sources.unseen.pixels[kept], SIZE))
-    _write_sheet(folder / "shots.png", over(1.0, sources.seen.pixels[shots], SIZE))
-    _write_sheet(folder / "fashion.png", photos)
+    sheets = {
+        "unseen.png": over(1.0, sources.unseen.pixels[kept], SIZE),
+        "shots.png": over(1.0, sources.seen.pixels[shots], SIZE),
+        "fashion.png": photos,
+    }
     found = {
+        "sheets": {name: _write_sheet(folder / name, images) for name, images in sheets.items()},
         "concepts": [[concept.name, concept.group] for concept in concepts],
         "unseen": unseen,
         "classes": classes,
@@ -65,11 +65,16 @@ def check_fashion(folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: {', '.join(missing)} not found, expected Fashion-MNIST's four files")
 
 
-def _photos(folder: Path) -> Tensor:  # uint8 [10 (64 + 200), 1, 28, 28], class by class
-    """The first photos of each class, of the training set and of the test set."""
+def read_photos(folder: Path) -> Tensor:  # uint8 [10 (64 + 200), 1, 28, 28], class by class
+    """The first photos of each class, of the training set and of the test set.
+
+    Raises:
+        OSError: a file of Fashion-MNIST is missing.
+        ValueError: a file is damaged, or holds fewer photos; the message names the folder.
+    """
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    with tempfile.TemporaryDirectory() as unpacked:
+    with reading(folder, "Fashion-MNIST's four files"), tempfile.TemporaryDirectory() as unpacked:
         paths = []
         for name in FASHION_FILES:
             plain, packed = folder / name, folder / f"{name}.gz"
@@ -80,12 +85,15 @@ def _photos(folder: Path) -> Tensor:  # uint8 [10 (64 + 200), 1, 28, 28], class 
             (read_image_file if "images" in path.name else read_label_file)(str(path)) for path in paths
         )
     chosen = []
-    for label in range(len(FASHION)):
+    for label, name in enumerate(FASHION):
         chosen += [train[train_labels == label][:TRAIN], test[test_labels == label][:TEST]]
+        if len(chosen[-2]) < TRAIN or len(chosen[-1]) < TEST or train.shape[1:] != (28, 28):
+            raise ValueError(f"{folder}: too few photos of {name}, expected {TRAIN} and {TEST} of 28 x 28 pixels")
     return torch.cat(chosen)[:, None]
 
 
-def _write_sheet(path: Path, images: Tensor) -> None:  # uint8 [N, C, s, s]
+def _write_sheet(path: Path, images: Tensor) -> str:  # uint8 [N, C, s, s]
+    """Write a sheet as a whole, and return its SHA-256."""
     from PIL import Image
 
     N, C, s, _ = images.shape
@@ -95,3 +103,4 @@ def _write_sheet(path: Path, images: Tensor) -> None:  # uint8 [N, C, s, s]
     buffer = io.BytesIO()
     Image.fromarray(sheet.squeeze(-1).numpy()).save(buffer, "PNG", optimize=True)
     write_atomically(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()

@@ -5,6 +5,8 @@ The defaults of `PicturesConfig` take two hours on two cores.
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import math
 import time
@@ -17,14 +19,15 @@ import torch
 from torch import Tensor
 
 from complora_kernels.adapters.install import truncate_texts
-from complora_kernels.common.files import write_atomically
+from complora_kernels.common.files import read_plain, reading, write_atomically
 from complora_kernels.fewshot.files import check_writable
 from complora_kernels.fewshot.glyphs import build_clip
 from complora_kernels.fewshot.pictures import model as world
 from complora_kernels.fewshot.pictures.augment import augmented, normalize
 from complora_kernels.fewshot.pictures.captions import Captioner
+from complora_kernels.fewshot.pictures.concepts import read_concepts
 from complora_kernels.fewshot.pictures.families import SEEN, UNSEEN, check_sources
-from complora_kernels.fewshot.pictures.pack import check_fashion, write_data
+from complora_kernels.fewshot.pictures.pack import check_fashion, read_photos, write_data
 from complora_kernels.fewshot.pictures.sources import Sources, read_sources
 from complora_kernels.fewshot.pictures.tokenizer import train_tokenizer
 from complora_kernels.fewshot.pretrain import contrastive_loss, torch_threads
@@ -94,8 +97,12 @@ def check_pictures(config: PicturesConfig) -> None:
 
     Raises:
         OSError: a package is missing, or the output cannot be written.
+        ValueError: the list of emoji is damaged, or the Python package that renders icons is missing.
     """
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ValueError("resvg-py is missing, expected it to render icons: pip install 'complora-kernels[pretrain]'")
     check_sources(config.sources, (*SEEN, UNSEEN))
+    read_concepts(config.sources)
     if config.fashion is not None:
         check_fashion(config.fashion)
     check_writable(config.output)
@@ -194,7 +201,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         return {
-            "config": _settings(self.config),
+            "made_by": self._made_by(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -205,7 +212,22 @@ class Trainer:
             "recent": self._recent,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def _made_by(self) -> dict[str, Any]:
+        """What a training has to share with its checkpoint."""
+        pictures = {"pictures": self.sources.counts, "tokenizer": str(self.tokenizer)}
+        return {**_settings(self.config), **pictures}
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is damaged, or of other settings or pictures; the message names it.
+        """
+        with reading(path, "the checkpoint of a training"):
+            state = torch.load(io.BytesIO(read_plain(path)), weights_only=True)
+            made_by = state["made_by"]
+        if made_by != self._made_by():
+            raise ValueError(f"{path}: of other settings or pictures, expected the same command, or no checkpoint")
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"])
@@ -237,6 +259,7 @@ def pretrain_pictures(config: PicturesConfig) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     check_pictures(config)
+    photos = None if config.fashion is None else read_photos(config.fashion)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with torch_threads(config.threads), Progress(*columns) as progress:
         task = progress.add_task("rendering the icons", total=config.steps)
@@ -248,8 +271,8 @@ def pretrain_pictures(config: PicturesConfig) -> None:
         for loss in _train(trainer, progress.console.print):
             progress.update(task, completed=trainer.done, description=f"pretraining, loss {loss:.3f}")
     write(trainer)
-    if config.fashion is not None:
-        write_data(config.output, sources, config.fashion)
+    if photos is not None:
+        write_data(config.output, sources, photos)
     (config.output / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -257,20 +280,17 @@ def _train(trainer: Trainer, say: Any) -> Iterator[float]:
     """The losses of the steps that are left; a checkpoint and a line of the log every few of them."""
     config, path = trainer.config, trainer.config.output / CHECKPOINT
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        if state["config"] != _settings(config):
-            raise ValueError(f"{path}: of other settings than these, expected the same command, or no checkpoint")
-        trainer.restore(state)
+        trainer.restore(path)
     before, started = trainer.seconds, time.monotonic()
     while trainer.done < config.steps:
         yield trainer.step()
         trainer.seconds = before + time.monotonic() - started
         if trainer.done % config.log_every == 0 or trainer.done == config.steps:
             say(trainer.log_line())
-        if trainer.done % config.checkpoint_every == 0:
-            partial = path.with_suffix(".partial")
-            torch.save(trainer.state(), partial)
-            partial.replace(path)
+        if trainer.done % config.checkpoint_every == 0 or trainer.done == config.steps:
+            state = io.BytesIO()
+            torch.save(trainer.state(), state)
+            write_atomically(path, state.getvalue())
 
 
 def write(trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ from complora_kernels.fewshot.pictures.families import RENDERED, SEEN, UNSEEN, F
 from complora_kernels.fewshot.render import CHARACTERS, TRAINING_FONTS, distance_fields
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_SIDED = {"left", "right", "waxing", "waning", "quarter"}  # words of names: moons, hands, magnifying glasses
 _THICKNESSES = (0.0, 0.04)  # added to the distance to the edge, as a share of a character's longer side
 
 
@@ -95,8 +96,13 @@ def _pictures(concepts: tuple[Concept, ...], family: Family) -> Pictures:
     numbers = {concept.code: number for number, concept in enumerate(concepts)}
     kept = [place for place, code in enumerate(family.codes) if code in numbers]
     shown = torch.tensor([numbers[family.codes[place]] for place in kept], dtype=torch.long)
-    mirrors = torch.tensor([concepts[number].group not in ("symbols", "flags") for number in shown.tolist()])
+    mirrors = torch.tensor([_can_be_mirrored(concepts[number]) for number in shown.tolist()])
     return Pictures(concepts, family.pictures[kept], shown, mirrors.bool())
+
+
+def _can_be_mirrored(concept: Concept) -> bool:
+    """Whether a mirror image shows the same: not of signs and flags, nor of what a side tells apart."""
+    return concept.group not in ("symbols", "flags") and not _SIDED & set(concept.name.split())
 
 
 def _together(parts: Sequence[Pictures]) -> Pictures:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from complora_kernels.common.files import write_atomically
+
 PAD, START, END = "<pad>", "<start>", "<end>"
 
 
@@ -45,8 +47,12 @@ class PictureTokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
+    def __str__(self) -> str:
+        return self._tokenizer.to_str(pretty=True)
+
     def save(self, path: Path) -> None:
-        path.write_text(self._tokenizer.to_str(pretty=True) + "\n")
+        """Write the file of the library, as a whole."""
+        write_atomically(path, f"{self}\n")
 
 
 def load_tokenizer(path: Path, context_length: int) -> PictureTokenizer:

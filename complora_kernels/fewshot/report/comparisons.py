@@ -188,9 +188,9 @@ def _positive(differences: Iterable[float | np.floating]) -> int:
 
 
 def _has_its_own_energy(label: Label, variant: Variant) -> bool:
-    """Whether the energy of activations determines the number of protected directions."""
+    """Whether an energy determines another number of protected directions than it does of the weight's own."""
     by_energy = "energy" in label.setting or (variant.options or {}).get("subspace_energy") is not None
-    return label.source == "activations" and by_energy
+    return label.source in ("activations", "ends") and by_energy
 
 
 def _same_options(method: str, kind: str, unread: Collection[str], variants: Mapping[str, Variant]) -> str | None:

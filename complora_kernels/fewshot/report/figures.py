@@ -112,8 +112,7 @@ def write_figures(protocols: Sequence[Summary], folder: Path) -> list[Path]:
             write_figure(paths[-1], figure)
     folders = [folder, *(folder / protocol for protocol in PROTOCOLS)]
     for stale in {path for pattern in _PATTERNS for inside in folders for path in inside.glob(pattern)} - set(paths):
-        if _is_ours(stale):
-            stale.unlink()
+        remove_figure(stale)
     return paths
 
 
@@ -122,6 +121,12 @@ def write_figure(path: Path, figure: Figure) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, metadata={"Software": _SOFTWARE})
     write_atomically(path, image.getvalue())
+
+
+def remove_figure(path: Path) -> None:
+    """Remove a figure, if its metadata say that a report wrote it."""
+    if path.is_file() and _is_ours(path):
+        path.unlink()
 
 
 def _is_ours(path: Path) -> bool:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from complora_kernels.common.files import reading
 from complora_kernels.fewshot.datasets import Dataset, base_and_new, load_dataset
 from complora_kernels.fewshot.decode import load_crops
 from complora_kernels.fewshot.escapes import for_figure
 from complora_kernels.fewshot.files import read_json
 from complora_kernels.fewshot.jobs import RUNS
 from complora_kernels.fewshot.predictions import PREDICTIONS, Prediction, read_predictions
-from complora_kernels.fewshot.report.figures import write_figure
+from complora_kernels.fewshot.report.figures import remove_figure, write_figure
 from complora_kernels.fewshot.setting import NEW_CLASSES
 
 GALLERY = "gallery.png"
@@ -79,8 +80,8 @@ def draw_gallery(predictions: Sequence[Prediction], options: dict[str, Any], tit
             axis.set_axis_off()
         for axis, prediction in zip(axes, row.found, strict=False):
             axis.imshow(data.image(prediction).permute(1, 2, 0).numpy())
-            words = "\n".join(textwrap.shorten(name, 20) for name in (prediction.before, f"→ {prediction.after}"))
-            axis.set_title(for_figure(words), fontsize="x-small")
+            names = (prediction.before, f"→ {prediction.after}")
+            axis.set_title("\n".join(for_figure(textwrap.shorten(name, 20)) for name in names), fontsize="x-small")
     return figure
 
 
@@ -90,13 +91,17 @@ def write_gallery(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]
     Nothing is written where no run has kept its predictions, or training has changed no answer. The errors are those of
     `draw_gallery`.
     """
+    remove_figure(folder / "figures" / GALLERY)
     trained = [each for each in results if each["learning_rate"] is not None]
     trained = [each for each in trained if (folder / RUNS / each["run"] / PREDICTIONS).is_file()]
     if not trained:
         return []
     best = max(trained, key=lambda result: result["new"] + (result["kept"] or 0.0))
     run = folder / RUNS / best["run"]
-    figure = draw_gallery(read_predictions(run / PREDICTIONS), read_json(run / "config.json"), _title(best))
+    options = read_json(run / "config.json", "the options of a run")
+    with reading(run / "config.json", "the options of a run"):
+        data_sets = {name: options.get(name) for name in ("data_root", "protocol")} | {"data": options["data"]}
+    figure = draw_gallery(read_predictions(run / PREDICTIONS), data_sets, _title(best))
     if figure is None:
         return []
     write_figure(folder / "figures" / GALLERY, figure)
@@ -117,16 +122,16 @@ class _DataSets:
     def __init__(self, options: dict[str, Any], new_task: str) -> None:
         self._options, self._new_task = options, new_task
         self._loaded: dict[str, Dataset] = {}
+        self._places: dict[str, dict[str, int]] = {}  # of images by their names
 
     def image(self, prediction: Prediction) -> Tensor:  # uint8 [3, 96, 96]
         dataset = self._of(prediction.task)
+        place = self._places[prediction.task].get(prediction.image)
+        if place is None:
+            raise ValueError(f"{PREDICTIONS} names {prediction.image!r}, which is no image of {dataset.name}")
         if not isinstance(dataset.images, Tensor):
-            path = Path(prediction.image) if dataset.root is None else dataset.root / prediction.image
-            return load_crops([path], (_SIDE, _SIDE), progress=False)[0]
-        image = dataset.images[int(prediction.image)]
-        if image.shape[-1] >= _SIDE:
-            return image
-        return F.interpolate(image[None], size=(_SIDE, _SIDE), mode="nearest")[0]
+            return load_crops([dataset.images[place]], (_SIDE, _SIDE), progress=False)[0]
+        return F.interpolate(dataset.images[place][None], size=(_SIDE, _SIDE), mode="nearest")[0]
 
     def _of(self, task: str) -> Dataset:
         if task not in self._loaded:
@@ -135,5 +140,7 @@ class _DataSets:
             dataset = load_dataset(self._options["data"] if own else task, None if root is None else Path(root))
             if own and self._options.get("protocol") == "base-to-new":
                 dataset = base_and_new(dataset)[task == NEW_CLASSES]
+            names = dataset.image_names(torch.arange(len(dataset.labels)))
+            self._places[task] = {str(name): place for place, name in enumerate(names)}
             self._loaded[task] = dataset
         return self._loaded[task]
