@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def vocabulary_of(config: TrainConfig, class_names: Iterable[str]) -> tuple[str,
     """The names to which a run keeps the similarities of its images.
 
     Args:
-        config: tells the file; None: the packaged names, without those that are classes.
+        config: tells the file; None: the packaged names, without those that share a word with a class, as "apple" and
+            "red apple" do: to keep them would be to keep the class.
         class_names: all classes that are learned or measured as kept.
 
     Raises:
@@ -33,7 +35,8 @@ def vocabulary_of(config: TrainConfig, class_names: Iterable[str]) -> tuple[str,
     classes = set(map(as_clip_reads, class_names))
     if config.vocabulary is None:
         names = (*FOREGROUNDS, *GROUNDS) if config.model == GLYPHS else _read(PACKAGED)
-        return tuple(name for name in names if as_clip_reads(name) not in classes)
+        words = {word for name in classes for word in _words(name)}
+        return tuple(name for name in names if words.isdisjoint(_words(as_clip_reads(name))))
     option, names = f"--vocabulary {config.vocabulary}", _read(Path(config.vocabulary))
     if taken := [name for name in names if as_clip_reads(name) in classes]:
         raise ValueError(
@@ -67,6 +70,10 @@ def check_vocabulary(config: TrainConfig, class_names: Sequence[str], tokenize: 
                 f"{source}: the model's tokenizer does not tell {name!r} from the class {of_classes[tuple(row)]!r}, "
                 "expected names of other things"
             )
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name)
 
 
 def _read(path: Path) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Four emoji in seven icon families of coloured shapes, in the layout of the npm packages."""
+"""Four emoji in seven icon families, the unseen one with outlines, in the layout of the npm packages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def write_icons(sources: Path) -> Path:
     for number, family in enumerate((*SEEN, UNSEEN)):
         folder = sources / "@iconify-json" / family
         folder.mkdir(parents=True)
-        icons = {name: {"body": body} for name, body in SHAPES.items()}
+        outline = 'stroke="#0ff" stroke-width="3" ' if family == UNSEEN else ""
+        icons = {name: {"body": body.replace("fill", f"{outline}fill")} for name, body in SHAPES.items()}
         (folder / "icons.json").write_text(json.dumps({"icons": icons, "width": 16, "height": 16}))
         (folder / "chars.json").write_text(json.dumps({} if number else CODES))
     return sources

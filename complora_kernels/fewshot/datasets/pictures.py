@@ -57,7 +57,7 @@ def load_data(name: str) -> Dataset:
     - `fashion`: a part of Fashion-MNIST, 64 training and 200 test photos of each of ten kinds of clothing, grey on
       black, 28x28 pixels;
     - a group of concepts, such as `animals`: the pictures of the icon family that the model has never seen, each to be
-      named among all names of the group; for testing only;
+      named among all names of the group, but for those that are classes of `fashion`; for testing only;
     - `pictures`: all of these groups at once, four pictures of other families for each class of the first half.
     """
     if name == "fashion":
@@ -77,7 +77,7 @@ def _group(name: str) -> Dataset:
     concepts, shown = index()["concepts"], index()["unseen"]
     of_group = [number for number, (_, group) in enumerate(concepts) if group == name]
     numbers = {number: label for label, number in enumerate(of_group)}
-    members = [place for place, number in enumerate(shown) if number in numbers]
+    members = [place for place, number in enumerate(shown) if number in numbers and concepts[number][0] not in FASHION]
     labels = torch.tensor([numbers[shown[place]] for place in members])
     images = _cut(_sheet("unseen"), len(shown))[members]
     everything = torch.arange(len(labels))

@@ -18,6 +18,7 @@ from complora_kernels.fewshot.pictures.augment import over
 from complora_kernels.fewshot.pictures.sources import Sources
 
 SIZE = 48  # of a picture, in pixels
+SAME = 0.01  # the mean difference of two pictures below which they are one
 SHOTS = 4  # pictures of other families for each class of the base half
 FASHION_FILES = (
     *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -34,9 +35,14 @@ def write_data(folder: Path, sources: Sources, photos: Tensor) -> None:
         photos: those of `read_photos`.
     """
     concepts = sources.seen.concepts
-    kept = [i for i, number in enumerate(sources.unseen.shown.tolist()) if concepts[number].group in KEPT]
-    unseen = sources.unseen.shown[kept].tolist()
     of = sources.seen.by_concept()
+    unseen_images, seen_images = (over(1.0, part.pixels, SIZE) for part in (sources.unseen, sources.seen))
+    kept = [
+        i
+        for i, number in enumerate(sources.unseen.shown.tolist())
+        if concepts[number].group in KEPT and _is_new(unseen_images[i], seen_images[of[number]])
+    ]
+    unseen = sources.unseen.shown[kept].tolist()
     generator = torch.Generator().manual_seed(0)
     classes = [
         unseen[i] for i in torch.randperm(len(unseen), generator=generator).tolist() if len(of[unseen[i]]) >= SHOTS
@@ -44,8 +50,8 @@ def write_data(folder: Path, sources: Sources, photos: Tensor) -> None:
     base = classes[: (len(classes) + 1) // 2]
     shots = torch.cat([of[number][torch.randperm(len(of[number]), generator=generator)[:SHOTS]] for number in base])
     sheets = {
-        "unseen.png": over(1.0, sources.unseen.pixels[kept], SIZE),
-        "shots.png": over(1.0, sources.seen.pixels[shots], SIZE),
+        "unseen.png": unseen_images[kept],
+        "shots.png": seen_images[shots],
         "fashion.png": photos,
     }
     found = {
@@ -56,6 +62,12 @@ def write_data(folder: Path, sources: Sources, photos: Tensor) -> None:
         "shots": sources.seen.shown[shots].tolist(),
     }
     write_atomically(folder / INDEX_FILE, json.dumps(found) + "\n")
+
+
+def _is_new(image: Tensor, seen: Tensor) -> bool:  # uint8 [3, s, s], [n, 3, s, s]
+    """Whether a picture differs from all that are trained on: a few were taken over from one family into another."""
+    differences = (seen.float() - image.float()).abs().mean((1, 2, 3)) / 255  # [n]
+    return not len(seen) or float(differences.min()) >= SAME
 
 
 def check_fashion(folder: Path) -> None:
