@@ -126,11 +126,12 @@ def torch_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _optimizer(model: CLIP, config: PretrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: CLIP, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW whose weight decay spares biases, norms and the logit scale."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 class _Log:
@@ -168,7 +169,7 @@ def _train(model: CLIP, tokenizer: glyphs.GlyphTokenizer, config: PretrainConfig
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = _optimizer(model, config)
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.15)
     log = _Log(model, tokenizer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -30,7 +30,7 @@ from complora_kernels.fewshot.pictures.families import SEEN, UNSEEN, check_sourc
 from complora_kernels.fewshot.pictures.pack import check_fashion, read_photos, write_data
 from complora_kernels.fewshot.pictures.sources import Sources, read_sources
 from complora_kernels.fewshot.pictures.tokenizer import train_tokenizer
-from complora_kernels.fewshot.pretrain import contrastive_loss, torch_threads
+from complora_kernels.fewshot.pretrain import contrastive_loss, make_optimizer, torch_threads
 
 LOG_FILE = "pretraining.jsonl"
 CHECKPOINT = "checkpoint.pt"
@@ -140,7 +140,7 @@ class Trainer:
         self.tokenizer = train_tokenizer(corpus, config.vocab_size, config.context_length)
         self.model = build_clip(model_config(config, self.tokenizer.vocab_size), config.seed)
         truncate_texts(self.model)
-        self.optimizer = _optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, config.learning_rate, config.steps, pct_start=0.1
         )
@@ -240,13 +240,6 @@ def _settings(config: PicturesConfig) -> dict[str, Any]:
     """The options that decide about the weights."""
     logistics = ("sources", "output", "fashion", "checkpoint_every")
     return {name: value for name, value in asdict(config).items() if name not in logistics}
-
-
-def _optimizer(model: torch.nn.Module, config: PicturesConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
 
 
 def pretrain_pictures(config: PicturesConfig) -> None:
