@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from complora_kernels.fewshot import glyphs
 from complora_kernels.fewshot.captions import build_vocabulary, sample_batch
@@ -126,10 +126,11 @@ def torch_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def make_optimizer(model: CLIP, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def make_adamw(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW whose weight decay spares biases, norms and the logit scale."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
@@ -169,7 +170,7 @@ def _train(model: CLIP, tokenizer: glyphs.GlyphTokenizer, config: PretrainConfig
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    optimizer = make_adamw(model.parameters(), config.learning_rate, config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.15)
     log = _Log(model, tokenizer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -14,16 +14,18 @@ import yaml
 from fewshot_standin import result_line
 from PIL import Image
 from rich.console import Console
+from scipy import stats
 
 from complora_kernels.fewshot.config import PRESETS
 from complora_kernels.fewshot.report.comparisons import compare, whole_block
 from complora_kernels.fewshot.report.figures import accuracy_against_shots, figures, fronts, new_against_kept
 from complora_kernels.fewshot.report.folder import markdown, report
-from complora_kernels.fewshot.report.front import kept_at, paired, retention_difference
+from complora_kernels.fewshot.report.front import holm, kept_at, paired, retention_difference
 from complora_kernels.fewshot.report.labels import parse, part_of
 from complora_kernels.fewshot.report.results import read_results
 from complora_kernels.fewshot.report.styles import display_name, looks
 from complora_kernels.fewshot.report.summary import Summary, summaries
+from complora_kernels.fewshot.report.tables import sections
 from complora_kernels.fewshot.report.wording import sentences
 
 GLYPHS_FULL = Path(__file__).parents[2] / "benchmarks/results/glyphs-full"
@@ -200,12 +202,33 @@ def test_method_without_rates_is_compared_at_each_rate_of_its_baseline():
 
 
 def test_interval_is_that_of_students_t():
-    mean, low, high, wins, seeds = paired([0.1, 0.3, -0.1, 0.2])
+    mean, low, high, wins, seeds, p = paired([0.1, 0.3, -0.1, 0.2])
     sd = statistics.stdev([0.1, 0.3, -0.1, 0.2])
     half = 3.182446305284263 * sd / 2  # the 97.5% point of t with three degrees of freedom, from a table
     assert (mean, low, high) == pytest.approx((0.125, 0.125 - half, 0.125 + half))
     assert (wins, seeds) == (3, 4)
+    assert p == pytest.approx(stats.ttest_1samp([0.1, 0.3, -0.1, 0.2], 0).pvalue)
     assert paired([0.1]).low == -math.inf
+
+
+def test_p_value_where_all_seeds_agree_and_where_there_is_one():
+    assert paired([0.25, 0.25]).p == 0
+    assert paired([0.0, 0.0]).p == 1
+    assert math.isnan(paired([0.1]).p)
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])  # as p.adjust of R
+    assert holm([0.6, math.nan, 0.005, 0.7]) == pytest.approx([1, math.nan, 0.015, 1], nan_ok=True)
+    assert holm([]) == []
+
+
+def test_comparisons_at_equal_accuracy_have_corrected_p_values():
+    table = next(table for table in sections(summary(grid())) if "p" in table.head)
+    (comparison,) = summary(grid()).comparisons
+    assert comparison.overall is not None
+    assert [row[-1] for row in table.body] == [f"{comparison.overall.over_seeds.p:.3f}"]
+    assert "corrected for 1 test by Holm's method" in " ".join(table.text)
 
 
 def test_summary_has_means_and_deviations_over_seeds():

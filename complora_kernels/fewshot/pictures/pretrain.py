@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.model import CLIP
 from torch import Tensor
 
 from complora_kernels.adapters.install import truncate_texts
@@ -30,7 +31,7 @@ from complora_kernels.fewshot.pictures.families import SEEN, UNSEEN, check_sourc
 from complora_kernels.fewshot.pictures.pack import check_fashion, read_photos, write_data
 from complora_kernels.fewshot.pictures.sources import Sources, read_sources
 from complora_kernels.fewshot.pictures.tokenizer import train_tokenizer
-from complora_kernels.fewshot.pretrain import contrastive_loss, make_optimizer, torch_threads
+from complora_kernels.fewshot.pretrain import contrastive_loss, make_adamw, torch_threads
 
 LOG_FILE = "pretraining.jsonl"
 CHECKPOINT = "checkpoint.pt"
@@ -54,9 +55,9 @@ class PicturesConfig:
     fashion: Path | None = None
     """Folder of Fashion-MNIST's four files, compressed or not; with it, the sheets of pictures and photos that the
     package brings are written too."""
-    steps: int = 5400
-    batch_size: int = 256
-    negatives: int = 256
+    steps: int = 7000
+    batch_size: int = 128
+    negatives: int = 128
     """Captions of other concepts that each batch has beside its own."""
     learning_rate: float = 1.5e-3
     """Peak of a one-cycle schedule."""
@@ -70,7 +71,7 @@ class PicturesConfig:
     text_layers: int = 3
     context_length: int = 24
     vocab_size: int = 3072
-    log_every: int = 100
+    log_every: int = 250
     """Steps between two lines of the log."""
     checkpoint_every: int = 250
     seed: int = 0
@@ -130,6 +131,19 @@ def model_config(config: PicturesConfig, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def make_optimizers(model: CLIP, learning_rate: float, weight_decay: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the blocks, AdamW for all else: embeddings, projections, biases, norms, the scale.
+
+    Muon orthogonalises each step (Jordan et al., 2024); its steps are scaled to the size of AdamW's (arXiv 2502.16982,
+    section 2.2), so that both have one learning rate.
+    """
+    of_blocks = {name for name, p in model.named_parameters() if p.ndim == 2 and "resblocks." in name}
+    hidden = [p for name, p in model.named_parameters() if name in of_blocks]
+    others = [p for name, p in model.named_parameters() if name not in of_blocks]
+    muon = torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return muon, make_adamw(others, learning_rate, weight_decay)
+
+
 class Trainer:
     """A training that can be stopped after any step and goes on as if it had not been."""
 
@@ -140,10 +154,13 @@ class Trainer:
         self.tokenizer = train_tokenizer(corpus, config.vocab_size, config.context_length)
         self.model = build_clip(model_config(config, self.tokenizer.vocab_size), config.seed)
         truncate_texts(self.model)
-        self.optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, config.learning_rate, config.steps, pct_start=0.1
-        )
+        self.optimizers = make_optimizers(self.model, config.learning_rate, config.weight_decay)
+        self.schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, config.learning_rate, config.steps, pct_start=0.1, cycle_momentum=False
+            )
+            for optimizer in self.optimizers
+        ]
         self.generator = torch.Generator().manual_seed(config.seed)
         self.by_concept = sources.seen.by_concept()
         self.done, self.seconds = 0, 0.0
@@ -167,11 +184,11 @@ class Trainer:
         images, texts, is_true = self.batch()
         image_features, text_features = self.model.encode_image(images, normalize=True), self.encode_texts(texts)
         loss, accuracy = contrastive_loss(image_features, text_features, self.model.logit_scale.exp(), is_true)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
+        for part in (*self.optimizers, *self.schedules):
+            part.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=math.log(100))  # the limit of CLIP (arXiv 2103.00020, section 2.5)
         self.done += 1
@@ -203,8 +220,8 @@ class Trainer:
         return {
             "made_by": self._made_by(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
             "generator": self.generator.get_state(),
             "done": self.done,
             "seconds": self.seconds,
@@ -228,8 +245,10 @@ class Trainer:
             made_by = state["made_by"]
         if made_by != self._made_by():
             raise ValueError(f"{path}: of other settings or pictures, expected the same command, or no checkpoint")
-        for name in ("model", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
+        self.model.load_state_dict(state["model"])
+        for name in ("optimizers", "schedules"):
+            for part, of in zip(getattr(self, name), state[name], strict=True):
+                part.load_state_dict(of)
         self.generator.set_state(state["generator"])
         self.done, self.seconds, self.lines, self._recent = (
             state[name] for name in ("done", "seconds", "lines", "recent")

@@ -51,17 +51,34 @@ class Paired(NamedTuple):
     high: float  # upper end
     wins: int  # seeds with a positive difference
     seeds: int
+    p: float  # of the two-sided paired t-test that the mean is 0; NaN for fewer than two seeds
 
 
 def paired(differences: Sequence[float]) -> Paired:
     """The mean of paired differences [seeds] with its 95% interval; infinitely wide for fewer than two seeds."""
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
-    half = np.inf
-    if n >= 2:
-        half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    half, p = np.inf, float("nan")
     mean = float(values.mean())
-    return Paired(mean, mean - half, mean + half, int((values > 0).sum()), n)
+    if n >= 2:
+        error = values.std(ddof=1) / np.sqrt(n)
+        half = stats.t.ppf(0.975, n - 1) * error
+        p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return Paired(mean, mean - half, mean + half, int((values > 0).sum()), n, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct the p-values of tests that are reported together (Holm, Scand. J. Statist. 6, 1979).
+
+    The i-th smallest of m is multiplied by m - i + 1, and none is less than a smaller one, or more than 1. Where a
+    corrected one is below 0.05, the chance of one false difference or more among all is below 5%. NaNs are no tests.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values)[: int(np.isfinite(values).sum())]  # NaNs are sorted to the end
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.full(len(values), np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(factors * values[order]), 1)
+    return corrected.tolist()
 
 
 def retention_difference(ours: Sequence[Result], theirs: Sequence[Result]) -> float | None:

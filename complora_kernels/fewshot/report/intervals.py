@@ -58,7 +58,7 @@ def _gains(comparison: Comparison, titles: dict[tuple[float, str] | None, str]) 
 def _draw(axes: Axes, of: Mapping[str, Look], compared: Sequence[Comparison], gains: Sequence[Gain | None]) -> None:
     for row, (comparison, gain) in enumerate(zip(compared, gains, strict=True)):
         if gain:
-            mean, _, high, _, seeds = gain.over_seeds
+            mean, _, high, _, seeds, _ = gain.over_seeds
             half = 100 * (high - mean) if seeds > 1 else None
             look = {**of[comparison.method], "linestyle": "none"}
             axes.errorbar(100 * mean, row, xerr=half, markersize=4.5, capsize=2, **look)

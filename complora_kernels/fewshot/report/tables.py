@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from complora_kernels.fewshot.report.comparisons import Comparison
 from complora_kernels.fewshot.report.formats import Table
+from complora_kernels.fewshot.report.front import holm
 from complora_kernels.fewshot.report.summary import Cell, Row, Summary
 from complora_kernels.fewshot.report.validation import validation_table
 from complora_kernels.fewshot.report.wording import (
@@ -134,7 +136,23 @@ def _front_table(summary: Summary) -> Table:
     if len(summary.shots) > 1:
         head.append("all shots")
         body = [[*row, interval(of.overall)] for row, of in zip(body, summary.comparisons, strict=True)]
+    p_values = [of.overall.over_seeds.p if of.overall else float("nan") for of in summary.comparisons]
+    tests = sum(map(math.isfinite, p_values))
+    if tests:
+        head.append("p")
+        body = [[*row, _p_value(p)] for row, p in zip(body, holm(p_values), strict=True)]
+        of_all = " of all shots" if len(summary.shots) > 1 else ""
+        text.append(
+            f"p{of_all}: two-sided paired t-test over the seeds, corrected for {tests} "
+            f"{'test' if tests == 1 else 'tests'} by Holm's method."
+        )
     return Table(text, head, body)
+
+
+def _p_value(p: float) -> str:
+    if math.isnan(p):
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _at_rate_table(summary: Summary) -> Table:

@@ -178,7 +178,7 @@ def interval(gain: Gain | None) -> str:
     """A gain as text: mean, 95% interval, seeds with a gain and, for several data sets, data sets with a gain."""
     if gain is None:
         return "–"
-    mean, low, high, wins, seeds = gain.over_seeds
+    mean, low, high, wins, seeds, _ = gain.over_seeds
     bounds = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if seeds > 1 else ""
     data_sets = f", {gain.better}/{gain.data_sets}" if gain.data_sets > 1 else ""
     return f"{100 * mean:+.1f}{bounds}, {wins}/{seeds}{data_sets}"
@@ -219,7 +219,7 @@ def _at_rate(comparison: Comparison, summary: Summary) -> list[str]:
 
 
 def _difference(method: str, verb: str, baseline: str, gain: Gain) -> str:
-    mean, low, high, wins, seeds = gain.over_seeds
+    mean, low, high, wins, seeds, _ = gain.over_seeds
     if mean == low == high == gain.better == 0:
         return f"{method} {verb.format('exactly as much as', baseline)} in each of {seeds} seeds"
     points = round(100 * mean, 1)
