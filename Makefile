@@ -16,7 +16,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=lo
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation extension test test-long test-other-processor test-oldest sanitize aot aot-held waves bench report bench-gpu gpu gpu-cache targets model lint format
+.PHONY: help demo full ablation reproduce extension test test-long test-other-processor test-oldest sanitize aot aot-held waves bench report bench-gpu gpu gpu-cache targets model lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ full: .venv/.installed  ## the whole front of the README in runs/glyphs-full, ab
 
 ablation: .venv/.installed  ## sides, sizes and sources of the subspace, and LoRA's own ways to forget less, in runs/glyphs-ablation: two hours
 	.venv/bin/complora sweep benchmarks/sweeps/glyphs-ablation.yaml $(ARGS)
+
+DATA ?= /data
+reproduce: .venv/.installed  ## CLIP-LoRA's recipe on the eleven data sets in DATA=/path, beside the published accuracies: runs/reproduce
+	.venv/bin/python -m benchmarks.reproduce --data $(DATA) $(ARGS)
 
 extension: $(EXTENSION)  ## build the C++/CUDA extension in place, with the newest torch
 

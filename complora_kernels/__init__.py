@@ -1,6 +1,7 @@
 """Comp-LoRA for CLIP: LoRA in the complement of each frozen weight's principal subspace (arXiv 2501.15040)."""
 
 from complora_kernels.adapters.build import apply_complora
+from complora_kernels.adapters.eva import apply_eva
 from complora_kernels.adapters.explain import explain
 from complora_kernels.adapters.interchange import export_peft, import_clip_lora
 from complora_kernels.adapters.manage import (
@@ -16,6 +17,7 @@ from complora_kernels.adapters.mixed import mixed_adapters
 from complora_kernels.adapters.peft_import import import_peft
 from complora_kernels.adapters.peft_training import accelerate_peft, decelerate_peft, peft_config
 from complora_kernels.adapters.preservation import PreservationLoss
+from complora_kernels.adapters.ranks import rising_ranks
 from complora_kernels.adapters.save_load import load_adapter, save_adapter
 from complora_kernels.adapters.several import (
     active_adapters,
@@ -44,6 +46,7 @@ __all__ = [
     "adapter_parameters",
     "add_adapter",
     "apply_complora",
+    "apply_eva",
     "check_gradients",
     "decelerate_peft",
     "delete_adapter",
@@ -58,6 +61,7 @@ __all__ = [
     "mixed_adapters",
     "peft_config",
     "print_trainable_parameters",
+    "rising_ranks",
     "save_adapter",
     "set_adapter",
     "set_recompute",

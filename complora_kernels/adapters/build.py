@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from complora_kernels.adapters.calibration import Calibrate, protect_activations
+from complora_kernels.adapters.calibration import Calibrate, protect_activations, weight_moments
 from complora_kernels.adapters.install import Replacement, install
 from complora_kernels.adapters.whole_modules import whole_modules, whole_tensors
 from complora_kernels.common.wrappers import inside, is_compiled, named_modules, registers_parameters, unwrap, wrappers
@@ -81,18 +81,24 @@ def apply_complora(
             'expected a function of the model that runs calibration batches with subspace_source="activations" and '
             "projected sides, None otherwise"
         )
+    check_plain(model)
+    replacements = build_layers(model, config, adapter_name=adapter_name)
+    compute_bases(replacements, progress=progress)
+    if calibrate is not None:
+        moments = weight_moments(unwrap(model), replacements, calibrate)
+        protect_activations(replacements, moments, progress=progress)
+    check_room(replacements)
+    install(model, replacements)
+    return model
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises ValueError where the model is adapted already."""
     if is_adapted(model):
         raise ValueError(
             "model has an adapter already, expected a plain model: Comp-LoRA is applied once, and add_adapter adds "
             "another adapter"
         )
-    replacements = build_layers(model, config, adapter_name=adapter_name)
-    compute_bases(replacements, progress=progress)
-    if calibrate is not None:
-        protect_activations(unwrap(model), replacements, calibrate, progress=progress)
-    check_room(replacements)
-    install(model, replacements)
-    return model
 
 
 def compute_bases(replacements: list[Replacement], *, progress: bool) -> None:

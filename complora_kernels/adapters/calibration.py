@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,40 +71,53 @@ class SecondMoments:
 
 
 def protect_activations(
-    model: nn.Module, replacements: Sequence[Replacement], calibrate: Calibrate, *, progress: bool = True
+    replacements: Sequence[Replacement], moments: Mapping[tuple[str, str], Tensor], *, progress: bool = True
 ) -> None:
-    """Runs `calibrate(model)` once and computes the bases of every new layer; the model stays as it is.
+    """Computes the bases of every new layer.
 
     Args:
-        model: plain.
-        replacements: modules of the model, and the layers that are to replace them but are not part of it yet.
-        calibrate: runs the model on some batches, see `apply_complora`.
+        replacements: modules of a model, and the layers that are to replace them but are not part of it yet.
+        moments: of `weight_moments`.
         progress: show a progress bar while the second moments are decomposed.
 
     Raises:
-        ValueError: no input reached a weight, or one held NaN or infinite values. Also as
-            `CompLoRALayer.protect_activations`.
+        ValueError: as `CompLoRALayer.protect_activations`.
     """
-    moments = second_moments(model, replacements, calibrate)
     weights = [(path, layer, name) for path, _, layer in replacements for name in layer.weights]
-    labels = {(path, name): f"{path}.{name}" if name else path for path, _, name in weights}
-    found = {(path, name): moments[path].of(name) for path, _, name in weights}
-    unseen = [labels[weight] for weight, moment in found.items() if moment is None]
+    with tqdm(weights, "decomposing activations", unit="weight", delay=2, leave=False, disable=not progress) as bar:
+        for path, layer, name in bar:
+            layer.protect_activations(name, moments[path, name])
+
+
+def weight_moments(
+    model: nn.Module, replacements: Sequence[Replacement], calibrate: Calibrate
+) -> dict[tuple[str, str], Tensor]:
+    """The second moment [in, in] of each weight's inputs while `calibrate(model)` runs once, by path and name.
+
+    Args:
+        model: plain; it stays as it is.
+        replacements: modules of the model, and the layers that are to replace them but are not part of it yet.
+        calibrate: runs the model on some batches, see `apply_complora`.
+
+    Raises:
+        ValueError: no input reached a weight, or one held NaN or infinite values.
+    """
+    sums = second_moments(model, replacements, calibrate)
+    weights = [(path, name) for path, _, layer in replacements for name in layer.weights]
+    found = {(path, name): sums[path].of(name) for path, name in weights}
+    moments = {weight: moment for weight, moment in found.items() if moment is not None}
+    unseen = [".".join(filter(None, weight)) for weight in weights if weight not in moments]
     if unseen:
         raise ValueError(
             f"calibrate={calibrate!r} gave no activations to {_listed(unseen)}, expected it to run every adapted "
             "weight: model.encode_image(images) for the image tower, model.encode_text(texts) for the text tower"
         )
-    broken = [labels[weight] for weight, moment in found.items() if moment is not None and not moment.isfinite().all()]
+    broken = [".".join(filter(None, weight)) for weight, moment in moments.items() if not moment.isfinite().all()]
     if broken:
         raise ValueError(
             f"calibrate={calibrate!r} gave NaN or infinite activations to {_listed(broken)}, expected finite ones"
         )
-    with tqdm(weights, "decomposing activations", unit="weight", delay=2, leave=False, disable=not progress) as bar:
-        for path, layer, name in bar:
-            moment = found[path, name]
-            assert moment is not None
-            layer.protect_activations(name, moment)
+    return moments
 
 
 def second_moments(

@@ -88,6 +88,9 @@ class TrainConfig:
     ends (-input, -both) protect the directions of the largest and the smallest singular values, and leave the middle.
     activations (-input, -both) protect the principal directions of the weights' outputs and inputs on the shots.
     lora-wd: LoRA with --strong-weight-decay. preserve: LoRA with the loss of --preserve.
+    lora-plus: LoRA+ (arXiv 2402.12354), where B learns --loraplus-lr-ratio times as fast. eva: EVA (arXiv 2410.07170),
+    with ranks and first factors from the weights' inputs on the shots. prilora: ranks that rise from block to block
+    (arXiv 2401.11316), from half of --r to one and a half. image-lora: LoRA on the values of the image tower alone.
     tip-adapter and linear-probe train nothing inside the model.
     The zero-shot model is always measured."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -150,6 +153,8 @@ class TrainConfig:
     """Weight decay of AdamW."""
     strong_weight_decay: float = 0.3
     """Weight decay of the method lora-wd."""
+    loraplus_lr_ratio: float = 16.0
+    """How many times as fast as A the method lora-plus lets B learn."""
     preserve: float | None = None
     """Weight of a loss that every method that trains adds to its own: the KL divergence between the frozen and the
     adapted model's similarities of the training images to the names of --vocabulary.
@@ -202,11 +207,13 @@ class TrainConfig:
             sizes["subspace_ratio"] = 0.5
         shared = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "towers")
         bound = ("update_bound", "update_bound_norm", "update_bound_relative_to")
-        config = CompLoRAConfig(
-            **{name: getattr(self, name) for name in (*shared, *bound)},
-            **({} if changes["sides"] == "none" else {**sizes, "subspace_seed": seed}),
-            **changes,
-        )
+        options = {name: getattr(self, name) for name in (*shared, *bound)}
+        if changes["sides"] != "none":
+            options |= {**sizes, "subspace_seed": seed}
+        if method == "lora-plus":
+            # AdamW's steps know no scale: a B that learns c times as fast is one whose product counts c times.
+            options["lora_alpha"] *= self.loraplus_lr_ratio
+        config = CompLoRAConfig(**{**options, **changes})
         if not config.selects_in_blocks:
             raise ValueError(f"target_modules={self.target_modules!r}, expected some of {', '.join(TARGETS)}")
         return config
@@ -349,6 +356,7 @@ BEFORE = {
     "draw": "own",
     "validation": False,
     "strong_weight_decay": 0.3,
+    "loraplus_lr_ratio": 16.0,
     "preserve": None,
     "vocabulary": None,
     "vocabulary_sample": 64,
@@ -396,6 +404,8 @@ def check(config: TrainConfig) -> None:
     _require(config.final_learning_rate >= 0, "final_learning_rate", config.final_learning_rate, "at least 0")
     decay = config.strong_weight_decay
     _require(decay >= 0, "strong_weight_decay", decay, "at least 0")
+    ratio = config.loraplus_lr_ratio
+    _require(0 < ratio < math.inf, "loraplus_lr_ratio", ratio, "more than 0")
     weight, sample = config.preserve, config.vocabulary_sample
     _require(weight is None or 0 < weight < math.inf, "preserve", weight, "more than 0")
     _require(sample >= 2, "vocabulary_sample", sample, "at least 2")

@@ -163,7 +163,7 @@ def prepare(context: RunContext) -> Training:
     model.to(context.dtype)  # the factors stay float32
     optimizer = make_optimizer(model, context)
     class_features = None
-    if "text" not in config.towers:
+    if "text" not in adapter_of(context).towers:
         with torch.no_grad():
             class_features = setting.new.training_features(model, team)
     with team.together():
@@ -256,10 +256,11 @@ def take_steps(
 
 def adapted_model(context: RunContext) -> Any:
     """A copy of the pretrained model in float32, with the adapters of the run's method."""
-    setting = context.setting
-    adapter = context.config.adapter(context.run.method, context.run.seed)
+    setting, method, adapter = context.setting, context.run.method, adapter_of(context)
     model = copy.deepcopy(setting.backbone.model)
-    if not adapter.protects_activations:
+    if method == "prilora":
+        adapter = ck.rising_ranks(model, adapter, max(1, adapter.r // 2), adapter.r + adapter.r // 2)
+    if not adapter.protects_activations and method != "eva":
         return ck.apply_complora(model, adapter, progress=False)
 
     # Nothing is read behind the end of a text: the activations there are not to be protected.
@@ -270,7 +271,14 @@ def adapted_model(context: RunContext) -> Any:
             model.encode_image(pixels)
         setting.new.training_features(model)
 
+    if method == "eva":
+        return ck.apply_eva(model, adapter, calibrate, progress=False)
     return ck.apply_complora(model, adapter, calibrate=calibrate, progress=False)
+
+
+def adapter_of(context: RunContext) -> ck.CompLoRAConfig:
+    """The adapter that the method of a run asks for."""
+    return context.config.adapter(context.run.method, context.run.seed)
 
 
 def make_optimizer(model: Any, context: RunContext) -> torch.optim.AdamW:

@@ -15,8 +15,8 @@ Split = tuple[str, int, int]  # data set, shots, seed
 Cell = TypeVar("Cell", bound=Hashable)
 Value = TypeVar("Value")
 
-# Options that two compared methods need not share: those of the measurement, and the one that only lora-wd reads
-_BESIDE = ("data", "interpolations", "validation", "strong_weight_decay")
+# Options that two compared methods need not share: those of the measurement, and those that one method reads
+_BESIDE = ("data", "interpolations", "validation", "strong_weight_decay", "loraplus_lr_ratio")
 _SUBSPACE = ("subspace_k", "subspace_energy", "subspace_ratio")  # options that LoRA does not read
 
 
