@@ -91,7 +91,7 @@ class TrainConfig:
     lora-plus: LoRA+ (arXiv 2402.12354), where B learns --loraplus-lr-ratio times as fast. eva: EVA (arXiv 2410.07170),
     with ranks and first factors from the weights' inputs on the shots. prilora: ranks that rise from block to block
     (arXiv 2401.11316), from half of --r to one and a half. image-lora: LoRA on the values of the image tower alone.
-    tip-adapter and linear-probe train nothing inside the model.
+    tip-adapter, linear-probe and lfa (arXiv 2304.01752) train nothing inside the model.
     The zero-shot model is always measured."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Training images per class."""

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from complora_kernels.adapters.build import adapted_layers
-from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
+from complora_kernels.fewshot.anchors import lfa, linear_probe, tip_adapter
 from complora_kernels.fewshot.config import TrainConfig
 from complora_kernels.fewshot.datasets import Dataset, FewShotSplit
 from complora_kernels.fewshot.evaluate import Task
@@ -67,10 +68,11 @@ class Measurement:
         found = self._all(answer)
         return {**found, "interpolated": interpolated} if interpolated else found
 
-    def anchor(self, method: str) -> dict[str, Any]:
-        """Accuracies of Tip-Adapter or a linear probe. On tasks with other classes the model stays zero-shot.
+    def anchor(self, method: str, seed: int = 0) -> dict[str, Any]:
+        """Accuracies of Tip-Adapter, a linear probe or LFA.
 
-        Tip-Adapter sees normalised features, the probe the model's own.
+        On tasks with other classes the model stays zero-shot, but for LFA, which maps the images of all tasks. The
+        probe sees the model's own features, the others normalised ones.
         """
         new, team = self.setting.new, self.team
         model, dtype = self.setting.backbone.in_dtype(self.dtype), self.dtype
@@ -79,10 +81,18 @@ class Measurement:
             class_features = new.class_features(model, team).cpu()
 
         def features_of(task: Task, indices: Tensor) -> Tensor:  # [N, D], for the probe not normalised
-            return task.image_features(model, indices, dtype, normalize=method == "tip-adapter").cpu()
+            return task.image_features(model, indices, dtype, normalize=method != "linear-probe").cpu()
 
         with team.together():
             train_features = features_of(new, self.split.train)
+            W = lfa(train_features, train_labels, class_features, seed=seed) if method == "lfa" else None  # [D, D]
+
+        def mapped(task: Task, indices: Tensor) -> Tensor:
+            assert W is not None
+            with torch.no_grad():
+                classes = task.class_features(model, team).cpu()
+            with team.together():
+                return (F.normalize(features_of(task, indices) @ W, dim=-1) @ classes.T).argmax(-1)
 
         def answer(task: Task, indices: Tensor) -> Tensor:
             columns = columns_of(task.dataset.class_names, new.dataset.class_names)
@@ -98,7 +108,7 @@ class Measurement:
             of_classes = [logits[:, places].amax(-1) for places in columns]  # C times [N]
             return torch.stack(of_classes, -1).argmax(-1).cpu()
 
-        return self._all(answer)
+        return self._all(answer if W is None else mapped)
 
     def answers(self) -> dict[str, Answers]:
         """The last measured model's answers by task, those to the new one under the name it was asked for by.

@@ -26,6 +26,7 @@ Method = Literal[
     "activations-both",
     "tip-adapter",
     "linear-probe",
+    "lfa",
 ]
 
 # The arguments of `CompLoRAConfig` by method, in the order of tables; None: a baseline without adapter, see `anchors`.
@@ -51,4 +52,5 @@ METHODS: dict[Method, dict[str, Any] | None] = {
     "activations-both": {"sides": "both", "subspace_source": "activations"},
     "tip-adapter": None,
     "linear-probe": None,
+    "lfa": None,
 }

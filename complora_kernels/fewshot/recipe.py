@@ -98,7 +98,7 @@ def train(
         **measurement.zero_shot(),
     }
     if run.learning_rate is None:
-        found = {"steps": 0, **measurement.anchor(run.method)}
+        found = {"steps": 0, **measurement.anchor(run.method, run.seed)}
     else:
         context = RunContext(config, run, setting, split, seen, folder, dtype, team)
         found = _train(context, measurement, on_step)

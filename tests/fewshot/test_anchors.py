@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from complora_kernels.fewshot.anchors import linear_probe, tip_adapter
+from complora_kernels.fewshot.anchors import lfa, linear_probe, reranking_loss, tip_adapter
 from complora_kernels.fewshot.datasets import FewShotSplit
 from complora_kernels.fewshot.measure import Measurement
 from complora_kernels.fewshot.team import ALONE
@@ -91,3 +91,54 @@ def test_linear_probe_never_predicts_a_class_without_a_shot():
     assert logits[:, [0, 2]].isfinite().all()
     assert linear_probe(features(5, 6), features(4, 7), labels * 0 + 3, 4).argmax(1).tolist() == [3] * 5
     assert linear_probe(features(0, 6), features(4, 7), labels, 4).shape == (0, 4)
+
+
+def test_reranking_loss_computes_the_formula_of_the_paper():
+    images, texts, labels = features(5, 8), features(4, 9), torch.tensor([3, 0, 1, 2, 0])
+    terms = []
+    for image, label in zip(images, labels, strict=True):
+        distances = [math.dist(image.tolist(), text.tolist()) for text in texts]
+        for near in sorted(range(4), key=distances.__getitem__)[:3]:
+            margin = (1 - float(texts[near] @ texts[label])) / 4
+            terms.append(max(0.0, distances[label] + margin - distances[near]))
+    assert float(reranking_loss(3 * images, texts, labels)) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert reranking_loss(texts[:2], texts[:2], torch.tensor([0, 1])).isfinite()  # fewer classes than neighbours
+
+
+def test_lfa_starts_from_the_nearest_orthogonal_map():
+    texts = F.normalize(torch.eye(6).double() + 0.1, dim=-1)
+    turned, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1)))
+    labels = torch.arange(24) % 6
+    shots = texts[labels] @ turned.T
+    torch.testing.assert_close(lfa(shots, labels, texts, beta=0.0, steps=0), turned)
+    torch.testing.assert_close(lfa(shots, labels, texts, beta=1.0, steps=0), torch.eye(6).double())
+    refined = lfa(shots, labels, texts)  # cross-validation sees that the turn is what helps
+    assert (refined - turned).norm() < 0.5
+    assert torch.equal(refined, lfa(shots, labels, texts))
+    assert not torch.equal(refined, lfa(shots, labels, texts, seed=1))
+
+
+def test_refining_lowers_the_reranking_loss():
+    labels = torch.arange(32) % 4
+    shots, texts = features(32, 10, labels), features(4, 11)
+    first, last = (lfa(shots, labels, texts, beta=0.5, steps=steps) for steps in (0, 200))
+    assert reranking_loss(shots @ last, texts, labels) < 0.7 * reranking_loss(shots @ first, texts, labels)
+
+
+def test_lfa_maps_the_images_of_all_tasks(tmp_path):
+    setting = standin.setting()
+    split = FewShotSplit(torch.arange(9), torch.arange(0), torch.arange(9, 30))
+    found = Measurement(standin.config(tmp_path), setting, split, torch.float32, ALONE).anchor("lfa", seed=3)
+    model = setting.backbone.model
+    with torch.no_grad():
+        texts = setting.new.class_features(model)
+        images = {"new": setting.new.dataset.images, "dark": setting.kept["dark"].dataset.images}
+        seen: dict[str, Any] = {
+            name: F.normalize(model.encode_image(pixels / 255 - 0.5), dim=-1) for name, pixels in images.items()
+        }
+    labels = setting.new.dataset.labels
+    W = lfa(seen["new"][:9], labels[:9], texts, seed=3)
+    correct = {name: ((F.normalize(x @ W, dim=-1) @ texts.T).argmax(-1) == labels).double() for name, x in seen.items()}
+    assert found["new"] == pytest.approx(correct["new"][9:].mean().item())
+    assert found["tasks"]["dark"][1] == pytest.approx(correct["dark"].mean().item())
+    assert found["new"] > setting.new.zero_shot_accuracy(split.test)

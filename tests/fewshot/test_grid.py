@@ -162,7 +162,7 @@ def test_failure_in_a_run_keeps_what_was_finished(tmp_path, trained, monkeypatch
         ({"seeds": (1, 1)}, r"--seeds \(1, 1\): expected every value once"),
         ({"keep": ("letters", "letters")}, r"--keep \('letters', 'letters'\): expected every value once"),
         ({"seeds": (-1,)}, r"--seeds -1: expected at least 0"),
-        ({"methods": ("lora", "dora")}, r"--methods dora: expected any of lora, lora-wd, preserve, output"),
+        ({"methods": ("lora", "dora")}, r"--methods dora: expected any of lora, lora-wd, preserve, lora-plus"),
         ({"learning_rates": (0.0,)}, r"--learning-rates 0.0: expected more than 0"),
         ({"learning_rates": (float("nan"),)}, r"--learning-rates nan"),
         ({"steps": 0}, r"--steps 0: expected at least 1"),

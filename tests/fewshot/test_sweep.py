@@ -183,7 +183,7 @@ def test_wrong_parameters_of_slurm_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"shot": 1}, r"small.yaml: shot: expected any of data, shots, seeds, learning_rates, methods, options, slurm"),
-        ({"methods": ["dora"]}, r"small.yaml: method dora: expected any of lora, lora-wd, preserve, output"),
+        ({"methods": ["dora"]}, r"small.yaml: method dora: expected any of lora, lora-wd, preserve, lora-plus"),
         ({"methods": {"a": {"method": "lora", "rank": 3}}}, r"small.yaml: a: option rank: expected any of"),
         ({"methods": {"a": {"method": "lora", "r": "many"}}}, r"small.yaml: a: .*many"),
         ({"methods": {"a b": {"method": "lora"}, "a_b": {"method": "both"}}}, r"two runs are called digits-a_b-1shot"),

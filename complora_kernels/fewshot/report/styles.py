@@ -44,6 +44,7 @@ _LOOKS: dict[str, Look] = {
     "ends-both": {"color": "#EE8866", "marker": "D", "linestyle": ":"},
     "tip-adapter": {"color": "#882255", "marker": "^", "linestyle": ":"},
     "linear-probe": {"color": "#999933", "marker": "X", "linestyle": ":"},
+    "lfa": {"color": "#CC6677", "marker": "*", "linestyle": ":"},
 }
 _NAMES = {
     "lora": "LoRA",
@@ -67,6 +68,7 @@ _NAMES = {
     "ends-both": "ends of the spectrum, both",
     "tip-adapter": "Tip-Adapter",
     "linear-probe": "linear probe",
+    "lfa": "LFA",
 }
 _OTHERS = ("#44AA99", "#332288", "#AA4499", "#DDAA33", "#117733", "#CC6677", "#88CCEE")
 _OTHER_MARKERS = ("^", "v", "<", ">", "p")
