@@ -132,7 +132,7 @@ def test_lfa_maps_the_images_of_all_tasks(tmp_path):
     model = setting.backbone.model
     with torch.no_grad():
         texts = setting.new.class_features(model)
-        images = {"new": setting.new.dataset.images, "dark": setting.kept["dark"].dataset.images}
+        images: dict[str, Any] = {"new": setting.new.dataset.images, "dark": setting.kept["dark"].dataset.images}
         seen: dict[str, Any] = {
             name: F.normalize(model.encode_image(pixels / 255 - 0.5), dim=-1) for name, pixels in images.items()
         }
