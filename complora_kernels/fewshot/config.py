@@ -165,6 +165,9 @@ class TrainConfig:
     the colours that it knows."""
     vocabulary_sample: int = 64
     """Names that a step draws from the vocabulary, at most all of it."""
+    divergence_limit: float | None = None
+    """Stop a run early, once the loss of --preserve, of the whole training images and all of --vocabulary, is above
+    this; it is measured every ten steps, and no label of a kept task is read. None: never."""
     interpolations: tuple[float, ...] = ()
     """Measure each trained model again with these shares of its update, between 0 and 1 (WiSE-FT)."""
     final_learning_rate: float = 1e-6
@@ -226,7 +229,9 @@ class TrainConfig:
 
     @property
     def preserves(self) -> bool:
-        """Whether any run has the preservation loss."""
+        """Whether any run reads the vocabulary."""
+        if self.divergence_limit is not None:
+            return any(METHODS[method] is not None for method in self.methods)
         return any(self.preservation_weight(method) > 0 for method in self.methods)
 
     def kept(self) -> tuple[str, ...]:
@@ -360,6 +365,7 @@ BEFORE = {
     "preserve": None,
     "vocabulary": None,
     "vocabulary_sample": 64,
+    "divergence_limit": None,
     "interpolations": [],
     "update_bound": None,
     "update_bound_norm": "frobenius",
@@ -409,6 +415,8 @@ def check(config: TrainConfig) -> None:
     weight, sample = config.preserve, config.vocabulary_sample
     _require(weight is None or 0 < weight < math.inf, "preserve", weight, "more than 0")
     _require(sample >= 2, "vocabulary_sample", sample, "at least 2")
+    limit = config.divergence_limit
+    _require(limit is None or 0 < limit < math.inf, "divergence_limit", limit, "more than 0")
     for share in config.interpolations:
         _require(0 < share < 1, "interpolations", share, "shares between 0 and 1")
     _require(config.protocol in PROTOCOLS, "protocol", config.protocol, f"any of {', '.join(PROTOCOLS)}")

@@ -121,20 +121,20 @@ def _train(context: RunContext, measurement: Measurement, on_step: Callable[[int
         RunLog(context.config, context.run.name, written_to, training.progress["log"]) as log,
         StepProfile(written_to if context.config.profile else None, context.steps - training.first_step) as profile,
     ):
-        take_steps(training, train_step, log, profile, on_step)
-        result = _measure(training, measurement, log, time.perf_counter() - started)
+        done = take_steps(training, train_step, log, profile, on_step)
+        result = _measure(training, measurement, log, done, time.perf_counter() - started)
         log.finish(result)
     if context.config.save_adapters and context.team.leads:
         ck.save_adapter(training.model, context.folder / ADAPTER)
     return result
 
 
-def _measure(training: Training, measurement: Measurement, log: RunLog, seconds: float) -> dict[str, Any]:
-    """The part of a run's result that its training determines; `seconds` is the time of the steps."""
+def _measure(training: Training, measurement: Measurement, log: RunLog, done: int, seconds: float) -> dict[str, Any]:
+    """The part of a run's result that its training determines: `done` steps, the last of them in `seconds`."""
     context, model = training.context, training.model.eval()
-    trained = (context.steps - training.first_step) * training.batch_size  # images
+    trained = (done - training.first_step) * training.batch_size  # images
     return {
-        "steps": context.steps,
+        "steps": done,
         **measurement.trained(model),
         "loss": log.lines[-1]["loss"],
         **mean_over_layers(model),

@@ -30,6 +30,8 @@ from complora_kernels.fewshot.setting import Setting
 from complora_kernels.fewshot.team import Team
 
 CHECKPOINT = "checkpoint.safetensors"
+CHECK_EVERY = 10
+"""Steps between two looks at the divergence that may stop a run."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,16 @@ class Training:
         if features is None:
             features = self.context.setting.new.training_features(model, team)  # [C, D]
         loss = F.cross_entropy(self.logit_scale * image_features @ features.T, labels)
-        if self.preservation is not None:
+        if self.preservation is not None and self.preservation.weight:
             loss = loss + self.preservation(pixels, image_features, *preserved)
         # Shares of a batch may differ by an image: with this factor the mean over processes is that over the batch.
         return loss if team.size == 1 else loss * (len(labels) * team.size / self.batch_size)
+
+    def has_drifted(self, done: int) -> bool:
+        """Whether the run is to be stopped after `done` steps, since it says other things than the frozen model."""
+        if self.preservation is None or self.preservation.limit is None or done % CHECK_EVERY:
+            return False
+        return float(self.context.team.mean(self.preservation.divergence())) > self.preservation.limit
 
     def learning_rate(self, step: Any) -> Any:
         """The learning rate of a step, a float or a tensor as `step` is."""
@@ -212,8 +220,11 @@ def take_steps(
     log: RunLog,
     profile: StepProfile,
     on_step: Callable[[int, float], None],
-) -> None:
+) -> int:
     """Take the optimizer steps that are left, with a log line and a checkpoint every few of them.
+
+    Returns:
+        The number of steps that the run has taken: fewer than it has where the divergence passed its limit.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
@@ -232,8 +243,9 @@ def take_steps(
             ck.check_gradients(training.model)
 
         done = step + 1
-        is_logged = done % config.log_every == 0 or done == context.steps
-        is_saved = done % config.checkpoint_every == 0 and done < context.steps
+        is_over = done == context.steps or training.has_drifted(done)
+        is_logged = done % config.log_every == 0 or is_over
+        is_saved = done % config.checkpoint_every == 0 and not is_over
         if not (is_logged or is_saved or context.device.type == "cpu"):
             continue
         values = context.team.mean(torch.stack(losses)).tolist()
@@ -252,6 +264,9 @@ def take_steps(
             training.save(done, log)
             last_saved = done
         on_step(done, values[-1])
+        if is_over:
+            return done
+    return context.steps
 
 
 def adapted_model(context: RunContext) -> Any:

@@ -19,7 +19,7 @@ from complora_kernels.fewshot import glyphs, grid
 from complora_kernels.fewshot.config import PRESETS, Run, TrainConfig
 from complora_kernels.fewshot.datasets import choose_split
 from complora_kernels.fewshot.datasets.dataset import as_clip_reads
-from complora_kernels.fewshot.preservation import draw_names
+from complora_kernels.fewshot.preservation import Preservation, draw_names
 from complora_kernels.fewshot.recipe import train
 from complora_kernels.fewshot.sweep import SweepConfig, prepare_sweep
 from complora_kernels.fewshot.team import ALONE
@@ -208,6 +208,74 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
         train(config, RUN, standin.setting(), tmp_path / "run")
     write(tmp_path, "navy", "cyan", "pink")
     train(config, RUN, standin.setting(), tmp_path / "run")
+
+
+# ---- stopped by what the vocabulary says
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop-flip"])
+@pytest.mark.parametrize("method", ["lora", "preserve"])
+def test_a_run_stops_at_the_first_look_above_the_limit(tmp_path, method, augmentation, monkeypatch):
+    monkeypatch.setattr("complora_kernels.fewshot.training.CHECK_EVERY", 2)
+    options = {"steps": 12, "template": "a {}", "augmentation": augmentation, "vocabulary_sample": 4}
+    run, seen = Run(method, 2, 3e-2, 0), []
+    look = Preservation.divergence
+
+    def watched(self):
+        value = look(self)
+        seen.append(float(value))
+        return value
+
+    monkeypatch.setattr(Preservation, "divergence", watched)
+    whole = train(standin.config(tmp_path, divergence_limit=1e6, **options), run, standin.setting(), tmp_path / "whole")
+    assert (len(seen), whole["steps"]) == (5, 12)  # nothing would follow the last step
+    limit = (seen[2] + max(seen[:2])) / 2 if seen[2] > max(seen[:2]) else sorted(seen)[3]
+    first = next(i for i, value in enumerate(seen) if value > limit)
+    config = standin.config(tmp_path, divergence_limit=limit, **options)
+    stopped = train(config, run, standin.setting(), tmp_path / "stopped")
+    assert stopped["steps"] == 2 * (first + 1)
+    assert ("preserve" in stopped) == (method == "preserve")
+
+    def kill(done: int, loss: float) -> None:
+        if done == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(config, run, standin.setting(), tmp_path / "resumed", kill)
+    resumed = train(config, run, standin.setting(), tmp_path / "resumed")
+    for result in (stopped, resumed):
+        assert all(result.pop(name) > 0 for name in standin.VARYING)
+    assert resumed == stopped
+
+
+def test_the_divergence_is_of_all_images_and_the_whole_vocabulary(tmp_path):
+    ours = training(tmp_path, Run("lora", 2, 1e-2, 0), divergence_limit=1.0, template="a {}", test_batch_size=4)
+    for B in [p for name, p in ours.model.named_parameters() if ".lora_B." in name]:
+        torch.nn.init.normal_(B, std=0.3, generator=torch.Generator().manual_seed(len(B)))
+    plain, task = ours.context.setting.backbone.model, ours.context.setting.new
+    pixels: Any = task.dataset.images
+    pixels = pixels[ours.context.split.train].float() / 255 - 0.5
+    texts = standin.tokenize([f"a {name}" for name in COLOURS])
+    with torch.no_grad():
+        t, s = (
+            plain.logit_scale.exp()
+            * model.encode_image(pixels, normalize=True)
+            @ model.encode_text(texts, normalize=True).T
+            for model in (plain, ours.model)
+        )
+    assert ours.preservation is not None
+    expected = F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
+    torch.testing.assert_close(ours.preservation.divergence(), expected)
+    assert expected > 0.01
+    assert ours.model.training
+    assert len(ours.batch(0)) == 2  # no names are drawn for a loss that nothing is added to
+
+
+def test_a_limit_reads_the_vocabulary_and_has_to_be_positive(tmp_path):
+    assert standin.config(tmp_path, methods=("lora",), divergence_limit=0.1).preserves
+    assert not standin.config(tmp_path, methods=("tip-adapter",), divergence_limit=0.1).preserves
+    with pytest.raises(ValueError, match=r"--divergence-limit 0.0: expected more than 0"):
+        grid.prepare(standin.config(tmp_path / "out", divergence_limit=0.0))
 
 
 # ---- grids and sweeps
