@@ -327,9 +327,9 @@ def test_too_few_photos_are_refused_before_the_training(icons, tmp_path):
 def test_a_sheet_of_another_index_is_refused(tmp_path, monkeypatch):
     for path in pictures.ASSETS.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "unseen.png").write_bytes((tmp_path / "shots.png").read_bytes())
+    (tmp_path / "unseen.webp").write_bytes((tmp_path / "shots.webp").read_bytes())
     monkeypatch.setattr(pictures, "ASSETS", tmp_path)
-    with pytest.raises(ValueError, match=r"unseen\.png is not the sheet"):
+    with pytest.raises(ValueError, match=r"unseen\.webp is not the sheet"):
         data("animals")
 
 

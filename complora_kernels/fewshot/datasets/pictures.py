@@ -107,7 +107,7 @@ def _all_pictures() -> Dataset:
 def _sheet(name: str) -> Tensor:  # uint8 [3, H, W]
     from PIL import Image
 
-    path = ASSETS / f"{name}.png"
+    path = ASSETS / f"{name}.webp"
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != index()["sheets"][path.name]:
         raise ValueError(

@@ -50,9 +50,9 @@ def write_data(folder: Path, sources: Sources, photos: Tensor) -> None:
     base = classes[: (len(classes) + 1) // 2]
     shots = torch.cat([of[number][torch.randperm(len(of[number]), generator=generator)[:SHOTS]] for number in base])
     sheets = {
-        "unseen.png": unseen_images[kept],
-        "shots.png": seen_images[shots],
-        "fashion.png": photos,
+        "unseen.webp": unseen_images[kept],
+        "shots.webp": seen_images[shots],
+        "fashion.webp": photos,
     }
     found = {
         "sheets": {name: _write_sheet(folder / name, images) for name, images in sheets.items()},
@@ -105,7 +105,7 @@ def read_photos(folder: Path) -> Tensor:  # uint8 [10 (64 + 200), 1, 28, 28], cl
 
 
 def _write_sheet(path: Path, images: Tensor) -> str:  # uint8 [N, C, s, s]
-    """Write a sheet as a whole, and return its SHA-256."""
+    """Write a sheet as a whole, without loss, and return its SHA-256."""
     from PIL import Image
 
     N, C, s, _ = images.shape
@@ -113,6 +113,6 @@ def _write_sheet(path: Path, images: Tensor) -> str:  # uint8 [N, C, s, s]
     tiles = torch.cat([images, images.new_zeros(rows * COLUMNS - N, C, s, s)]).view(rows, COLUMNS, C, s, s)
     sheet = tiles.permute(0, 3, 1, 4, 2).reshape(rows * s, COLUMNS * s, C)
     buffer = io.BytesIO()
-    Image.fromarray(sheet.squeeze(-1).numpy()).save(buffer, "PNG", optimize=True)
+    Image.fromarray(sheet.squeeze(-1).numpy()).save(buffer, "WEBP", lossless=True, quality=100)
     write_atomically(path, buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()

@@ -48,7 +48,7 @@ class PictureTokenizer:
         return tokens
 
     def __str__(self) -> str:
-        return self._tokenizer.to_str(pretty=True)
+        return self._tokenizer.to_str()
 
     def save(self, path: Path) -> None:
         """Write the file of the library, as a whole."""
