@@ -38,20 +38,19 @@ class TrainConfig:
     """Adapt a CLIP to a few images per class, and measure what it learns and what it forgets.
 
     There is one run for each method, number of shots, learning rate and seed, from the same pretrained model. By
-    default the new task is scikit-learn's scanned digits, and the retained one the zero-shot naming of the 26 letters.
+    default the new task is photos of clothes, and what is retained is the zero-shot naming of seven groups of emoji.
     The same command on the same output folder continues where it was stopped. Under torchrun all processes train each
     run together.
     """
 
     preset: Preset
     """The source of the defaults.
-    pictures: a small demonstration, photos of clothes on a CLIP that knows 1,900 things, whose weights do not come with
-    the package yet: it needs --pretrained. glyphs, glyphs-full: scanned
-    digits on a CLIP that knows characters, a small demonstration and the whole front over ten seeds.
+    pictures: a small demonstration, photos of clothes on a CLIP that knows 1,900 things. glyphs, glyphs-full: scanned
+    digits on a CLIP that knows characters, a small demonstration and the whole trade-off over ten seeds.
     clip-lora: the recipe of CLIP-LoRA (arXiv 2405.18541), chosen when --model is not a bundled one.
     The Comp-LoRA paper's own rank, subspace size and layers are not known to us: no preset claims to be the paper's."""
 
-    model: str = GLYPHS
+    model: str = PICTURES
     """A small CLIP that comes with the package (pictures, glyphs), or any model name of open_clip, such as ViT-B-16."""
     pretrained: str | None = None
     """Weights for --model: a file, or one of open_clip's tags, which is downloaded.
@@ -196,6 +195,8 @@ class TrainConfig:
     """Steps between the lines of a run's log.jsonl."""
     save_adapters: bool = True
     """Keep the trained adapter of every run."""
+    save_predictions: bool = True
+    """Keep the names that each run gave to the images it was measured on, in predictions.csv, for the gallery."""
     tensorboard: bool = False
     """Write each run's loss and learning rate for TensorBoard too (pip install tensorboard)."""
     wandb: str | None = None
@@ -340,6 +341,7 @@ _LOGISTICS = (
     "checkpoint_every",
     "log_every",
     "save_adapters",
+    "save_predictions",
     "image_memory_gib",
     "recompute",
     "graph",
@@ -435,7 +437,7 @@ def _require(holds: bool, option: str, value: object, expected: str) -> None:
 def preset_for(preset: str | None, model: str | None) -> Preset:
     """The given preset, or the preset of the model where none is given."""
     if preset is None:
-        model = GLYPHS if model is None else model
+        model = PICTURES if model is None else model
         return cast("Preset", model) if model in BUNDLED else "clip-lora"
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset}: expected one of {', '.join(get_args(Preset))}")

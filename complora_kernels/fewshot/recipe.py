@@ -102,8 +102,8 @@ def train(
     else:
         context = RunContext(config, run, setting, split, seen, folder, dtype, team)
         found = _train(context, measurement, on_step)
-    answers = measurement.answers()
-    if team.leads:
+    answers = measurement.answers() if config.save_predictions else {}
+    if config.save_predictions and team.leads:
         write_predictions(folder / PREDICTIONS, answers)
     seconds = found.pop("seconds_before", 0.0) + time.perf_counter() - started
     return {**before, **found, "seconds": round(seconds, 2), "versions": versions()}

@@ -220,7 +220,7 @@ def test_unwritable_output_folder_is_an_error(tmp_path, capsys):
 def test_options_of_the_command_line(tmp_path):
     config = parse(["train", "--shots", "1", "4", "--no-save-adapters", "--output", str(tmp_path)])
     assert isinstance(config, TrainConfig)
-    assert (config.preset, config.shots, config.save_adapters) == ("glyphs", (1, 4), False)
+    assert (config.preset, config.shots, config.save_adapters) == ("pictures", (1, 4), False)
     config = parse(["train", "--model", "ViT-B-16", "--pretrained", "weights.pt", "--steps", "2"])
     assert isinstance(config, TrainConfig)
     assert (config.preset, config.r, config.steps, config.lora_dropout) == ("clip-lora", 2, 2, 0.25)

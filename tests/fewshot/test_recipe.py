@@ -94,6 +94,14 @@ def test_result_measures_images_that_were_not_trained_on(tmp_path):
     assert result["versions"]["torch"] == torch.__version__
 
 
+def test_predictions_are_not_kept_where_nobody_asks_for_them(tmp_path):
+    kept = train(standin.config(tmp_path), RUN, standin.setting(), tmp_path / "kept")
+    bare = train(standin.config(tmp_path, save_predictions=False), RUN, standin.setting(), tmp_path / "bare")
+    assert (tmp_path / "kept" / PREDICTIONS).exists()
+    assert not (tmp_path / "bare" / PREDICTIONS).exists()
+    assert [bare[name] for name in ("new", "kept", "tasks")] == [kept[name] for name in ("new", "kept", "tasks")]
+
+
 def test_the_predictions_of_a_run_are_those_that_its_accuracies_count(tmp_path):
     result = train(standin.config(tmp_path, steps=40, interpolations=(0.5,)), RUN, standin.setting(), tmp_path / "run")
     predictions = read_predictions(tmp_path / "run" / PREDICTIONS)

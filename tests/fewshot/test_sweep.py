@@ -340,6 +340,14 @@ def test_the_bundled_ablation_is_valid():
     assert (len({job.run.seed for job in found.jobs}), len({job.run.title for job in found.jobs})) == (10, 40)
 
 
+def test_the_choosing_among_methods_on_pictures_is_valid():
+    found = sweep.read_sweep(SweepConfig(SWEEPS / "pictures-choose.yaml"))
+    assert len(found.jobs) == 1000
+    assert {job.config.model for job in found.jobs} == {"pictures"}
+    assert {job.run.seed for job in found.jobs} == set(range(5))
+    assert {job.run.data for job in found.jobs} == {"fashion", "digits"}
+
+
 class Task:
     """One of submitit's on a cluster that is asked about all tasks which are known when it is asked."""
 
