@@ -16,7 +16,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=lo
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation reproduce extension test test-long test-other-processor test-oldest sanitize aot aot-held waves bench report bench-gpu gpu gpu-cache targets model lint format
+.PHONY: help demo full ablation reproduce extension test test-browser test-long test-other-processor test-oldest sanitize aot aot-held waves bench report bench-gpu gpu gpu-cache targets model lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,10 @@ reproduce: .venv/.installed  ## CLIP-LoRA's recipe on the eleven data sets in DA
 extension: $(EXTENSION)  ## build the C++/CUDA extension in place, with the newest torch
 
 test: .venv/.installed $(EXTENSION)  ## run the tests, but for those that take ten seconds or more
-	.venv/bin/python -m pytest $(PARALLEL) -m "not long" $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) -m "not long and not browser" $(ARGS)
+
+test-browser: .venv/.installed  ## open the HTML report in Chromium (Debian: apt-get install chromium chromium-driver)
+	.venv/bin/python -m pytest -m browser $(ARGS) tests/fewshot/test_page.py
 
 test-long: .venv/.installed $(EXTENSION)  ## run the tests that take ten seconds or more
 	.venv/bin/python -m pytest $(PARALLEL) -m long $(ARGS)
@@ -58,7 +61,7 @@ test-other-processor: .venv/.installed $(EXTENSION)  ## run the tests of the num
 # for the first run on a GPU, whose machine has an old Triton, of the CUDA source, which no version changes, and of the
 # protocols, whose miniatures show nothing here that other tests of the program do not.
 test-oldest: .venv-oldest/.installed $(EXTENSION)  ## run the tests of `make test` on the oldest supported versions
-	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not long" --ignore-glob='tests/benchmarks/test_[!f]*' \
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not long and not browser" --ignore-glob='tests/benchmarks/test_[!f]*' \
 		--ignore=tests/backends/test_cuda_source.py --ignore=tests/fewshot/test_protocols.py $(ARGS)
 
 # A copy of the package in build/sanitize, whose extension checks every address and every undefined operation; a report

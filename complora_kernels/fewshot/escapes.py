@@ -5,6 +5,7 @@ Every escape leaves ordinary text as it is.
 
 from __future__ import annotations
 
+import html
 import re
 
 from rich.console import Console
@@ -65,6 +66,11 @@ def for_csv(text: str) -> str:
     """The text as a cell that no spreadsheet takes for a formula: an apostrophe is put before a formula's beginning."""
     text = visible(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def for_html(text: str) -> str:
+    """The text without markup, between tags or in an attribute."""
+    return html.escape(visible(text))
 
 
 def for_figure(text: str) -> str:

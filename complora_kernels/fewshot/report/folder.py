@@ -19,6 +19,7 @@ from complora_kernels.fewshot.outcomes import failures_of, results_of
 from complora_kernels.fewshot.report.figures import write_figures
 from complora_kernels.fewshot.report.formats import LATEX_HEAD, to_latex, to_markdown
 from complora_kernels.fewshot.report.gallery import write_gallery
+from complora_kernels.fewshot.report.page import PAGE, missing_packages, write_page
 from complora_kernels.fewshot.report.spreadsheet import to_csv
 from complora_kernels.fewshot.report.summary import Summary, summaries
 from complora_kernels.fewshot.report.tables import rows, sections
@@ -70,6 +71,10 @@ def report(folder: Path, console: Console) -> None:
         figures += write_gallery(folder, results)
     except (OSError, ValueError) as error:  # data sets may have been moved since
         say(console, f"no gallery: {words_of(error)}")
+    if missing := missing_packages():
+        say(console, f"no {PAGE}: pip install {' '.join(missing)}")
+    else:
+        figures.append(write_page(folder, protocols, results, failed))
     for path in (*tables, *figures):
         say(console, f"wrote {path}", soft_wrap=True)
 

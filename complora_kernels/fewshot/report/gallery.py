@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def draw_gallery(predictions: Sequence[Prediction], options: dict[str, Any], tit
     shown = rows(predictions)
     if not shown:
         return None
-    data = _DataSets(options, predictions[0].task)
+    data = DataSets(options, predictions[0].task)
     figure = Figure(figsize=(1.35 * COLUMNS, 0.5 + 2.05 * len(shown)), layout="constrained")
     figure.suptitle(for_figure(title))
     parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
@@ -85,30 +85,53 @@ def draw_gallery(predictions: Sequence[Prediction], options: dict[str, Any], tit
     return figure
 
 
-def write_gallery(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
+def write_gallery(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write the gallery of the trained run that learned and kept the most, and return its path.
 
     Nothing is written where no run has kept its predictions, or training has changed no answer. The errors are those of
     `draw_gallery`.
     """
     remove_figure(folder / "figures" / GALLERY)
-    trained = [each for each in results if each["learning_rate"] is not None]
-    trained = [each for each in trained if (folder / RUNS / each["run"] / PREDICTIONS).is_file()]
-    if not trained:
-        return []
-    best = max(trained, key=lambda result: result["new"] + (result["kept"] or 0.0))
-    run = folder / RUNS / best["run"]
-    options = read_json(run / "config.json", "the options of a run")
-    with reading(run / "config.json", "the options of a run"):
-        data_sets = {name: options.get(name) for name in ("data_root", "protocol")} | {"data": options["data"]}
-    figure = draw_gallery(read_predictions(run / PREDICTIONS), data_sets, _title(best))
+    best = next(best_runs(folder, results), None)
+    figure = None if best is None else draw_gallery(best.predictions, best.options, title_of(best.result))
     if figure is None:
         return []
     write_figure(folder / "figures" / GALLERY, figure)
     return [folder / "figures" / GALLERY]
 
 
-def _title(result: dict[str, Any]) -> str:
+class Shown(NamedTuple):
+    """A run with what it said of its images."""
+
+    result: Mapping[str, Any]  # its line in results.jsonl
+    predictions: list[Prediction]
+    options: dict[str, Any]  # those that name its data sets
+
+
+def best_runs(folder: Path, results: Sequence[Mapping[str, Any]]) -> Iterator[Shown]:
+    """Of each method the trained run that learned and kept the most, the best first; those that kept predictions.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged; the message names it.
+    """
+    trained = [each for each in results if each["learning_rate"] is not None]
+    trained = [each for each in trained if (folder / RUNS / each["run"] / PREDICTIONS).is_file()]
+    seen = set()
+    for best in sorted(trained, key=lambda result: -(result["new"] + (result["kept"] or 0.0))):
+        method = best.get("label", best["method"])
+        if method in seen:
+            continue
+        seen.add(method)
+        run = folder / RUNS / best["run"]
+        options = read_json(run / "config.json", "the options of a run")
+        with reading(run / "config.json", "the options of a run"):
+            data_sets = {name: options.get(name) for name in ("data_root", "protocol")} | {"data": options["data"]}
+        yield Shown(best, read_predictions(run / PREDICTIONS), data_sets)
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    """The name of a run with its accuracies before and after."""
     measures = [("new task", result["zero_shot_new"], result["new"])]
     if result["kept"] is not None:
         measures.append(("kept", result["zero_shot_kept"], result["kept"]))
@@ -116,7 +139,7 @@ def _title(result: dict[str, Any]) -> str:
     return f"{result['run']}: {', '.join(changes)}"
 
 
-class _DataSets:
+class DataSets:
     """The images of a run's data sets, each loaded at its first image."""
 
     def __init__(self, options: dict[str, Any], new_task: str) -> None:
