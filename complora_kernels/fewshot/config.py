@@ -47,7 +47,7 @@ class TrainConfig:
     """The source of the defaults.
     pictures: a small demonstration, photos of clothes on a CLIP that knows 1,900 things, whose weights do not come with
     the package yet: it needs --pretrained. glyphs, glyphs-full: scanned
-    digits on a CLIP that knows characters, a small demonstration and the whole front over ten seeds.
+    digits on a CLIP that knows characters, a small demonstration and whole trade-off curves over ten seeds.
     clip-lora: the recipe of CLIP-LoRA (arXiv 2405.18541), chosen when --model is not a bundled one.
     The Comp-LoRA paper's own rank, subspace size and layers are not known to us: no preset claims to be the paper's."""
 
