@@ -16,7 +16,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --max-worker-restart=0 --dist=lo
 SANITIZER = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo full ablation reproduce extension test test-browser test-long test-other-processor test-oldest sanitize aot aot-held waves bench report bench-gpu gpu gpu-cache targets model lint format
+.PHONY: help demo full ablation reproduce extension test test-browser test-long test-other-processor test-oldest sanitize aot aot-held waves bench report bench-gpu gpu gpu-cache targets model docs lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ help:  ## list the targets
 demo: .venv/.installed  ## adapt a small CLIP to handwritten digits: a table and figures in runs/glyphs, about three minutes
 	.venv/bin/complora train $(ARGS)
 
-full: .venv/.installed  ## the whole front of the README in runs/glyphs-full, about an hour; goes on where it was stopped
+full: .venv/.installed  ## the trade-off curves of docs/results.md in runs/glyphs-full, about an hour; goes on where it was stopped
 	.venv/bin/complora train --preset glyphs-full $(ARGS)
 
 ablation: .venv/.installed  ## sides, sizes and sources of the subspace, and LoRA's own ways to forget less, in runs/glyphs-ablation: two hours
@@ -91,9 +91,11 @@ waves: .venv/.installed  ## how far the tiles of each large product fill a GPU o
 bench: .venv/.installed $(EXTENSION)  ## run what this machine can of the benchmarks, keep the results and report them
 	.venv/bin/python -m pytest benchmarks -o faulthandler_timeout=3600 --results benchmarks/results $(ARGS)
 	.venv/bin/python -m benchmarks.report
+	.venv/bin/python -m benchmarks.readme_figure
 
-report: .venv/.installed  ## the tables of the README and the figures, from the results files
+report: .venv/.installed  ## the tables of docs/speed.md and the figures, from the results files
 	.venv/bin/python -m benchmarks.report
+	.venv/bin/python -m benchmarks.readme_figure
 
 bench-gpu:  ## the benchmarks of `make gpu` alone
 	STAGES="$(basename $(notdir $(wildcard benchmarks/bench_*.py))) report" benchmarks/gpu.sh
@@ -111,6 +113,9 @@ targets: .venv/.installed  ## which targets of the benchmarks are met, missed or
 
 model: .venv/.installed  ## what an H200's steps would take by a roofline model, from the launches that the real dispatch makes
 	.venv/bin/python -m benchmarks.model $(ARGS)
+
+docs: .venv-docs/.installed  ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
 
 lint: .venv/.installed  ## check style, formatting and types
 	.venv/bin/ruff check
@@ -134,6 +139,13 @@ format: .venv/.installed  ## rewrite the files in the project's format
 .venv-oldest/.installed: pyproject.toml setup.py requirements/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	COMPLORA_BUILD=0 .venv-oldest/bin/python -m pip install --constraint requirements/oldest.txt --editable '.[dev]'
+	@touch $@
+
+# 25.1: the first pip that installs a dependency group.
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install 'pip>=25.1'
+	.venv-docs/bin/python -m pip install --group docs
 	@touch $@
 
 # ninja compiles what is out of date, headers included.

@@ -35,7 +35,7 @@ site=build/gpu/site logs=$results/logs
 revision() {
     local commit
     commit=$(git --git-dir=.git rev-parse --short=12 HEAD 2>/dev/null) || { echo "${COMPLORA_REVISION:-unknown}"; return; }
-    git diff --quiet HEAD -- . ':!README.md' ':!benchmarks/results' || commit+=+
+    git diff --quiet HEAD -- . ':!docs/speed.md' ':!docs/overview.png' ':!benchmarks/results' || commit+=+
     echo "$commit"
 }
 

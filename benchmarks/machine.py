@@ -26,7 +26,7 @@ GPU_FACTS = ("driver_version", "power.limit", "clocks.sm", "clocks.mem", "clocks
 # What a row keeps of the GPU, by the names of its fields.
 GPU_STATE = {"sm_clock": "clocks.sm", "power": "power.draw", "slowed": "clocks_event_reasons.active"}
 # What is written while benchmarks run: not code.
-WRITTEN = (":!README.md", ":!benchmarks/results")
+WRITTEN = (":!docs/speed.md", ":!docs/overview.png", ":!benchmarks/results")
 
 
 def describe() -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Makes README's tables and two figures of the results files: `make report`.
+"""Makes the tables of docs/speed.md and two figures of the results files: `make report`.
 
-A table for each benchmark and machine: baselines down, shapes across, each cell the time over ours in the same round
+A table for each benchmark and machine: shapes down, baselines across, each cell the time over ours in the same round
 with its 95% interval, on a GPU once with a warm and once with a cold L2 cache where steps were timed without launches.
-The README's lines between `<!-- measured -->` and `<!-- /measured -->` are replaced; figures go to the results folder.
+The page's lines between `<!-- measured -->` and `<!-- /measured -->` are replaced; figures go to the results folder.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.targets import known, modelled, verdict
 
 ROOT = Path(__file__).parents[1]
 MARKS = "†‡§¶‖"  # marks of remarks about some shapes of a baseline, which stand below the table
+WIDEST = 6  # baselines that stand side by side, ours among them; more continue in another table
 WARM_AND_COLD = (
     "Times are of replays of a CUDA graph, without launches: with a warm L2 cache (the replay before was of the same "
     "step), then with a cold one."
@@ -45,35 +46,35 @@ TITLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="folder of them")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose tables are replaced")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "speed.md", help="whose tables are replaced")
     options = parser.parse_args()
     try:
         files = results.read_all(options.results)
-        text = options.readme.read_text()
+        text = options.page.read_text()
         before, found, rest = text.partition(BEGIN)
         _, closed, after = rest.partition(END)
         if not (found and closed):
-            raise ValueError(f"{options.readme} has no {BEGIN} … {END}, expected both")
+            raise ValueError(f"{options.page} has no {BEGIN} … {END}, expected both")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    options.readme.write_text(f"{before}{BEGIN}\n{tables(files)}\n{END}{after}")
+    options.page.write_text(f"{before}{BEGIN}\n{tables(files)}\n{END}{after}")
     if files:
         speed_up(files, options.results / "speed-up.png")
         roofline(files, options.results / "roofline.png")
-    print(f"{options.readme}: {sum(len(file.rows) for file in files)} rows of {len(files)} files")
+    print(f"{options.page}: {sum(len(file.rows) for file in files)} rows of {len(files)} files")
 
 
 def tables(files: Iterable[Results]) -> str:
     """The tables of all files, then what is not yet measured."""
     parts = []
     for file in files:
-        parts.append(f"**{machine.name(file.machine)}** ({', '.join(facts(file))})")
+        parts += [f"### {machine.name(file.machine)}", f"{', '.join(facts(file))}."]
         for benchmark in dict.fromkeys(row.benchmark for row in file.rows):
             rows = [row for row in file.rows if row.benchmark == benchmark]
             replayed = any(row.cold_s is not None for row in rows)
-            parts += [f"{TITLES[benchmark]}:{f' {WARM_AND_COLD}' if replayed else ''}", table(rows)]
+            parts += [f"#### {TITLES[benchmark]}", *([WARM_AND_COLD] if replayed else []), table(rows)]
     figures = known(files, modelled())
-    parts.append("Targets ([what each means](benchmarks/targets.toml)):")
+    parts += ["### Targets", "What each means is in [benchmarks/targets.toml](../benchmarks/targets.toml)."]
     lines = ["| target | machine | |", "| --- | --- | --- |"]
     for target in bounds().values():
         words = verdict(target, figures.get((target["id"], target["machine"])))
@@ -90,20 +91,33 @@ def facts(file: Results) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """Baselines down, shapes across; remarks beside the baselines, and those of some shapes alone below the table."""
-    notes: dict[str, str] = {}  # remark below the table -> its mark
-    shapes = list(dict.fromkeys(row.shape for row in rows))
-    baselines = dict.fromkeys(row.baseline for row in rows)
-    lines = [_line(["", *shapes]), "|" + " --- |" * (len(shapes) + 1)]
-    for baseline in baselines:
+    """Shapes down, baselines across, then what is to be said of baselines, and of some of their shapes by marks."""
+    notes: dict[str, str] = {}  # remark of some shapes -> its mark
+    said: list[str] = []
+    columns: dict[str, dict[str, str]] = {}  # baseline -> shape -> cell
+    for baseline in dict.fromkeys(row.baseline for row in rows):
         own = {row.shape: row for row in rows if row.baseline == baseline}
-        said = {shape: remarks(row) for shape, row in own.items() if row.rounds}
-        always = [part for part in next(iter(said.values()), []) if all(part in parts for parts in said.values())]
-        marks = {shape: [mark(part, notes) for part in parts if part not in always] for shape, parts in said.items()}
-        cells = [cell(own[shape]) + "".join(marks.get(shape, "")) if shape in own else "" for shape in shapes]
-        lines.append(_line([f"{baseline}{f': {remark}' if (remark := '; '.join(always)) else ''}", *cells]))
-    below = "; ".join(f"{mark} {part}" for part, mark in notes.items())
-    return "\n".join([*lines, *(["", f"{below}."] if below else [])])
+        parts = {shape: remarks(row) for shape, row in own.items() if row.rounds}
+        always = [part for part in next(iter(parts.values()), []) if all(part in other for other in parts.values())]
+        marks = {shape: [mark(part, notes) for part in of if part not in always] for shape, of in parts.items()}
+        columns[baseline] = {shape: cell(row) + "".join(marks.get(shape, "")) for shape, row in own.items()}
+        said += [f"- {baseline}: {'; '.join(always)}"] if always else []
+    ours = [baseline for baseline in columns if baseline in OURS][:1]
+    others = [baseline for baseline in columns if baseline not in ours]
+    width = WIDEST - len(ours)
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    tables = [_side_by_side([*ours, *others[i : i + width]], columns, shapes) for i in range(0, len(others), width)]
+    said += [f"- {mark} {part}" for part, mark in notes.items()]
+    return "\n\n".join([*(tables or [_side_by_side(ours, columns, shapes)]), *(["\n".join(said)] if said else [])])
+
+
+def _side_by_side(baselines: list[str], columns: dict[str, dict[str, str]], shapes: list[str]) -> str:
+    """A table of these baselines, with the shapes that any of them but ours has."""
+    compared = baselines[1:] if baselines[0] in OURS and len(baselines) > 1 else baselines
+    lines = [_line(["", *baselines]), "|" + " --- |" * (len(baselines) + 1)]
+    shown = [shape for shape in shapes if any(shape in columns[baseline] for baseline in compared)]
+    lines += [_line([shape, *(columns[baseline].get(shape, "") for baseline in baselines)]) for shape in shown]
+    return "\n".join(lines)
 
 
 def remarks(row: Row) -> list[str]:

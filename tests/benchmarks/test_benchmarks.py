@@ -26,6 +26,7 @@ from benchmarks import (
     bench_train,
     comparison,
     machine,
+    readme_figure,
     report,
     results,
     targets,
@@ -568,10 +569,10 @@ GPU = {"gpu": "NVIDIA H200", "cuda": "13.0", "driver_version": "580.1", "power.l
 
 def test_the_head_of_a_table_names_the_gpu_and_all_revisions():
     rows = [Row("layer", "s", name, revision=revision) for name, revision in (("a", "one"), ("b", "two"), ("c", "one"))]
-    head = report.tables([Results({**MACHINE, **GPU}, rows)]).partition("\n")[0]
+    head = report.tables([Results({**MACHINE, **GPU}, rows)]).partition("\n\n####")[0]
     assert head == (
-        "**NVIDIA H200** (driver_version 580.1, cuda 13.0, power.limit 700.00 W, threads 2, torch 2, triton 3, peft 0, "
-        "revisions one two)"
+        "### NVIDIA H200\n\ndriver_version 580.1, cuda 13.0, power.limit 700.00 W, threads 2, torch 2, triton 3, "
+        "peft 0, revisions one two."
     )
 
 
@@ -587,13 +588,23 @@ def test_warm_and_cold_times_and_launches_in_a_table():
         Row("layer", "3072", "another", why, *times, **cold),
     ]
     text = report.tables([Results({**MACHINE, **GPU}, rows)])
-    assert f"One layer, forward and backward: {report.WARM_AND_COLD}" in text
-    assert "| complora_linear | 100 ms; cold 200 ms | 100 ms |" in text
-    assert "| baseline: slow | 1.00 [0.90, 1.10]; cold 1.50 [1.40, 1.60]† | 1.00 [0.90, 1.10]‡ |" in text
-    assert f"| another: {comparison.NOT_CAPTURED} |  | 1.00 [0.90, 1.10]; cold 1.50 [1.40, 1.60] |" in text
-    assert f"\n\n† encodes all; ‡ {comparison.NOT_CAPTURED}.\n" in text
+    assert f"#### One layer, forward and backward\n\n{report.WARM_AND_COLD}" in text
+    assert "|  | complora_linear | baseline | another |\n" in text
+    assert "| 768 | 100 ms; cold 200 ms | 1.00 [0.90, 1.10]; cold 1.50 [1.40, 1.60]† |  |\n" in text
+    assert "| 3072 | 100 ms | 1.00 [0.90, 1.10]‡ | 1.00 [0.90, 1.10]; cold 1.50 [1.40, 1.60] |\n" in text
+    assert "\n\n- baseline: slow\n- another: " in text
+    assert f"\n- † encodes all\n- ‡ {comparison.NOT_CAPTURED}\n" in text
     assert "one reason" not in text
     assert report.WARM_AND_COLD not in report.tables([sample()])
+
+
+def test_many_baselines_continue_in_a_second_table():
+    rows = [Row("layer", shape, "complora_linear", "", 20, 0.1) for shape in ("768", "3072")]
+    times: Any = (20, 0.1, 0.1, 0.1, 1, 0.9, 1.1)
+    rows += [Row("layer", "768", f"baseline {number}", "", *times) for number in range(6)]
+    first, second = report.table(rows).split("\n\n")
+    assert first.startswith(f"|  | complora_linear | {' | '.join(f'baseline {n}' for n in range(5))} |\n")
+    assert second == "|  | complora_linear | baseline 5 |\n| --- | --- | --- |\n| 768 | 100 ms | 1.00 [0.90, 1.10] |"
 
 
 def test_marks_do_not_run_out():
@@ -647,42 +658,60 @@ def test_the_interval_of_an_upper_bound_is_that_of_the_reciprocal(monkeypatch):
     }
 
 
-def run_report(folder: Path, readme: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.report", "--results", str(folder), "--readme", str(readme)]
+def run_report(folder: Path, page: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.report", "--results", str(folder), "--page", str(page)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_report_of_a_folder(tmp_path):
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+    page, folder = tmp_path / "speed.md", tmp_path / "results"
+    page.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     results.write(folder / "a.json", sample())
-    done = run_report(folder, readme)
+    done = run_report(folder, page)
     assert done.returncode == 0, done.stderr
-    text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n**a CPU**")
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n### a CPU")
     assert text.endswith(f"\n{report.END}\nafter\n")
     assert "stale" not in text
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("speed-up.png", "roofline.png"))
     (folder / "b.json").write_text('{"schema": 7}')
-    failed = run_report(folder, readme)
+    failed = run_report(folder, page)
     assert failed.returncode != 0
     assert "b.json has schema=7, expected 3" in failed.stderr
-    assert readme.read_text() == text
+    assert page.read_text() == text
 
 
-def test_a_readme_without_a_place_for_the_tables(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing")
-    failed = run_report(tmp_path, readme)
+def test_a_page_without_a_place_for_the_tables(tmp_path):
+    page = tmp_path / "speed.md"
+    page.write_text("nothing")
+    failed = run_report(tmp_path, page)
     assert failed.returncode != 0
     assert report.BEGIN in failed.stderr
-    assert readme.read_text() == "nothing"
+    assert page.read_text() == "nothing"
 
 
-def test_the_readme_has_what_the_results_files_say():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_has_what_the_results_files_say():
+    text = (ROOT / "docs" / "speed.md").read_text()
     between = text.partition(report.BEGIN)[2].partition(report.END)[0].strip()
     assert between == report.tables(results.read_all(ROOT / "benchmarks" / "results")), "make report"
+
+
+def test_the_figure_of_the_readme(tmp_path):
+    """It has all that it is to show, and the README's table says the same in numbers."""
+    files, text = results.read_all(ROOT / "benchmarks" / "results"), (ROOT / "README.md").read_text(encoding="utf-8")
+    memory, times = readme_figure.memory(files), readme_figure.times(files)
+    assert list(memory) == list(readme_figure.MEMORY_OF.values())
+    assert set(times) == set(readme_figure.TIMES.values())
+    peft, ours, recomputed = (f"{mib:.0f}" for mib in memory.values())
+    assert f"| {ours} MiB; {recomputed} with the MLPs recomputed | {peft} MiB |" in text
+    full, *others = (row.ratio or 0.0 for row in sorted(times.values(), key=lambda row: -(row.ratio or 0.0)))
+    cut, *without_prompts = others
+    assert (
+        f"| 1 | {min(others):.2f} to {without_prompts[0]:.2f}, with 100 prompts {cut:.2f}, of full length {full:.2f} |"
+        in text
+    )
+    readme_figure.draw(files, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- the machine
@@ -691,7 +720,8 @@ def test_the_readme_has_what_the_results_files_say():
 def test_tables_and_results_are_no_change_of_the_code(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    files = [tmp_path / name for name in ("README.md", "benchmarks/results/a.json", "code.py")]
+    (tmp_path / "docs").mkdir()
+    files = [tmp_path / name for name in ("docs/speed.md", "benchmarks/results/a.json", "code.py")]
     for file in files:
         file.write_text("one")
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):

@@ -215,7 +215,7 @@ def test_activations_of_the_largest_numbers(activation):
 # ---- memory
 
 
-# In units of a stream, M·d elements, beside h, statistics and the softmax's: what the README states.
+# In units of a stream, M·d elements, beside h, statistics and the softmax's: what docs/fusion.md states.
 SAVED = {"none": 10, "mlp": 6}
 OWN_FORWARD = {nn.GELU: 16, QuickGELU: 20}
 
