@@ -187,7 +187,7 @@ if ON_GPU:
 
 def iterations(model: str, steps: int, folder: Path, *options: str) -> tuple[float, float]:
     """The seconds of the iterations of `complora train` on random weights, and those of all else that it does."""
-    importlib.import_module("complora_kernels.fewshot.__main__")  # names a package that is missing
+    importlib.import_module("complora_kernels.fewshot.running")  # names a package that is missing
     weights, output = folder / "weights.pt", folder / "run"
     torch.save(random_model(model).state_dict(), weights)
     command = [sys.executable, "-m", "complora_kernels.fewshot", "train", "--model", model, "--pretrained", weights]

@@ -31,6 +31,16 @@ def run_python(source: str, *arguments: str, cwd: Path = ROOT, **variables: str)
     return result.stdout
 
 
+# Every public name, but for the one that needs the bundled program: they are imported when they are first used.
+EVERY_NAME = """
+import complora_kernels
+
+for name in complora_kernels.__all__:
+    if name != "load_classifier":
+        getattr(complora_kernels, name)
+"""
+
+
 def test_import_works_without_the_optional_dependencies() -> None:
     run_python(
         """
@@ -42,7 +52,15 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-import complora_kernels
+"""
+        + EVERY_NAME
+        + """
+try:
+    complora_kernels.load_classifier
+except ModuleNotFoundError as error:
+    assert "pip install 'complora-kernels[train]'" in str(error)
+else:
+    raise AssertionError("the bundled program was imported without what it needs")
 """,
         *OPTIONAL,
     )
@@ -55,8 +73,9 @@ import sys
 import torch
 
 by_torch = set(sys.modules)
-import complora_kernels
-
+"""
+        + EVERY_NAME
+        + """
 print(*(set(sys.modules) - by_torch))
 """
     ).split()
@@ -85,8 +104,8 @@ def refuse_side_effects(event, args):
         raise AssertionError(f"{event} {args} at import")
 
 sys.addaudithook(refuse_side_effects)
-import complora_kernels
 """
+        + EVERY_NAME
     )
 
 
@@ -95,6 +114,15 @@ def test_every_public_name_exists() -> None:
     assert names
     assert len(names) == len(set(names))
     assert [name for name in names if not hasattr(complora_kernels, name)] == []
+    assert names == sorted(complora_kernels._HOMES)
+    assert set(names) <= set(dir(complora_kernels))
+    assert complora_kernels.functional.__name__ == "complora_kernels.functional"
+    assert not hasattr(complora_kernels, "nothing")
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    loaded = run_python("import sys, complora_kernels; print(*sys.modules)").split()
+    assert not {"torch", "numpy", "open_clip"} & set(loaded)
 
 
 def test_version_is_the_one_installed_and_cited() -> None:

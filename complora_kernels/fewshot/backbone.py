@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import pickle
 import tempfile
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,10 @@ class Backbone:
         default_factory=dict
     )  # arguments of `load_crops` that resize files as the model expects
     _copies: dict[torch.dtype, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def to(self, device: torch.device) -> Backbone:
+        """The same on another device; the model is moved, and its copies in other dtypes are dropped."""
+        return dataclasses.replace(self, model=self.model.to(device), device=device, _copies={})
 
     def in_dtype(self, dtype: torch.dtype) -> Any:
         """The model in a dtype; other dtypes than float32 are copies, each made once."""
@@ -113,7 +119,7 @@ def _load(model: str, pretrained: str | None, activation: str, device: torch.dev
             quick_gelu=quick_gelu,
             require_pretrained=True,
         )
-    preprocess, size, normalize = _preprocessing(clip, device)
+    preprocess, size, normalize = _preprocessing(clip)
     expected = open_clip.get_model_preprocess_cfg(clip)
     resize = {name: expected[name] for name in ("resize_mode", "interpolation") if expected.get(name)}
     return Backbone(clip.eval(), open_clip.get_tokenizer(model), preprocess, device, size, normalize, resize)
@@ -246,15 +252,19 @@ def _words_of(error: Exception, path: Path) -> str:
 
 
 def _preprocessing(
-    clip: Any, device: torch.device
+    clip: Any,
 ) -> tuple[Callable[[Tensor], Tensor], tuple[int, int], Callable[[Tensor], Tensor]]:
     """`preprocess`, `size` and `normalize` of a `Backbone`, as its weights expect images."""
     expected = open_clip.get_model_preprocess_cfg(clip)
     size = expected["size"]
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    mean, std = (torch.tensor(expected[name], device=device)[:, None, None] for name in ("mean", "std"))
+
+    @cache
+    def mean_and_std(device: torch.device) -> list[Tensor]:  # copied to a device once, not with every batch
+        return [torch.tensor(expected[name], device=device)[:, None, None] for name in ("mean", "std")]
 
     def normalize(pixels: Tensor) -> Tensor:
+        mean, std = mean_and_std(pixels.device)
         return (pixels - mean) / std
 
     def preprocess(images: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
+
+import tyro
 
 from complora_kernels.common.low_rank import Norm
 from complora_kernels.config import TARGETS, BoundReference, CompLoRAConfig
@@ -167,7 +169,7 @@ class TrainConfig:
     divergence_limit: float | None = None
     """Stop a run early, once the loss of --preserve, of the whole training images and all of --vocabulary, is above
     this; it is measured every ten steps, and no label of a kept task is read. None: never."""
-    interpolations: tuple[float, ...] = ()
+    interpolations: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Measure each trained model again with these shares of its update, between 0 and 1 (WiSE-FT)."""
     final_learning_rate: float = 1e-6
     """Learning rate at the end of the cosine schedule."""

@@ -60,19 +60,35 @@ def load_crops(
             memory than there is; the message names the first such file.
         OSError: a file cannot be read.
     """
+    crop_of = cropper(size, resize_mode=resize_mode, interpolation=interpolation)
+    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+
+    def crop(i: int, path: str | Path) -> None:
+        crops[i] = crop_of(path)
+
+    for_each_file(crop, paths, workers, progress)
+    return crops
+
+
+def cropper(
+    size: tuple[int, int],
+    *,
+    resize_mode: Literal["shortest", "longest", "squash"] | str = "shortest",
+    interpolation: Literal["bicubic", "bilinear"] | str = "bicubic",
+) -> Callable[[str | Path | Image.Image], Tensor]:
+    """What `load_crops` does with one file, or with an image of Pillow: to uint8 [3, H, W]. Arguments as there."""
     if resize_mode not in _FIT:
         raise ValueError(f"resize_mode={resize_mode!r}, expected {', '.join(_FIT)}")
     if interpolation not in _FILTERS:
         raise ValueError(f"interpolation={interpolation!r}, expected {', '.join(_FILTERS)}")
     if min(size) < 1:
         raise ValueError(f"size={size}, expected at least 1")
-    crops = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
 
-    def crop(i: int, path: str | Path) -> None:
-        crops[i] = pixels_of(_FIT[resize_mode](open_image(path), size, _FILTERS[interpolation]))
+    def crop_of(image: str | Path | Image.Image) -> Tensor:
+        rgb = _rgb(image) if isinstance(image, Image.Image) else open_image(image)
+        return pixels_of(_FIT[resize_mode](rgb, size, _FILTERS[interpolation]))
 
-    for_each_file(crop, paths, workers, progress)
-    return crops
+    return crop_of
 
 
 def for_each_file(
@@ -115,10 +131,7 @@ def open_image(path: str | Path, shorter_side: int | None = None) -> Image.Image
         OSError: the file cannot be read.
     """
     with _reading(path, shorter_side) as image:
-        upright = _upright(image)
-        if upright.mode == "P":
-            upright = upright.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB at once
-        rgb = upright.convert("RGB")
+        rgb = _rgb(image)
         factor = _reduction(rgb, shorter_side)
         return rgb.reduce(factor) if factor > 1 else rgb
 
@@ -134,6 +147,16 @@ def size_by_header(path: str | Path, shorter_side: int | None) -> tuple[int, int
             return -(-image.height // factor), -(-image.width // factor)
     except (OSError, ValueError):
         return 0, 0
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, upright. Raises a ValueError for more than 8 bits a channel."""
+    if image.mode in ("I", "F") or ";" in image.mode:
+        raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+    upright = _upright(image)
+    if upright.mode == "P":
+        upright = upright.convert("RGBA")  # Pillow warns where a palette with transparency becomes RGB at once
+    return upright.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -154,8 +177,6 @@ def _reading(path: str | Path, shorter_side: int | None) -> Iterator[Image.Image
     try:
         check_plain(path)
         with Image.open(path) as image:
-            if image.mode in ("I", "F") or ";" in image.mode:
-                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
             factor = _reduction(image, shorter_side)
             if factor > 1:  # a JPEG is reduced by 2, 4 or 8 while it is decoded
                 image.draft(None, (-(-image.width // factor), -(-image.height // factor)))

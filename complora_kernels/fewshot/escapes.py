@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import html
 import re
+import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -48,6 +51,11 @@ def visible(text: str, keep: str = "") -> str:
 def say(console: Console, text: str, *, soft_wrap: bool = False) -> None:
     """Print a line of plain text on a console: without markup, rich's colours or control characters."""
     console.print(visible(text), highlight=False, markup=False, soft_wrap=soft_wrap)
+
+
+def complain(text: str) -> None:
+    """Print a line of plain text on stderr, without control characters."""
+    print(visible(text, keep="\n"), file=sys.stderr)
 
 
 def for_markdown(text: str) -> str:

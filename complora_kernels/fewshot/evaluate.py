@@ -61,6 +61,7 @@ class Task:
     ):
         self.dataset = dataset
         self.backbone = backbone
+        self.templates = tuple(templates)
         self.batch_size = batch_size
         training_template = templates[0] if training_template is None else training_template
         source = dataset.asked_as or dataset.name

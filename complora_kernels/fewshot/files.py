@@ -80,15 +80,15 @@ def read_json_lines(path: Path, check: Callable[[dict[str, Any]], object] | None
     return records
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "--output") -> None:
     """Create the folder where it is missing and try to write into it.
 
     Raises:
-        OSError: the folder cannot be made or written to; the message names --output.
+        OSError: the folder cannot be made or written to; the message names the option.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"--output {folder}: expected a folder that can be written to ({error})") from error
+        raise OSError(f"{option} {folder}: expected a folder that can be written to ({error})") from error

@@ -15,6 +15,7 @@ import torch
 import complora_kernels as ck
 from complora_kernels.common.files import refuse_link
 from complora_kernels.fewshot import config as options
+from complora_kernels.fewshot.classifier_file import write_classifier
 from complora_kernels.fewshot.config import Run, TrainConfig
 from complora_kernels.fewshot.datasets import choose_split, write_split
 from complora_kernels.fewshot.datasets.few_shot_split import fingerprint
@@ -125,8 +126,34 @@ def _train(context: RunContext, measurement: Measurement, on_step: Callable[[int
         result = _measure(training, measurement, log, done, time.perf_counter() - started)
         log.finish(result)
     if context.config.save_adapters and context.team.leads:
-        ck.save_adapter(training.model, context.folder / ADAPTER)
+        _save(training, result, context.folder / ADAPTER)
     return result
+
+
+def _save(training: Training, result: dict[str, Any], folder: Path) -> None:
+    """Save the adapter, and with it what else is needed to classify images."""
+    context, task = training.context, training.context.setting.new
+    ck.save_adapter(training.model, folder)
+    run = {
+        "name": context.run.name,
+        "data": context.config.data,
+        "protocol": context.config.protocol,
+        "method": context.run.method,
+        "shots": context.run.shots,
+        "learning_rate": context.run.learning_rate,
+        "seed": context.run.seed,
+        "steps": result["steps"],
+        "accuracy": result["new"],
+    }
+    write_classifier(
+        folder,
+        training.model,
+        context.setting.backbone,
+        class_names=task.dataset.class_names,
+        templates=task.templates,
+        options=context.config,
+        run=run,
+    )
 
 
 def _measure(training: Training, measurement: Measurement, log: RunLog, done: int, seconds: float) -> dict[str, Any]:

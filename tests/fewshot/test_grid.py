@@ -19,8 +19,7 @@ from rich.console import Console
 import complora_kernels as ck
 from complora_kernels.adapters.build import adapted_layers
 from complora_kernels.common.files import write_atomically
-from complora_kernels.fewshot import __main__ as program
-from complora_kernels.fewshot import grid, jobs
+from complora_kernels.fewshot import grid, jobs, running
 from complora_kernels.fewshot.__main__ import main, parse
 from complora_kernels.fewshot.checks import check_device
 from complora_kernels.fewshot.config import PRESETS, TrainConfig, check
@@ -428,7 +427,7 @@ def test_interrupted_short_commands_end_without_a_traceback(tmp_path, capsys, mo
     def stop(*arguments):
         raise interrupted
 
-    monkeypatch.setattr(program, "evaluate", stop)
+    monkeypatch.setattr(running, "evaluate", stop)
     assert main(["eval", str(tmp_path)]) == code
     assert capsys.readouterr().err.startswith("stopped" if code == 130 else "error: CUDA out of memory")
 

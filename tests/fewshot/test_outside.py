@@ -7,6 +7,7 @@ import csv
 import io
 import pickle
 import re
+import shutil
 import struct
 import sys
 import warnings
@@ -266,7 +267,7 @@ def test_options_of_a_folder_cannot_name_files_or_hubs_of_weights(shared_run, ca
         write_json(shared_run / "config.json", {"data": "digits", **known})
         for command in (
             ["eval", str(shared_run / "adapter")],
-            ["export", str(shared_run / "adapter"), "--output", "x"],
+            ["export", str(shared_run / "adapter"), "--peft", "x"],
         ):
             assert main(command) == 2
             said = capsys.readouterr().err
@@ -287,6 +288,7 @@ def test_options_of_a_folder_are_checked_for_their_types(shared_run, capsys, kno
 
 
 def test_eval_lists_adapters_and_tells_the_model_that_one_was_trained_on(shared_run, tmp_path, capsys):
+    shutil.copytree(shared_run, tmp_path / "out" / "runs" / "b")
     assert main(["eval", str(tmp_path / "out")]) == 2
     assert f"expected the folder of an adapter that `complora train` has saved; below it are {shared_run}" in (
         capsys.readouterr().err

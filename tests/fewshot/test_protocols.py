@@ -240,7 +240,7 @@ def test_an_adapter_is_measured_again_and_exported(root, tmp_path, capsys):
     assert "does not tell the classes 'cat', 'dog' apart" in capsys.readouterr().err
     assert main(["eval", adapter, "--device", "tpu"]) == 2
     assert "--device tpu: expected cpu, cuda or auto" in capsys.readouterr().err
-    assert main(["export", adapter, "--output", str(tmp_path / "peft")]) == 0
+    assert main(["export", adapter, "--peft", str(tmp_path / "peft")]) == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert main(["eval", str(tmp_path / "nothing")]) == 2
     assert "nothing: expected the folder of an adapter" in capsys.readouterr().err
