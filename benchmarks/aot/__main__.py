@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatchcase
 from functools import partial
 
 from benchmarks import aot
@@ -72,6 +74,15 @@ def update(kernels: Sequence[Kernel], committed: Budgets, triton: str, *, comple
     return failures
 
 
+def matching(committed: Budgets, only: str) -> Budgets:
+    """The budgets of the kernels whose key matches a pattern."""
+    figures = {
+        chip: {key: line for key, line in lines.items() if fnmatchcase(re.sub(r" \(\d+\)$", "", key), only)}
+        for chip, lines in committed.figures.items()
+    }
+    return committed._replace(figures=figures)
+
+
 def main() -> None:
     import triton
 
@@ -80,16 +91,20 @@ def main() -> None:
         "--chips", nargs="+", default=CHIPS, choices=BY_NAME, metavar="CHIP", help=f"of {', '.join(BY_NAME)}"
     )
     parser.add_argument("--held", action="store_true", help="compile only what the budgets hold: a fifth of all")
+    parser.add_argument("--only", default="*", metavar="GLOB", help='compile only these kernels: "norm_bwd* K=512*"')
     parser.add_argument("--update", action="store_true", help="write the figures to benchmarks/budgets.toml")
     arguments = parser.parse_args()
+    every = arguments.only == "*"
+    if arguments.update and not every:
+        parser.error(f"--update with --only {arguments.only}, expected one of them: it writes a whole chip's figures")
     os.environ.pop("TRITON_INTERPRET", None)
     kernels: list[Kernel] = []
     with ProcessPoolExecutor() as pool:
-        for compiled in pool.map(partial(compile_for, held_alone=arguments.held), arguments.chips):
+        for compiled in pool.map(partial(compile_for, held_alone=arguments.held, only=arguments.only), arguments.chips):
             kernels += compiled
             print("\n".join(row(kernel) for kernel in sorted(compiled, key=lambda kernel: kernel.key)), flush=True)
-    committed = budgets.load()
-    complete = not arguments.held and {*CHIPS} <= {*arguments.chips}
+    committed = matching(budgets.load(), arguments.only)
+    complete = every and not arguments.held and {*CHIPS} <= {*arguments.chips}
     failures = (update if arguments.update else judge)(kernels, committed, triton.__version__, complete=complete)
     if failures:
         sys.exit("\n".join([f"\n{len(failures)} failures:", *failures]))

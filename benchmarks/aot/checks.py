@@ -9,7 +9,8 @@ from typing import NamedTuple
 from benchmarks.aot.chips import BY_NAME
 from benchmarks.aot.compiled import Kernel
 
-# Blocks a multiprocessor on which a launcher counts when it cuts its work: `PROGRAMS` of its file over 132.
+# Blocks of four warps on which a launcher counts when it cuts its work, a multiprocessor: `PROGRAMS` of its file over
+# 132. Of eight warps it counts on one: `da.WIDE_PROGRAMS`.
 BLOCKS_ASSUMED = {
     "activation_bwd_kernel": 2,
     "norm_bwd_da_kernel": 2,
@@ -73,6 +74,6 @@ def violations(kernel: Kernel) -> Iterator[Violation]:
         yield Violation("early product", f"{loop.early[0]} before the first load")
     if loop.products and loop.late and "residual float32" not in kernel.key:
         yield Violation("late loads", f"{loop.late} global loads behind the main loop")
-    assumed = BLOCKS_ASSUMED.get(kernel.name, 0)
+    assumed = min(BLOCKS_ASSUMED.get(kernel.name, 0), 2 if kernel.warps == 4 else 1)
     if kernel.chip in HOPPER_ON and kernel.blocks < assumed and loop.products:
         yield Violation("blocks", f"{kernel.blocks} on a multiprocessor, the launcher counts on {assumed}")

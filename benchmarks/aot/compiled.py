@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -35,6 +36,7 @@ class Kernel(NamedTuple):
     registers: int = 0  # a thread
     spilled: int = 0  # bytes of local memory a thread
     shared: int = 0  # bytes a block
+    warps: int = 4  # of a block
     blocks: int = 0  # that one multiprocessor holds
     tensor_cores: str = ""  # the instructions for them
     loop: MainLoop | None = None
@@ -48,8 +50,12 @@ class Kernel(NamedTuple):
         return f"{name} {self.label}".replace("torch.", "")
 
 
-def compile_for(chip: str, held_alone: bool = False) -> list[Kernel]:
-    """Compiles the launches for one chip, of AMD's always the held ones alone. What does not compile has its error."""
+def compile_for(chip: str, held_alone: bool = False, only: str = "*") -> list[Kernel]:
+    """Compiles the launches for one chip, of AMD's always the held ones alone. What does not compile has its error.
+
+    `only`: a pattern of `Kernel.key`. Triton hands out the same kernel for launches that differ in nothing it knows: it
+    has the label of the first one, or of the first that the budgets hold.
+    """
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -58,14 +64,18 @@ def compile_for(chip: str, held_alone: bool = False) -> list[Kernel]:
     os.environ.pop("TRITON_INTERPRET", None)
     target = BY_NAME[chip]
     run = JITFunction.run
-    compiled: dict[int, Any] = {}  # Triton hands out the same kernel for launches that differ in nothing it knows
+    compiled: dict[int, tuple[Any, int]] = {}  # each kernel and its row, by its identity
     rows: list[Kernel] = []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if not fnmatchcase(Kernel(target.name, self.__name__, label).key, only):
+            return
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        if id(kernel) not in compiled:
-            compiled[id(kernel)] = kernel
+        _, row = compiled.setdefault(id(kernel), (kernel, len(rows)))
+        if row == len(rows):
             rows.append(inspect(target, label, kernel, options))
+        elif is_held(label) and not is_held(rows[row].label):
+            rows[row] = rows[row]._replace(label=label)
 
     triton.runtime.driver.set_active(ChipDriver(target.arch))  # type: ignore[arg-type]
     hip = "7.0" if target.is_amd else None  # what torch says of itself decides what kernels may hold
@@ -95,6 +105,7 @@ def inspect(chip: Chip, label: str, kernel: Any, options: Mapping[str, Any]) -> 
         registers=registers,
         spilled=spilled,
         shared=metadata.shared,
+        warps=metadata.num_warps,
         blocks=chip.blocks_of(registers, metadata.shared, metadata.num_warps),
         tensor_cores=" ".join(sorted({i.opcode.split(".")[0] for i in code if i.on_tensor_cores})),
         loop=machine_code.describe(code),

@@ -25,7 +25,7 @@ _HELD = re.compile(
     r"|bfloat16 to bfloat16, K=768(, delta|, d_stream|, P=3 r=16 p=0\.(0|25).*)?$"
     r"|bfloat16 to bfloat16, K=768, P=1 r=16 p=0\.0, (s twice, n and h|.* and dA)$"
     r"|bfloat16 (quick_)?gelu, K=3072(, r=16 p=0\.(0|25).*)?$"
-    r"|(to|from) (float32|bfloat16)$"
+    r"|(to|from) (float32|bfloat16)(, not projected)?$"
 )
 
 

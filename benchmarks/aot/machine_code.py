@@ -106,9 +106,13 @@ def innermost(found: Sequence[Loop]) -> list[Loop]:
 
 
 def main_loop(code: Sequence[Instruction]) -> Loop | None:
-    """The innermost loop with the most tensor core instructions; without any of them the longest innermost one."""
+    """The innermost loop with the most tensor core instructions; without any of them the longest innermost one.
+
+    Of loops with such instructions those that load in advance come first: the sum over the adapters' masks does not.
+    """
     found = loops(code)
     busy = innermost([loop for loop in found if count(code, loop, lambda i: i.on_tensor_cores)])
+    busy = [loop for loop in busy if count(code, loop, lambda i: i.is_asynchronous)] or busy
 
     def key(loop: Loop) -> tuple[int, int]:
         return count(code, loop, lambda i: i.on_tensor_cores), loop.last - loop.first

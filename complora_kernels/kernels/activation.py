@@ -472,7 +472,9 @@ def _bwd(
 ) -> _Bwd:
     M, K, R, *strides = shapes
     dropout = dropout_lanes(dropout_p)
-    block_m, block_k = (32, 32) if launch.INTERPRETED else (32, 64) if dtype == torch.float32 else (32, 128)
+    # Float32 products, and rows that do not start on 16 bytes (see `tiles.UNALIGNED_TILES`), leave fewer registers.
+    small = launch.INTERPRETED or dtype == torch.float32 or K % 8 > 0
+    block_m, block_k = (32, 32) if small else (32, 128)
     tiles, wanted = launch.cdiv(K, block_k), launch.cdiv(M, block_m)
     if compute_dA:
         wanted = min(launch.cdiv(M, ROWS_PER_SPLIT), launch.cdiv(SPLIT_PROGRAMS, tiles))

@@ -147,7 +147,7 @@ def fold_factors_kernel(
     WIDTH: tl.constexpr,
     LAYOUT: tl.constexpr,
     TF32: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # 0: nothing is projected
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -177,17 +177,18 @@ def fold_factors_kernel(
     coordinates_ptrs += r[:, None] * coordinates_stride_r + k[None, :]
 
     inside = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        rest = (k0 + k < K)[None, :]
-        mask = (r < R)[:, None] & rest
-        coordinates = tl.load(coordinates_ptrs, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_K]
-        for split in tl.static_range(1, SPLITS):
-            partial_ptrs = coordinates_ptrs + split * R * coordinates_stride_r
-            coordinates += tl.load(partial_ptrs, mask=mask & (split < splits), other=0.0)
-        basis = tl.load(basis_ptrs, mask=(d < D)[:, None] & rest, other=0.0)  # [BLOCK_D, BLOCK_K]
-        inside += _product(coordinates, tl.trans(basis), TF32)  # (factor U) U^T
-        coordinates_ptrs += BLOCK_K
-        basis_ptrs += BLOCK_K
+    if SPLITS > 0:  # else the pointers are of another dtype, and nothing is multiplied
+        for k0 in range(0, K, BLOCK_K):
+            rest = (k0 + k < K)[None, :]
+            mask = (r < R)[:, None] & rest
+            coordinates = tl.load(coordinates_ptrs, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_K]
+            for split in tl.static_range(1, SPLITS):
+                partial_ptrs = coordinates_ptrs + split * R * coordinates_stride_r
+                coordinates += tl.load(partial_ptrs, mask=mask & (split < splits), other=0.0)
+            basis = tl.load(basis_ptrs, mask=(d < D)[:, None] & rest, other=0.0)  # [BLOCK_D, BLOCK_K]
+            inside += _product(coordinates, tl.trans(basis), TF32)  # (factor U) U^T
+            coordinates_ptrs += BLOCK_K
+            basis_ptrs += BLOCK_K
 
     if LAYOUT == MIXED_LAYOUT:
         if tl.load(row + 16) != 0:

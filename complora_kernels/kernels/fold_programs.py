@@ -105,7 +105,7 @@ class Programs(NamedTuple):
     coordinates: Tensor  # [programs, fields of CoordinatesProgram], int64; no programs where nothing is projected
     projections: Tensor  # [programs, fields of ProjectionProgram], int64
     workspace: int  # elements of the coordinates of all splits
-    splits: int  # partial sums of one coordinate, at most
+    splits: int  # partial sums of one coordinate, at most; 0 where nothing is projected
     coordinates_layout: int  # ALONG_D, ALONG_R or MIXED: of the factors that are projected
     projections_layout: int  # of all factors
 
@@ -143,7 +143,7 @@ def fold_programs(jobs: tuple[Job, ...], blocks: Blocks, device: torch.device) -
         coordinates=parts[0].view(-1, len(CoordinatesProgram._fields)),
         projections=parts[1].view(-1, len(ProjectionProgram._fields)),
         workspace=workspace,
-        splits=max((_splits(job, split) for job in projected), default=1),
+        splits=max((_splits(job, split) for job in projected), default=0),
         coordinates_layout=_layout(projected),
         projections_layout=_layout(jobs),
     )

@@ -70,7 +70,8 @@ def dx_of_tile(
     g_ptrs = g_ptr + rows * (ADAPTERS * RANK)
     A_ptrs = A_ptr + r[:, None].to(tl.int64) * K + k[None, :]
     rank_mask = r < RANK
-    PIN: tl.constexpr = BLOCK_R <= 32  # more does not fit into registers
+    # More does not fit into registers, nor does it beside what float32 products keep there.
+    PIN: tl.constexpr = BLOCK_R <= 32 and A_ptr.dtype.element_ty.primitive_bitwidth == 16
     if BITS > 0:
         seed = tl.load(seed_ptr)
 

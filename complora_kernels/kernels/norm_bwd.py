@@ -26,6 +26,7 @@ from complora_kernels.kernels.norm import ELEMENTS
 from complora_kernels.kernels.rows import MAX_NORM_WIDTH
 
 UPDATE_ROWS = 32  # rows of a program that adds the rank-r term: more take more instructions an element, or registers
+UNALIGNED_ROWS = 16  # where rows do not start on 16 bytes, see `tiles.UNALIGNED_TILES`
 
 
 @triton.jit
@@ -268,7 +269,8 @@ def update_work(
     dtype: torch.dtype,  # of dn
 ) -> launch.Work:
     """The programs of `norm_bwd_update_kernel`, of four warps."""
-    dropout = dropout_lanes(dropout_p)
+    M, K = sizes[:2]
+    block_m, dropout = UNALIGNED_ROWS if K % 8 else UPDATE_ROWS, dropout_lanes(dropout_p)
     if not dropout.bits:
         P, R = 1, P * R  # without masks of their own the adapters are one of more ranks
     names = ("M", "K", "stride_nm", "stride_dm", "stride_sm")
@@ -283,8 +285,8 @@ def update_work(
         "BITS": dropout.bits,
         "HAS_D_STREAM": has_d_stream,
         "UPCAST": launch.upcast(dtype),
-        "BLOCK_M": UPDATE_ROWS,
-        "BLOCK_K": 32 if launch.INTERPRETED else 64,
+        "BLOCK_M": block_m,
+        "BLOCK_K": 32 if launch.INTERPRETED or dtype == torch.float32 else 64,
         "BLOCK_R": launch.power_of_two(R, 16, 16),
     }
-    return launch.Work(launch.cdiv(sizes[0], UPDATE_ROWS), 0, 0, numbers, constexprs)
+    return launch.Work(launch.cdiv(M, block_m), 0, 0, numbers, constexprs)

@@ -192,7 +192,9 @@ def packed_lora_linear_grads(
             f"x [{len(da_of.x)}, ...], g {da_of.g.dtype} and dY [{len(dY)}, ...] {dY.dtype}, "
             "expected equal numbers of rows and equal dtypes"
         )
-    da, db = da_job(da_of), db_job(dY, h, linear, compute_g=False, compute_dB=True, narrow=True)
+    # Beside a mask of more than 32 ranks four warps have registers for half as many columns.
+    crowded = da_of.linear.dropout_p > 0 and da_of.g.shape[1] > 32 * len(da_of.linear.rows)
+    da, db = da_job(da_of, narrow=crowded), db_job(dY, h, linear, compute_g=False, compute_dB=True, narrow=True)
     counters = partials.counters(da.work.counters + db.work.counters, dY.device)
     tensors = (*da.tensors(counters), dY, db.h, db.dB, db.partials, counters[da.work.counters :])
     launch.run(packed_lora_linear_grads_kernel, _launch(da.work, db.work), tensors)

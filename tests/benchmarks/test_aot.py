@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import triton
+from triton.runtime.jit import JITFunction
 
 from benchmarks.aot import __main__ as program
 from benchmarks.aot import budgets, checks, compiled, machine_code
@@ -12,6 +18,7 @@ from benchmarks.aot.budgets import Budgets
 from benchmarks.aot.checks import Except
 from benchmarks.aot.chips import BY_NAME
 from benchmarks.aot.compiled import Kernel
+from benchmarks.aot.launches import Launch
 from benchmarks.aot.machine_code import MainLoop, parse_amdgcn, parse_sass
 from complora_kernels.kernels import activation, da
 
@@ -154,6 +161,17 @@ def test_a_kernel_without_a_loop_is_counted_whole():
     assert each == (11.0, 2.0)
 
 
+def test_the_main_loop_is_one_that_loads_in_advance():
+    """And not the longer one before it, which sums over the adapters."""
+    masks = "        /*0032*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;\n" * 3
+    masks = "".join(line.replace("0032", f"{0x32 + 2 * i:04x}") + "\n" for i, line in enumerate(masks.splitlines()))
+    branch = "        /*003a*/               @P1 BRA 0x30 ;\n"
+    code = parse_sass(PRODUCT.replace("        /*0040*/", masks + branch + "        /*0040*/"))
+    loop = machine_code.describe(code)
+    assert loop is not None
+    assert (loop.products, loop.wide, loop.late) == (2, 1, 1)
+
+
 def test_assembly_of_amd():
     code = parse_amdgcn(ASSEMBLY)
     loop = machine_code.describe(code)
@@ -201,6 +219,7 @@ def broken_rules(row: Kernel) -> list[str]:
         ({"name": "packed_lora_linear_da_kernel", "blocks": 1}, ["blocks"]),
         ({"name": "packed_lora_linear_da_kernel", "blocks": 1, "chip": "sm_80"}, []),
         ({"name": "packed_lora_linear_da_kernel", "blocks": 2}, []),
+        ({"name": "packed_lora_linear_da_kernel", "blocks": 1, "warps": 8}, []),
     ],
 )
 def test_rules(changes, rules):
@@ -215,6 +234,7 @@ def test_blocks_that_are_assumed_are_those_of_the_launchers():
     assert checks.BLOCKS_ASSUMED["packed_lora_linear_da_kernel"] == da.PROGRAMS // 132
     assert checks.BLOCKS_ASSUMED["norm_bwd_da_kernel"] == da.PROGRAMS // 132
     assert checks.BLOCKS_ASSUMED["activation_bwd_kernel"] == activation.SPLIT_PROGRAMS // 132
+    assert da.WIDE_PROGRAMS // 132 == 1  # of eight warps
 
 
 @pytest.mark.parametrize(
@@ -268,6 +288,52 @@ def test_a_kernel_without_a_budget_and_a_budget_without_a_kernel():
     assert "was not compiled" in str(lost)
     assert found.is_worse
     assert "has no budget" in str(found)
+
+
+HELD, SAME, OTHER = (f"torch.bfloat16 to torch.bfloat16, K={K}, P=3 r=16 p=0.0, h" for K in (768, 512, 137))
+
+
+@pytest.fixture
+def compiler(monkeypatch) -> Callable[..., list[Kernel]]:
+    """`compile_for` of these labels, each a launch of two kernels, with Triton's compiler left out."""
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))  # which it takes away
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)
+    monkeypatch.setattr(JITFunction, "run", lambda self, label, **options: self.kernels[label == OTHER])
+    found = lambda chip, label, kernel, options: Kernel(chip.name, kernel["name"], label)
+    monkeypatch.setattr(compiled, "inspect", found)
+    names = ("norm_fwd_kernel", "norm_bwd_kernel")
+    functions = [SimpleNamespace(__name__=name, kernels=[{"name": name}, {"name": name}]) for name in names]
+
+    def compile_labels(*labels: str, **options: Any) -> list[Kernel]:
+        def launch(label: str) -> Launch:
+            return Launch(label, lambda: [JITFunction.run(f, label, grid=(1,), warmup=False) for f in functions])  # type: ignore[arg-type]
+
+        monkeypatch.setattr(compiled, "launches", lambda chip: map(launch, labels))
+        return compiled.compile_for("90", **options)
+
+    return compile_labels
+
+
+def test_a_kernel_of_several_launches_has_the_label_that_the_budgets_hold(compiler):
+    for labels in ((HELD, SAME, OTHER), (SAME, HELD, OTHER), (SAME, OTHER, HELD)):
+        rows = compiler(*labels)
+        assert sorted(row.label for row in rows) == sorted(2 * [HELD, OTHER])
+        assert budgets.held(rows) == budgets.held(compiler(*labels, held_alone=True))
+    assert {row.label for row in compiler(SAME, OTHER)} == {SAME, OTHER}
+
+
+def test_only_some_kernels(compiler, monkeypatch, capsys):
+    (row,) = compiler(HELD, OTHER, only="norm_fwd *K=768*")
+    assert row.key == "norm_fwd bfloat16 to bfloat16, K=768, P=3 r=16 p=0.0, h"
+    all_held = budgets.held(compiler(HELD, OTHER))
+    all_held["sm_90"] |= {f"{row.key} (2)": all_held["sm_90"][row.key]}
+    matching = program.matching(Budgets("3.8.0", all_held, [EXCEPTION]), "norm_fwd *, h")
+    assert list(matching.figures["sm_90"]) == [row.key, f"{row.key} (2)"]
+    assert matching.exceptions == [EXCEPTION]
+    monkeypatch.setattr(sys, "argv", ["aot", "--only", "norm*", "--update"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "--update with --only norm*, expected one of them" in capsys.readouterr().err
 
 
 def judged(rows: list[Kernel], budget: Budgets, triton: str = "3.8.0", complete: bool = True) -> list[str]:

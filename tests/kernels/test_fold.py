@@ -118,12 +118,21 @@ def test_a_folded_factor_keeps_out_of_the_protected_directions():
     assert (case[1].double().T @ folded.double()).norm() <= 1e-5 * case[0].norm()
 
 
-def test_what_is_not_projected_takes_one_launch(monkeypatch):
-    monkeypatch.setattr(factors, "fold_coordinates_kernel", None)
-    cases = [make(True, 16, 40, None), make(False, 16, 40, 0), make(False, 16, 40, 0, True)]
-    B, A, nothing = fold(cases, torch.float32, scaling=0.5)
-    assert torch.equal(B, 0.5 * cases[0][0])
-    assert torch.equal(A, cases[1][0])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_what_is_not_projected_takes_one_launch(monkeypatch, dtype):
+    launched, run = [], factors.launch.run
+    monkeypatch.setattr(factors.launch, "run", lambda *call: (launched.append(call), run(*call)))
+    cases = [make(True, 16, 40, None, dtype=dtype), make(False, 16, 40, 0, dtype=dtype)]
+    B, A = fold(cases, torch.float32, scaling=0.5)
+    assert torch.equal(B, 0.5 * cases[0][0].float())
+    assert torch.equal(A, cases[1][0].float())
+    ((kernel, launch, _),) = launched
+    assert kernel is factors.fold_factors_kernel
+    assert launch.constexprs["SPLITS"] == 0  # no product, which the compiler refuses of coordinates in half precision
+
+
+def test_what_is_all_protected_becomes_nothing():
+    (nothing,) = fold([make(False, 16, 40, 0, True)], torch.float32)
     assert not nothing.any()
 
 
