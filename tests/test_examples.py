@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -43,7 +44,7 @@ def test_a_loop_of_ones_own(tmp_path, monkeypatch):
 def test_a_folder_of_ones_own(tmp_path, monkeypatch):
     """On the bundled model, which knows digits."""
     monkeypatch.setattr(own_folder, "MODEL", ("--model", "glyphs"))
-    digits = load_digits()
+    digits: Any = load_digits()
     for name, digit in (("digit zero", 0), ("digit one", 1)):
         folder = tmp_path / "photos" / name
         folder.mkdir(parents=True)
