@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import complora_kernels as ck
-from examples import own_folder, own_loop, timm_head, transformers_clip
+from examples import own_folder, own_loop, predict, timm_head, transformers_clip
 
 ROOT = Path(__file__).parents[1]
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -52,6 +52,11 @@ def test_a_folder_of_ones_own(tmp_path, monkeypatch):
             Image.fromarray((image * 15.9).astype(np.uint8)).resize((32, 32)).save(folder / f"{number}.png")
     assert own_folder.main("photos", "--learning-rates", "0.003", "--steps", "2", "--workers", "1") == 0
     assert (tmp_path / "runs" / "own" / "table.md").exists()
+    (adapter,) = (tmp_path / "runs" / "own" / "runs").glob("output-*/adapter")
+    assert predict.main(str(adapter), "photos/digit zero/0.png", "photos/digit one/0.png") == [
+        "digit zero",
+        "digit one",
+    ]
 
 
 def test_transformers_clip(tmp_path, monkeypatch):

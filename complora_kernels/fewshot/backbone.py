@@ -180,7 +180,7 @@ def _check_bundled(model: str, folder: str | None, activation: str) -> None:
         raise ValueError(f"--activation {activation}: expected auto with --model {model}, which brings its own")
     if folder is None and not (WORLDS[model].assets / WORLDS[model].weights_file).is_file():
         raise FileNotFoundError(
-            f"--model {model}: its weights do not come with the package yet, expected --pretrained, a folder written "
+            f"--model {model}: its weights are missing from the package, expected --pretrained, a folder written "
             f"by `{WORLDS[model].command}`"
         )
     if folder is not None and not (Path(folder) / WORLDS[model].weights_file).is_file():
