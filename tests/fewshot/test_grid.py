@@ -359,7 +359,19 @@ def test_the_grid_continues_after_killed_and_interrupted_workers(tmp_path):
 
 
 def test_a_failed_first_run_does_not_bind_the_folder_to_its_options(tmp_path, capsys):
-    command = ["train", "--shots", "1", "--seeds", "0", "--methods", "output", "--learning-rates", "0.01"]
+    command = [
+        "train",
+        "--preset",
+        "glyphs",
+        "--shots",
+        "1",
+        "--seeds",
+        "0",
+        "--methods",
+        "output",
+        "--learning-rates",
+        "0.01",
+    ]
     command += ["--steps", "1", "--max-test-images", "8", "--workers", "1", "--output", str(tmp_path / "out")]
     assert main([*command, "--subspace-k", "999"]) == 1
     error = capsys.readouterr().err
@@ -466,7 +478,7 @@ def test_a_file_in_place_of_a_folder_is_found_before_anything_is_computed(tmp_pa
 
 
 def test_validation_without_validation_images_is_refused(tmp_path, capsys):
-    assert main(["train", "--validation", "--output", str(tmp_path / "out")]) == 2
+    assert main(["train", "--preset", "glyphs", "--validation", "--output", str(tmp_path / "out")]) == 2
     assert "--validation: --draw own chooses no validation images from digits" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -1,6 +1,6 @@
 """Trains the pictures model from random weights: `complora pretrain-pictures`.
 
-The defaults of `PicturesConfig` take two hours on two cores.
+The defaults of `PicturesConfig` made the weights in `assets/pictures`, on two cores in two hours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _COUNTS = (
 
 @dataclass
 class PicturesConfig:
-    """Train the pictures model from random weights."""
+    """Train the pictures model from random weights; the defaults made the weights of the package."""
 
     sources: Path = Path("node_modules")
     """Folder of the npm packages emojibase-data and @iconify-json/{noto,noto-v1,fluent-emoji,fluent-emoji-flat,

@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from complora_kernels.common.files import words_of, write_atomically
-from complora_kernels.fewshot.escapes import for_html
+from complora_kernels.fewshot.escapes import for_html, visible
 from complora_kernels.fewshot.predictions import Prediction
 from complora_kernels.fewshot.report.gallery import DataSets, Shown, best_runs, rows, title_of
 from complora_kernels.fewshot.report.results import Result
@@ -102,7 +102,7 @@ def trade_offs(summary: Summary) -> Iterator[str]:
                 error_y={"array": [h[1] for h in half], "thickness": 1, "width": 2},
                 mode="lines+markers",
                 name=name,
-                legendgroup=method,
+                legendgroup=name,
                 line={"color": colour},
                 text=[f"{name}, learning rate {rate:g}" if rate else name for rate, _ in cells],
                 hovertemplate="%{text}<br>%{x:.1f} / %{y:.1f}<extra></extra>",
@@ -112,7 +112,7 @@ def trade_offs(summary: Summary) -> Iterator[str]:
                 y=[100 * (r.kept or 0.0) for r in own],
                 mode="markers",
                 marker={"color": colour, "size": 5, "opacity": 0.35},
-                legendgroup=method,
+                legendgroup=name,
                 showlegend=False,
                 text=[_told(r) for r in own],
                 hovertemplate="%{text}<br>%{x:.1f} / %{y:.1f}<extra></extra>",
@@ -258,7 +258,8 @@ def _table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
     import itables
     import pandas as pd
 
-    frame = pd.DataFrame([[str(x) if isinstance(x, str) else x for x in row] for row in body], columns=list(head))
+    shown = [[visible(x) if isinstance(x, str) else x for x in row] for row in body]
+    frame = pd.DataFrame(shown, columns=[visible(name) for name in head])
     options: dict[str, Any] = {"connected": False, "showIndex": False, "maxBytes": 0, "lengthMenu": [10, 50, 200, 1000]}
     return itables.to_html_datatable(frame, **options)
 
