@@ -311,6 +311,7 @@ PRESETS: dict[Preset, TrainConfig] = {
         model=PICTURES,
         data="fashion",
         **_SMALL_RECIPE,
+        max_test_images=1000,
         methods=("lora", "both", "random-both", "preserve"),
         shots=(16,),
         seeds=(0, 1),
