@@ -549,14 +549,14 @@ def sample() -> Results:
 
 def test_tables():
     text = report.tables([sample()])
-    assert "**a CPU** (threads 2, torch 2, triton 3, peft 0, revision abc)" in text
-    assert "|  | 768 | 3072 |" in text
-    assert "|  | \\|ΔW\\| |" in text
-    assert "| complora_linear | 100 ms | 1.5 s |" in text
+    assert "### a CPU\n\nthreads 2, torch 2, triton 3, peft 0, revision abc." in text
+    assert "|  | complora_linear | PEFT |" in text
+    assert "| 768 | 100 ms | 2.00 [1.90, 2.10] |" in text
+    assert "| 3072 | 1.5 s | does not fit in memory |" in text
     assert "| step/PEFT | NVIDIA H200 | not yet measured (at least 1.9) |" in text
-    assert "| PEFT: projects nothing | 2.00 [1.90, 2.10] | does not fit in memory |" in text
-    assert "| ours | 3 MiB |" in text
-    assert "| ours | 0.99 |" in text
+    assert "- PEFT: projects nothing" in text
+    assert "| 768 | 3 MiB |" in text
+    assert "| \\|ΔW\\| | 0.99 |" in text
 
 
 def test_a_ratio_of_few_rounds():
