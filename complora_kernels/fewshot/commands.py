@@ -68,7 +68,9 @@ COMMANDS: Mapping[str, Command] = {
         "Train the bundled small CLIP from random weights; the defaults made the weights of the package.",
     ),
     "pretrain-pictures": Command(
-        "pictures.pretrain", "PicturesConfig", "Train the pictures model from random weights."
+        "pictures.pretrain",
+        "PicturesConfig",
+        "Train the pictures model from random weights; the defaults made the weights of the package.",
     ),
 }
 

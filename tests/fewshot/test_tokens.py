@@ -181,7 +181,8 @@ TELLS = (
 def test_training_on_classes_with_the_same_tokens_is_refused(data, tmp_path, capsys, monkeypatch, options):
     monkeypatch.setattr("complora_kernels.fewshot.evaluate.load_crops", None)
     options = [option.replace("{}", str(data)) for option in options]
-    arguments = ["train", "--output", str(tmp_path / "out"), "--template", PHOTO, "--shots", "1", *options]
+    arguments = ["train", "--preset", "glyphs", "--output", str(tmp_path / "out"), "--template", PHOTO]
+    arguments += ["--shots", "1", *options]
     assert main(arguments) == 2
     assert TELLS in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -190,7 +191,11 @@ def test_training_on_classes_with_the_same_tokens_is_refused(data, tmp_path, cap
 def test_sweeps_over_classes_with_the_same_tokens_are_refused(data, tmp_path, capsys):
     """The sweep is refused before its first run."""
     file = tmp_path / "sweep.yaml"
-    file.write_text(json.dumps({"data": ["digits", f"folder:{data}"], "shots": 1, "options": {"template": PHOTO}}))
+    file.write_text(
+        json.dumps(
+            {"data": ["digits", f"folder:{data}"], "shots": 1, "options": {"preset": "glyphs", "template": PHOTO}}
+        )
+    )
     assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert str(file) in said
