@@ -41,6 +41,7 @@ def test_published_numbers_agree_with_their_means():
         assert statistics.mean(shots[name] for name in ELEVEN) == pytest.approx(shots["mean"], abs=0.1)
 
 
+@pytest.mark.long
 def test_data_sets_that_are_missing_are_named_and_come_later(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("complora_kernels.fewshot.report.folder.write_figures", lambda *_: [])
     root, output = tmp_path / "data", tmp_path / "out"
