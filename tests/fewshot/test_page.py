@@ -87,6 +87,8 @@ def test_the_gallery_shows_what_each_methods_best_run_changed(tmp_path):
     assert "<figcaption>yellow → red</figcaption>" in text
     (tmp_path / "data").rename(tmp_path / "moved")
     assert "No images: " in write(tmp_path / "out", results())
+    (run / "predictions.csv").write_text("something else")
+    assert "No images: " in write(tmp_path / "out", results())
 
 
 @pytest.mark.browser

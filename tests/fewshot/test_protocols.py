@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any, cast
 
 import pytest
+import saved_run
 import torch
 from miniature_datasets import draw_image, make_miniature
 from numerics import share_named_right
@@ -26,23 +27,7 @@ from complora_kernels.fewshot.predictions import PREDICTIONS
 from complora_kernels.fewshot.recipe import SPLIT_FILE
 from complora_kernels.fewshot.setting import NEW_CLASSES
 
-FEW = [
-    "--preset",
-    "glyphs",
-    "--shots",
-    "2",
-    "--seeds",
-    "1",
-    "--learning-rates",
-    "0.02",
-    "--steps",
-    "8",
-    "--workers",
-    "1",
-    "--methods",
-    "output",
-]
-FEW += ["--template", "a photo of a {}."]
+FEW = [*saved_run.FEW, "--template", "a photo of a {}."]
 
 
 @pytest.fixture(scope="module")

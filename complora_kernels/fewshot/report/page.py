@@ -188,7 +188,12 @@ def runs_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def gallery(folder: Path, results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Of each method's best run the images that it gained and lost, its classes and its confusions."""
-    for number, shown in enumerate(best_runs(folder, results)):
+    try:
+        best = list(best_runs(folder, results))
+    except (OSError, ValueError) as error:  # a file of a run is damaged: the rest of the page stands
+        yield f"<p>No images: {for_html(words_of(error))}</p>"
+        return
+    for number, shown in enumerate(best):
         if not number:
             yield "<h2>What changed</h2>"
         yield f"<details{'' if number else ' open'}><summary>{for_html(title_of(shown.result))}</summary>"
