@@ -109,7 +109,7 @@ def test_two_thousand_runs_in_a_browser(tmp_path):
         info = lambda: driver.find_element(By.CSS_SELECTOR, ".dt-info").text
         assert "2,000" in info()
         first = lambda: driver.find_element(By.CSS_SELECTOR, "table.dataTable tbody td:nth-child(7)").text
-        header = driver.find_element(By.XPATH, "//th[contains(., 'new task')]")
+        header = driver.find_element(By.XPATH, "//th[contains(., 'new task')]//*[contains(@class, 'dt-column-order')]")
         header.click()
         ascending = first()
         header.click()
